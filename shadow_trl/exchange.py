@@ -15,9 +15,8 @@ import torch
 from accelerate.utils import is_peft_model
 from torch import nn
 
+from .adapter import unsupported_features
 from .errors import ConfigError, GraftError, list_names
-
-_PLAIN_LORA_STARTS = (True, False, None, "gaussian", "orthogonal", "eva")
 
 
 class GraftExchange:
@@ -130,17 +129,8 @@ def check_exchangeable(model: Any, args: Any) -> None:
     if getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False):
         reasons.append("BASE is quantised: its weights cannot be exchanged for INSTRUCT's")
     if is_peft_model(model):
-        config = model.peft_config[model.active_adapters[0]]
-        if config.peft_type != "LORA":
-            reasons.append(f"an adapter of type {config.peft_type} is another delta on INSTRUCT than on BASE")
-        else:
-            reasons += [
-                f"{name}={value!r} makes the adapter more than its product of factors"
-                for name in ("use_dora", "modules_to_save", "trainable_token_indices", "bias")
-                if (value := getattr(config, name, None)) not in (None, False, "none", [])
-            ]
-            if config.init_lora_weights not in _PLAIN_LORA_STARTS:
-                reasons.append(f"init_lora_weights={config.init_lora_weights!r} changes the weights below the adapter")
+        settings = model.peft_config[model.active_adapters[0]].to_dict()
+        reasons += [f"the adapter is more than a plain LoRA: {name}" for name in unsupported_features(settings)]
         if args.instruct_scale != 1.0:
             reasons.append("instruct_scale other than 1 needs BASE's weights beside the adapter")
     if reasons:

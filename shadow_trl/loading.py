@@ -108,6 +108,23 @@ def _unordered(value: Any) -> Any:
     return sorted(value) if isinstance(value, list) and all(isinstance(item, str) for item in value) else value or None
 
 
+def adapter_settings(peft_config: PeftConfig | None, model: Any, adapter: str | None) -> dict[str, Any] | None:
+    """Return the settings of the adapter that will be trained, None in full fine-tuning.
+
+    Args:
+        peft_config: of a new adapter.
+        model: name, or loaded model that may have an adapter.
+        adapter: folder of an adapter that goes on.
+    """
+    if peft_config is not None:
+        return peft_config.to_dict()
+    if is_adapted(model):
+        return model.peft_config[model.active_adapters[0]].to_dict()
+    if adapter is not None:
+        return json.loads((Path(adapter) / "adapter_config.json").read_text(encoding="utf-8"))
+    return None
+
+
 def is_adapted(model: Any) -> bool:
     """Return whether `model` is a loaded model with a PEFT adapter."""
     return not isinstance(model, str) and is_peft_model(model)

@@ -21,11 +21,11 @@ from .config import ShadowArguments
 from .errors import ConfigError, OutputExistsError
 from .evaluation import GraftedEvaluation
 from .grafting import GraftReport, check_graft, graft
-from .loading import bare_model, check_same_adapter, is_adapted, load_adapter, load_model
+from .loading import adapter_settings, bare_model, check_same_adapter, load_adapter, load_model
 from .manifest import write_manifest
 from .origins import check_unchanged, describe, require_base, require_instruct, resolve_origins, with_revision
 from .pairs import ModelPair, check_processing_class
-from .preflight import GRAFTED_FOLDER, SHARDED, check_folders, is_conversational, refuse_unsupported
+from .preflight import GRAFTED_FOLDER, SHARDED, check_adapter, check_folders, is_conversational, refuse_unsupported
 from .processes import run_on_main
 from .reference import (
     without_reference_adapter,
@@ -80,9 +80,10 @@ class ShadowMixin(GraftedEvaluation):
             instruct_revision=config.instruct_revision,
         )
         self.graft_report: GraftReport | None = None
-        self._trains_adapter = (
-            given.get("peft_config") is not None or is_adapted(model) or self.origins.adapter is not None
-        )
+        adapter = adapter_settings(given.get("peft_config"), model, self.origins.adapter)
+        self._trains_adapter = adapter is not None
+        if config.graft and adapter is not None:
+            check_adapter(adapter)
         if config.graft:
             self._check_before_training(config, given)
         self._choose_processing_class(config, given)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from .errors import ConfigError, OutputExistsError
+from .adapter import unsupported_features
+from .errors import AdapterError, ConfigError, OutputExistsError, list_names
 from .origins import Origins
 
 GRAFTED_FOLDER = "grafted"
@@ -54,6 +56,24 @@ def check_folders(output_dir: Path, origins: Origins, adapter: bool) -> None:
             f"output_dir {output_dir} holds {other[0].name} of another run; beside "
             f"{'an adapter' if adapter else 'a full model'} the folder could not be loaded. Choose another "
             "output_dir. Nothing was written."
+        )
+
+
+def check_adapter(config: Mapping[str, Any]) -> None:
+    """Refuse an adapter that could be trained but not grafted.
+
+    Args:
+        config: settings of the adapter, as PEFT stores them in `adapter_config.json`.
+
+    Raises:
+        AdapterError: it is more than a plain LoRA.
+    """
+    features = unsupported_features(config)
+    if features:
+        raise AdapterError(
+            f"this adapter could be trained but not grafted: it is more than a plain LoRA.\n{list_names(features)}\n"
+            "Leave these settings out; or train with graft=False, merge the adapter (PeftModel.merge_and_unload, then "
+            "save_pretrained) and graft the merged model. Nothing was written."
         )
 
 

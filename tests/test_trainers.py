@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 from shadow_trl import ShadowDPOConfig, ShadowDPOTrainer, ShadowSFTConfig, ShadowSFTTrainer
-from shadow_trl.errors import ConfigError, InputError, OutputExistsError
+from shadow_trl.errors import AdapterError, ConfigError, InputError, OutputExistsError
 from shadow_trl.manifest import read_manifest
 
 SETTINGS = {
@@ -352,6 +352,23 @@ def test_sharded_training_is_refused_by_name(pair, tmp_path, name, monkeypatch):
     with pytest.raises(ConfigError, match=name):
         ShadowSFTTrainer(str(pair[0]), instruct_model=str(pair[1]), args=args, train_dataset=sft_data())
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"use_dora": True}, {"modules_to_save": ["lm_head"]}, {"bias": "all"}, {"init_lora_weights": "pissa"}],
+    ids=lambda changes: next(iter(changes)),
+)
+@pytest.mark.parametrize("loaded", [False, True], ids=["peft_config", "PeftModel"])
+def test_adapter_that_cannot_be_grafted_is_refused_before_training(pair, tmp_path, changes, loaded):
+    config = LoraConfig(**{**LORA, **changes})
+    model = None
+    if loaded:
+        model = get_peft_model(AutoModelForCausalLM.from_pretrained(pair[0], dtype=torch.float32), config)
+    with pytest.raises(AdapterError, match=next(iter(changes))):
+        sft(pair, tmp_path / "out", model=model, peft_config=None if loaded else config)
+    assert not (tmp_path / "out").exists()
+    assert sft(pair, tmp_path / "out", model=model, peft_config=None if loaded else config, graft=False)
 
 
 @pytest.mark.parametrize("policy", ["base", "instruct", "grafted"])
