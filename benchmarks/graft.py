@@ -6,7 +6,9 @@
 
 Makes three bf16 checkpoints of Llama shape (BASE, INSTRUCT, TUNED; tied, three shards), runs every contestant in a
 process of its own, in turn, deletes what it wrote and pauses before the next: freed pages make the next write look
-four times faster. Prints medians, ratios and the peak of resident memory as a Markdown table.
+four times faster. Prints medians, ratios and the peak of resident memory as a Markdown table. A graft ends with its
+result on the disk; apply_diff and mergekit leave theirs in the page cache, so `+ fsync` stands beside the first.
+`copy 1 + fsync` and `import torch` are what no tool that writes a result and uses torch can go below together.
 """
 
 from __future__ import annotations
@@ -101,17 +103,18 @@ def _contestants(folder: Path, mergekit: str | None) -> list[Contestant]:
     graft = [*cli, "graft", *sides, "--output", str(folder / "output"), "--quiet"]
     worker = [*python, str(HERE), "--work"]
     read = " ".join(shlex.quote(str(folder / role)) + "/*.safetensors" for role in ("base", "instruct", "tuned"))
-    copy = (
-        f"cat {read} > /dev/null && cp -r {shlex.quote(str(folder / 'instruct'))} {shlex.quote(str(folder / 'output'))}"
-        f" && sync {shlex.quote(str(folder / 'output'))}/*"
-    )
+    sync = f"sync {shlex.quote(str(folder / 'output'))}/*"
+    one = f"cp -r {shlex.quote(str(folder / 'instruct'))} {shlex.quote(str(folder / 'output'))} && {sync}"
+    copy = f"cat {read} > /dev/null && {one}"
     two = " ".join(shlex.quote(str(folder / role)) + "/*.safetensors" for role in ("base", "instruct"))
     found = [
         Contestant("graft, bare", [*graft, "--digest", "none", "--stats", "off"]),
         Contestant("graft, stats", [*graft, "--digest", "none"]),
         Contestant("graft, defaults", graft),
         Contestant("apply_diff", [*worker, "apply_diff", str(folder)]),
+        Contestant("apply_diff + fsync", ["sh", "-c", f"{shlex.join([*worker, 'apply_diff', str(folder)])} && {sync}"]),
         Contestant("read 3 + copy 1 + fsync", ["sh", "-c", copy]),
+        Contestant("copy 1 + fsync", ["sh", "-c", one]),
         Contestant("gap", [*cli, "gap", *sides[:2], "--quiet"]),
         Contestant("read 2", ["sh", "-c", f"cat {two} > /dev/null"]),
         Contestant("import torch", [*python, "-c", "import torch"]),
@@ -128,7 +131,7 @@ def _contestants(folder: Path, mergekit: str | None) -> list[Contestant]:
         }
         (folder / "mergekit.yaml").write_text(json.dumps(recipe))
         program = str(Path(mergekit).parent / "mergekit-yaml")
-        found.insert(4, Contestant("mergekit", [program, str(folder / "mergekit.yaml"), str(folder / "output")]))
+        found.insert(5, Contestant("mergekit", [program, str(folder / "mergekit.yaml"), str(folder / "output")]))
     return found
 
 

@@ -12,6 +12,7 @@ from typing import NoReturn
 from . import __version__
 from .errors import ConfigError, ShadowError
 from .graft_options import DIGESTS, DTYPES, FORMATS, ROUNDINGS, VOCABS
+from .startup import collector_paused
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -112,7 +113,8 @@ def _add_gap(parser: argparse.ArgumentParser) -> None:
 
 
 def _graft(options: argparse.Namespace) -> None:
-    from .grafting import graft
+    with collector_paused():
+        from .grafting import graft
 
     given = vars(options)
     named = {name: given[name] for name in given if name not in ("run", "command", "quiet", "json", "stats", "modules")}
@@ -133,7 +135,8 @@ def _gap(options: argparse.Namespace) -> None:
         from .gap_plot import require_matplotlib
 
         require_matplotlib()
-    from .grafting import gap
+    with collector_paused():
+        from .grafting import gap
 
     report = gap(options.base, options.instruct, options.tuned, progress=not options.quiet)
     _warn(report.warnings)

@@ -89,7 +89,8 @@ def test_a_room_imports_only_rooms_above_it(room):
 
 
 @pytest.mark.parametrize(
-    "room", ["errors", "graft_options", "checkpoint", "safetensors_header", "hub", "manifest", "kinds", "cli"]
+    "room",
+    ["errors", "graft_options", "checkpoint", "safetensors_header", "hub", "manifest", "kinds", "startup", "cli"],
 )
 def test_rooms_without_arithmetic_do_not_import_torch(room):
     assert not imports(room, inside_functions=False) & {"torch", "transformers", "trl", "peft", "numpy"}
@@ -133,3 +134,14 @@ def test_the_public_names_exist_whatever_was_imported_before():
         "try:\n    shadow_trl.nothing\nexcept AttributeError:\n    pass"
     )
     loaded(program)
+
+
+def test_the_collector_is_paused_for_the_import_alone():
+    program = (
+        "import gc, sys\nfrom shadow_trl.startup import collector_paused\n"
+        "with collector_paused():\n    assert not gc.isenabled()\n    import torch\n"
+        "assert gc.isenabled()\nfrozen = gc.get_freeze_count()\nassert frozen > 10_000\n"
+        "with collector_paused():\n    assert gc.isenabled()\n"
+        "assert gc.get_freeze_count() == frozen"
+    )
+    assert "torch" in loaded(program)
