@@ -278,7 +278,9 @@ class ModelPair:
 
 def _one_of(option: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
-        raise ConfigError(f"{option} is {value!r}; it can be {' or '.join(choices)}. Nothing was written.")
+        raise ConfigError(
+            f"{option} is {value!r}; it can be {', '.join(choices[:-1])} or {choices[-1]}. Nothing was written."
+        )
 
 
 def _same_start(base: torch.Tensor, instruct: torch.Tensor) -> bool:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import filecmp
 import json
+import math
 import os
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
@@ -158,7 +159,7 @@ def _difference(there: Checkpoint, again: Checkpoint, name: str) -> tuple[int, f
         if unequal.any():
             count += int(unequal.sum())
             # NaN against a number is as different as can be.
-            apart = (ours[unequal].double() - theirs[unequal].double()).abs().nan_to_num(nan=float("inf"))
+            apart = (ours[unequal].double() - theirs[unequal].double()).abs().nan_to_num(nan=math.inf, posinf=math.inf)
             largest = max(largest, float(apart.max()))
         for side in (there, again):
             side.release(name, start, stop)
