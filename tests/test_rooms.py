@@ -111,7 +111,8 @@ def test_no_room_has_the_name_of_a_public_function():
 def test_import_and_help_load_no_torch():
     for program in (
         "import shadow_trl",
-        "from shadow_trl.cli import main\nfor argv in (['--help'], *([name, '--help'] for name in ('graft', 'gap', 'delta', 'verify'))):\n"
+        "from shadow_trl.cli import main\n"
+        "for argv in (['--help'], *([name, '--help'] for name in ('graft', 'gap', 'delta', 'verify'))):\n"
         "    try:\n        main(argv)\n    except SystemExit as error:\n        assert error.code == 0",
     ):
         assert not loaded(program) & {"torch", "transformers", "trl", "peft", "numpy", "safetensors"}
