@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback
 from transformers.utils import logging
 
 from shadow_trl import ShadowSFTConfig, ShadowSFTTrainer, graft
@@ -82,6 +82,7 @@ def _train(seed: int, folder: Path) -> tuple[Path, float]:
     trainer = ShadowSFTTrainer(
         model=str(BASE), args=settings, train_dataset=data, processing_class=AutoTokenizer.from_pretrained(INSTRUCT)
     )
+    trainer.remove_callback(PrinterCallback)
     trainer.train()
     trainer.save_model()
     base, tuned = load_file(BASE / "model.safetensors"), load_file(folder / "model.safetensors")

@@ -70,7 +70,7 @@ def graft(
         instruct: the same for INSTRUCT.
         tuned: BASE after training: a full checkpoint or a plain LoRA adapter.
         delta: in the place of `tuned`: a delta of this BASE as `extract_delta` writes it. In fp32 and exact, as it is
-            for 16-bit checkpoints, it gives the bits that `tuned` gives.
+            for 16-bit checkpoints, it gives the bits that `tuned` gives (exponents within 2^16, as everywhere).
         output: folder of the result; must not exist.
         scale: multiplier of the delta. Default 1.
         instruct_scale: the multiplier b of INSTRUCT. Default 1.
