@@ -18,16 +18,29 @@ _ROOM_OF = {
     "ShadowDPOTrainer": "trainers",
     "ShadowSFTConfig": "config",
     "ShadowSFTTrainer": "trainers",
+    "extract_delta": "extracting",
     "gap": "grafting",
     "graft": "grafting",
+    "verify": "verifying",
 }
 
-__all__ = ["ShadowDPOConfig", "ShadowDPOTrainer", "ShadowSFTConfig", "ShadowSFTTrainer", "gap", "graft"]
+__all__ = [
+    "ShadowDPOConfig",
+    "ShadowDPOTrainer",
+    "ShadowSFTConfig",
+    "ShadowSFTTrainer",
+    "extract_delta",
+    "gap",
+    "graft",
+    "verify",
+]
 
 if TYPE_CHECKING:
     from .config import ShadowDPOConfig, ShadowSFTConfig
+    from .extracting import extract_delta
     from .grafting import gap, graft
     from .trainers import ShadowDPOTrainer, ShadowSFTTrainer
+    from .verifying import verify
 
 
 def __getattr__(name: str) -> Any:

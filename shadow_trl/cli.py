@@ -25,8 +25,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments[:1] and arguments[0] in _RECIPES:
             return _RECIPES[arguments[0]](arguments[1:]) or 0
         options = _parser().parse_args(arguments)
-        run: Callable[[argparse.Namespace], None] = options.run
-        run(options)
+        run: Callable[[argparse.Namespace], int | None] = options.run
+        return run(options) or 0
     except ShadowError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return error.exit_code
@@ -36,7 +36,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         print(f"{type(error).__name__}: {error}. Nothing half-done is left.", file=sys.stderr)
         return 1
-    return 0
 
 
 class _Parser(argparse.ArgumentParser):
@@ -54,6 +53,8 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
     _add_graft(commands.add_parser("graft", help="add the delta of TUNED to INSTRUCT", allow_abbrev=False))
     _add_gap(commands.add_parser("gap", help="how far INSTRUCT lies from BASE", allow_abbrev=False))
+    _add_delta(commands.add_parser("delta", help="write TUNED - BASE on its own, or as a LoRA", allow_abbrev=False))
+    _add_verify(commands.add_parser("verify", help="is a folder the graft it says it is?", allow_abbrev=False))
     for name, text in (
         ("sft", "train BASE with SFT, then graft"),
         ("dpo", "train BASE with DPO, then graft"),
@@ -70,7 +71,9 @@ def _add_graft(parser: argparse.ArgumentParser) -> None:
     need = parser.add_argument_group("models")
     need.add_argument("--base", metavar="B", help="BASE, before training; an adapter names it itself")
     need.add_argument("--instruct", metavar="I", required=True, help="INSTRUCT, which receives the delta")
-    need.add_argument("--tuned", metavar="T", required=True, help="BASE after training: a checkpoint or a LoRA adapter")
+    learnt = need.add_mutually_exclusive_group(required=True)
+    learnt.add_argument("--tuned", metavar="T", help="BASE after training: a checkpoint or a LoRA adapter")
+    learnt.add_argument("--delta", metavar="D", help="in its place: what `shadow-trl delta` wrote; needs no BASE")
     need.add_argument("--output", metavar="O", required=True, help="folder of the result; must not exist")
     sums = parser.add_argument_group("arithmetic")
     sums.add_argument("--scale", type=float, default=1.0, metavar="A", help="multiplier of the delta (default 1)")
@@ -112,6 +115,41 @@ def _add_gap(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=_gap)
 
 
+def _add_delta(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Write TUNED - BASE to a folder of its own; `shadow-trl graft --delta` adds it to any INSTRUCT of that BASE."
+    )
+    parser.add_argument("--base", metavar="B", help="BASE, before training; an adapter names it itself")
+    parser.add_argument("--tuned", metavar="T", required=True, help="BASE after training")
+    parser.add_argument("--output", metavar="D", required=True, help="folder of the result; must not exist")
+    parser.add_argument("--rank", type=int, metavar="R", help="write a LoRA adapter for BASE of this rank instead")
+    parser.add_argument("--dtype", choices=DTYPES[1:], default="float32", help="of the result (default float32)")
+    parser.add_argument("--base-dtype", choices=("tuned", *DTYPES[1:]), help="dtype in which training loaded BASE")
+    parser.add_argument("--max-shard-size", metavar="SIZE", help="such as 5GB (default: BASE's files)")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing delta")
+    parser.add_argument("--digest", choices=DIGESTS, default="sha256", help="of the inputs (default sha256)")
+    parser.add_argument("--stats", choices=("on", "off"), default="on", help="measure the delta (default on)")
+    parser.add_argument("--quiet", action="store_true", help="print nothing but errors and warnings")
+    parser.add_argument("--json", action="store_true", help="print the report as JSON on stdout, with every module")
+    parser.set_defaults(run=_delta)
+
+
+def _add_verify(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Make the graft in FOLDER again, with the options in its shadow.json, and compare. Exit code 0: it is that "
+        "graft; 1: it is not. What is left out is taken from shadow.json."
+    )
+    parser.add_argument("folder", metavar="FOLDER", help="folder of the graft")
+    parser.add_argument("--base", metavar="B", help="BASE")
+    parser.add_argument("--instruct", metavar="I", help="INSTRUCT")
+    learnt = parser.add_mutually_exclusive_group()
+    learnt.add_argument("--tuned", metavar="T", help="BASE after training")
+    learnt.add_argument("--delta", metavar="D", help="what `shadow-trl delta` wrote")
+    parser.add_argument("--quiet", action="store_true", help="print nothing but errors and warnings")
+    parser.add_argument("--json", action="store_true", help="print the report as JSON on stdout")
+    parser.set_defaults(run=_verify)
+
+
 def _graft(options: argparse.Namespace) -> None:
     with collector_paused():
         from .grafting import graft
@@ -148,6 +186,32 @@ def _gap(options: argparse.Namespace) -> None:
         plot_gap(report, options.plot)
     if not options.quiet:
         print(report.text())
+
+
+def _delta(options: argparse.Namespace) -> None:
+    from .extracting import extract_delta
+
+    given = vars(options)
+    named = {name: given[name] for name in given if name not in ("run", "command", "quiet", "json", "stats")}
+    report = extract_delta(**named, stats=options.stats == "on", progress=not options.quiet)
+    _warn(report.warnings)
+    if options.json:
+        print(json.dumps(report.to_dict(), indent=2))
+    elif not options.quiet:
+        print(report.text())
+
+
+def _verify(options: argparse.Namespace) -> int:
+    from .verifying import verify
+
+    sides = {name: getattr(options, name) for name in ("base", "instruct", "tuned", "delta")}
+    report = verify(options.folder, **sides, progress=not options.quiet)
+    _warn(report.warnings)
+    if options.json:
+        print(json.dumps(report.to_dict(), indent=2))
+    elif not (options.quiet and report.same):
+        print(report.text())
+    return 0 if report.same else 1
 
 
 def _sft(argv: list[str]) -> int | None:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import logging
 import re
-import shutil
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from copy import deepcopy
@@ -201,7 +200,8 @@ def normalise(
         checkpoint, sum(sizes) / 1e9, folder, min(2 * sum(sizes), SHARD_BYTES + 2 * max(sizes)) / 1e9,
     )  # fmt: skip
     folder.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(Path(checkpoint.path) / "config.json", folder / "config.json")
+    # From memory, not from the file: a delta has no config.json of its own.
+    (folder / "config.json").write_text(json.dumps(checkpoint.config), encoding="utf-8")
     _write_shards(_converted(names, checkpoint, rules, blocks), folder)
     result = Checkpoint.open(str(folder))
     shapes = {name: spec.shape for name, spec in wanted.items()}

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .errors import list_names
 from .kinds import kind_of, layer_key, layer_of
 
 if TYPE_CHECKING:
@@ -67,6 +68,114 @@ class GraftReport:
 
 
 @dataclass(frozen=True)
+class DeltaReport:
+    """What `extract_delta` wrote and measured.
+
+    Args:
+        output: folder of the result.
+        form: `delta` (dense) or `adapter` (a LoRA made from it).
+        weights: number of weights of the delta; of modules for the adapter.
+        dtype: torch name of the dtype that was written.
+        delta_norm: Euclidean norm of the delta; None where nothing was measured.
+        exact: whether every stored value is exactly tuned - base, so that a graft of it has the bits of the direct one;
+            None where nothing was measured or the delta came from an adapter.
+        realised, noise: as in `GraftReport`, of storing the delta in `dtype`.
+        by_kind: kind of weight -> the figures and the number of weights and elements.
+        rank: of the adapter.
+        kept: share of the delta's squared norm that the adapter keeps, all weights together.
+        modules: module -> `energy`, the share of its own squared norm that is kept, and `share`, its share of the whole
+            delta's squared norm.
+        lost: weight without a low-rank form -> its share of the whole delta's squared norm, which is lost.
+        warnings: what the user should know.
+    """
+
+    output: Path
+    form: str
+    weights: int
+    dtype: str
+    delta_norm: float | None = None
+    exact: bool | None = None
+    realised: float | None = None
+    noise: float | None = None
+    by_kind: dict[str, dict[str, Any]] = field(default_factory=dict)
+    rank: int | None = None
+    kept: float | None = None
+    modules: dict[str, dict[str, float]] = field(default_factory=dict)
+    lost: dict[str, float] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything in types that JSON knows."""
+        return {**asdict(self), "output": str(self.output)}
+
+    def text(self) -> str:
+        """Return the report as lines for a terminal; the whole tables are in `to_dict`."""
+        if self.form == "adapter":
+            return "\n".join(self._adapter_lines())
+        exact = {True: ", exact", False: ", rounded", None: ""}[self.exact]
+        lines = [f"delta in {self.output}: {self.weights} weights, {self.dtype}{exact}"]
+        figures = {name: getattr(self, name) for name in ("delta_norm", "realised", "noise")}
+        shown = [f"{name} {value:.4g}" for name, value in figures.items() if value is not None]
+        return "\n".join([*lines, *(["  ".join(shown)] if shown else [])])
+
+    def _adapter_lines(self) -> list[str]:
+        lines = [f"adapter in {self.output}: {self.weights} modules, rank {self.rank}, {self.dtype}"]
+        lines += [f"keeps {self.kept or 0:.2%} of the delta's squared norm; of a module's own at least"]
+        worst = sorted(self.modules.items(), key=lambda item: item[1]["energy"])[:5]
+        lines += [f"  {found['energy']:.2%}  {name}" for name, found in worst]
+        if self.lost:
+            lines += [f"loses {sum(self.lost.values()):.2%} with {len(self.lost)} weights that have no low-rank form"]
+            largest = sorted(self.lost.items(), key=lambda item: -item[1])[:5]
+            lines += [f"  {share:.2%}  {name}" for name, share in largest]
+        return lines
+
+
+@dataclass(frozen=True)
+class VerifyReport:
+    """Whether a folder is the graft that its manifest says.
+
+    Args:
+        folder: as the user gave it.
+        compared: number of weights of the graft.
+        weights: name -> what is different about it.
+        files: other files that are missing, changed or not of the graft.
+        digests: `role: file` of inputs that are not those named in the manifest.
+        warnings: of the graft that was made to compare with.
+    """
+
+    folder: str
+    compared: int
+    weights: dict[str, str] = field(default_factory=dict)
+    files: list[str] = field(default_factory=list)
+    digests: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+    @property
+    def same(self) -> bool:
+        """Whether nothing differs."""
+        return not (self.weights or self.files or self.digests)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything in types that JSON knows."""
+        return {"same": self.same, **asdict(self)}
+
+    def text(self) -> str:
+        """Return one line when the folder is the graft, else what differs."""
+        if self.same:
+            return f"{self.folder} is that graft: {self.compared} weights and all other files are equal."
+        lines = [f"{self.folder} is not that graft."]
+        named = (
+            (f"{len(self.weights)} of {self.compared} weights differ", [f"{k}  {v}" for k, v in self.weights.items()]),
+            (f"{len(self.files)} other files differ", self.files),
+            (f"{len(self.digests)} input files are not those of the manifest", self.digests),
+        )
+        for title, rows in named:
+            if rows:
+                lines += [title, list_names(rows)]
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True)
 class GapReport:
     """Relative distance of BASE and INSTRUCT, `sigma = sum|B-I| / (sum|B| + sum|I|)`.
 
@@ -104,14 +213,20 @@ class GapReport:
         return "\n".join(rows)
 
 
-def graft_figures(sums: Mapping[str, Sums], stats: bool) -> dict[str, Any]:
-    """Return the fields of `GraftReport` that are made of sums; {} when nothing was measured."""
+def graft_figures(sums: Mapping[str, Sums], stats: bool, *, sigma: bool = True) -> dict[str, Any]:
+    """Return the fields of `GraftReport` that are made of sums; {} when nothing was measured.
+
+    Args:
+        sums: name of each weight -> its sums.
+        stats: whether they were measured.
+        sigma: False where zeros stood in for BASE or INSTRUCT, so that their distance means nothing.
+    """
     if not stats or not sums:
         return {}
 
     def figures(found: Sums) -> dict[str, Any]:
         names = ("sigma", "delta_norm", "realised", "noise")
-        return {name: getattr(found, name) for name in names}
+        return {name: getattr(found, name) if sigma or name != "sigma" else None for name in names}
 
     return {**figures(_total(sums)), "by_kind": _grouped(sums, kind_of, figures)}
 

@@ -16,12 +16,14 @@ from typing import Any
 
 from .adapter import place_on, write_adapter
 from .checkpoint import Checkpoint
+from .delta_folder import refuse_deltas
+from .delta_inputs import open_delta
 from .errors import ConfigError, GraftError, list_names
 from .figures import GapReport, GraftReport, graft_figures, graft_warnings
 from .graft_options import GraftOptions, parse_size
 from .hub import is_hub_id
 from .inputs import Digests, Inputs, Source, no_adapter_form
-from .jobs import check_rounding, full_jobs, low_rank_jobs
+from .jobs import Jobs, check_rounding, full_jobs, low_rank_jobs
 from .manifest import write_manifest, write_model_card
 from .measuring import gap
 from .origins import stage_below
@@ -38,7 +40,8 @@ def graft(
     *,
     base: Source | None = None,
     instruct: Source,
-    tuned: Source,
+    tuned: Source | None = None,
+    delta: Source | None = None,
     output: Source,
     scale: float = 1.0,
     instruct_scale: float = 1.0,
@@ -62,9 +65,12 @@ def graft(
     `grafted = scale * tuned + b * instruct + (1 - scale - b) * base`. Each sum is rounded once.
 
     Args:
-        base: folder or hub id of BASE, either with `@revision` if wished. May be left out for an adapter that names it.
+        base: folder or hub id of BASE, either with `@revision` if wished. May be left out for an adapter that names it,
+            and for a delta, against whose digests it is then only checked.
         instruct: the same for INSTRUCT.
         tuned: BASE after training: a full checkpoint or a plain LoRA adapter.
+        delta: in the place of `tuned`: a delta of this BASE as `extract_delta` writes it. In fp32 and exact, as it is
+            for 16-bit checkpoints, it gives the bits that `tuned` gives (exponents within 2^16, as everywhere).
         output: folder of the result; must not exist.
         scale: multiplier of the delta. Default 1.
         instruct_scale: the multiplier b of INSTRUCT. Default 1.
@@ -100,9 +106,7 @@ def graft(
     target = Path(output)
     recover(target)
     check_free(target, settings.overwrite)
-    with _on_base(base, tuned, target, progress) as (origin, learnt, stages):
-        inputs = Inputs.open(origin, instruct, learnt, settings)
-        inputs.stages = stages
+    with _opened(base, instruct, tuned, delta, target, settings, progress) as inputs:
         check_place(target, inputs.folders)
         with OutputFolder(target, settings.overwrite) as place:
             if inputs.form == "adapter":
@@ -114,7 +118,30 @@ def graft(
 
 
 @contextmanager
-def _on_base(
+def _opened(
+    base: Source | None,
+    instruct: Source,
+    tuned: Source | None,
+    delta: Source | None,
+    target: Path,
+    options: GraftOptions,
+    progress: bool,
+) -> Iterator[Inputs]:
+    """Open the sides of a graft of TUNED or of a delta."""
+    if (tuned is None) == (delta is None):
+        raise ConfigError("give either tuned or delta: what BASE learnt is one of them. Nothing was written.")
+    if delta is not None:
+        yield open_delta(base, instruct, delta, options)
+        return
+    assert tuned is not None
+    with on_base(base, tuned, target, progress) as (origin, learnt, stages):
+        inputs = Inputs.open(origin, instruct, learnt, options)
+        inputs.stages = stages
+        yield inputs
+
+
+@contextmanager
+def on_base(
     base: Source | None, tuned: Source, target: Path, progress: bool
 ) -> Iterator[tuple[Source | None, Source, dict[str, Checkpoint]]]:
     """Give BASE and TUNED of a graft; an adapter trained on the full model of an earlier run is merged into that first.
@@ -161,6 +188,7 @@ def check_graft(*, base: Source | None = None, instruct: Source, output: Source,
     target = Path(output)
     recover(target)
     check_free(target, settings.overwrite)
+    refuse_deltas(base=base, instruct=instruct)
     receiver = Checkpoint.open(instruct)
     receiver.check_not_quantised("instruct")
     folders = [("instruct", receiver.path)]
@@ -187,24 +215,20 @@ def _options(options: dict[str, Any]) -> GraftOptions:
 
 def _write_dense_form(inputs: Inputs, part: Path, target: Path, options: GraftOptions, progress: bool) -> GraftReport:
     scratch = part / ".converted"
-    if inputs.tuned.is_adapter:
-        jobs = low_rank_jobs(inputs.base, inputs.instruct, inputs.tuned, inputs.modules, options, scratch=scratch)
-    else:
-        assert inputs.base is not None
-        jobs = full_jobs(inputs.base, inputs.instruct, inputs.tuned, options, scratch)
+    jobs = dense_jobs(inputs, options, scratch)
     check_rounding(jobs, options)
     files = plan_files(jobs.weights, jobs.layout, parse_size(options.max_shard_size))
     small = copied_files(inputs.instruct)
     check_space(target, sum(file.size for file in files) + sum(path.stat().st_size for path in small))
     with Digests(inputs, small, options) as digests, Progress(sum(f.size for f in files), progress) as bar:
-        outcome = stream(files, part, _arithmetic(options), bar.add)
-        _check_finite(outcome, target)
+        outcome = stream(files, part, arithmetic(options), bar.add)
+        check_finite(outcome, target)
         write_index(files, jobs.layout, part)
         shutil.rmtree(scratch, ignore_errors=True)
         copy_files(small, inputs.instruct, part)
         dtype = main_dtype(jobs.weights)
         write_config(inputs.instruct, part, dtype, jobs.config_edits)
-        figures = graft_figures(outcome.sums, options.stats)
+        figures = graft_figures(outcome.sums, options.stats, sigma=not inputs.recorded)
         notes = [*inputs.warnings, *jobs.warnings, *graft_warnings(figures, dtype or "", options.rounding)]
         report = GraftReport(
             target, "model", jobs.grafted, len(jobs.weights) - jobs.grafted, dtype or "", options.scale,
@@ -212,6 +236,14 @@ def _write_dense_form(inputs: Inputs, part: Path, target: Path, options: GraftOp
         )  # fmt: skip
         _write_provenance(part, inputs, report, options, digests=digests.collect(), left_out=jobs.left_out)
     return report
+
+
+def dense_jobs(inputs: Inputs, options: GraftOptions, scratch: Path) -> Jobs:
+    """Plan the weights of a dense result; copies in another layout go to `scratch`."""
+    if inputs.tuned.is_adapter:
+        return low_rank_jobs(inputs.base, inputs.instruct, inputs.tuned, inputs.modules, options, scratch=scratch)
+    assert inputs.base is not None
+    return full_jobs(inputs.base, inputs.instruct, inputs.tuned, options, scratch)
 
 
 def _write_adapter_form(inputs: Inputs, part: Path, target: Path, options: GraftOptions) -> GraftReport:
@@ -252,18 +284,20 @@ def _write_provenance(
     }
     found = report.to_dict()
     del found["output"], found["scale"], found["instruct_scale"]
-    content = {"kind": "graft", **sides, "options": options.to_dict(), "left_out": left_out, **found}
+    content = {"kind": "graft", **inputs.recorded, **sides, "options": options.to_dict(), "left_out": left_out, **found}
     write_manifest(part, content)
     write_model_card(part, content, adapter=report.form == "adapter")
 
 
-def _arithmetic(options: GraftOptions) -> Arithmetic:
+def arithmetic(options: GraftOptions) -> Arithmetic:
+    """Return how to sum."""
     return Arithmetic(
         options.scale, options.instruct_scale, options.rounding, options.seed, options.base_dtype, options.stats
     )
 
 
-def _check_finite(outcome: Outcome, target: Path) -> None:
+def check_finite(outcome: Outcome, target: Path) -> None:
+    """Raise GraftError if a weight has values that are not finite."""
     if not outcome.bad:
         return
     lines = [f"{name}  not finite in {', '.join(sides)}" for name, sides in outcome.bad.items()]

@@ -102,4 +102,4 @@ def _download(name: str, revision: str | None, weights: bool) -> Path:
 def _patterns_of_weights(folder: Path, pickled: bool) -> list[str]:
     if pickled:
         return ["pytorch_model*.bin"]
-    return ["model*.safetensors", "adapter_model.safetensors"]
+    return ["model*.safetensors", "adapter_model.safetensors", "delta*.safetensors"]

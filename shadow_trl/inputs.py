@@ -6,9 +6,11 @@ import os
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from .adapter import LoraModule, base_model_of, read_lora
 from .checkpoint import Checkpoint
+from .delta_folder import refuse_deltas
 from .errors import AdapterError, CheckpointError, ConfigError
 from .graft_options import GraftOptions
 from .hub import is_hub_id
@@ -31,15 +33,27 @@ class Inputs:
     warnings: list[str] = field(default_factory=list)
     stages: dict[str, Checkpoint] = field(default_factory=dict)
     """What TUNED was merged from, by role (`start`, `tuned`); empty where it is one checkpoint."""
+    recorded: dict[str, Any] = field(default_factory=dict)
+    """Manifest entries of sides that are not read: BASE and TUNED of a delta, as its own manifest names them."""
 
     @classmethod
-    def open(cls, base: Source | None, instruct: Source, tuned: Source, options: GraftOptions) -> Inputs:
+    def open(
+        cls, base: Source | None, instruct: Source, tuned: Source, options: GraftOptions, *, check_pair: bool = True
+    ) -> Inputs:
         """Open the sides, check that they belong together, and choose the form of the result.
+
+        Args:
+            base: as in `graft`.
+            instruct: as in `graft`.
+            tuned: as in `graft`.
+            options: as in `graft`.
+            check_pair: whether BASE and INSTRUCT are checked against each other; needless where they are one.
 
         Raises:
             InputError: a side is missing, quantised or of the wrong kind, or the sides do not fit.
 
         """
+        refuse_deltas(base=base, instruct=instruct, tuned=tuned)
         learnt, receiver = Checkpoint.open(tuned), Checkpoint.open(instruct)
         if receiver.is_adapter:
             raise AdapterError(f"instruct {receiver} is an adapter, not a model. Merge it first. Nothing was written.")
@@ -55,22 +69,23 @@ class Inputs:
             raise AdapterError(f"base {origin} is an adapter, not a model. Merge it first. Nothing was written.")
         for role, side in (("base", origin), ("instruct", receiver), ("tuned", learnt)):
             side.check_not_quantised(role)
-        warnings = ModelPair(origin, receiver).check(
-            vocab=options.vocab  # type: ignore[arg-type]
-        )
+        warnings = ModelPair(origin, receiver).check(vocab=options.vocab) if check_pair else []  # type: ignore[arg-type]
         form = form_of(learnt, receiver, modules, options)
         return cls(origin, receiver, learnt, form, modules, warnings)
 
     @property
     def sides(self) -> dict[str, Checkpoint]:
         """The sides that there are, by role."""
+        if self.recorded:  # a delta: BASE and TUNED are names in its manifest
+            return {"instruct": self.instruct, "delta": self.tuned}
         sides = {"base": self.base, "instruct": self.instruct, "tuned": self.tuned, **self.stages}
         return {role: side for role, side in sides.items() if side is not None}
 
     @property
     def folders(self) -> list[tuple[str, Path]]:
         """Role and folder of each side."""
-        return [(role, side.path) for role, side in self.sides.items()]
+        sides = self.sides if self.base is None else {**self.sides, "base": self.base}
+        return [(role, side.path) for role, side in sides.items()]
 
 
 def form_of(tuned: Checkpoint, instruct: Checkpoint, modules: dict[str, LoraModule], options: GraftOptions) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 
 from .adapter import LoraModule, place_on
 from .checkpoint import Checkpoint
+from .delta_folder import DeltaCheckpoint, Zeros
 from .errors import ConfigError, list_names
 from .graft_options import GraftOptions
 from .layouts import WeightPlan, resolve
@@ -40,7 +41,7 @@ class Jobs:
 def full_jobs(
     base: Checkpoint, instruct: Checkpoint, tuned: Checkpoint, options: GraftOptions, scratch: Path | None
 ) -> Jobs:
-    """Plan the graft of a full checkpoint.
+    """Plan the graft of a full checkpoint, or of a delta: zeros then stand where BASE's weights would.
 
     Layouts that must be converted are converted in the folder `scratch`; with None only the checks are made for them,
     and the plan has no weights.
@@ -54,10 +55,13 @@ def full_jobs(
 
         rows = shared_rows(base, instruct).ids
     wanted = selector(options)
+    is_delta = isinstance(tuned, DeltaCheckpoint)
     layout, sides = resolve(
-        base, instruct, tuned, scratch=scratch, vocab=options.vocab, rows=rows, untie=options.untie, wanted=wanted
-    )
+        None if is_delta else base, instruct, tuned, scratch=scratch, vocab=options.vocab, rows=rows,
+        untie=options.untie, wanted=wanted,
+    )  # fmt: skip
     home = sides["instruct"]
+    origin = Zeros.like(sides["tuned"]) if is_delta else sides["base"]
     names = [plan.name for plan in layout.weights]
     _check_selection(options, [plan.name for plan in layout.weights if not plan.copied], names)
     if layout.converts and scratch is None:
@@ -66,9 +70,9 @@ def full_jobs(
     for plan in layout.weights:
         spec = home.specs[plan.instruct]
         job = WeightJob(plan.name, _code(spec.code, options), spec.shape, Place(home, plan.instruct))
-        if plan.tuned is not None and plan.base is not None:
+        if plan.tuned is not None:
             job = WeightJob(
-                job.name, job.code, job.shape, job.instruct, Place(sides["base"], plan.base),
+                job.name, job.code, job.shape, job.instruct, Place(origin, plan.base or plan.tuned),
                 Place(sides["tuned"], plan.tuned), runs=_runs(plan, spec.shape),
             )  # fmt: skip
         weights.append(job)

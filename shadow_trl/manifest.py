@@ -1,7 +1,8 @@
-"""Provenance: `shadow.json` beside a run or a graft, and the model card of a graft.
+"""Provenance: `shadow.json` beside a run, a graft or a delta, and the model card of a graft or a delta.
 
-Two kinds of manifest. `kind: run` lies in the folder that a Shadow trainer writes (and in its checkpoints) and says
+Three kinds of manifest. `kind: run` lies in the folder that a Shadow trainer writes (and in its checkpoints) and says
 what was trained from what. `kind: graft` lies in the grafted folder and says what was added to what, with figures.
+`kind: delta` lies beside a delta on its own (`form: delta`) or a LoRA made from one (`form: adapter`).
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from .errors import CheckpointError
 
 MANIFEST_NAME = "shadow.json"
 FORMAT = 1
+KINDS = ("run", "graft", "delta")
 
 _DIGEST_BLOCK = 8 * 2**20
 _PACKAGES = ("shadow-trl", "torch", "transformers", "trl", "peft", "accelerate", "safetensors")
@@ -43,8 +45,11 @@ def read_manifest(folder: str | os.PathLike[str]) -> dict[str, Any] | None:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise CheckpointError(f"cannot read {path}: {error}. Restore the file or remove it.") from error
-    if not isinstance(content, dict) or content.get("kind") not in ("run", "graft"):
-        raise CheckpointError(f"{path} is no manifest of a run or a graft: it has no `kind`. Restore it or remove it.")
+    if not isinstance(content, dict) or content.get("kind") not in KINDS:
+        raise CheckpointError(
+            f"{path} is no manifest of a run, a graft or a delta: its `kind` is none of {', '.join(KINDS)}. Restore it "
+            "or remove it."
+        )
     if content.get("format", 0) > FORMAT:
         raise CheckpointError(
             f"{path} was written by a newer shadow_trl (format {content['format']}, this version reads {FORMAT}). "
@@ -58,7 +63,7 @@ def write_manifest(folder: str | os.PathLike[str], content: Mapping[str, Any]) -
 
     Args:
         folder: an existing folder.
-        content: must have `kind` (`run` or `graft`). `format` and `versions` are added.
+        content: must have `kind` (`run`, `graft` or `delta`). `format` and `versions` are added.
     """
     path = Path(folder) / MANIFEST_NAME
     full = {"kind": content["kind"], "format": FORMAT, **content, "versions": versions()}
@@ -136,6 +141,33 @@ def write_model_card(folder: str | os.PathLike[str], manifest: Mapping[str, Any]
         "```",
         "",
     ]
+    path = Path(folder) / "README.md"
+    path.write_text("\n".join(lines), encoding="utf-8")
+    return path
+
+
+def write_delta_card(folder: str | os.PathLike[str], manifest: Mapping[str, Any]) -> Path:
+    """Write the `README.md` of a delta, or of the LoRA made from one, from its manifest; return its path.
+
+    Args:
+        folder: the folder of the delta, not yet renamed into place.
+        manifest: the content of its `shadow.json`; `base`, `tuned` (each with `source`) and `form`.
+    """
+    names = {role: _card_name(manifest[role]["source"]) for role in ("base", "tuned")}
+    adapter = manifest["form"] == "adapter"
+    lines = ["---"]
+    if _is_hub_id(manifest["base"]["source"]):
+        lines += ["base_model:", f"- {names['base']}", *(["base_model_relation: adapter"] if adapter else [])]
+    lines += [*(["library_name: peft"] if adapter else []), "tags:", "- shadow-trl", "- shadow-ft"]
+    lines += [*(["- lora"] if adapter else []), "---", "", f"# What training added to {names['base']}", ""]
+    if adapter:
+        lines += ["`lora_B @ lora_A ~ tuned - base`, by truncated singular value decomposition.", ""]
+    else:
+        lines += ["`delta = tuned - base`. This is no model. Add it to an instruct model of the base with", ""]
+        lines += ["    shadow-trl graft --delta FOLDER --instruct INSTRUCT --output OUTPUT", ""]
+    lines += ["| | |", "|---|---|", *[f"| {role} | {name} |" for role, name in names.items()], ""]
+    lines += [f"`{MANIFEST_NAME}` beside this file has digests and figures.", ""]
+    lines += ["## Citation", "", "```bibtex", _CITATION, "```", ""]
     path = Path(folder) / "README.md"
     path.write_text("\n".join(lines), encoding="utf-8")
     return path

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from .checkpoint import Checkpoint
+from .delta_folder import refuse_deltas
 from .deltas import BLOCK, Sums, gap_sums
 from .errors import AdapterError, GraftError, list_names
 from .figures import GapReport, gap_report
@@ -41,6 +42,7 @@ def gap(base: Source, instruct: Source, tuned: Source | None = None, *, progress
     Source: Shadow-FT (arXiv 2505.12716), equation 1.
 
     """
+    refuse_deltas(base=base, instruct=instruct, tuned=tuned)
     sides = {"base": Checkpoint.open(base), "instruct": Checkpoint.open(instruct)}
     if tuned is not None:
         sides["tuned"] = Checkpoint.open(tuned)

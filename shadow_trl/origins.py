@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .delta_folder import refuse_deltas
 from .errors import AdapterError, ConfigError, InputError, list_names
 from .manifest import MANIFEST_NAME, file_digest, read_manifest
 
@@ -88,6 +89,9 @@ def resolve_origins(
             f"{policy} is a grafted model: INSTRUCT with the delta already added. Training goes on from the tuned "
             f"model; give the folder of the run instead: {run}. Nothing was written."
         )
+    if manifest is not None and manifest["kind"] == "delta":
+        refuse_deltas(model=policy)
+        manifest = None  # a LoRA made from a delta is an adapter like any other
     adapter = policy if policy is not None and (Path(policy) / "adapter_config.json").is_file() else None
     if manifest is not None:
         assert policy is not None

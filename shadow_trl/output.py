@@ -29,16 +29,18 @@ class OutputFolder:
 
     Args:
         path: where the result goes.
-        overwrite: whether a graft that is there may be replaced. It stays as a hidden sibling until the new one is
+        overwrite: whether a result of the same kind may be replaced. It stays as a hidden sibling until the new one is
         there.
+        kind: of the result, as its manifest names it. Default `graft`.
 
     Raises:
-        OutputExistsError: something is at `path` and `overwrite` is off, or what is there is no graft.
+        OutputExistsError: something is at `path` and `overwrite` is off, or what is there is of another kind.
     """
 
-    def __init__(self, path: Path, overwrite: bool = False) -> None:
+    def __init__(self, path: Path, overwrite: bool = False, kind: str = "graft") -> None:
         self.path = Path(os.path.abspath(path))
         self.overwrite = overwrite
+        self.kind = kind
         self.part = self.path.with_name(f".{self.path.name}.{_PART}-{os.getpid()}-{threading.get_ident():x}")
         self._made: list[Path] = []
         self._lock = -1
@@ -46,7 +48,7 @@ class OutputFolder:
 
     def __enter__(self) -> OutputFolder:
         recover(self.path)
-        check_free(self.path, self.overwrite)
+        check_free(self.path, self.overwrite, self.kind)
         try:
             self._made = _make_parents(self.path.parent)
             self.part.mkdir()
@@ -97,8 +99,8 @@ class OutputFolder:
                 folder.rmdir()
 
 
-def check_free(path: Path, overwrite: bool) -> None:
-    """Raise OutputExistsError unless a result can be put at `path`."""
+def check_free(path: Path, overwrite: bool, kind: str = "graft") -> None:
+    """Raise OutputExistsError unless a result of this kind can be put at `path`."""
     old = _old(path)
     if not os.path.lexists(path) and not old.exists():
         return
@@ -108,11 +110,10 @@ def check_free(path: Path, overwrite: bool) -> None:
         )
     there = path if os.path.lexists(path) else old
     manifest = _manifest(there)
-    if there.is_symlink() or not there.is_dir() or manifest is None or manifest.get("kind") != "graft":
+    if there.is_symlink() or not there.is_dir() or manifest is None or manifest.get("kind") != kind:
         raise OutputExistsError(
-            f"{path} exists and is no graft (it has no {MANIFEST_NAME} of kind graft), so it is not overwritten. "
-            "Choose "
-            "another output or remove it yourself. Nothing was written."
+            f"{path} exists and is no {kind} (it has no {MANIFEST_NAME} of kind {kind}), so it is not overwritten. "
+            "Choose another output or remove it yourself. Nothing was written."
         )
 
 

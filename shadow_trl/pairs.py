@@ -104,7 +104,7 @@ class ModelPair:
     def check(
         self,
         *,
-        level: Literal["headers", "weights"] = "headers",
+        level: Literal["configs", "headers", "weights"] = "headers",
         need_template: bool = False,
         allow_wide_gap: bool = False,
         vocab: Literal["strict", "shared"] = "strict",
@@ -112,7 +112,8 @@ class ModelPair:
         """Check that INSTRUCT was made from BASE and that BASE can be trained on INSTRUCT's chats.
 
         Args:
-            level: "headers" reads configs, tokenizers, names, shapes, the rows of the template's special tokens and a
+            level: "configs" reads configs, tokenizers, names and shapes, for a BASE whose weights are not there.
+                "headers" reads configs, tokenizers, names, shapes, the rows of the template's special tokens and a
                 sample of the weights. "weights" reads every weight once, for sigma.
             need_template: refuse an INSTRUCT without a chat template (the training data are conversations).
             allow_wide_gap: only warn when sigma is above 0.5.
@@ -126,7 +127,7 @@ class ModelPair:
             PairMismatchError: the two do not belong together; its text names everything that is wrong.
 
         """
-        _one_of("level", level, ("headers", "weights"))
+        _one_of("level", level, ("configs", "headers", "weights"))
         _one_of("vocab", vocab, ("strict", "shared"))
         adapters = [str(side) for side in (self.base, self.instruct) if side.is_adapter]
         if adapters:
@@ -141,7 +142,8 @@ class ModelPair:
         findings.add(self._check_template(need_template=need_template))
         findings.add(check_special_ids(self.base, self.instruct))
         findings.add(compare_processors(self.base.path, self.instruct.path))
-        if not findings.errors:  # the rest compares numbers, which says nothing about two different networks
+        # The rest compares numbers, which says nothing about two different networks.
+        if not findings.errors and level != "configs":
             findings.add(check_template_rows(self.base, self.instruct))
             findings.add(self._check_gap(allow_wide_gap) if level == "weights" else self._check_sample())
         if findings.errors:
@@ -276,7 +278,9 @@ class ModelPair:
 
 def _one_of(option: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
-        raise ConfigError(f"{option} is {value!r}; it can be {' or '.join(choices)}. Nothing was written.")
+        raise ConfigError(
+            f"{option} is {value!r}; it can be {', '.join(choices[:-1])} or {choices[-1]}. Nothing was written."
+        )
 
 
 def _same_start(base: torch.Tensor, instruct: torch.Tensor) -> bool:

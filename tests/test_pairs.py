@@ -117,7 +117,7 @@ def test_everything_that_is_wrong_is_in_one_error(sides):
 
 def test_bad_options_are_refused(sides):
     pair = ModelPair.open(*sides)
-    with pytest.raises(ConfigError, match="level is 'all'; it can be headers or weights"):
+    with pytest.raises(ConfigError, match="level is 'all'; it can be configs, headers or weights"):
         pair.check(level="all")
     with pytest.raises(ConfigError, match="vocab is 'some'; it can be strict or shared"):
         pair.check(vocab="some")

@@ -69,6 +69,8 @@ ORDER = [
     "pairs",
     "adapter",
     "grafting",
+    "extracting",
+    "verifying",
     "reference",
     "config",
     "trainers",
@@ -97,7 +99,8 @@ def test_rooms_without_arithmetic_do_not_import_torch(room):
 
 
 def test_only_the_top_rooms_import_trl():
-    wrong = {name for name in ("deltas", "checkpoint", "pairs", "adapter", "grafting", "layouts", "streaming", "output")
+    wrong = {name for name in ("deltas", "checkpoint", "pairs", "adapter", "grafting", "layouts", "streaming", "output",
+                               "extracting", "extracted_adapter", "verifying")
              if imports(name, inside_functions=True) & {"trl", "peft"}}  # fmt: skip
     assert wrong == set()
 
@@ -109,7 +112,8 @@ def test_no_room_has_the_name_of_a_public_function():
 def test_import_and_help_load_no_torch():
     for program in (
         "import shadow_trl",
-        "from shadow_trl.cli import main\nfor argv in (['--help'], ['graft', '--help'], ['gap', '--help']):\n"
+        "from shadow_trl.cli import main\n"
+        "for argv in (['--help'], *([name, '--help'] for name in ('graft', 'gap', 'delta', 'verify'))):\n"
         "    try:\n        main(argv)\n    except SystemExit as error:\n        assert error.code == 0",
     ):
         assert not loaded(program) & {"torch", "transformers", "trl", "peft", "numpy", "safetensors"}
@@ -120,7 +124,10 @@ def test_graft_and_gap_of_equal_layouts_load_no_model_library(tmp_path):
     program = (
         "import sys\nfrom shadow_trl.cli import main\nb, i, t, o = sys.argv[1:]\n"
         "assert main(['graft', '--base', b, '--instruct', i, '--tuned', t, '--output', o]) == 0\n"
-        "assert main(['gap', '--base', b, '--instruct', i]) == 0"
+        "assert main(['gap', '--base', b, '--instruct', i]) == 0\n"
+        "assert main(['verify', o]) == 0\n"
+        "assert main(['delta', '--base', b, '--tuned', t, '--output', o + '-d']) == 0\n"
+        "assert main(['graft', '--delta', o + '-d', '--instruct', i, '--output', o + '-2']) == 0"
     )
     found = loaded(program, *sides.values(), str(tmp_path / "out"))
     assert "torch" in found

@@ -1,0 +1,109 @@
+"""What is refused before a graft, on whichever side it stands, and a disk that has no room."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from families import CONFIG, family, load, shapes, write
+from safetensors.torch import save_file
+
+from shadow_trl import extract_delta, graft, output
+from shadow_trl.errors import CheckpointError, GraftError
+from shadow_trl.grafting import check_graft
+
+WEIGHT = "model.layers.0.mlp.up_proj.weight"
+STEM = WEIGHT.removesuffix(".weight")
+INT = torch.int32
+PACKED = {
+    "fp8": ({}, {WEIGHT: torch.zeros(24, 8).to(torch.float8_e4m3fn), f"{STEM}.weight_scale_inv": torch.ones(1, 1)}),
+    "gptq": (
+        {"bits": 4},
+        {
+            f"{STEM}.qweight": torch.zeros(1, 24, dtype=INT),
+            f"{STEM}.qzeros": torch.zeros(1, 3, dtype=INT),
+            f"{STEM}.g_idx": torch.zeros(8, dtype=INT),
+        },
+    ),
+    "awq": (
+        {"bits": 4},
+        {f"{STEM}.qweight": torch.zeros(8, 3, dtype=INT), f"{STEM}.qzeros": torch.zeros(1, 3, dtype=INT)},
+    ),
+    "bitsandbytes": (
+        {"load_in_4bit": True},
+        {
+            WEIGHT: torch.zeros(96, 1, dtype=torch.uint8),
+            f"{WEIGHT}.absmax": torch.zeros(3),
+            f"{WEIGHT}.quant_map": torch.zeros(16),
+        },
+    ),
+}
+
+
+def packed(folder, source, method, *, told):
+    """Copy a checkpoint with one weight packed as `method` does; `told` says whether its config mentions it."""
+    settings, tensors = PACKED[method]
+    config = {"quantization_config": {"quant_method": method, **settings}}
+    weights = {name: value for name, value in load(source).items() if name != WEIGHT}
+    written = write(folder, weights, config={**CONFIG, **(config if told else {})})
+    save_file({**weights, **tensors}, written / "model.safetensors", metadata={"format": "pt"})
+    return written
+
+
+@pytest.mark.parametrize("method", PACKED)
+@pytest.mark.parametrize("role", ["base", "instruct", "tuned"])
+@pytest.mark.parametrize("told", [True, False])
+def test_quantised_checkpoints_are_refused_on_every_side(tmp_path, method, role, told):
+    sides = family(tmp_path)
+    sides[role] = packed(tmp_path / "packed", sides[role], method, told=told)
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(CheckpointError) as caught:
+        graft(**sides, output=tmp_path / "out", progress=False)
+    text = str(caught.value)
+    assert text.startswith(f"cannot graft: {role} {sides[role]} is quantised")
+    assert (f"({method})" in text) is told
+    assert "Give the 16-bit or 32-bit checkpoint that it was made from" in text
+    if role != "tuned":
+        with pytest.raises(CheckpointError, match="is quantised"):
+            check_graft(base=sides["base"], instruct=sides["instruct"], output=tmp_path / "out", adapter=False)
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_a_disk_without_room_is_told_before_the_work_starts(tmp_path, monkeypatch):
+    sides = family(tmp_path)
+    elements = sum(torch.Size(shape).numel() for shape in shapes().values())
+    before = sorted(tmp_path.iterdir())
+    monkeypatch.setattr(output, "free_bytes", lambda path: 1000)
+    monkeypatch.setattr("shadow_trl.grafting.stream", lambda *arguments: pytest.fail("the work has started"))
+    monkeypatch.setattr("shadow_trl.extracting.stream", lambda *arguments: pytest.fail("the work has started"))
+    for work in (
+        lambda: graft(**sides, output=tmp_path / "out", dtype="float32", progress=False),
+        lambda: extract_delta(base=sides["base"], tuned=sides["tuned"], output=tmp_path / "out", progress=False),
+    ):
+        with pytest.raises(GraftError, match=r"needs [\d,]+ bytes .* has 1,000 free") as caught:
+            work()
+        needed = int(str(caught.value).split("needs ")[1].split(" bytes")[0].replace(",", ""))
+        assert 4 * elements < needed < 4 * elements + 20_000  # fp32, and the small files
+        assert sorted(tmp_path.iterdir()) == before
+
+
+def test_a_disk_that_fills_up_on_the_way_leaves_nothing(tmp_path):
+    """A limit on the size of files stands for the full disk: the write fails in the middle."""
+    sides = family(tmp_path)
+    program = (
+        "import json, resource, signal, sys\nfrom shadow_trl.cli import main\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\nresource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000))\n"
+        "sys.exit(main(json.loads(sys.argv[1])))"
+    )
+    before = sorted(tmp_path.iterdir())
+    command = ["graft", *(word for role, folder in sides.items() for word in (f"--{role}", str(folder)))]
+    command += ["--output", str(tmp_path / "out")]
+    words = [sys.executable, "-c", program, json.dumps(command)]
+    done = subprocess.run(words, check=False, capture_output=True, text=True)
+    assert done.returncode == 1, done.stderr
+    assert "is full" in done.stderr
+    assert "Nothing was written to" in done.stderr
+    assert sorted(tmp_path.iterdir()) == before
