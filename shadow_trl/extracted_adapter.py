@@ -52,10 +52,12 @@ def write_low_rank(
     dtype = getattr(torch, options.dtype)
     check_space(target, sum(rank * sum(job.shape) * dtype.itemsize for job in weights if job.name in modules))
     bad: list[str] = []
+    # One buffer for all: fresh ones of this size, with the factors kept in between, leave holes that add up.
+    buffer = torch.empty(max((math.prod(job.shape) for job in weights if job.name in modules), default=0))
     with Progress(sum(math.prod(job.shape) for job in weights), progress) as bar:
         for job in weights:
             module = modules.get(job.name)
-            delta = torch.empty(math.prod(job.shape)) if module else None
+            delta = buffer[: math.prod(job.shape)] if module else None
             squares[job.name] = _measure(job, options.base_dtype, delta)
             bar.add(math.prod(job.shape))
             if not math.isfinite(squares[job.name]):
