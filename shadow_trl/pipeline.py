@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 
+from .errors import InputError
 from .loading import load_adapter, load_model
 from .manifest import read_manifest, write_manifest
 from .origins import Origins, resolve_origins
@@ -26,6 +27,7 @@ from .pipeline_options import STAGES, Plan, is_done, read_plan
 from .preflight import GRAFTED_FOLDER
 from .processes import run_on_main
 from .recipe_data import load_data
+from .recipe_options import Options
 from .recipe_report import graft_figures, score_model
 from .recipes import end_processes, exit_code, own_folder, say, set_model_options, train_stage
 from .report import TITLES, Arm, RunReport
