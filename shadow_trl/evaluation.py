@@ -121,7 +121,7 @@ class GraftedEvaluation(_Trainer):
         return output._replace(metrics={**(output.metrics or {}), **(second.metrics or {}), **means})
 
     def _exchange(self) -> GraftExchange:
-        """Return the exchange of this run; INSTRUCT (and BASE, in full fine-tuning) are read once, to host memory."""
+        """Return the exchange of this run; INSTRUCT, and BASE where it is needed, are read once, to host memory."""
         if not hasattr(self, "_graft_exchange"):
             assert self.model is not None
             bare = bare_model(self.model)
@@ -131,10 +131,12 @@ class GraftedEvaluation(_Trainer):
                 return load_model(source, args=self._loading_args, revision=revision, policy=kwargs).state_dict()
 
             options = GraftOptions(**self.args.graft_options())
+            # Below an adapter BASE is needed where it lies on something else: on the full model of a stage before.
+            on_base = is_adapted(self.model) and self.origins.policy == self.origins.base
             self._graft_exchange = GraftExchange(
                 self.model,
                 weights(require_instruct(self.origins), self.origins.instruct_revision),
-                {} if is_adapted(self.model) else weights(require_base(self.origins), self.origins.base_revision),
+                {} if on_base else weights(require_base(self.origins), self.origins.base_revision),
                 scale=options.scale,
                 instruct_scale=options.instruct_scale,
                 receives=selector(options),
@@ -144,3 +146,4 @@ class GraftedEvaluation(_Trainer):
     def _check_grafted_evaluation(self) -> None:
         if self.args.eval_grafted:
             check_exchangeable(self.model, self.args)
+            self._exchange()  # what does not fit must be found before training

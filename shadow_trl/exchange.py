@@ -16,25 +16,26 @@ from accelerate.utils import is_peft_model
 from torch import nn
 
 from .adapter import unsupported_features
-from .errors import ConfigError, GraftError, list_names
+from .errors import ConfigError, list_names
 
 
 class GraftExchange:
     """Exchanges the weights of a model in training for `instruct + scale * (current - base)`, and back.
 
-    Under LoRA the frozen weights become INSTRUCT's and the adapter, which is the delta, stays. In full fine-tuning each
-    weight becomes the sum, worked out in fp32 and rounded to the model's dtype.
+    Under a LoRA on BASE the frozen weights become INSTRUCT's and the adapter, which is the delta, stays. In full
+    fine-tuning, and below a LoRA on something else than BASE, each weight becomes the sum, worked out in fp32 and
+    rounded to the model's dtype.
 
     Args:
         model: the model in training.
         instruct: INSTRUCT's weights by the names of the model in memory, in host memory.
-        base: BASE's, the same; not used (empty) under LoRA.
+        base: BASE's, the same; empty under a LoRA on BASE.
         scale: multiplier of the delta.
         instruct_scale: multiplier b of INSTRUCT in `a*T + b*I + (1-a-b)*B`; 1.0 under LoRA.
         receives: whether the weight of a name receives the delta.
 
     Raises:
-        GraftError: the model has a weight that INSTRUCT lacks.
+        ConfigError: the model has a weight that INSTRUCT or BASE lacks or has in another shape.
     """
 
     def __init__(
@@ -59,11 +60,18 @@ class GraftExchange:
             for name, parameter in _below_adapter(model).named_parameters()
             if not is_peft_model(model) or (not parameter.requires_grad and "lora_" not in name)
         }
-        missing = sorted(self.weights.keys() - instruct.keys())
-        if missing:
-            raise GraftError(
-                f"cannot evaluate the graft: {len(missing)} of {len(self.weights)} weights of the model are not in "
-                f"INSTRUCT.\n{list_names(missing)}"
+        unfit = [
+            f"{name}: {tuple(weight.shape)} in training, "
+            f"{tuple(side[name].shape) if name in side else 'absent'} in {role}"
+            for name, weight in sorted(self.weights.items())
+            for role, side in (("INSTRUCT", instruct), ("BASE", base))
+            if side and (name not in side or side[name].shape != weight.shape)
+        ]
+        if unfit:
+            raise ConfigError(
+                f"eval_grafted=True is not possible here: {len(unfit)} of {len(self.weights)} weights cannot be "
+                f"exchanged.\n{list_names(unfit)}\nPass eval_grafted=False and score the grafted folder after "
+                "training. Nothing was written."
             )
 
     @contextmanager
@@ -83,9 +91,7 @@ class GraftExchange:
 
     def _grafted(self, name: str, current: torch.Tensor) -> torch.Tensor:
         instruct = self.instruct[name]
-        if is_peft_model(self.model):
-            return instruct
-        if not self.receives(name):
+        if not self.base or not self.receives(name):
             return instruct
         base = self.base[name].to(current.dtype).float()
         delta = current.float() - base
@@ -126,7 +132,7 @@ def check_exchangeable(model: Any, args: Any) -> None:
             that needs BASE's weights below an adapter.
     """
     reasons = []
-    if getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False):
+    if any(getattr(model, name, False) for name in ("is_quantized", "is_loaded_in_4bit", "is_loaded_in_8bit")):
         reasons.append("BASE is quantised: its weights cannot be exchanged for INSTRUCT's")
     if is_peft_model(model):
         settings = model.peft_config[model.active_adapters[0]].to_dict()

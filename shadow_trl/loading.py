@@ -126,8 +126,8 @@ def adapter_settings(peft_config: PeftConfig | None, model: Any, adapter: str | 
 
 
 def is_adapted(model: Any) -> bool:
-    """Return whether `model` is a loaded model with a PEFT adapter."""
-    return not isinstance(model, str) and is_peft_model(model)
+    """Return whether `model` is a loaded model with a PEFT adapter; a name, or None, is not."""
+    return model is not None and not isinstance(model, str) and is_peft_model(model)
 
 
 def bare_model(model: Any) -> Any:

@@ -89,8 +89,10 @@ class ShadowMixin(GraftedEvaluation):
         self._choose_processing_class(config, given)
         # A copy: `model_init_kwargs` is taken from the run's config where the model is loaded here.
         self._loading_args = copy.copy(config)
-        self._choose_reference(config, given)
         in_memory = not isinstance(model, str)
+        # An object whose origin was named may hold anything; one without is checked to hold what its name says.
+        self._start_is_free = in_memory and bool(base_model or config.base_model)
+        self._choose_reference(config, given)
         if config.graft and in_memory and not (self._trains_adapter or base_model or config.base_model):
             check_unchanged(model, require_base(self.origins), self.origins.policy_revision)
         if self.origins.adapter is not None and not in_memory:

@@ -8,6 +8,7 @@ the same command goes on where it stopped.
 
 from __future__ import annotations
 
+import shutil
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -18,11 +19,15 @@ from typing import Any
 import torch
 from accelerate import PartialState
 
-from .manifest import read_manifest
+from .errors import InputError
+from .loading import load_adapter, load_model
+from .manifest import read_manifest, write_manifest
 from .origins import Origins, resolve_origins
 from .pipeline_options import STAGES, Plan, is_done, read_plan
 from .preflight import GRAFTED_FOLDER
+from .processes import run_on_main
 from .recipe_data import load_data
+from .recipe_options import Options
 from .recipe_report import graft_figures, score_model
 from .recipes import end_processes, exit_code, own_folder, say, set_model_options, train_stage
 from .report import TITLES, Arm, RunReport
@@ -40,6 +45,8 @@ Shadow-SFT on BASE, then Shadow-DPO from its folder: grafted = instruct + scale 
   --KEY VALUE           overrides a key for both stages, --sft.KEY or --dpo.KEY for one of them
 
 Keys: shadow-trl sft --help, shadow-trl dpo --help."""
+
+MERGED_FOLDER = "merged"
 
 _TITLES = {**TITLES, "sft": "graft after SFT"}
 
@@ -123,11 +130,36 @@ def _run_stage(plan: Plan, stage: str, root: Path, data: dict[str, Any]) -> None
     options, checkpoint = plan.options[stage], plan.left[stage]
     options.training.output_dir = str(root / stage)
     options.training.resume_from_checkpoint = checkpoint
-    if stage != STAGES[0]:
-        options.model.model_name_or_path = str(root / STAGES[0])
     set_model_options(options)
+    if stage != STAGES[0]:
+        start = root / STAGES[0]
+        if options.recipe.merge_adapter:
+            start = run_on_main(PartialState(), lambda: _merge(root, options), what="merging the adapter")
+        options.model.model_name_or_path = str(start)
     say(f"Stage {stage.upper()} in {root / stage}" + (f", from {checkpoint}" if checkpoint else ""))
     train_stage(stage, options, data)
+
+
+def _merge(root: Path, options: Options) -> Path:
+    """Merge the adapter of the SFT stage into BASE, in the dtype that the DPO stage trains in; return the folder.
+
+    The folder is a run of its own with the origins of the SFT stage, so that the graft after DPO carries both deltas.
+    """
+    merged, run, training = root / MERGED_FOLDER, root / STAGES[0], options.training
+    if merged.is_dir():  # renamed when it was whole
+        return merged
+    origins = resolve_origins(str(run), base=training.base_model, instruct=training.instruct_model)
+    if origins.adapter is None or origins.policy is None:
+        raise InputError(f"merge_adapter: {run} holds no adapter to merge. Leave merge_adapter out.")
+    below = load_model(origins.policy, args=training, revision=origins.policy_revision)
+    model = load_adapter(origins.adapter, below, trainable=False).merge_and_unload()
+    unfinished = root / f".{MERGED_FOLDER}-unfinished"
+    shutil.rmtree(unfinished, ignore_errors=True)
+    model.save_pretrained(unfinished)
+    manifest = read_manifest(run) or {}
+    write_manifest(unfinished, {**manifest, "adapter": None})
+    unfinished.rename(merged)
+    return merged
 
 
 def _make_report(plan: Plan, root: Path, rows: list[dict[str, Any]] | None, seconds: dict[str, float]) -> RunReport:

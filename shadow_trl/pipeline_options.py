@@ -212,6 +212,12 @@ def _check_together(stages: Sequence[str], options: Mapping[str, Options]) -> No
                 f"{', '.join(named)} in {stage} is for a single recipe: the pipeline grafts each stage and resumes by "
                 "itself. Nothing was written."
             )
+    first = options.get(STAGES[0])
+    if first is not None and first.recipe.merge_adapter:
+        raise ConfigError(
+            "merge_adapter in sft: there is no adapter before the first stage. Give it in the section dpo, or as "
+            "--dpo.merge_adapter. Nothing was written."
+        )
     if len(options) < len(STAGES):
         return
     sft, dpo = (options[stage] for stage in STAGES)
@@ -222,6 +228,10 @@ def _check_together(stages: Sequence[str], options: Mapping[str, Options]) -> No
                 f"{name} differs: {values[0]} in sft, {values[1]} in dpo. One process has one; give it at the top "
                 "level (bf16, fp16, use_cpu), or run the stages one by one with --stages. Nothing was written."
             )
+    if dpo.recipe.merge_adapter:
+        if get_peft_config(sft.model) is None:
+            raise ConfigError("merge_adapter in dpo: the stage sft trains no adapter (use_peft). Nothing was written.")
+        return
     adapters = [adapter.to_dict() for one in (sft, dpo) if (adapter := get_peft_config(one.model)) is not None]
     if len(adapters) == len(STAGES):
         before, after = adapters

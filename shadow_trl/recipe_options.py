@@ -42,6 +42,8 @@ class RecipeArguments:
         score_dtype: dtype in which all models answer, so that they are compared alike: `float32`, `bfloat16`,
             `float16`, or `auto` (that of their files). Default `float32`.
         train_rows: train on so many rows, drawn with the run's seed. Default: all.
+        merge_adapter: in the DPO stage of the pipeline: merge the adapter of the SFT stage into BASE, and train the
+            result in full, or with a new adapter. Default False: the adapter goes on.
         torch_threads: threads of PyTorch on the CPU. Default: PyTorch's own choice, one a core; models of a few million
             parameters are faster with one.
 
@@ -63,6 +65,10 @@ class RecipeArguments:
         },
     )
     train_rows: int | None = field(default=None, metadata={"help": "Train on so many rows, drawn with the seed."})
+    merge_adapter: bool = field(
+        default=False,
+        metadata={"help": "Pipeline, DPO stage: merge the adapter of the SFT stage first instead of going on with it."},
+    )
     torch_threads: int | None = field(default=None, metadata={"help": "Threads of PyTorch on the CPU."})
 
     def __post_init__(self) -> None:

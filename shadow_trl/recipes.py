@@ -83,6 +83,11 @@ def run(kind: str, argv: Sequence[str], default_config: str | Path | None = None
     """
     options = parse(kind, argv, default_config)
     recipe = options.recipe
+    if recipe.merge_adapter:
+        raise ConfigError(
+            "merge_adapter is for the DPO stage of recipes/shadow_sft_dpo.py. Here, merge the adapter yourself "
+            "(PeftModel.merge_and_unload, then save_pretrained) and name BASE with base_model. Nothing was written."
+        )
     if recipe.torch_threads is not None:
         torch.set_num_threads(recipe.torch_threads)
     rows = read_rows(recipe.score_rows) if recipe.score_rows else None

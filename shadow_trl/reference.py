@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import copy
 import gc
-import hashlib
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -18,9 +16,13 @@ import torch
 from accelerate.logging import get_logger
 from accelerate.utils import is_peft_model
 
+from .adapter import unsupported_features
+from .checkpoint import Checkpoint
 from .errors import ConfigError
+from .graft_options import GraftOptions
 from .grafting import graft
-from .loading import load_model
+from .jobs import selector
+from .loading import adapter_settings, is_adapted, load_adapter, load_model
 from .origins import Origins, require_base, require_instruct, with_revision
 from .processes import run_on_main
 
@@ -63,51 +65,91 @@ def load_reference(source: str, **how: Any) -> PreTrainedModel:
     return frozen(load_model(source, **how), how["args"])
 
 
-def graft_of_start(origins: Origins, *, args: Any, policy: Mapping[str, Any], **how: Any) -> PreTrainedModel:
+def graft_of_start(
+    origins: Origins, *, args: Any, policy: Mapping[str, Any], start: Any = None, **how: Any
+) -> PreTrainedModel:
     """Load INSTRUCT with the delta that training starts from: what a graft now would ship, in the policy's dtype.
 
-    It is written by the main process to a folder beside the run's results that all processes load from, and that is
-    gone when this returns.
+    A plain LoRA on BASE is merged into INSTRUCT in memory. Anything else is written by the main process to a folder
+    beside the run's results that all processes load from, and that is gone when this returns.
 
     Args:
         origins: of the run; its start is a full model or an adapter of an earlier run.
         args: a `ShadowDPOConfig`; its graft options are those of the run's own graft.
         policy: as in `load_model`; has the `dtype` of the policy.
+        start: the model training starts from, where it was given as an object; default what `origins` names.
         how: further keyword arguments of `load_model`.
     """
+    how = {"args": args, "policy": policy, **how}
+    if start is None and _merges_in_memory(origins, args, how.get("quantization_config")):
+        return frozen(_merge_on_instruct(origins, how), args)
     from accelerate import PartialState
 
     state = PartialState()
-    options = {**args.graft_options(), "format": "model", "dtype": str(policy["dtype"]).removeprefix("torch.")}
-
-    def write() -> str:
-        parent = Path(args.output_dir)
-        parent.mkdir(parents=True, exist_ok=True)
-        folder = tempfile.mkdtemp(prefix=".shadow-reference-", dir=parent)
-        try:
-            graft(
-                base=with_revision(require_base(origins), origins.base_revision),
-                instruct=with_revision(require_instruct(origins), origins.instruct_revision),
-                tuned=origins.adapter or with_revision(origins.policy or "", origins.policy_revision),
-                output=Path(folder) / "grafted",
-                base_dtype="tuned",
-                digest="none",
-                stats=False,
-                progress=False,
-                **options,
-            )
-        except BaseException:
-            shutil.rmtree(folder)
-            raise
-        return folder
-
-    folder = run_on_main(state, write, what="the graft of the start, as the reference policy")
+    work = partial(_write_graft_of_start, origins, args, policy, start)
+    folder = run_on_main(state, work, what="the graft of the start, as the reference policy")
     try:
-        return load_reference(str(Path(folder) / "grafted"), args=args, policy=policy, **how)
+        return load_reference(str(Path(folder) / "grafted"), **how)
     finally:
         state.wait_for_everyone()
         if state.is_main_process:
             shutil.rmtree(folder)
+
+
+def _write_graft_of_start(origins: Origins, args: Any, policy: Mapping[str, Any], start: Any) -> str:
+    """Write the graft of the start to `grafted/` in a new folder beside the run's results; return that folder."""
+    parent = Path(args.output_dir)
+    parent.mkdir(parents=True, exist_ok=True)
+    folder = tempfile.mkdtemp(prefix=".shadow-reference-", dir=parent)
+    options = {**args.graft_options(), "format": "model", "dtype": str(policy["dtype"]).removeprefix("torch.")}
+    try:
+        tuned = origins.adapter or with_revision(origins.policy or "", origins.policy_revision)
+        if start is not None:
+            tuned = f"{folder}/start"
+            # TRL's frozen copy of the adapter may be there already.
+            start.save_pretrained(tuned, **({"selected_adapters": ["default"]} if is_adapted(start) else {}))
+        graft(
+            base=with_revision(require_base(origins), origins.base_revision),
+            instruct=with_revision(require_instruct(origins), origins.instruct_revision),
+            tuned=tuned,
+            output=Path(folder) / "grafted",
+            base_dtype="tuned",
+            digest="none",
+            stats=False,
+            progress=False,
+            **options,
+        )
+    except BaseException:
+        shutil.rmtree(folder)
+        raise
+    return folder
+
+
+def _merges_in_memory(origins: Origins, args: Any, quantization_config: Any) -> bool:
+    """Return whether the start is a plain LoRA on BASE, so that its graft needs INSTRUCT and the adapter alone."""
+    settings = adapter_settings(None, "", origins.adapter)
+    if settings is None or origins.policy != origins.base or quantization_config is not None:
+        return False
+    if args.instruct_scale != 1.0 or args.graft_vocab != "strict":
+        return False
+    names = Checkpoint.open(str(origins.adapter)).specs
+    return not unsupported_features(settings) and all(
+        name.endswith((".lora_A.weight", ".lora_B.weight")) for name in names
+    )
+
+
+def _merge_on_instruct(origins: Origins, how: Mapping[str, Any]) -> PreTrainedModel:
+    """Load INSTRUCT and add the scaled delta of the start's LoRA to its weights, in fp32 and rounded once."""
+    instruct = load_model(require_instruct(origins), revision=origins.instruct_revision, **how)
+    adapted = load_adapter(str(origins.adapter), instruct, trainable=False)
+    options = GraftOptions(**how["args"].graft_options())
+    receives = selector(options)
+    with torch.no_grad():
+        for name, module in adapted.get_base_model().named_modules():
+            if hasattr(module, "lora_A") and receives(f"{name}.weight"):
+                weight = module.get_base_layer().weight
+                weight.copy_(weight.float() + options.scale * module.get_delta_weight("default").float())
+    return adapted.unload()
 
 
 def frozen(model: PreTrainedModel, args: DPOConfig) -> PreTrainedModel:
@@ -137,59 +179,6 @@ def prepared(model: PreTrainedModel, accelerator: Accelerator) -> Iterator[PreTr
             torch.cuda.empty_cache()
 
 
-def reference_key(model_hash: str | None, args: DPOConfig) -> str:
-    """Return the part of the cache's key that does not come from the data: the model, and how its values are summed.
-
-    Args:
-        model_hash: of the reference's weights and dtypes.
-        args: of the run; `ld_alpha` weighs tokens, the lengths cut them, mixed precision rounds.
-    """
-    from datasets.fingerprint import Hasher
-
-    how = (args.ld_alpha, args.max_length, args.truncation_mode, args.bf16, args.fp16)
-    return Hasher.hash((model_hash, *how))
-
-
-def with_content_fingerprint(dataset: Any) -> Any:
-    """Return `dataset` with the digest of its tokens as its fingerprint.
-
-    The fingerprint that `datasets` keeps covers the functions that made the data, and through TRL's closures the whole
-    config: another `output_dir` would compute the same values again.
-    """
-    import pyarrow
-
-    names = [name for name in ("prompt_ids", "chosen_ids", "rejected_ids") if name in dataset.column_names]
-    digest = hashlib.blake2b(digest_size=16)
-    for table in dataset.select_columns(names).with_format("arrow").iter(batch_size=1000):
-        sink = pyarrow.BufferOutputStream()
-        with pyarrow.ipc.new_stream(sink, table.schema.remove_metadata()) as stream:
-            stream.write_table(table.replace_schema_metadata(None).combine_chunks())
-        digest.update(sink.getvalue())
-    same = copy.copy(dataset)
-    same._fingerprint = digest.hexdigest()
-    return same
-
-
-def shared_on_disk(dataset: Any, accelerator: Accelerator) -> Any:
-    """Return `dataset` from a file all processes can read; as it is on one process, or where it lies in a file already.
-
-    TRL's cache of reference log probabilities lies beside the data's file. Data in memory has one temporary folder a
-    process, where the other processes find nothing.
-    """
-    import datasets
-
-    if accelerator.num_processes == 1 or not isinstance(dataset, datasets.Dataset) or dataset.cache_files:
-        return dataset
-    folder = Path(datasets.config.HF_DATASETS_CACHE) / "shadow_trl" / dataset._fingerprint
-
-    def save() -> str:
-        if not folder.exists():
-            dataset.save_to_disk(str(folder))
-        return str(folder)
-
-    return datasets.load_from_disk(run_on_main(accelerator, save, what="saving the data"))
-
-
 def check_reference_options(args: Any, *, ref_model: Any) -> None:
     """Refuse options that contradict the chosen reference policy.
 
@@ -211,28 +200,31 @@ def check_reference_options(args: Any, *, ref_model: Any) -> None:
         )
 
 
-def decide_precompute(config: Any, given: Mapping[str, Any], *, other_reference: bool) -> None:
+def decide_precompute(config: Any, given: Mapping[str, Any], *, preferred: bool) -> None:
     """Decide `config.precompute_ref_log_probs` where the user left it open (None), and where the data has the values.
 
     Args:
         config: a `ShadowDPOConfig`; changed in place.
         given: arguments of the trainer.
-        other_reference: whether the reference is another model than the policy as it starts.
+        preferred: whether values computed before training are wanted, because the reference is another model than the
+            policy as it starts, or is the policy but not what its name says.
     """
     from datasets import Dataset
 
-    data = given.get("train_dataset")
+    data, evaluated = given.get("train_dataset"), given.get("eval_dataset")
     columns = set(getattr(data, "column_names", None) or ())
-    if isinstance(data, Dataset) and columns >= REF_COLUMNS:
+    possible = isinstance(data, Dataset) and not columns & {"image", "images"}
+    if possible and columns >= REF_COLUMNS:
         config.precompute_ref_log_probs = True
     if config.precompute_ref_log_probs is not None:
         return
-    possible = isinstance(data, Dataset) and not columns & {"image", "images"}
-    config.precompute_ref_log_probs = other_reference and possible
-    if other_reference and not possible:
+    others = evaluated.values() if isinstance(evaluated, dict) else [evaluated]
+    possible = possible and all(isinstance(one, Dataset) for one in others if one is not None)
+    config.precompute_ref_log_probs = preferred and possible
+    if preferred and not possible:
         logger.warning(
             "The reference policy stays in memory during training: its log probabilities can be computed before "
-            "training for map-style text data only."
+            "training for map-style text data only, and not all of the data is that."
         )
 
 

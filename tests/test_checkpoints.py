@@ -64,6 +64,30 @@ def test_resumed_run_gives_the_same_graft(pair, tmp_path, kind, with_lora):
     assert files_of(tmp_path / "cut") == files_of(tmp_path / "whole")
 
 
+@pytest.mark.parametrize("policy", ["init", pytest.param("grafted", marks=pytest.mark.slow)])
+def test_resumed_second_stage_of_one_adapter_gives_the_same_graft(pair, tmp_path, policy):
+    """Beside the adapter in training lies TRL's frozen copy of it, which no checkpoint has."""
+    trainer_of(pair, tmp_path / "sft", "sft", with_lora=True, save_strategy="no").train()
+
+    def go_on(name: str, callbacks=None) -> ShadowDPOTrainer:
+        shared = {
+            "max_steps": 4,
+            "save_strategy": "steps",
+            "save_steps": 2,
+            "ref_policy": policy,
+            "lr_scheduler_type": "constant",
+        }
+        args = ShadowDPOConfig(**settings(tmp_path / name, **shared))
+        return ShadowDPOTrainer(str(tmp_path / "sft"), None, args, train_dataset=preference_data(), callbacks=callbacks)
+
+    go_on("whole").train()
+    with pytest.raises(Interrupted):
+        go_on("cut", [InterruptAfter(2)]).train()
+    go_on("cut").train(resume_from_checkpoint=True)
+    assert files_of(tmp_path / "cut") == files_of(tmp_path / "whole")
+    assert files_of(tmp_path / "cut" / "grafted") == files_of(tmp_path / "whole" / "grafted")
+
+
 @pytest.mark.parametrize("with_lora", [False, True], ids=["full", "lora"])
 def test_every_checkpoint_is_grafted_and_rotation_removes_it(pair, tmp_path, with_lora):
     trainer = trainer_of(

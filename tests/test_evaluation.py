@@ -10,8 +10,9 @@ import torch
 from peft import LoraConfig
 from test_pipeline import merged, weights
 from test_trainers import LORA, log_probability, lora, settings
-from tiny import make_pair, preference_data, sft_data
+from tiny import make_pair, preference_data, save_model, sft_data
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+from trl import DPOConfig, DPOTrainer
 
 from shadow_trl import ShadowDPOConfig, ShadowDPOTrainer, ShadowSFTConfig, ShadowSFTTrainer
 from shadow_trl.errors import ConfigError
@@ -93,6 +94,78 @@ def test_figures_are_those_of_the_grafted_model(pair, tmp_path, with_lora, polic
     logged = [line for line in trainer.state.log_history if "eval_loss" in line]
     assert len(logged) == 2
     assert all("eval_grafted_loss" in line for line in logged)
+
+
+def test_adapter_on_the_full_model_of_an_earlier_stage(pair, tmp_path):
+    """The graft carries the delta below the adapter too: INSTRUCT + scale * (model with adapter - BASE)."""
+    ShadowSFTTrainer(
+        model=str(pair[0]),
+        instruct_model=str(pair[1]),
+        args=ShadowSFTConfig(**settings(tmp_path / "sft")),
+        train_dataset=sft_data(),
+    ).train()
+    trainer = dpo(
+        (tmp_path / "sft", pair[1]), tmp_path / "dpo", peft_config=lora(), graft_scale=0.5, per_device_eval_batch_size=5
+    )
+    trainer.train()
+    base, instruct, tuned = weights(pair[0]), weights(pair[1]), merged(tmp_path / "sft", tmp_path / "dpo")
+    grafted = {name: instruct[name] + 0.5 * (tuned[name] - base[name]) for name in tuned}
+    margin, loss = margin_by_hand(pair, grafted, tmp_path / "sft", 1.0)
+    last = [line for line in trainer.state.log_history if "eval_loss" in line][-1]
+    assert last["eval_grafted_loss"] == pytest.approx(loss, abs=2e-5)
+    assert last["eval_grafted_rewards/margins"] == pytest.approx(margin, abs=5e-5)
+
+
+def test_several_data_sets_and_compute_metrics(pair, tmp_path):
+    """With an untrained LoRA the graft is INSTRUCT: plain TRL on INSTRUCT gives the same metric."""
+
+    def mean_logit(prediction) -> dict[str, float]:
+        return {"mean_logit": float(prediction.predictions.mean())}
+
+    rows = {"one": preference_data(3), "two": preference_data(5)}
+    trainer = ShadowDPOTrainer(
+        model=str(pair[0]),
+        instruct_model=str(pair[1]),
+        args=ShadowDPOConfig(**settings(tmp_path, eval_grafted=True, graft=False, per_device_eval_batch_size=5)),
+        train_dataset=preference_data(8),
+        eval_dataset=rows,
+        peft_config=lora(),
+        compute_metrics=mean_logit,
+    )
+    found = trainer.evaluate()
+    for index, model in (("eval", pair[0]), ("eval_grafted", pair[1])):
+        plain = DPOTrainer(
+            model=str(model),
+            args=DPOConfig(**settings(tmp_path / index, per_device_eval_batch_size=5)),
+            train_dataset=preference_data(8),
+            eval_dataset=rows,
+            processing_class=AutoTokenizer.from_pretrained(pair[1]),
+            compute_metrics=mean_logit,
+        ).evaluate()
+        for name in rows:
+            key = f"eval_{name}" + ("_grafted" if index == "eval_grafted" else "")
+            assert found[f"{key}_mean_logit"] == pytest.approx(plain[f"eval_{name}_mean_logit"], rel=1e-5)
+    assert found["eval_one_mean_logit"] != pytest.approx(found["eval_one_grafted_mean_logit"], rel=1e-3)
+
+
+@pytest.mark.parametrize("name", ["is_quantized", "is_loaded_in_4bit"])
+def test_quantised_base_is_refused(pair, tmp_path, name):
+    # Quantisation itself needs an accelerator here; transformers marks such a model with this attribute.
+    model = AutoModelForCausalLM.from_pretrained(pair[0])
+    setattr(model, name, True)
+    args = ShadowDPOConfig(**settings(tmp_path / "out", eval_grafted=True))
+    with pytest.raises(ConfigError, match="BASE is quantised"):
+        ShadowDPOTrainer(
+            model, None, args, instruct_model=str(pair[1]), train_dataset=preference_data(4), peft_config=lora()
+        )
+    assert not (tmp_path / "out").exists()
+
+
+def test_instruct_with_more_rows_is_refused_before_training(pair, tmp_path):
+    more = save_model(tmp_path / "more", template=True, rows=53)
+    with pytest.raises(ConfigError, match=r"embed_tokens\.weight: \(49, 16\) in training, \(53, 16\) in INSTRUCT"):
+        dpo((pair[0], more), tmp_path / "out", graft_vocab="shared", allow_wide_gap=True)
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("kind", ["sft", "dpo"])

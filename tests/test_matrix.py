@@ -38,6 +38,8 @@ DPO_OPTIONS: dict[str, dict] = {
     "bf16": {"bf16": True},
     "dropout on": {"disable_dropout": False},
     "no eval": {"eval_strategy": "no"},
+    "padding free": {"padding_free": True},  # TRL 1.16 says that it is off for now, and pads
+    "end is kept": {"max_length": 12, "truncation_mode": "keep_end"},
 }
 SFT_OPTIONS: dict[str, dict] = {
     "NEFTune": {"neftune_noise_alpha": 5.0},
@@ -145,6 +147,14 @@ def test_sft_option(pair, tmp_path, name):
         data = data.map(lambda row: {"messages": row["prompt"] + row["completion"]}, remove_columns=data.column_names)
     peft = list(SFT_OPTIONS).index(name) % 2 == 0
     train_both(sft_builder(pair, tmp_path, data=data, peft=peft, **SFT_OPTIONS[name]), tmp_path)
+
+
+@pytest.mark.slow
+def test_sft_on_a_stream(pair, tmp_path):
+    def rows():
+        yield from sft_data()
+
+    train_both(sft_builder(pair, tmp_path, data=IterableDataset.from_generator(rows), peft=True), tmp_path)
 
 
 @pytest.mark.slow

@@ -9,7 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
+from test_pipeline_configs import tuned_weights, weights
 from test_recipes import SETTINGS, write_rows
 from tiny import preference_data, sft_data
 from trl import ScriptArguments
@@ -174,6 +176,28 @@ def test_an_adapter_after_full_fine_tuning(workspace: Path) -> None:
     assert Path("out/dpo/grafted/model.safetensors").is_file()
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("then", [{"use_peft": False}, {**LORA, "lora_r": 2}], ids=["full", "new adapter"])
+def test_full_or_a_new_adapter_after_a_merged_one(workspace: Path, pair: tuple[Path, Path], then: dict) -> None:
+    """The graft is INSTRUCT + (TUNED after DPO - BASE), from the files in float64; a second call changes nothing."""
+    write_config(sft=LORA, dpo={**then, "merge_adapter": True}, graft_dtype="float32")
+    assert run("--output_dir", "out") == 0
+    assert Path("out/sft/adapter_model.safetensors").is_file()
+    base, instruct = weights(pair[0]), weights(pair[1])
+    merged = tuned_weights(pair[0], Path("out/sft"))
+    tuned = weights(Path("out/dpo")) if not then["use_peft"] else tuned_weights(Path("out/merged"), Path("out/dpo"))
+    grafted = weights(Path("out/dpo/grafted"))
+    assert max((tuned[name] - merged[name]).abs().max().item() for name in tuned) > 1e-3
+    assert max((merged[name] - base[name]).abs().max().item() for name in tuned) > 1e-3
+    for name, tensor in grafted.items():
+        expected = instruct[name] + (tuned[name] - base[name])
+        torch.testing.assert_close(tensor, expected, rtol=1e-6, atol=1e-8)
+    before = files(Path("out"))
+    assert run("--output_dir", "out") == 0
+    assert files(Path("out")) == before
+    assert not list(Path("out").glob(".*"))
+
+
 def test_a_stage_has_its_own_overrides(workspace: Path) -> None:
     with pytest.raises(ConfigError, match="mixed_precision differs"):
         pipeline.read_plan(["--config", "pipeline.yaml", "--dpo.bf16", "true"])
@@ -210,6 +234,8 @@ def test_a_stage_has_its_own_overrides(workspace: Path) -> None:
         (["--dpo.bf16", "true"], {}, "mixed_precision differs: no in sft, bf16 in dpo"),
         ([], {"sft": LORA, "dpo": {**LORA, "lora_r": 8}}, "r: 4 in sft, 8 in dpo"),
         (["--dpo.dataset_name", "nothing.jsonl"], {}, "nothing.jsonl does not exist"),
+        (["--sft.merge_adapter"], {"sft": LORA}, "merge_adapter in sft"),
+        (["--dpo.merge_adapter"], {}, "the stage sft trains no adapter"),
         (["--score_rows", "nothing.jsonl"], {}, "nothing.jsonl"),
         (["--instruct_model", "nothing"], {}, "nothing"),
         (["--config", "other.yaml"], {}, "--config was given more than once"),

@@ -23,7 +23,23 @@ class BlockTheOutput(TrainerCallback):
             (Path(args.output_dir) / "grafted" / "result.txt").write_text("somebody's")
 
 
+def watch_the_temporary_folder(seen: list[Path]) -> None:
+    """Note the folder that the graft of the start is loaded from on this rank; it must be whole there."""
+    from shadow_trl import reference
+
+    original = reference.load_reference
+
+    def load(source, **how):
+        assert (Path(source) / "model.safetensors").is_file()
+        seen.append(Path(source))
+        return original(source, **how)
+
+    reference.load_reference = load
+
+
 def main(base: str, instruct: str, output: str, mode: str) -> None:
+    seen: list[Path] = []
+    watch_the_temporary_folder(seen)
     trainer = ShadowDPOTrainer(
         model=base,
         instruct_model=instruct,
@@ -38,7 +54,7 @@ def main(base: str, instruct: str, output: str, mode: str) -> None:
             report_to="none",
             save_strategy="no",
             disable_tqdm=True,
-            ref_policy="instruct",
+            ref_policy="grafted" if mode == "second stage" else "instruct",
         ),
         train_dataset=preference_data(),
         peft_config=LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM") if mode == "lora" else None,
@@ -47,6 +63,10 @@ def main(base: str, instruct: str, output: str, mode: str) -> None:
     # A run that fell back to one process would pass every other check.
     assert trainer.accelerator.num_processes == 2
     assert str(trainer.accelerator.distributed_type) == "DistributedType.MULTI_CPU"
+    if mode == "second stage":
+        assert [path.parent.parent for path in seen] == [Path(output)]
+        assert not list(Path(output).glob(".*"))
+        print("values", trainer.train_dataset["ref_chosen_logps"][:], flush=True)
     trainer.train()
     assert trainer.graft_report.output == Path(output) / "grafted"
     print(f"rank {trainer.accelerator.process_index} done", flush=True)
