@@ -1,9 +1,8 @@
-"""PEFT adapters as deltas: which ones are a plain low-rank product, and the adapter form of a graft.
+"""Plain LoRA adapters as deltas: their factors, and the weights of INSTRUCT that they land on.
 
 A plain LoRA adds `factor * lora_B @ lora_A` to a weight, whatever the weight is: the same product is its delta on
-INSTRUCT.
-The files say all that is needed, peft is not imported. In this room "base model" is PEFT's word: the model under an
-adapter.
+INSTRUCT. The files say all that is needed, peft is not imported. In this room "base model" is PEFT's word: the model
+under an adapter.
 """
 
 from __future__ import annotations
@@ -24,6 +23,7 @@ from .layouts import disk_names
 PREFIX = "base_model.model."
 WEIGHTS = "adapter_model.safetensors"
 _KEY = re.compile(r"(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
+
 
 @dataclass(frozen=True)
 class LoraModule:
@@ -51,6 +51,31 @@ class LoraModule:
         return (self.shape[1], self.shape[0]) if self.transposed else self.shape
 
 
+def open_tuned(source: Any) -> Checkpoint:
+    """Open TUNED, a model or an adapter; of a folder that holds several adapters one must be named.
+
+    Raises:
+        AdapterError: the folder holds adapters in sub-folders only.
+    """
+    if isinstance(source, Checkpoint):
+        return source
+    folder = Path(source).expanduser()
+    if folder.is_dir() and not any((folder / name).is_file() for name in (ADAPTER_CONFIG, "config.json")):
+        found = sorted(path.parent.name for path in folder.glob(f"*/{ADAPTER_CONFIG}"))
+        if found:
+            raise AdapterError(
+                f"{source} holds {len(found)} adapter{'s' if len(found) > 1 else ''} in sub-folders and none itself.\n"
+                f"{list_names(found)}\nName one of them: {Path(source) / found[0]}. Nothing was written."
+            )
+    return Checkpoint.open(source)
+
+
+def other_adapters(adapter: Checkpoint) -> list[str]:
+    """Return the names of the adapters in sub-folders of an adapter's folder; checkpoints of a run do not count."""
+    names = (path.parent.name for path in adapter.path.glob(f"*/{ADAPTER_CONFIG}"))
+    return sorted(name for name in names if not name.startswith("checkpoint-"))
+
+
 def base_model_of(adapter: Checkpoint) -> str | None:
     """Return the name of the model under the adapter with its revision, None where the adapter does not say."""
     name = adapter.adapter_config.get("base_model_name_or_path")
@@ -61,6 +86,11 @@ def base_model_of(adapter: Checkpoint) -> str | None:
     if not Path(name).is_dir() and str(name).startswith(".") and beside.is_dir():
         return str(beside)
     return f"{name}@{revision}" if revision and not Path(name).is_dir() else str(name)
+
+
+def is_plain(adapter: Checkpoint) -> bool:
+    """Whether an adapter is a low-rank product and nothing else, by its settings and by its weights."""
+    return not unsupported_features(adapter.adapter_config) and all(_KEY.fullmatch(name) for name in adapter.specs)
 
 
 def read_lora(adapter: Checkpoint) -> dict[str, LoraModule]:

@@ -1,6 +1,6 @@
 """Writing the adapter form of a graft: an adapter for INSTRUCT that means there what the trained one means on BASE.
 
-Three things may stand in an adapter's file. Factors of a delta: copied, multiplied by the scale. Full values of a weight
+Three things may stand in an adapter's file. Factors of a delta: copied, multiplied by the scale. Full values of weights
 (`modules_to_save`, biases, token rows, the embedding that PEFT saves beside its adapter): they are BASE's plus what was
 learnt, so INSTRUCT less BASE is added. Products that start inside BASE's weights (PiSSA, OLoRA): the start is
 subtracted by twice the rank.
@@ -12,15 +12,15 @@ import json
 import re
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .adapter import PREFIX, WEIGHTS, LoraModule, nearest_names, read_lora
-from .adapter_kinds import START_FOLDER, kind_of
+from .adapter import PREFIX, WEIGHTS, LoraModule, is_plain, nearest_names, read_lora
+from .adapter_kinds import START_FOLDER
 from .checkpoint import ADAPTER_CONFIG, Checkpoint
 from .conversion import ModelNames
 from .errors import AdapterError, list_names
@@ -163,13 +163,12 @@ def less_start(adapter: Checkpoint, start: Checkpoint, folder: Path) -> Checkpoi
 
     Source: PEFT's `path_initial_model_for_weight_conversion`.
     """
-    config = {**adapter.adapter_config, "init_lora_weights": True}
-    now, before = (read_lora(_renamed(side, config)) for side in (adapter, start))
+    now, before = (read_lora(_as_plain(side)) for side in (adapter, start))
     factors = {}
     for name, lora in now.items():
         left, right = (_factors(side, module) for side, module in ((adapter, lora), (start, before[name])))
         factors[name] = (torch.cat([left[0], -right[0]], 1), torch.cat([left[1], right[1]], 0))
-    return write_factors(factors, config, folder)
+    return write_factors(factors, adapter.adapter_config, folder)
 
 
 def concatenated(adapters: list[tuple[Checkpoint, float]], folder: Path) -> Checkpoint:
@@ -228,7 +227,7 @@ def write_adapter(
     *,
     base_dtype: str | None = None,
 ) -> int:
-    """Write `adapter` into `folder` as an adapter of INSTRUCT and return how many tensors were corrected by INSTRUCT.
+    """Write `adapter` into `folder` as an adapter of INSTRUCT and return the number of its modules.
 
     Args:
         adapter: of a kind without obstacles, its start already subtracted.
@@ -241,14 +240,15 @@ def write_adapter(
     config = {**adapter.adapter_config, "base_model_name_or_path": instruct.source, "revision": instruct.revision}
     (folder / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     stored = StoredValues(adapter, others=list(adapter.specs))
-    if kind_of(adapter.adapter_config).stored:
+    plain = is_plain(adapter)
+    if not plain:
         names = ModelNames(base)
         stored = read_stored(adapter, names.memory)
         origin, receiver = MemoryWeights(base, names), MemoryWeights(instruct, ModelNames(instruct))
-        _check_modules(stored, adapter, receiver)
+    modules = len(adapter.specs) // 2 if plain else _check_modules(stored, adapter, receiver)
     if scale == 1.0 and adapter.files[0].name == WEIGHTS and not stored.names:
         shutil.copyfile(adapter.files[0], folder / WEIGHTS)
-        return 0
+        return modules
     from safetensors.torch import save_file
 
     tensors = {name: _scaled(name, adapter.tensor(name), scale) for name in stored.others}
@@ -259,24 +259,26 @@ def write_adapter(
         tensors[key] = (value if ids is None else value[ids]).float()
     ordered = {name: tensors[name].contiguous() for name in adapter.specs}
     save_file(ordered, folder / WEIGHTS, metadata={"format": "pt"})
-    return len(stored.names)
+    return modules
 
 
-def _check_modules(stored: StoredValues, adapter: Checkpoint, receiver: MemoryWeights) -> None:
-    """Refuse tensors of an adapter whose module INSTRUCT lacks."""
+def _check_modules(stored: StoredValues, adapter: Checkpoint, receiver: MemoryWeights) -> int:
+    """Refuse tensors of an adapter whose module INSTRUCT lacks; return the number of modules and full values."""
     known = {name.rpartition(".")[0] for name in receiver.names.memory}
     inside = {part for name in known for part in _parents(name)}
     modules = {key: module_of(key, inside) for key in stored.others}
     # Tensors that all modules share belong to none.
-    lost = [key for key, module in modules.items() if module is None and not key.startswith("base_model.") ]
+    lost = [key for key, module in modules.items() if module is None and not key.startswith("base_model.")]
     lost += [key for key, module in modules.items() if module is None and key.startswith(PREFIX)]
     lost += [stored.values.get(name, name) for name in stored.names if name not in receiver.names.memory]
     if lost:
+        plain = [name.removeprefix(PREFIX) for name in lost]
         raise AdapterError(
             f"{len(lost)} of {len(adapter.specs)} weights of adapter {adapter} belong to modules that instruct "
-            f"{receiver.checkpoint} lacks.\n{list_names(nearest_names([x.removeprefix(PREFIX) for x in lost], known))}\n"
+            f"{receiver.checkpoint} lacks.\n{list_names(nearest_names(plain, known))}\n"
             "Give the instruct that belongs to the adapter's base. Nothing was written."
         )
+    return len({module for module in modules.values() if module is not None}) + len(stored.names)
 
 
 def module_of(key: str, known: set[str]) -> str | None:
@@ -302,10 +304,8 @@ def _factors(adapter: Checkpoint, lora: LoraModule) -> tuple[Tensor, Tensor]:
     return (adapter.tensor(lora.left).double() * lora.factor).float(), adapter.tensor(lora.right).float()
 
 
-def _renamed(side: Checkpoint, config: Mapping[str, Any]) -> Checkpoint:
-    copy = Checkpoint(**{name: getattr(side, name) for name in ("source", "revision", "path", "files", "specs")})
-    copy.is_adapter, copy.adapter_config, copy.headers = True, dict(config), side.headers
-    return copy
+def _as_plain(side: Checkpoint) -> Checkpoint:
+    return replace(side, adapter_config={**side.adapter_config, "init_lora_weights": True})
 
 
 def _token_ids(adapter: Checkpoint, module: str) -> list[int]:

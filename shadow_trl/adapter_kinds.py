@@ -1,8 +1,8 @@
-"""What an adapter is: a product that streams, a delta that means the same on INSTRUCT, or one that needs BASE's weights.
+"""What an adapter is: a product that streams, a delta that means the same on INSTRUCT, or one that needs BASE.
 
 Lists of what is known, by type and by setting. `get_delta_weight` of PEFT is no test for it: for DoRA it gives the
-product alone, for PiSSA the weights under the adapter were changed. What is not in the lists is not guessed: PEFT merges
-it into BASE, and the graft is dense. The config says all that is needed, peft is not imported.
+product alone, for PiSSA the weights under the adapter were changed. What is not in the lists is not guessed: PEFT
+merges it into BASE, and the graft is dense. The config says all that is needed, peft is not imported.
 """
 
 from __future__ import annotations
@@ -18,12 +18,34 @@ START_FOLDER = "shadow/start"
 
 # Settings that say where an adapter is from, how it was trained or where it sits: they do not change the product.
 _HARMLESS = frozenset(
-    """
-    task_type inference_mode revision base_model_name_or_path peft_type peft_version auto_mapping r target_modules
-    exclude_modules lora_alpha lora_dropout fan_in_fan_out use_rslora layers_to_transform layers_pattern rank_pattern
-    alpha_pattern megatron_core loftq_config eva_config corda_config runtime_config qalora_group_size lora_ga_config
-    ensure_weight_tying
-    """.split()
+    [
+        "task_type",
+        "inference_mode",
+        "revision",
+        "base_model_name_or_path",
+        "peft_type",
+        "peft_version",
+        "auto_mapping",
+        "r",
+        "target_modules",
+        "exclude_modules",
+        "lora_alpha",
+        "lora_dropout",
+        "fan_in_fan_out",
+        "use_rslora",
+        "layers_to_transform",
+        "layers_pattern",
+        "rank_pattern",
+        "alpha_pattern",
+        "megatron_core",
+        "loftq_config",
+        "eva_config",
+        "corda_config",
+        "runtime_config",
+        "qalora_group_size",
+        "lora_ga_config",
+        "ensure_weight_tying",
+    ]
 )
 # Initialisations that leave the weights under the adapter as they were.
 _PLAIN_STARTS = (True, False, None, "gaussian", "orthogonal", "eva")

@@ -69,7 +69,10 @@ def _add_graft(parser: argparse.ArgumentParser) -> None:
     need = parser.add_argument_group("models")
     need.add_argument("--base", metavar="B", help="BASE, before training; an adapter names it itself")
     need.add_argument("--instruct", metavar="I", required=True, help="INSTRUCT, which receives the delta")
-    need.add_argument("--tuned", metavar="T", required=True, help="BASE after training: a checkpoint or a LoRA adapter")
+    need.add_argument(
+        "--tuned", metavar="T[:WEIGHT]", required=True, action="append",
+        help="BASE after training: a checkpoint or a PEFT adapter; given several times, the weighted sum",
+    )  # fmt: skip
     need.add_argument("--output", metavar="O", required=True, help="folder of the result; must not exist")
     sums = parser.add_argument_group("arithmetic")
     sums.add_argument("--scale", type=float, default=1.0, metavar="A", help="multiplier of the delta (default 1)")
@@ -87,6 +90,7 @@ def _add_graft(parser: argparse.ArgumentParser) -> None:
     sums.add_argument("--untie", action="store_true", help="let a tied INSTRUCT receive a head of its own")
     form = parser.add_argument_group("result")
     form.add_argument("--format", choices=FORMATS, default="auto", help="dense weights or an adapter (default auto)")
+    form.add_argument("--rank", type=int, metavar="R", help="an adapter of this rank near a delta without an exact one")
     form.add_argument("--max-shard-size", metavar="SIZE", help="such as 5GB (default: INSTRUCT's files)")
     form.add_argument("--overwrite", action="store_true", help="replace an existing graft")
     form.add_argument(

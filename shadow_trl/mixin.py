@@ -83,9 +83,9 @@ class ShadowMixin(GraftedEvaluation):
         adapter = adapter_settings(given.get("peft_config"), model, self.origins.adapter)
         self._trains_adapter = adapter is not None
         if config.graft and adapter is not None:
-            check_adapter(adapter)
+            check_adapter(adapter, goes_on=self.origins.adapter is not None)
         if config.graft:
-            self._check_before_training(config, given)
+            self._check_before_training(config, given, adapter)
         self._choose_processing_class(config, given)
         # A copy: `model_init_kwargs` is taken from the run's config where the model is loaded here.
         self._loading_args = copy.copy(config)
@@ -186,7 +186,7 @@ class ShadowMixin(GraftedEvaluation):
         given["args"] = copy.copy(self._config_class.upgrade(args))
         return given["args"]
 
-    def _check_before_training(self, config: Any, given: Mapping[str, Any]) -> None:
+    def _check_before_training(self, config: Any, given: Mapping[str, Any], adapter: Mapping[str, Any] | None) -> None:
         """Find before training everything that could keep the graft from being written after it."""
         instruct = require_instruct(self.origins)
         base = with_revision(require_base(self.origins), self.origins.base_revision)
@@ -206,6 +206,7 @@ class ShadowMixin(GraftedEvaluation):
             output=Path(config.output_dir) / GRAFTED_FOLDER,
             # An adapter on the full model of an earlier run is grafted as one full model.
             adapter=self._trains_adapter and self.origins.policy == self.origins.base,
+            adapter_config=adapter,
             **config.graft_options(),
         )
 

@@ -8,8 +8,9 @@ folder; every other weight of the result is BASE's own, where it lies.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from copy import deepcopy
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -26,18 +27,40 @@ from .safetensors_header import read_header
 
 # Types that PEFT sets up without a look at the weights under them: their layers are made before a weight is read.
 _BLIND = frozenset(
-    """
-    LORA ADALORA LOHA LOKR VERA PVERA VBLORA UNILORA RANDLORA FOURIERFT WAVEFT C3A GRALORA DELORA SHIRA MISS HIRA HRA
-    IA3 OFT BOFT ROAD GLORA BEFT
-    """.split()
+    [
+        "LORA",
+        "ADALORA",
+        "LOHA",
+        "LOKR",
+        "VERA",
+        "PVERA",
+        "VBLORA",
+        "UNILORA",
+        "RANDLORA",
+        "FOURIERFT",
+        "WAVEFT",
+        "C3A",
+        "GRALORA",
+        "DELORA",
+        "SHIRA",
+        "MISS",
+        "HIRA",
+        "HRA",
+        "IA3",
+        "OFT",
+        "BOFT",
+        "ROAD",
+        "GLORA",
+        "BEFT",
+    ]
 )
 _AUXILIARY = {"modules_to_save": None, "trainable_token_indices": None}
 
 
 def merge_into_base(
     base: Checkpoint, adapter: Checkpoint, folder: Path, *, base_dtype: str | None = None
-) -> tuple[Checkpoint, int]:
-    """Return BASE with an adapter of any type merged, and how many weights the adapter changes.
+) -> tuple[Checkpoint, list[str]]:
+    """Return BASE with an adapter of any type merged, and the names in memory of the weights that it changes.
 
     Args:
         base: what the adapter was trained on.
@@ -64,7 +87,7 @@ def merge_into_base(
             before = result.value(name)
             result.add(name, (weights[name] if before is None else before).double() + delta)
     together = bool(stored.rows) or bool(adapter.adapter_config.get("ensure_weight_tying"))
-    return result.checkpoint(adapter, apart=not together), len(result.changed)
+    return result.checkpoint(adapter, apart=not together), list(result.changed)
 
 
 class Scratch:
@@ -224,7 +247,7 @@ def _load(wrapped: Any, tensors: dict[str, Tensor], adapter: Checkpoint) -> None
     from peft import set_peft_model_state_dict
 
     try:
-        found = set_peft_model_state_dict(wrapped, {name: value.clone() for name, value in tensors.items()})
+        found: Any = set_peft_model_state_dict(wrapped, {name: value.clone() for name, value in tensors.items()})
     except (RuntimeError, KeyError) as error:
         raise AdapterError(f"PEFT cannot load adapter {adapter}: {error} Nothing was written.") from error
     if found.unexpected_keys:
@@ -241,6 +264,18 @@ def _config(adapter: Checkpoint) -> Any:
     from peft import PeftConfig
 
     config = PeftConfig.from_pretrained(str(adapter.path))
+    known = {item.name for item in fields(config)} | {"peft_version"}
+    strange = [
+        f"{name} = {value}"
+        for name, value in adapter.adapter_config.items()
+        if name not in known and value not in (None, False, [], {}, "none")
+    ]
+    if strange:
+        # PEFT itself ignores them, with a warning.
+        raise AdapterError(
+            f"adapter {adapter} has settings that the installed PEFT does not know.\n{list_names(strange)}\n"
+            "Update peft, or merge the adapter with the version that trained it. Nothing was written."
+        )
     for name, value in _AUXILIARY.items():
         if hasattr(config, name):
             setattr(config, name, value)
