@@ -17,36 +17,13 @@ START_FOLDER = "shadow/start"
 """Where, below an adapter, the same adapter lies as it was before training."""
 
 # Settings that say where an adapter is from, how it was trained or where it sits: they do not change the product.
-_HARMLESS = frozenset(
-    [
-        "task_type",
-        "inference_mode",
-        "revision",
-        "base_model_name_or_path",
-        "peft_type",
-        "peft_version",
-        "auto_mapping",
-        "r",
-        "target_modules",
-        "exclude_modules",
-        "lora_alpha",
-        "lora_dropout",
-        "fan_in_fan_out",
-        "use_rslora",
-        "layers_to_transform",
-        "layers_pattern",
-        "rank_pattern",
-        "alpha_pattern",
-        "megatron_core",
-        "loftq_config",
-        "eva_config",
-        "corda_config",
-        "runtime_config",
-        "qalora_group_size",
-        "lora_ga_config",
-        "ensure_weight_tying",
-    ]
-)
+_HARMLESS = frozenset({
+    "task_type", "inference_mode", "revision", "base_model_name_or_path", "peft_type", "peft_version",
+    "auto_mapping", "r", "target_modules", "exclude_modules", "lora_alpha", "lora_dropout", "fan_in_fan_out",
+    "use_rslora", "layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern", "megatron_core",
+    "loftq_config", "eva_config", "corda_config", "runtime_config", "qalora_group_size", "lora_ga_config",
+    "ensure_weight_tying",
+})  # fmt: skip
 # Initialisations that leave the weights under the adapter as they were.
 _PLAIN_STARTS = (True, False, None, "gaussian", "orthogonal", "eva")
 # Those that take the start of the product out of the weights: the delta is the product less its start.

@@ -105,9 +105,10 @@ class GraftOptions:
 
     def to_dict(self) -> dict[str, Any]:
         """Return what changes the numbers, for the manifest."""
-        names = ("scale", "instruct_scale", "dtype", "rounding", "seed", "vocab", "untie", "base_dtype", "rank")
+        names = ("scale", "instruct_scale", "dtype", "rounding", "seed", "vocab", "untie", "base_dtype")
         modules = self.modules if isinstance(self.modules, str) else list(self.modules)
-        return {**{name: getattr(self, name) for name in names}, "modules": modules}
+        rank = {} if self.rank is None else {"rank": self.rank}
+        return {**{name: getattr(self, name) for name in names}, "modules": modules, **rank}
 
 
 def parse_size(value: int | str | None) -> int | None:

@@ -135,8 +135,8 @@ def no_adapter_form(reasons: list[str]) -> AdapterError:
     """Return the error for a result that cannot be an exact adapter."""
     return AdapterError(
         f"there is no exact adapter form of this graft.\n{list_names(reasons)}\nUse format='model', which is exact; "
-        "or, for an adapter, rank=R (--rank R): the nearest LoRA of that rank, with its error in the report. Nothing was "
-        "written."
+        "or, for an adapter, rank=R (--rank R): the nearest LoRA of that rank, with its error in the report. Nothing "
+        "was written."
     )
 
 

@@ -76,8 +76,8 @@ def one_tuned(
 
     An adapter trained on the full model of an earlier run is merged into that first: its delta is
     (start - base) + B @ A, the adapter alone would lose what the earlier stage learnt. Several sources are summed,
-    plain LoRAs as one of higher rank, others as BASE + sum of weight * (tuned - base). A PiSSA or OLoRA whose start was kept
-    becomes a plain LoRA.
+    plain LoRAs as one of higher rank, others as BASE + sum of weight * (tuned - base). A PiSSA or OLoRA whose start was
+    kept becomes a plain LoRA.
 
     Yields:
         base, tuned, and the checkpoints that TUNED is made of, by role; empty where it is one as it lies.

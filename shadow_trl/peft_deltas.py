@@ -26,34 +26,10 @@ from .errors import AdapterError, list_names
 from .safetensors_header import read_header
 
 # Types that PEFT sets up without a look at the weights under them: their layers are made before a weight is read.
-_BLIND = frozenset(
-    [
-        "LORA",
-        "ADALORA",
-        "LOHA",
-        "LOKR",
-        "VERA",
-        "PVERA",
-        "VBLORA",
-        "UNILORA",
-        "RANDLORA",
-        "FOURIERFT",
-        "WAVEFT",
-        "C3A",
-        "GRALORA",
-        "DELORA",
-        "SHIRA",
-        "MISS",
-        "HIRA",
-        "HRA",
-        "IA3",
-        "OFT",
-        "BOFT",
-        "ROAD",
-        "GLORA",
-        "BEFT",
-    ]
-)
+_BLIND = frozenset({
+    "LORA", "ADALORA", "LOHA", "LOKR", "VERA", "PVERA", "VBLORA", "UNILORA", "RANDLORA", "FOURIERFT", "WAVEFT",
+    "C3A", "GRALORA", "DELORA", "SHIRA", "MISS", "HIRA", "HRA", "IA3", "OFT", "BOFT", "ROAD", "GLORA", "BEFT",
+})  # fmt: skip
 _AUXILIARY = {"modules_to_save": None, "trainable_token_indices": None}
 
 

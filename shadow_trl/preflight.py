@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from .adapter_kinds import check_has_delta, is_random_start
+from .adapter_kinds import check_has_delta, is_random_start, is_subtracted
 from .errors import AdapterError, ConfigError, OutputExistsError
 from .origins import Origins
 
@@ -59,18 +59,26 @@ def check_folders(output_dir: Path, origins: Origins, adapter: bool) -> None:
         )
 
 
-def check_adapter(config: Mapping[str, Any], *, goes_on: bool = False) -> None:
+def check_adapter(config: Mapping[str, Any], *, goes_on: bool = False, loaded: bool = False) -> None:
     """Refuse an adapter that could be trained but not grafted.
 
     Args:
         config: settings of the adapter, as PEFT stores them in `adapter_config.json`.
         goes_on: whether an adapter that was trained before is trained further.
+        loaded: whether it came on a model in memory, of which nobody knows whether it was trained.
 
     Raises:
-        AdapterError: it changes no weight, or loading it again would change the weights under it at random.
+        AdapterError: it changes no weight, its start cannot be known, or loading it again would change the weights
+            under it at random.
     """
     check_has_delta(config)
     start = config.get("init_lora_weights")
+    if loaded and is_subtracted(start):
+        raise AdapterError(
+            f"the model in memory has an adapter of init_lora_weights={start!r}, whose delta is what it becomes less "
+            "what it was when it was made. Pass the model without an adapter and the settings as peft_config, so that "
+            "the start is kept. Nothing was written."
+        )
     if goes_on and is_random_start(start):
         raise AdapterError(
             f"an adapter of init_lora_weights={start!r} cannot go on: on loading, PEFT changes the weights under it at "

@@ -133,7 +133,7 @@ def train(case: Case, folder: Path, *, kind: str = "llama", tied: bool = False, 
         before = {name: value.detach().double().clone() for name, value in weights_of(below).items()}
         model = peft.get_peft_model(below, case.config())
         if case.keep_start:
-            model.save_pretrained(folder / "adapter" / "start-of-training")
+            model.save_pretrained(folder / "adapter" / "shadow" / "start")
         _steps(model, steps)
         model.save_pretrained(folder / "adapter")
         merged = copy.deepcopy(model).eval().double().merge_and_unload()
