@@ -56,11 +56,11 @@ def graft_both(case: Case, trained: Trained, folder) -> tuple[float, float | Non
     assert report.grafted == len(changed)
     if not case.form:
         with pytest.raises(AdapterError, match=r"no exact adapter form(.|\n)*rank=R"):
-            graft(**sides, output=folder / "adapter", format="adapter")
-        assert not (folder / "adapter").exists()
+            graft(**sides, output=folder / "result", format="adapter")
+        assert not (folder / "result").exists()
         return dense, None
-    assert graft(**sides, output=folder / "adapter", format="adapter").form == "adapter"
-    return dense, error(adapter_delta(trained.instruct, folder / "adapter"), trained.delta)
+    assert graft(**sides, output=folder / "result", format="adapter").form == "adapter"
+    return dense, error(adapter_delta(trained.instruct, folder / "result"), trained.delta)
 
 
 @pytest.mark.parametrize(("case", "kind", "tied"), rows())

@@ -101,8 +101,8 @@ def test_rooms_without_arithmetic_do_not_import_torch(room):
 
 
 def test_only_the_top_rooms_import_trl():
-    wrong = {name for name in ("deltas", "checkpoint", "pairs", "adapter", "adapter_kinds", "adapter_forms", "merging", "grafting",
-                                 "layouts", "streaming", "output")
+    wrong = {name for name in ("deltas", "checkpoint", "pairs", "adapter", "adapter_kinds", "adapter_forms", "merging",
+                               "grafting", "layouts", "streaming", "output")
              if imports(name, inside_functions=True) & {"trl", "peft"}}  # fmt: skip
     assert wrong == set()
 

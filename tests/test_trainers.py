@@ -372,13 +372,13 @@ def test_adapter_without_a_weight_delta_is_refused_before_training(pair, tmp_pat
 def test_adapter_of_unknown_start_is_refused_before_training(pair, tmp_path):
     config = LoraConfig(**{**LORA, "init_lora_weights": "pissa"})
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(pair[0], dtype=torch.float32), config)
-    with pytest.raises(AdapterError, match="init_lora_weights='pissa'(.|\n)*peft_config"):
+    with pytest.raises(AdapterError, match=r"init_lora_weights='pissa'(.|\n)*peft_config"):
         sft(pair, tmp_path / "out", model=model)
     assert not (tmp_path / "out").exists()
 
 
 def test_adapter_form_that_does_not_exist_is_refused_before_training(pair, tmp_path):
-    with pytest.raises(AdapterError, match="no exact adapter form(.|\n)*use_dora = True"):
+    with pytest.raises(AdapterError, match=r"no exact adapter form(.|\n)*use_dora = True"):
         sft(pair, tmp_path / "out", peft_config=LoraConfig(**LORA, use_dora=True), graft_format="adapter")
     assert not (tmp_path / "out").exists()
 
