@@ -22,7 +22,7 @@ from .inputs import Digests, Inputs, Source, is_local, no_adapter_form
 from .jobs import check_rounding, full_jobs, low_rank_jobs, without_unchanged
 from .manifest import write_manifest, write_model_card
 from .measuring import gap
-from .merging import merged_checkpoint, one_tuned, truncated
+from .merging import merged_checkpoint, one_tuned, truncated, weighted_sources
 from .output import OutputFolder, check_free, check_place, check_space, recover
 from .progress import Progress
 from .results import copied_files, copy_files, main_dtype, plan_files, write_config, write_index
@@ -103,6 +103,7 @@ def graft(
     check_free(target, settings.overwrite)
     with one_tuned(base, tuned, target, settings.base_dtype) as (origin, learnt, stages):
         inputs = Inputs.open(origin, instruct, learnt, settings, stages)
+        inputs.weights = [weight for _, weight in weighted_sources(tuned)]
         check_place(target, inputs.folders)
         with OutputFolder(target, settings.overwrite) as place:
             if inputs.form == "adapter":
@@ -244,6 +245,8 @@ def _write_provenance(
     found = report.to_dict()
     del found["output"], found["scale"], found["instruct_scale"]
     content = {"kind": "graft", **sides, "options": options.to_dict(), "left_out": left_out, **found}
+    if inputs.weights not in ([], [1.0]):
+        content["tuned_weights"] = inputs.weights
     if inputs.reasons:
         content["dense_because"] = inputs.reasons
     write_manifest(part, content)

@@ -35,6 +35,8 @@ class Inputs:
     """Why the result is dense, where an adapter was trained."""
     stages: dict[str, Checkpoint] = field(default_factory=dict)
     """What TUNED was made of, by role (`start`, `tuned`, `tuned_2`); empty where it is one checkpoint as it lies."""
+    weights: list[float] = field(default_factory=list)
+    """Weight of each delta that TUNED is the sum of."""
 
     @classmethod
     def open(

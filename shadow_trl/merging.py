@@ -6,6 +6,7 @@ others stay BASE's own, where they lie.
 
 from __future__ import annotations
 
+import math
 import os
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
@@ -49,8 +50,10 @@ def weighted_sources(tuned: Any) -> list[tuple[Source, float]]:
         source, weight = item if _is_weighted(item) else _split(item)
         try:
             found.append((source, float(weight)))
-        except (TypeError, ValueError) as error:
-            raise ConfigError(f"tuned: {weight!r} is no weight of {source}. Nothing was written.") from error
+        except (TypeError, ValueError):
+            found.append((source, math.nan))
+        if not math.isfinite(found[-1][1]):
+            raise ConfigError(f"tuned: {weight!r} is no weight of {source}. Nothing was written.")
     return found
 
 
@@ -232,8 +235,6 @@ def truncated(
         folder: made here, removed by the caller.
         base_dtype: as in `merged_checkpoint`.
     """
-    import math
-
     from .adapter_forms import MemoryWeights, write_factors
     from .conversion import ModelNames
     from .low_rank import truncate

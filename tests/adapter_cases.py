@@ -15,6 +15,7 @@ from typing import Any
 
 import peft
 import torch
+from families import load
 from tiny import make_pair
 from transformers import AutoModelForCausalLM
 
@@ -112,6 +113,9 @@ CASES = [
     Case("Trainable tokens", _other("TrainableTokens", ["embed_tokens"], token_indices=[2, 5]), True),
 ]  # fmt: skip
 
+MODELS = [("llama", False), ("llama", True), ("qwen3", False), ("qwen3", True)]
+"""Kind of model, and whether head and embedding are one weight."""
+
 
 @dataclass
 class Trained:
@@ -158,6 +162,16 @@ def adapter_delta(model: Path, adapter: Path) -> dict[str, torch.Tensor]:
         merged = loaded.eval().double().merge_and_unload()
     after = weights_of(merged)
     return {name: after[name].detach() - value for name, value in before.items() if name in after}
+
+
+def dense_delta(output: Path, trained: Trained) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """Return (what a dense graft added to INSTRUCT's weights on disk, the true delta of these weights)."""
+    before, after = load(trained.instruct), load(output)
+    found = {name: value.double() - before[name].double() for name, value in after.items()}
+    # A head that is not on disk is the embedding.
+    for name, value in trained.delta.items():
+        assert name in found or torch.equal(value, trained.delta["model.embed_tokens.weight"])
+    return found, {name: value for name, value in trained.delta.items() if name in found}
 
 
 def error(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> float:

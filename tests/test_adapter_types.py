@@ -5,9 +5,7 @@ from __future__ import annotations
 import importlib.util
 
 import pytest
-import torch
-from adapter_cases import CASES, Case, Trained, adapter_delta, error, train
-from families import load
+from adapter_cases import CASES, MODELS, Case, Trained, adapter_delta, dense_delta, error, train
 
 from shadow_trl import graft
 from shadow_trl.errors import AdapterError
@@ -20,7 +18,6 @@ QUICK = (
     "LoRA, modules_to_save lm_head", "LoRA, trainable tokens", "LoRA, bias all", "LoRA, target_parameters",
     "LoRA, on embeddings", "LoRA, PiSSA", "LoRA, OLoRA, start not saved", "DoRA", "AdaLoRA", "VeRA", "IA3", "TinyLoRA",
 )  # fmt: skip
-MODELS = [("llama", False), ("llama", True), ("qwen3", False), ("qwen3", True)]
 
 
 def rows() -> list:
@@ -36,21 +33,12 @@ def rows() -> list:
     return found
 
 
-def stored_delta(output, instruct) -> dict[str, torch.Tensor]:
-    before = load(instruct)
-    return {name: value.double() - before[name].double() for name, value in load(output).items()}
-
-
 def graft_both(case: Case, trained: Trained, folder) -> tuple[float, float | None]:
     """Return the relative error of the dense form, and of the adapter form where the case has one."""
     sides = {"base": trained.base, "instruct": trained.instruct, "tuned": trained.adapter, "progress": False}
     report = graft(**sides, output=folder / "dense", format="model")
     assert report.form == "model"
-    # A head that is not on disk is the embedding.
-    found = stored_delta(folder / "dense", trained.instruct)
-    wanted = {name: value for name, value in trained.delta.items() if name in found}
-    assert all(torch.equal(trained.delta["model.embed_tokens.weight"], value)
-               for name, value in trained.delta.items() if name not in found)  # fmt: skip
+    found, wanted = dense_delta(folder / "dense", trained)
     dense = error(found, wanted)
     changed = {name for name, value in wanted.items() if bool(value.any())}
     assert report.grafted == len(changed)
