@@ -1,23 +1,21 @@
-"""PEFT adapters as deltas: which ones are a plain low-rank product, and the adapter form of a graft.
+"""Plain LoRA adapters as deltas: their factors, and the weights of INSTRUCT that they land on.
 
 A plain LoRA adds `factor * lora_B @ lora_A` to a weight, whatever the weight is: the same product is its delta on
-INSTRUCT.
-The files say all that is needed, peft is not imported. In this room "base model" is PEFT's word: the model under an
-adapter.
+INSTRUCT. The files say all that is needed, peft is not imported. In this room "base model" is PEFT's word: the model
+under an adapter.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import re
-import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
+from .adapter_kinds import unsupported_features
 from .checkpoint import ADAPTER_CONFIG, Checkpoint
 from .errors import AdapterError, PairMismatchError, list_names
 from .layouts import disk_names
@@ -25,40 +23,6 @@ from .layouts import disk_names
 PREFIX = "base_model.model."
 WEIGHTS = "adapter_model.safetensors"
 _KEY = re.compile(r"(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
-
-# Settings that say where an adapter is from, how it was trained or where it sits: they do not change the product.
-_HARMLESS = frozenset(
-    [
-        "task_type",
-        "inference_mode",
-        "revision",
-        "base_model_name_or_path",
-        "peft_type",
-        "peft_version",
-        "auto_mapping",
-        "r",
-        "target_modules",
-        "exclude_modules",
-        "lora_alpha",
-        "lora_dropout",
-        "fan_in_fan_out",
-        "use_rslora",
-        "layers_to_transform",
-        "layers_pattern",
-        "rank_pattern",
-        "alpha_pattern",
-        "megatron_core",
-        "loftq_config",
-        "eva_config",
-        "corda_config",
-        "runtime_config",
-        "qalora_group_size",
-        "lora_ga_config",
-        "ensure_weight_tying",
-    ]
-)
-# Initialisations that leave the weights under the adapter as they were.
-_PLAIN_STARTS = (True, False, None, "gaussian", "orthogonal", "eva")
 
 
 @dataclass(frozen=True)
@@ -87,6 +51,31 @@ class LoraModule:
         return (self.shape[1], self.shape[0]) if self.transposed else self.shape
 
 
+def open_tuned(source: Any) -> Checkpoint:
+    """Open TUNED, a model or an adapter; of a folder that holds several adapters one must be named.
+
+    Raises:
+        AdapterError: the folder holds adapters in sub-folders only.
+    """
+    if isinstance(source, Checkpoint):
+        return source
+    folder = Path(source).expanduser()
+    if folder.is_dir() and not any((folder / name).is_file() for name in (ADAPTER_CONFIG, "config.json")):
+        found = sorted(path.parent.name for path in folder.glob(f"*/{ADAPTER_CONFIG}"))
+        if found:
+            raise AdapterError(
+                f"{source} holds {len(found)} adapter{'s' if len(found) > 1 else ''} in sub-folders and none itself.\n"
+                f"{list_names(found)}\nName one of them: {Path(source) / found[0]}. Nothing was written."
+            )
+    return Checkpoint.open(source)
+
+
+def other_adapters(adapter: Checkpoint) -> list[str]:
+    """Return the names of the adapters in sub-folders of an adapter's folder; checkpoints of a run do not count."""
+    names = (path.parent.name for path in adapter.path.glob(f"*/{ADAPTER_CONFIG}"))
+    return sorted(name for name in names if not name.startswith("checkpoint-"))
+
+
 def base_model_of(adapter: Checkpoint) -> str | None:
     """Return the name of the model under the adapter with its revision, None where the adapter does not say."""
     name = adapter.adapter_config.get("base_model_name_or_path")
@@ -97,6 +86,11 @@ def base_model_of(adapter: Checkpoint) -> str | None:
     if not Path(name).is_dir() and str(name).startswith(".") and beside.is_dir():
         return str(beside)
     return f"{name}@{revision}" if revision and not Path(name).is_dir() else str(name)
+
+
+def is_plain(adapter: Checkpoint) -> bool:
+    """Whether an adapter is a low-rank product and nothing else, by its settings and by its weights."""
+    return not unsupported_features(adapter.adapter_config) and all(_KEY.fullmatch(name) for name in adapter.specs)
 
 
 def read_lora(adapter: Checkpoint) -> dict[str, LoraModule]:
@@ -132,21 +126,6 @@ def read_lora(adapter: Checkpoint) -> dict[str, LoraModule]:
     return {module: _module(adapter, module, sides) for module, sides in keys.items()}
 
 
-def unsupported_features(config: Mapping[str, Any]) -> list[str]:
-    """Return the settings of an adapter config that make it more than a plain LoRA, as `name = value`."""
-    found = []
-    if config.get("peft_type") != "LORA":
-        found.append(f"peft_type = {config.get('peft_type')}")
-    start = config.get("init_lora_weights", True)
-    if start not in _PLAIN_STARTS:
-        found.append(f"init_lora_weights = {start}  (changes the weights under the adapter)")
-    if config.get("bias", "none") != "none":
-        found.append(f"bias = {config['bias']}")
-    checked = {"peft_type", "init_lora_weights", "bias"}
-    found += [f"{name} = {value}" for name, value in config.items() if value and name not in _HARMLESS | checked]
-    return found
-
-
 def place_on(modules: Mapping[str, LoraModule], adapter: Checkpoint, instruct: Checkpoint) -> dict[str, LoraModule]:
     """Return name of INSTRUCT's weight -> module; every module must land.
 
@@ -159,11 +138,7 @@ def place_on(modules: Mapping[str, LoraModule], adapter: Checkpoint, instruct: C
     names = list(instruct.specs)
     unmatched = [name for name in placed if name not in instruct.specs]
     if unmatched:
-        lines = []
-        for name in unmatched[:11]:
-            near = get_close_matches(name, names, n=1)
-            lines.append(f"{name.removesuffix('.weight')}  {f'nearest: {near[0]}' if near else 'nothing like it'}")
-        lines += unmatched[11:]
+        lines = nearest_names([name.removesuffix(".weight") for name in unmatched], names)
         raise AdapterError(
             f"{len(unmatched)} of {len(placed)} modules of adapter {adapter} have no weight in instruct {instruct}.\n"
             f"{list_names(lines)}\nThe adapter belongs to another architecture, or to a weight that instruct shares "
@@ -190,6 +165,16 @@ def place_on(modules: Mapping[str, LoraModule], adapter: Checkpoint, instruct: C
     return placed
 
 
+def nearest_names(unmatched: Iterable[str], known: Iterable[str]) -> list[str]:
+    """Return a row for each unmatched name with the known name most like it, the latter for the first few only."""
+    names, lines = list(known), []
+    for number, name in enumerate(unmatched):
+        # A search among thousands of names takes a while, and `list_names` cuts the rest.
+        near = get_close_matches(name, names, n=1) if number < 10 else []
+        lines.append(f"{name}  {f'nearest: {near[0]}' if near else 'nothing like it'}")
+    return lines
+
+
 def _renamed(placed: dict[str, LoraModule], instruct: Checkpoint) -> dict[str, LoraModule]:
     """Give modules the names that INSTRUCT's weights have on disk: adapters are saved with the names in memory."""
     try:
@@ -197,30 +182,6 @@ def _renamed(placed: dict[str, LoraModule], instruct: Checkpoint) -> dict[str, L
     except PairMismatchError:
         return placed
     return {found.get(name, name): lora for name, lora in placed.items()}
-
-
-def write_adapter(adapter: Checkpoint, instruct: Checkpoint, scale: float, folder: Path) -> None:
-    """Write `adapter` into `folder` as an adapter of INSTRUCT; at another scale lora_B is multiplied by it in fp32.
-
-    Args:
-        adapter: a plain LoRA.
-        instruct: the model it is for; its name and revision as the user gave them go into the config.
-        scale: multiplier of the delta.
-        folder: where; must exist.
-    """
-    config = {**adapter.adapter_config, "base_model_name_or_path": instruct.source, "revision": instruct.revision}
-    (folder / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    if scale == 1.0 and adapter.files[0].name == WEIGHTS:
-        shutil.copyfile(adapter.files[0], folder / WEIGHTS)
-        return
-    from safetensors.torch import save_file
-
-    tensors = {}
-    for name in adapter.specs:
-        tensor = adapter.tensor(name)
-        is_left = scale != 1.0 and _KEY.fullmatch(name) is not None and ".lora_B." in name
-        tensors[name] = tensor.float() * scale if is_left else tensor.clone()
-    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
 
 
 def _module(adapter: Checkpoint, module: str, sides: Mapping[str, str]) -> LoraModule:

@@ -72,7 +72,10 @@ def _add_graft(parser: argparse.ArgumentParser) -> None:
     need.add_argument("--base", metavar="B", help="BASE, before training; an adapter names it itself")
     need.add_argument("--instruct", metavar="I", required=True, help="INSTRUCT, which receives the delta")
     learnt = need.add_mutually_exclusive_group(required=True)
-    learnt.add_argument("--tuned", metavar="T", help="BASE after training: a checkpoint or a LoRA adapter")
+    learnt.add_argument(
+        "--tuned", metavar="T[:WEIGHT]", action="append",
+        help="BASE after training: a checkpoint or a PEFT adapter; given several times, the weighted sum",
+    )  # fmt: skip
     learnt.add_argument("--delta", metavar="D", help="in its place: what `shadow-trl delta` wrote; needs no BASE")
     need.add_argument("--output", metavar="O", required=True, help="folder of the result; must not exist")
     sums = parser.add_argument_group("arithmetic")
@@ -91,6 +94,7 @@ def _add_graft(parser: argparse.ArgumentParser) -> None:
     sums.add_argument("--untie", action="store_true", help="let a tied INSTRUCT receive a head of its own")
     form = parser.add_argument_group("result")
     form.add_argument("--format", choices=FORMATS, default="auto", help="dense weights or an adapter (default auto)")
+    form.add_argument("--rank", type=int, metavar="R", help="an adapter of this rank near a delta without an exact one")
     form.add_argument("--max-shard-size", metavar="SIZE", help="such as 5GB (default: INSTRUCT's files)")
     form.add_argument("--overwrite", action="store_true", help="replace an existing graft")
     form.add_argument(
@@ -189,7 +193,8 @@ def _gap(options: argparse.Namespace) -> None:
 
 
 def _delta(options: argparse.Namespace) -> None:
-    from .extracting import extract_delta
+    with collector_paused():
+        from .extracting import extract_delta
 
     given = vars(options)
     named = {name: given[name] for name in given if name not in ("run", "command", "quiet", "json", "stats")}
@@ -202,7 +207,8 @@ def _delta(options: argparse.Namespace) -> None:
 
 
 def _verify(options: argparse.Namespace) -> int:
-    from .verifying import verify
+    with collector_paused():
+        from .verifying import verify
 
     sides = {name: getattr(options, name) for name in ("base", "instruct", "tuned", "delta")}
     report = verify(options.folder, **sides, progress=not options.quiet)

@@ -104,6 +104,13 @@ class ModelNames:
         """Return the rules that loading a checkpoint with these on-disk names uses; for None (as in memory), none."""
         return [] if names is None else [rule for rule in self._placed(names)[1] if rule.was_used()]
 
+    def groups(self, names: Iterable[str]) -> dict[str, list[str]]:
+        """Return in-memory name -> on-disk names of the weights that loading makes it of."""
+        groups: dict[str, list[str]] = {}
+        for name, _, place, _ in self._placed(names)[0]:
+            groups.setdefault(place, []).append(name)
+        return groups
+
     def _placed(self, names: Iterable[str]) -> tuple[list[tuple[str, str, str, str | None]], list[Any]]:
         """Return (name, key, place in memory, pattern of its converter) for each name, and the rules that were used.
 

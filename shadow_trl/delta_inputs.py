@@ -52,8 +52,8 @@ def open_delta(base: Source | None, instruct: Source, delta: Source, options: Gr
 
 
 def _check_options(options: GraftOptions) -> None:
-    if options.format == "adapter":
-        raise no_adapter_form("the delta is dense; `shadow-trl delta --rank R` makes an adapter of one")
+    if options.format == "adapter" or options.rank is not None:
+        raise no_adapter_form(["the delta is dense; `shadow-trl delta --rank R` makes an adapter of one"])
     wrong = [
         f"{name}={getattr(options, name)!r}"
         for name, plain in (("instruct_scale", 1.0), ("base_dtype", None))

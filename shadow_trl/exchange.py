@@ -15,7 +15,7 @@ import torch
 from accelerate.utils import is_peft_model
 from torch import nn
 
-from .adapter import unsupported_features
+from .adapter_kinds import unsupported_features
 from .errors import ConfigError, list_names
 
 

@@ -20,10 +20,11 @@ from .errors import AdapterError, ConfigError
 from .extracted_adapter import write_low_rank
 from .figures import DeltaReport, graft_figures
 from .graft_options import DTYPES, GraftOptions
-from .grafting import arithmetic, check_finite, dense_jobs, on_base
+from .grafting import arithmetic, check_finite, dense_jobs
 from .inputs import Digests, Inputs, Source
 from .jobs import Jobs
 from .manifest import write_delta_card, write_manifest
+from .merging import one_tuned
 from .output import OutputFolder, check_free, check_place, check_space, recover
 from .pieces import OutputFile, Place, WeightJob
 from .progress import Progress
@@ -78,7 +79,7 @@ def extract_delta(
     target = Path(output)
     recover(target)
     check_free(target, overwrite, "delta")
-    with _opened(base, tuned, target, settings, progress) as inputs:
+    with _opened(base, tuned, target, settings) as inputs:
         check_place(target, inputs.folders)
         if rank is not None and inputs.tuned.is_adapter:
             raise AdapterError(
@@ -112,20 +113,15 @@ class _Sides(Inputs):
 
 
 @contextmanager
-def _opened(
-    base: Source | None, tuned: Source, target: Path, options: GraftOptions, progress: bool
-) -> Iterator[Inputs]:
+def _opened(base: Source | None, tuned: Source, target: Path, options: GraftOptions) -> Iterator[Inputs]:
     refuse_deltas(base=base, tuned=tuned)
-    with on_base(base, tuned, target, progress) as (origin, learnt, stages):
+    with one_tuned(base, tuned, target, options.base_dtype) as (origin, learnt, stages):
         home = origin if origin is not None else _base_of(learnt)
-        inputs = _Sides.open(home, home, learnt, options, check_pair=False)
-        inputs.stages = stages
-        yield inputs
+        yield _Sides.open(home, home, learnt, options, stages, check_pair=False)
 
 
-def _base_of(tuned: Source) -> Source:
-    found = Checkpoint.open(tuned)
-    base = base_model_of(found) if found.is_adapter else None
+def _base_of(tuned: Checkpoint) -> Source:
+    base = base_model_of(tuned) if tuned.is_adapter else None
     if base is None:
         raise ConfigError("base is missing: only an adapter that names its own may leave it out. Nothing was written.")
     return base

@@ -46,6 +46,7 @@ class GraftOptions:
     digest: str = "sha256"
     stats: bool = True
     base_dtype: str | None = None
+    rank: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("scale", "instruct_scale"):
@@ -63,7 +64,11 @@ class GraftOptions:
                 "rounding='stochastic' has no meaning with dtype='float32': fp32 output is not rounded to 16 bits. "
                 "Use rounding='nearest', or a 16-bit dtype. Nothing was written."
             )
-        if self.format == "adapter":
+        if self.rank is not None and (isinstance(self.rank, bool) or not isinstance(self.rank, int) or self.rank < 1):
+            raise ConfigError(f"rank must be a whole number of at least 1, got {self.rank!r}. Nothing was written.")
+        if self.rank is not None and self.format == "model":
+            raise ConfigError("rank is of an adapter; format='model' writes dense weights. Nothing was written.")
+        if self.format == "adapter" or self.rank is not None:
             self._check_adapter_form()
         self.patterns()
 
@@ -102,7 +107,8 @@ class GraftOptions:
         """Return what changes the numbers, for the manifest."""
         names = ("scale", "instruct_scale", "dtype", "rounding", "seed", "vocab", "untie", "base_dtype")
         modules = self.modules if isinstance(self.modules, str) else list(self.modules)
-        return {**{name: getattr(self, name) for name in names}, "modules": modules}
+        rank = {} if self.rank is None else {"rank": self.rank}
+        return {**{name: getattr(self, name) for name in names}, "modules": modules, **rank}
 
 
 def parse_size(value: int | str | None) -> int | None:

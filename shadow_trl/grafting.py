@@ -7,26 +7,25 @@ without the weights is found before anything is written.
 from __future__ import annotations
 
 import shutil
-import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from .adapter import place_on, write_adapter
+from .adapter import place_on
+from .adapter_kinds import kind_of
 from .checkpoint import Checkpoint
 from .delta_folder import refuse_deltas
 from .delta_inputs import open_delta
 from .errors import ConfigError, GraftError, list_names
 from .figures import GapReport, GraftReport, graft_figures, graft_warnings
 from .graft_options import GraftOptions, parse_size
-from .hub import is_hub_id
-from .inputs import Digests, Inputs, Source, no_adapter_form
-from .jobs import Jobs, check_rounding, full_jobs, low_rank_jobs
+from .inputs import Digests, Inputs, Source, is_local, no_adapter_form
+from .jobs import Jobs, check_rounding, full_jobs, low_rank_jobs, without_unchanged
 from .manifest import write_manifest, write_model_card
 from .measuring import gap
-from .origins import stage_below
+from .merging import merged_checkpoint, one_tuned, truncated, weighted_sources
 from .output import OutputFolder, check_free, check_place, check_space, recover
 from .progress import Progress
 from .results import copied_files, copy_files, main_dtype, plan_files, write_config, write_index
@@ -40,7 +39,7 @@ def graft(
     *,
     base: Source | None = None,
     instruct: Source,
-    tuned: Source | None = None,
+    tuned: Source | Sequence[Any] | None = None,
     delta: Source | None = None,
     output: Source,
     scale: float = 1.0,
@@ -57,6 +56,7 @@ def graft(
     digest: str = "sha256",
     stats: bool = True,
     base_dtype: Any = None,
+    rank: int | None = None,
     progress: bool = True,
 ) -> GraftReport:
     """Add to INSTRUCT what training added to BASE and write the result to a folder that stands alone.
@@ -68,7 +68,8 @@ def graft(
         base: folder or hub id of BASE, either with `@revision` if wished. May be left out for an adapter that names it,
             and for a delta, against whose digests it is then only checked.
         instruct: the same for INSTRUCT.
-        tuned: BASE after training: a full checkpoint or a plain LoRA adapter.
+        tuned: BASE after training: a full checkpoint, or a PEFT adapter of any type that changes weights. Several are
+            summed: a list of these, each with its weight as `source:0.5` or `(source, 0.5)`.
         delta: in the place of `tuned`: a delta of this BASE as `extract_delta` writes it. In fp32 and exact, as it is
             for 16-bit checkpoints, it gives the bits that `tuned` gives (exponents within 2^16, as everywhere).
         output: folder of the result; must not exist.
@@ -89,6 +90,7 @@ def graft(
         stats: whether to measure sigma, realised and noise. Default True.
         base_dtype: dtype in which training loaded BASE, which is rounded to it before subtracting; `tuned` for the
             dtype of each weight of TUNED. Default: as on disk.
+        rank: write the nearest LoRA of this rank for an adapter that has no exact form; the report has its error.
         progress: whether to show a bar on a terminal. Default True.
 
     Returns:
@@ -106,7 +108,7 @@ def graft(
     target = Path(output)
     recover(target)
     check_free(target, settings.overwrite)
-    with _opened(base, instruct, tuned, delta, target, settings, progress) as inputs:
+    with _opened(base, instruct, tuned, delta, target, settings) as inputs:
         check_place(target, inputs.folders)
         with OutputFolder(target, settings.overwrite) as place:
             if inputs.form == "adapter":
@@ -121,11 +123,10 @@ def graft(
 def _opened(
     base: Source | None,
     instruct: Source,
-    tuned: Source | None,
+    tuned: Source | Sequence[Any] | None,
     delta: Source | None,
     target: Path,
     options: GraftOptions,
-    progress: bool,
 ) -> Iterator[Inputs]:
     """Open the sides of a graft of TUNED or of a delta."""
     if (tuned is None) == (delta is None):
@@ -133,43 +134,21 @@ def _opened(
     if delta is not None:
         yield open_delta(base, instruct, delta, options)
         return
-    assert tuned is not None
-    with on_base(base, tuned, target, progress) as (origin, learnt, stages):
-        inputs = Inputs.open(origin, instruct, learnt, options)
-        inputs.stages = stages
+    with one_tuned(base, tuned, target, options.base_dtype) as (origin, learnt, stages):
+        inputs = Inputs.open(origin, instruct, learnt, options, stages)
+        inputs.weights = [weight for _, weight in weighted_sources(tuned)]
         yield inputs
 
 
-@contextmanager
-def on_base(
-    base: Source | None, tuned: Source, target: Path, progress: bool
-) -> Iterator[tuple[Source | None, Source, dict[str, Checkpoint]]]:
-    """Give BASE and TUNED of a graft; an adapter trained on the full model of an earlier run is merged into that first.
-
-    Its delta is (start - base) + B @ A: the adapter alone would lose what the earlier stage learnt. The merged model is
-    in fp32 in a folder beside the result, gone when the context ends.
-
-    Yields:
-        base, tuned, and the stages that TUNED is made of, by role; empty where it is one checkpoint.
-    """
-    below = stage_below(tuned, None if base is None else str(base))
-    if below is None:
-        yield base, tuned, {}
-        return
-    start, origin = below
-    target.absolute().parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".shadow-merged-", dir=target.absolute().parent) as scratch:
-        merged = Path(scratch) / "merged"
-        with OutputFolder(merged, overwrite=False) as place:
-            plain = GraftOptions(format="model", dtype="float32", digest="none", stats=False)
-            inputs = Inputs.open(start, start, tuned, plain)
-            _write_dense_form(inputs, place.part, merged, plain, progress)
-            place.commit()
-        stages = {"start": inputs.instruct, "tuned": inputs.tuned}
-        yield origin, merged, stages
-
-
-def check_graft(*, base: Source | None = None, instruct: Source, output: Source, adapter: bool, **options: Any) -> None:
+def check_graft(
+    *,
+    base: Source | None = None,
+    instruct: Source,
+    output: Source,
+    adapter: bool,
+    adapter_config: Mapping[str, Any] | None = None,
+    **options: Any,
+) -> None:
     """Check before training all that would keep `graft` from succeeding after it.
 
     Args:
@@ -177,6 +156,7 @@ def check_graft(*, base: Source | None = None, instruct: Source, output: Source,
         instruct: as for `graft`.
         output: as for `graft`.
         adapter: whether TUNED will be an adapter.
+        adapter_config: its settings, as PEFT stores them. Default: those of a plain LoRA.
         **options: as for `graft`.
 
     Raises:
@@ -193,7 +173,8 @@ def check_graft(*, base: Source | None = None, instruct: Source, output: Source,
     receiver.check_not_quantised("instruct")
     folders = [("instruct", receiver.path)]
     if base is not None:
-        origin = Checkpoint.open(base, weights=not adapter)
+        kind = kind_of(adapter_config or {"peft_type": "LORA"})
+        origin = Checkpoint.open(base, weights=not (adapter and (kind.streams or kind.subtracted)))
         folders.append(("base", origin.path))
         if not adapter:
             origin.check_not_quantised("base")
@@ -201,7 +182,9 @@ def check_graft(*, base: Source | None = None, instruct: Source, output: Source,
             full_jobs(origin, receiver, origin, settings, None)
     check_place(target, folders)
     if settings.format == "adapter" and not adapter:
-        raise no_adapter_form("tuned will be a full checkpoint")
+        raise no_adapter_form(["tuned will be a full checkpoint"])
+    if settings.format == "adapter" and adapter_config is not None and kind_of(adapter_config).obstacles:
+        raise no_adapter_form(list(kind_of(adapter_config).obstacles))
     if settings.format == "model" or not adapter:
         check_space(target, _size(receiver, settings))
 
@@ -239,32 +222,39 @@ def _write_dense_form(inputs: Inputs, part: Path, target: Path, options: GraftOp
 
 
 def dense_jobs(inputs: Inputs, options: GraftOptions, scratch: Path) -> Jobs:
-    """Plan the weights of a dense result; copies in another layout go to `scratch`."""
-    if inputs.tuned.is_adapter:
+    """Plan the weights of a dense result; merged adapters and copies in another layout go to `scratch`."""
+    if inputs.modules:
         return low_rank_jobs(inputs.base, inputs.instruct, inputs.tuned, inputs.modules, options, scratch=scratch)
-    assert inputs.base is not None
-    return full_jobs(inputs.base, inputs.instruct, inputs.tuned, options, scratch)
+    learnt = inputs.tuned
+    if learnt.is_adapter:
+        learnt, _ = merged_checkpoint(inputs.base, learnt, scratch / "merged", base_dtype=options.base_dtype)
+    return without_unchanged(full_jobs(inputs.base, inputs.instruct, learnt, options, scratch), options)
 
 
 def _write_adapter_form(inputs: Inputs, part: Path, target: Path, options: GraftOptions) -> GraftReport:
-    place_on(inputs.modules, inputs.tuned, inputs.instruct)
+    from .adapter_forms import write_adapter
+
+    scratch, notes, adapter = part / ".truncated", list(inputs.warnings), inputs.tuned
+    if options.rank is not None:
+        adapter, note = truncated(inputs.base, adapter, options.rank, scratch, base_dtype=options.base_dtype)
+        notes.append(note)
+    elif inputs.modules:
+        place_on(inputs.modules, adapter, inputs.instruct)
     small = copied_files(inputs.instruct, adapter=True)
-    size = sum(path.stat().st_size for path in (*small, *inputs.tuned.files))
-    check_space(target, 2 * size)
+    check_space(target, 2 * sum(path.stat().st_size for path in (*small, *adapter.files)))
     with Digests(inputs, small, options) as digests:
-        write_adapter(inputs.tuned, inputs.instruct, options.scale, part)
+        modules = write_adapter(
+            adapter, inputs.base, inputs.instruct, options.scale, part, base_dtype=options.base_dtype
+        )
+        shutil.rmtree(scratch, ignore_errors=True)
         copy_files(small, inputs.instruct, part)
-        notes = list(inputs.warnings)
-        if not is_hub_id(inputs.instruct.source) or Path(inputs.instruct.source).is_dir():
+        if is_local(inputs.instruct):
             notes.append(
                 f"the adapter names the local folder {inputs.instruct.source} as its model: it loads only where that "
-                "path "
-                "leads there."
+                "path leads there."
             )
-        code = next(iter(inputs.tuned.specs.values())).code
-        report = GraftReport(
-            target, "adapter", len(inputs.modules), 0, TORCH_NAMES[code], options.scale, warnings=notes
-        )
+        code = next(iter(adapter.specs.values())).code
+        report = GraftReport(target, "adapter", modules, 0, TORCH_NAMES[code], options.scale, warnings=notes)
         _write_provenance(part, inputs, report, options, digests=digests.collect(), left_out=[])
     return report
 
@@ -285,6 +275,10 @@ def _write_provenance(
     found = report.to_dict()
     del found["output"], found["scale"], found["instruct_scale"]
     content = {"kind": "graft", **inputs.recorded, **sides, "options": options.to_dict(), "left_out": left_out, **found}
+    if inputs.weights not in ([], [1.0]):
+        content["tuned_weights"] = inputs.weights
+    if inputs.reasons:
+        content["dense_because"] = inputs.reasons
     write_manifest(part, content)
     write_model_card(part, content, adapter=report.form == "adapter")
 

@@ -8,14 +8,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .adapter import LoraModule, base_model_of, read_lora
+from .adapter import LoraModule, base_model_of, is_plain, open_tuned, other_adapters, read_lora
+from .adapter_kinds import SCALABLE, START_FOLDER, check_has_delta, kind_of, peft_type
 from .checkpoint import Checkpoint
 from .delta_folder import refuse_deltas
-from .errors import AdapterError, CheckpointError, ConfigError
+from .errors import AdapterError, CheckpointError, ConfigError, list_names
 from .graft_options import GraftOptions
 from .hub import is_hub_id
 from .jobs import selector
-from .manifest import file_digest
+from .manifest import file_digest, read_manifest
 from .pairs import ModelPair
 
 Source = str | os.PathLike[str]
@@ -25,90 +26,165 @@ Source = str | os.PathLike[str]
 class Inputs:
     """The opened sides of a graft and the form that its result takes."""
 
-    base: Checkpoint | None
+    base: Checkpoint
     instruct: Checkpoint
     tuned: Checkpoint
     form: str
     modules: dict[str, LoraModule] = field(default_factory=dict)
+    """The factors of a plain LoRA, which is added without BASE's weights; empty for every other TUNED."""
     warnings: list[str] = field(default_factory=list)
+    reasons: list[str] = field(default_factory=list)
+    """Why the result is dense, where an adapter was trained."""
     stages: dict[str, Checkpoint] = field(default_factory=dict)
-    """What TUNED was merged from, by role (`start`, `tuned`); empty where it is one checkpoint."""
+    """What TUNED was made of, by role (`start`, `tuned`, `tuned_2`); empty where it is one checkpoint as it lies."""
+    weights: list[float] = field(default_factory=list)
+    """Weight of each delta that TUNED is the sum of."""
     recorded: dict[str, Any] = field(default_factory=dict)
     """Manifest entries of sides that are not read: BASE and TUNED of a delta, as its own manifest names them."""
 
     @classmethod
     def open(
-        cls, base: Source | None, instruct: Source, tuned: Source, options: GraftOptions, *, check_pair: bool = True
+        cls,
+        base: Source | None,
+        instruct: Source,
+        tuned: Source | Checkpoint,
+        options: GraftOptions,
+        stages: dict[str, Checkpoint] | None = None,
+        *,
+        check_pair: bool = True,
     ) -> Inputs:
         """Open the sides, check that they belong together, and choose the form of the result.
 
         Args:
             base: as in `graft`.
             instruct: as in `graft`.
-            tuned: as in `graft`.
+            tuned: as in `graft`, or one checkpoint made of it.
             options: as in `graft`.
+            stages: what it was made of, by role.
             check_pair: whether BASE and INSTRUCT are checked against each other; needless where they are one.
 
         Raises:
             InputError: a side is missing, quantised or of the wrong kind, or the sides do not fit.
 
         """
-        refuse_deltas(base=base, instruct=instruct, tuned=tuned)
-        learnt, receiver = Checkpoint.open(tuned), Checkpoint.open(instruct)
+        refuse_deltas(base=base, instruct=instruct, tuned=None if isinstance(tuned, Checkpoint) else tuned)
+        learnt, receiver = open_tuned(tuned), Checkpoint.open(instruct)
         if receiver.is_adapter:
             raise AdapterError(f"instruct {receiver} is an adapter, not a model. Merge it first. Nothing was written.")
-        modules = read_lora(learnt) if learnt.is_adapter else {}
+        if learnt.is_adapter:
+            check_has_delta(learnt.adapter_config)
+        modules = read_lora(learnt) if learnt.is_adapter and _streams(learnt, receiver) else {}
         if base is None:
             base = base_model_of(learnt) if learnt.is_adapter else None
         if base is None:
             raise ConfigError(
                 "base is missing: only an adapter that names its own may leave it out. Nothing was written."
             )
-        origin = Checkpoint.open(base, weights=not learnt.is_adapter or options.instruct_scale != 1.0)
+        origin = Checkpoint.open(base, weights=not modules or options.instruct_scale != 1.0 or options.rank is not None)
         if origin.is_adapter:
             raise AdapterError(f"base {origin} is an adapter, not a model. Merge it first. Nothing was written.")
-        for role, side in (("base", origin), ("instruct", receiver), ("tuned", learnt)):
-            side.check_not_quantised(role)
+        if origin.specs:
+            origin.check_not_quantised("base")
+        receiver.check_not_quantised("instruct")
+        learnt.check_not_quantised("tuned")
         warnings = ModelPair(origin, receiver).check(vocab=options.vocab) if check_pair else []  # type: ignore[arg-type]
-        form = form_of(learnt, receiver, modules, options)
-        return cls(origin, receiver, learnt, form, modules, warnings)
+        form, reasons = form_of(learnt, receiver, modules, options)
+        inputs = cls(origin, receiver, learnt, form, modules, warnings, reasons, stages or {})
+        inputs.warnings += _adapter_warnings(inputs)
+        return inputs
 
     @property
     def sides(self) -> dict[str, Checkpoint]:
         """The sides that there are, by role."""
         if self.recorded:  # a delta: BASE and TUNED are names in its manifest
             return {"instruct": self.instruct, "delta": self.tuned}
-        sides = {"base": self.base, "instruct": self.instruct, "tuned": self.tuned, **self.stages}
-        return {role: side for role, side in sides.items() if side is not None}
+        return {"base": self.base, "instruct": self.instruct, "tuned": self.tuned, **self.stages}
 
     @property
     def folders(self) -> list[tuple[str, Path]]:
         """Role and folder of each side."""
-        sides = self.sides if self.base is None else {**self.sides, "base": self.base}
-        return [(role, side.path) for role, side in sides.items()]
+        return [(role, side.path) for role, side in {**self.sides, "base": self.base}.items()]
 
 
-def form_of(tuned: Checkpoint, instruct: Checkpoint, modules: dict[str, LoraModule], options: GraftOptions) -> str:
-    """Return `adapter` or `model`, whichever the result takes."""
-    if options.format == "model":
-        return "model"
-    wanted = selector(options)
+def form_of(
+    tuned: Checkpoint, instruct: Checkpoint, modules: dict[str, LoraModule], options: GraftOptions
+) -> tuple[str, list[str]]:
+    """Return `adapter` or `model`, whichever the result takes, and why an adapter becomes dense weights.
+
+    Raises:
+        AdapterError: an adapter is asked for and there is no exact one.
+    """
+    if options.format == "model" or not tuned.is_adapter:
+        if options.format == "adapter" or options.rank is not None:
+            raise no_adapter_form(["tuned is a full checkpoint"])
+        return "model", []
+    if options.rank is not None:
+        return "adapter", []
     reasons = [f"{name} is set" for name in options.dense_only()]
-    if not tuned.is_adapter:
-        reasons.append("tuned is a full checkpoint")
-    if not all(wanted(f"{module}.weight") for module in modules):
+    reasons += adapter_obstacles(tuned, options.scale)
+    wanted = selector(options)
+    if not all(wanted(f"{module}.weight") for module in modules) or (not modules and options.patterns() is not None):
         reasons.append("modules leaves out a part of the adapter")
-    if options.format == "adapter":
-        if reasons:
-            raise no_adapter_form(reasons[0])
-        return "adapter"
-    local = Path(instruct.source).expanduser().is_dir() or not is_hub_id(instruct.source)
-    return "model" if reasons or local else "adapter"
+    if reasons and options.format == "adapter":
+        raise no_adapter_form(reasons)
+    if reasons or options.format == "adapter":
+        return ("model" if reasons else "adapter"), reasons
+    if is_local(instruct):
+        return "model", [f"instruct {instruct} is a local folder, which an adapter would have to name"]
+    return "adapter", []
 
 
-def no_adapter_form(reason: str) -> AdapterError:
-    """Return the error for a result that cannot be an adapter."""
-    return AdapterError(f"there is no adapter form of this graft: {reason}. Use format='model'. Nothing was written.")
+def adapter_obstacles(tuned: Checkpoint, scale: float) -> list[str]:
+    """Return why an adapter has no exact form on INSTRUCT; empty where it has one."""
+    kind = kind_of(tuned.adapter_config)
+    reasons = list(kind.obstacles)
+    if kind.subtracted:
+        reasons.append(
+            f"init_lora_weights = {tuned.adapter_config['init_lora_weights']}  (the adapter as it was before training "
+            f"is not in {START_FOLDER})"
+        )
+    if scale != 1.0 and peft_type(tuned.adapter_config) not in SCALABLE:
+        reasons.append(f"scale = {scale}  (not known how to multiply a {peft_type(tuned.adapter_config)} adapter)")
+    return reasons
+
+
+def no_adapter_form(reasons: list[str]) -> AdapterError:
+    """Return the error for a result that cannot be an exact adapter."""
+    return AdapterError(
+        f"there is no exact adapter form of this graft.\n{list_names(reasons)}\nUse format='model', which is exact; "
+        "or, for an adapter, rank=R (--rank R): the nearest LoRA of that rank, with its error in the report. Nothing "
+        "was written."
+    )
+
+
+def is_local(side: Checkpoint) -> bool:
+    """Whether a side was given as a folder and not as a hub id."""
+    return Path(side.source).expanduser().is_dir() or not is_hub_id(side.source)
+
+
+def _streams(adapter: Checkpoint, instruct: Checkpoint) -> bool:
+    """Whether an adapter is added without BASE's weights: a plain LoRA that leaves a shared head alone."""
+    tied = instruct.config.get("tie_word_embeddings") and any(".lm_head." in name for name in adapter.specs)
+    return is_plain(adapter) and not tied
+
+
+def _adapter_warnings(inputs: Inputs) -> list[str]:
+    if not inputs.tuned.is_adapter:
+        return []
+    found = []
+    if inputs.reasons and (not is_local(inputs.instruct) or len(adapter_obstacles(inputs.tuned, 1.0))):
+        found.append(f"the result is dense weights, there is no exact adapter form.\n{list_names(inputs.reasons)}")
+    source = inputs.stages.get("tuned", inputs.tuned)
+    others = other_adapters(source)
+    if others:
+        found.append(f"{source} holds further adapters, which are not grafted: {', '.join(others)}.")
+    method = inputs.base.quantisation or ((read_manifest(source.path) or {}).get("quantised"))
+    if method:
+        found.append(
+            f"the adapter was trained on a BASE quantised by {method}. Its delta is exact, but a part of it answers to "
+            "the quantisation error of BASE, which the full-precision INSTRUCT does not have (docs/adapters.md)."
+        )
+    return found
 
 
 class Digests:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -131,6 +131,21 @@ def low_rank_jobs(
             job = WeightJob(name, _code(spec.code, options), spec.shape, Place(instruct, name))
         weights.append(job)
     return Jobs(_without_scale(weights, options), instruct, grafted=len(chosen))
+
+
+def without_unchanged(jobs: Jobs, options: GraftOptions) -> Jobs:
+    """Copy the weights whose TUNED is BASE's own bytes, where nothing else moves them."""
+    if options.instruct_scale != 1.0:
+        return jobs
+    weights = []
+    for job in jobs.weights:
+        same = (
+            job.base is not None
+            and job.tuned is not None
+            and (job.base.checkpoint.specs[job.base.name] == job.tuned.checkpoint.specs[job.tuned.name])
+        )
+        weights.append(WeightJob(job.name, job.code, job.shape, job.instruct) if same else job)
+    return replace(jobs, weights=weights, grafted=sum(job.grafted for job in weights))
 
 
 def check_rounding(jobs: Jobs, options: GraftOptions) -> None:

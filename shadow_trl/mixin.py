@@ -17,11 +17,12 @@ from accelerate.logging import get_logger
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl.trainer.utils import get_config_model_id
 
+from .adapter_start import start_of, write_start
 from .config import ShadowArguments
 from .errors import ConfigError, OutputExistsError
 from .evaluation import GraftedEvaluation
 from .grafting import GraftReport, check_graft, graft
-from .loading import adapter_settings, bare_model, check_same_adapter, load_adapter, load_model
+from .loading import adapter_settings, bare_model, check_same_adapter, is_adapted, load_adapter, load_model
 from .manifest import write_manifest
 from .origins import check_unchanged, describe, require_base, require_instruct, resolve_origins, with_revision
 from .pairs import ModelPair, check_processing_class
@@ -83,9 +84,9 @@ class ShadowMixin(GraftedEvaluation):
         adapter = adapter_settings(given.get("peft_config"), model, self.origins.adapter)
         self._trains_adapter = adapter is not None
         if config.graft and adapter is not None:
-            check_adapter(adapter)
+            check_adapter(adapter, goes_on=self.origins.adapter is not None, loaded=is_adapted(model))
         if config.graft:
-            self._check_before_training(config, given)
+            self._check_before_training(config, given, adapter)
         self._choose_processing_class(config, given)
         # A copy: `model_init_kwargs` is taken from the run's config where the model is loaded here.
         self._loading_args = copy.copy(config)
@@ -101,6 +102,8 @@ class ShadowMixin(GraftedEvaluation):
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             raise ConfigError(SHARDED.format("FSDP" if self.is_fsdp_enabled else "DeepSpeed"))
         self._check_grafted_evaluation()
+        # The adapter as it is before training: the delta of some is what it becomes less this.
+        self._adapter_start = start_of(self.model) if config.graft else None
 
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
         """Train BASE as TRL does; then save TUNED to `output_dir` and the graft to `output_dir/grafted`.
@@ -188,7 +191,7 @@ class ShadowMixin(GraftedEvaluation):
         given["args"] = copy.copy(self._config_class.upgrade(args))
         return given["args"]
 
-    def _check_before_training(self, config: Any, given: Mapping[str, Any]) -> None:
+    def _check_before_training(self, config: Any, given: Mapping[str, Any], adapter: Mapping[str, Any] | None) -> None:
         """Find before training everything that could keep the graft from being written after it."""
         instruct = require_instruct(self.origins)
         base = with_revision(require_base(self.origins), self.origins.base_revision)
@@ -208,6 +211,7 @@ class ShadowMixin(GraftedEvaluation):
             output=Path(config.output_dir) / GRAFTED_FOLDER,
             # An adapter on the full model of an earlier run is grafted as one full model.
             adapter=self._trains_adapter and self.origins.policy == self.origins.base,
+            adapter_config=adapter,
             **config.graft_options(),
         )
 
@@ -253,6 +257,7 @@ class ShadowMixin(GraftedEvaluation):
     def _start_manifest(self) -> None:
         os.makedirs(self.args.output_dir, exist_ok=True)
         write_manifest(self.args.output_dir, self._manifest)
+        write_start(Path(self.args.output_dir), self.model, self._adapter_start, self.origins.adapter)
 
     @property
     def _manifest(self) -> dict[str, Any]:
@@ -270,4 +275,7 @@ class ShadowMixin(GraftedEvaluation):
                 "ref_policy": getattr(self.args, "ref_policy", None),
                 "options": self.args.graft_options(),
             }
+            method = getattr(bare_model(self.model), "quantization_method", None)
+            if method is not None:
+                self._run_manifest["quantised"] = str(getattr(method, "value", method))
         return self._run_manifest

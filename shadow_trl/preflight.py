@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from .adapter import unsupported_features
-from .errors import AdapterError, ConfigError, OutputExistsError, list_names
+from .adapter_kinds import check_has_delta, is_random_start, is_subtracted
+from .errors import AdapterError, ConfigError, OutputExistsError
 from .origins import Origins
 
 GRAFTED_FOLDER = "grafted"
@@ -59,21 +59,30 @@ def check_folders(output_dir: Path, origins: Origins, adapter: bool) -> None:
         )
 
 
-def check_adapter(config: Mapping[str, Any]) -> None:
+def check_adapter(config: Mapping[str, Any], *, goes_on: bool = False, loaded: bool = False) -> None:
     """Refuse an adapter that could be trained but not grafted.
 
     Args:
         config: settings of the adapter, as PEFT stores them in `adapter_config.json`.
+        goes_on: whether an adapter that was trained before is trained further.
+        loaded: whether it came on a model in memory, of which nobody knows whether it was trained.
 
     Raises:
-        AdapterError: it is more than a plain LoRA.
+        AdapterError: it changes no weight, its start cannot be known, or loading it again would change the weights
+            under it at random.
     """
-    features = unsupported_features(config)
-    if features:
+    check_has_delta(config)
+    start = config.get("init_lora_weights")
+    if loaded and is_subtracted(start):
         raise AdapterError(
-            f"this adapter could be trained but not grafted: it is more than a plain LoRA.\n{list_names(features)}\n"
-            "Leave these settings out; or train with graft=False, merge the adapter (PeftModel.merge_and_unload, then "
-            "save_pretrained) and graft the merged model. Nothing was written."
+            f"the model in memory has an adapter of init_lora_weights={start!r}, whose delta is what it becomes less "
+            "what it was when it was made. Pass the model without an adapter and the settings as peft_config, so that "
+            "the start is kept. Nothing was written."
+        )
+    if goes_on and is_random_start(start):
+        raise AdapterError(
+            f"an adapter of init_lora_weights={start!r} cannot go on: on loading, PEFT changes the weights under it at "
+            "random. Merge it in the process that trained it, or use 'pissa'. Nothing was written."
         )
 
 

@@ -97,6 +97,10 @@ def _sides(given: Mapping[str, Source | None], manifest: Mapping[str, Any], fold
     for name in wanted:
         source = given[name]
         found[name] = source if source is not None else _found(name, manifest, folder)
+    if role == "tuned" and given["tuned"] is None and manifest.get("tuned_weights"):
+        names = ["tuned", *(f"tuned_{number}" for number in range(2, len(manifest["tuned_weights"]) + 1))]
+        sources = [_found(name, manifest, folder) for name in names]
+        found["tuned"] = list(zip(sources, manifest["tuned_weights"], strict=True))
     return found
 
 
@@ -112,17 +116,21 @@ def _found(role: str, manifest: Mapping[str, Any], folder: Path) -> Source:
 
 
 def _options(manifest: Mapping[str, Any]) -> dict[str, Any]:
-    known = ("scale", "instruct_scale", "dtype", "rounding", "seed", "vocab", "untie", "base_dtype", "modules")
+    known = ("scale", "instruct_scale", "dtype", "rounding", "seed", "vocab", "untie", "base_dtype", "modules", "rank")
     options = {name: manifest["options"][name] for name in known if name in manifest["options"]}
     return {**options, "format": manifest["form"]}
 
 
-def _other_digests(sides: Mapping[str, Source], manifest: Mapping[str, Any]) -> list[str]:
+def _other_digests(sides: Mapping[str, Any], manifest: Mapping[str, Any]) -> list[str]:
     """Return `role: file` of the inputs whose digest is not the one in the manifest."""
     from .hub import locate
 
     wrong = []
+    single: dict[str, Source] = {}
     for role, source in sides.items():
+        parts = source if isinstance(source, list) else [(source, 1.0)]
+        single |= {role if number == 1 else f"{role}_{number}": part for number, (part, _) in enumerate(parts, 1)}
+    for role, source in single.items():
         recorded = (manifest.get(role) or {}).get("digests") or {}
         path = locate(source)[2] if recorded else Path()
         wrong += [

@@ -9,7 +9,7 @@ from families import LINEAR, family, load, lora, moved, shapes, write
 from safetensors.torch import load_file, save_file
 
 from shadow_trl import graft
-from shadow_trl.adapter import unsupported_features
+from shadow_trl.adapter_kinds import unsupported_features
 from shadow_trl.errors import AdapterError, ConfigError, GraftError
 from shadow_trl.manifest import read_manifest
 
@@ -227,10 +227,15 @@ def test_other_shapes_are_refused(sides, tmp_path):
         {"alora_invocation_tokens": [1]}, {"something_new": True},
     ],
 )  # fmt: skip
-def test_features_beyond_a_product_are_named(sides, tmp_path, config):
-    adapter = lora(tmp_path / "adapter", **config)
-    name = next(iter(config))
-    with pytest.raises(AdapterError, match=f"more than a plain LoRA(.|\n)*{name} = "):
+def test_features_beyond_a_product_are_named(config):
+    (name, value), *_ = config.items()
+    found = unsupported_features({"peft_type": "LORA", "r": 2, "bias": "none", **config})
+    assert [line.partition("  ")[0] for line in found] == [f"{name} = {value}"]
+
+
+def test_settings_unknown_to_peft_are_named(sides, tmp_path):
+    adapter = lora(tmp_path / "adapter", something_new=True)
+    with pytest.raises(AdapterError, match=r"does not know\.\n  something_new = True"):
         run(sides, adapter, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

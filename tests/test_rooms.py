@@ -67,7 +67,11 @@ ORDER = [
     "checkpoint",
     "manifest",
     "pairs",
+    "adapter_kinds",
     "adapter",
+    "adapter_forms",
+    "peft_deltas",
+    "merging",
     "grafting",
     "extracting",
     "verifying",
@@ -92,15 +96,27 @@ def test_a_room_imports_only_rooms_above_it(room):
 
 @pytest.mark.parametrize(
     "room",
-    ["errors", "graft_options", "checkpoint", "safetensors_header", "hub", "manifest", "kinds", "startup", "cli"],
+    [
+        "errors",
+        "graft_options",
+        "checkpoint",
+        "safetensors_header",
+        "hub",
+        "manifest",
+        "kinds",
+        "startup",
+        "cli",
+        "adapter_kinds",
+    ],
 )
 def test_rooms_without_arithmetic_do_not_import_torch(room):
     assert not imports(room, inside_functions=False) & {"torch", "transformers", "trl", "peft", "numpy"}
 
 
 def test_only_the_top_rooms_import_trl():
-    wrong = {name for name in ("deltas", "checkpoint", "pairs", "adapter", "grafting", "layouts", "streaming", "output",
-                               "extracting", "extracted_adapter", "verifying")
+    wrong = {name for name in ("deltas", "checkpoint", "pairs", "adapter", "adapter_kinds", "adapter_forms", "merging",
+                               "grafting", "layouts", "streaming", "output", "extracting", "extracted_adapter",
+                               "verifying")
              if imports(name, inside_functions=True) & {"trl", "peft"}}  # fmt: skip
     assert wrong == set()
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, PrefixTuningConfig, get_peft_model
 from safetensors.torch import load_file
 from tiny import make_tokenizer, preference_data, save_model, sft_data, tiny_config
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -335,20 +335,32 @@ def test_sharded_training_is_refused_by_name(pair, tmp_path, name, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "changes",
-    [{"use_dora": True}, {"modules_to_save": ["lm_head"]}, {"bias": "all"}, {"init_lora_weights": "pissa"}],
-    ids=lambda changes: next(iter(changes)),
+    ("config", "message"),
+    [
+        (lambda: PrefixTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM"), "PREFIX_TUNING  .it learns a prompt"),
+        (lambda: LoraConfig(**LORA, alora_invocation_tokens=[1]), "alora_invocation_tokens"),
+    ],
+    ids=["prompt", "aLoRA"],
 )
-@pytest.mark.parametrize("loaded", [False, True], ids=["peft_config", "PeftModel"])
-def test_adapter_that_cannot_be_grafted_is_refused_before_training(pair, tmp_path, changes, loaded):
-    config = LoraConfig(**{**LORA, **changes})
-    model = None
-    if loaded:
-        model = get_peft_model(AutoModelForCausalLM.from_pretrained(pair[0], dtype=torch.float32), config)
-    with pytest.raises(AdapterError, match=next(iter(changes))):
-        sft(pair, tmp_path / "out", model=model, peft_config=None if loaded else config)
+def test_adapter_without_a_weight_delta_is_refused_before_training(pair, tmp_path, config, message):
+    with pytest.raises(AdapterError, match=f"no weight delta(.|\n)*{message}"):
+        sft(pair, tmp_path / "out", peft_config=config())
     assert not (tmp_path / "out").exists()
-    assert sft(pair, tmp_path / "out", model=model, peft_config=None if loaded else config, graft=False)
+    assert sft(pair, tmp_path / "out", peft_config=config(), graft=False)
+
+
+def test_adapter_of_unknown_start_is_refused_before_training(pair, tmp_path):
+    config = LoraConfig(**{**LORA, "init_lora_weights": "pissa"})
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(pair[0], dtype=torch.float32), config)
+    with pytest.raises(AdapterError, match=r"init_lora_weights='pissa'(.|\n)*peft_config"):
+        sft(pair, tmp_path / "out", model=model)
+    assert not (tmp_path / "out").exists()
+
+
+def test_adapter_form_that_does_not_exist_is_refused_before_training(pair, tmp_path):
+    with pytest.raises(AdapterError, match=r"no exact adapter form(.|\n)*use_dora = True"):
+        sft(pair, tmp_path / "out", peft_config=LoraConfig(**LORA, use_dora=True), graft_format="adapter")
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("policy", ["base", "instruct", "grafted"])

@@ -36,7 +36,9 @@ def make_tokenizer(*, template: bool) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def tiny_config(kind: str = "qwen3", *, tied: bool = True, rows: int = 49) -> LlamaConfig | Qwen3Config:
+def tiny_config(
+    kind: str = "qwen3", *, tied: bool = True, rows: int = 49, **options: bool
+) -> LlamaConfig | Qwen3Config:
     """Return the config of a model of two layers of width 16."""
     config_class = {"qwen3": Qwen3Config, "llama": LlamaConfig}[kind]
     return config_class(
@@ -52,6 +54,7 @@ def tiny_config(kind: str = "qwen3", *, tied: bool = True, rows: int = 49) -> Ll
         pad_token_id=0,
         eos_token_id=1,
         bos_token_id=None,
+        **options,
     )
 
 

@@ -1,0 +1,57 @@
+"""Keep an adapter as it was before training, where the delta is what it became less what it was (PiSSA, OLoRA, CorDA).
+
+Such an initialisation takes the start of the product out of the weights under it. With the start beside the adapter the
+graft needs no weight of BASE and has an exact adapter form.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from accelerate.utils import is_peft_model
+from torch import Tensor
+
+from .adapter_kinds import START_FOLDER, is_subtracted
+
+
+def start_of(model: Any) -> dict[str, Tensor] | None:
+    """Return a copy of the adapter of `model`, which was not trained yet; None where its start is not needed.
+
+    Args:
+        model: with or without an adapter.
+    """
+    if not is_peft_model(model):
+        return None
+    name = model.active_adapters[0]
+    if not is_subtracted(getattr(model.peft_config[name], "init_lora_weights", None)):
+        return None
+    from peft import get_peft_model_state_dict
+
+    tensors = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+    return {key: value.detach().to("cpu", copy=True) for key, value in tensors.items()}
+
+
+def write_start(folder: Path, model: Any, start: dict[str, Tensor] | None, earlier: str | None) -> None:
+    """Write the start of an adapter below the folder that the trained one will be saved to.
+
+    Args:
+        folder: of the run.
+        model: with the adapter.
+        start: what `start_of` returned.
+        earlier: folder of the adapter that goes on, whose start is this one's too; None for a new adapter.
+    """
+    target = folder / START_FOLDER
+    if start is None:
+        return
+    shutil.rmtree(target, ignore_errors=True)
+    if earlier is not None:
+        if (Path(earlier) / START_FOLDER).is_dir():
+            shutil.copytree(Path(earlier) / START_FOLDER, target)
+        return
+    from safetensors.torch import save_file
+
+    target.mkdir(parents=True)
+    model.peft_config[model.active_adapters[0]].save_pretrained(str(target))
+    save_file({key: value.contiguous() for key, value in start.items()}, target / "adapter_model.safetensors")

@@ -1,0 +1,296 @@
+"""Adapters that need PEFT's own arithmetic, merged into BASE one module at a time. The only room that imports peft.
+
+No model is loaded. The model is built without memory for its weights, PEFT puts the adapter on it, and then each layer
+gets BASE's weight in float64, is merged by PEFT's own `merge`, and is emptied again. What changed goes to a scratch
+folder; every other weight of the result is BASE's own, where it lies.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Iterator
+from copy import deepcopy
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .adapter import nearest_names
+from .adapter_forms import MemoryWeights, StoredValues, module_of, read_stored
+from .adapter_kinds import is_plain_start, is_random_start, peft_type
+from .checkpoint import Checkpoint
+from .conversion import ModelNames
+from .errors import AdapterError, list_names
+from .safetensors_header import read_header
+
+# Types that PEFT sets up without a look at the weights under them: their layers are made before a weight is read.
+_BLIND = frozenset({
+    "LORA", "ADALORA", "LOHA", "LOKR", "VERA", "PVERA", "VBLORA", "UNILORA", "RANDLORA", "FOURIERFT", "WAVEFT",
+    "C3A", "GRALORA", "DELORA", "SHIRA", "MISS", "HIRA", "HRA", "IA3", "OFT", "BOFT", "ROAD", "GLORA", "BEFT",
+})  # fmt: skip
+_AUXILIARY = {"modules_to_save": None, "trainable_token_indices": None}
+
+
+def merge_into_base(
+    base: Checkpoint, adapter: Checkpoint, folder: Path, *, base_dtype: str | None = None
+) -> tuple[Checkpoint, list[str]]:
+    """Return BASE with an adapter of any type merged, and the names in memory of the weights that it changes.
+
+    Args:
+        base: what the adapter was trained on.
+        adapter: of any PEFT type with a weight delta.
+        folder: for the changed weights, in fp32 (fp64 where BASE is fp32); made here, removed by the caller.
+        base_dtype: dtype in which training loaded BASE, `tuned` for that of each stored value: full values in the
+            adapter are a delta to BASE in that dtype.
+
+    Returns:
+        the merged checkpoint in BASE's layout; its unchanged weights are BASE's files.
+
+    Raises:
+        AdapterError: an adapter that PEFT cannot merge, or weights of it that land nowhere.
+    """
+    names = ModelNames(base)
+    weights = MemoryWeights(base, names)
+    stored = read_stored(adapter, names.memory)
+    result = Scratch(weights, folder)
+    for name, value in _changed_by_layers(adapter, stored, weights):
+        result.add(name, value)
+    for name in stored.names:
+        delta = stored.delta(name, weights[name], base_dtype)
+        if bool(delta.any()):
+            before = result.value(name)
+            result.add(name, (weights[name] if before is None else before).double() + delta)
+    together = bool(stored.rows) or bool(adapter.adapter_config.get("ensure_weight_tying"))
+    return result.checkpoint(adapter, apart=not together), list(result.changed)
+
+
+class Scratch:
+    """Changed weights of BASE in files of their own, and the checkpoint that they make with the others.
+
+    Args:
+        weights: BASE's.
+        folder: made here, removed by the caller.
+    """
+
+    def __init__(self, weights: MemoryWeights, folder: Path) -> None:
+        self.weights = weights
+        self.folder = folder
+        self.changed: dict[str, Path] = {}
+        self.rules = weights.names.rules_of(weights.checkpoint.specs)
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def add(self, name: str, value: Tensor) -> None:
+        """Keep weight `name`, in memory's shape, as BASE's layout has it on disk."""
+        from safetensors.torch import save_file
+
+        # Exact enough for one rounding later: 16-bit weights in fp32, wider ones in fp64.
+        wide = any(self.weights.checkpoint.specs[source].itemsize >= 4 for source in self.weights.sources(name))
+        kept = value.to(torch.float64 if wide else torch.float32)
+        disk = self.weights.names.to_disk({name: kept}, self.rules)
+        path = self.changed.get(name, self.folder / f"{len(self.changed):05d}.safetensors")
+        save_file({key: tensor.contiguous() for key, tensor in disk.items()}, path)
+        self.changed[name] = path
+
+    def value(self, name: str) -> Tensor | None:
+        """Return what weight `name` is by now, in memory's shape; None for BASE's."""
+        if name not in self.changed:
+            return None
+        from safetensors.torch import load_file
+
+        return self.weights.names.to_memory(load_file(self.changed[name]))[name]
+
+    def checkpoint(self, source: Checkpoint, *, apart: bool = True) -> Checkpoint:
+        """Return BASE with the changed weights, called as `source` in messages.
+
+        Args:
+            source: what changed them.
+            apart: whether a head that shares the embedding's weight stays as it was when the embedding changes.
+        """
+        base = self.weights.checkpoint
+        made = Checkpoint(source.source, source.revision, base.path, config=base.config, files=list(base.files))
+        made.specs = dict(base.specs)
+        for alias, other in self.weights.names.ties.items():
+            if apart and alias not in self.weights and {alias, other} & self.changed.keys():
+                (name,) = self.weights.names.to_disk({alias: torch.empty(0, device="meta")}, self.rules)
+                made.specs[name] = base.specs[self.weights.sources(other)[0]]
+        for path in self.changed.values():
+            made.files.append(path)
+            made.headers[path] = read_header(path)
+            made.specs.update(made.headers[path].specs)
+        return made
+
+
+def _changed_by_layers(
+    adapter: Checkpoint, stored: StoredValues, weights: MemoryWeights
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield (name in memory, merged weight) of every weight that PEFT's layers change."""
+    tensors = {name: adapter.tensor(name) for name in stored.others}
+    if not tensors:
+        return
+    config = _config(adapter)
+    if is_random_start(getattr(config, "init_lora_weights", None)):
+        raise AdapterError(
+            f"adapter {adapter} was initialised by init_lora_weights={config.init_lora_weights!r}, which changes the "
+            "weights under it at random, and its start was not kept: its delta cannot be found. Put the adapter as it "
+            "was before training into the sub-folder shadow/start. Nothing was written."
+        )
+    model = weights.names.model.to_empty(device="cpu")  # memory that is never touched costs nothing
+    modules = {name for name, _ in model.named_modules() if name}
+    owners = {name: module_of(name, modules) for name in tensors}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of PEFT, on how its layers are made
+        if _is_blind(config):
+            yield from _merged(model, config, tensors, weights, adapter, seen=False)
+        elif _tuner(config).uses_shared_state or None in owners.values():
+            _fill(model, weights, weights.names.memory)
+            yield from _merged(model, config, tensors, weights, adapter, seen=True)
+        else:
+            for owner in sorted({str(owner) for owner in owners.values()}):
+                one = {name: tensor for name, tensor in tensors.items() if owners[name] == owner}
+                _fill(model, weights, [f"{owner}.{key}" for key, _ in model.get_submodule(owner).named_parameters()])
+                yield from _merged(model, _only(config, owner), one, weights, adapter, seen=True)
+
+
+def _merged(
+    model: nn.Module,
+    config: Any,
+    tensors: dict[str, Tensor],
+    weights: MemoryWeights,
+    adapter: Checkpoint,
+    *,
+    seen: bool,
+) -> Iterator[tuple[str, Tensor]]:
+    """Put an adapter on `model` by PEFT, and yield what merging makes of each layer; the adapter is off at the end.
+
+    Args:
+        model: without values, or with BASE's where `seen`.
+        config: PEFT's, of what `tensors` belong to.
+        tensors: of the adapter.
+        weights: BASE's.
+        adapter: for messages.
+        seen: whether PEFT has set its layers up on BASE's values, and may have changed them.
+    """
+    from peft import get_peft_model
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    with torch.random.fork_rng():
+        wrapped = get_peft_model(model, config)
+    _load(wrapped, tensors, adapter)
+    for name, child in wrapped.base_model.named_children():
+        if name != "model":
+            child.double()  # what layers share
+    layers: dict[str, BaseTunerLayer] = {}
+    for name, module in model.named_modules():
+        inside = any(name.startswith(f"{other}.") for other in layers)
+        if isinstance(module, BaseTunerLayer) and not inside:
+            layers[name] = module
+    for name, layer in layers.items():
+        yield from _merge_layer(name, layer, weights, adapter, seen)
+    wrapped.unload()
+
+
+def _merge_layer(
+    name: str, layer: Any, weights: MemoryWeights, adapter: Checkpoint, seen: bool
+) -> Iterator[tuple[str, Tensor]]:
+    below = layer.get_base_layer()
+    own = {id(value) for value in below.parameters()}
+    for value in [*layer.parameters(), *layer.buffers()]:
+        if value.is_floating_point() and id(value) not in own:
+            value.data = value.data.double()
+    origin = {key: weights[f"{name}.{key}"].double() for key, _ in below.named_parameters()}
+    for key, value in below.named_parameters():
+        value.data = value.data.double() if seen else origin[key].clone()
+    try:
+        with torch.no_grad():
+            if hasattr(layer, "unload_and_optionally_merge_module"):
+                layer.unload_and_optionally_merge_module(merge=True, safe_merge=False, adapter_names=None)
+            else:
+                layer.merge()
+    except (NotImplementedError, RuntimeError, ValueError) as error:
+        raise AdapterError(
+            f"PEFT cannot merge {name} of adapter {adapter}, a {type(layer).__name__}: {error} Nothing was written."
+        ) from error
+    for key, value in below.named_parameters():
+        if not torch.equal(value.data, origin[key]):
+            yield f"{name}.{key}", value.data
+        value.data = torch.empty(0)
+
+
+def _load(wrapped: Any, tensors: dict[str, Tensor], adapter: Checkpoint) -> None:
+    """Give PEFT the adapter's tensors; each must land."""
+    from peft import set_peft_model_state_dict
+
+    try:
+        found: Any = set_peft_model_state_dict(wrapped, {name: value.clone() for name, value in tensors.items()})
+    except (RuntimeError, KeyError) as error:
+        raise AdapterError(f"PEFT cannot load adapter {adapter}: {error} Nothing was written.") from error
+    if found.unexpected_keys:
+        names = [name for name, _ in wrapped.get_base_model().named_modules()]
+        lines = nearest_names(found.unexpected_keys, names)
+        raise AdapterError(
+            f"{len(found.unexpected_keys)} of {len(tensors)} weights of adapter {adapter} land nowhere in its base.\n"
+            f"{list_names(lines)}\nGive the base that it was trained on. Nothing was written."
+        )
+
+
+def _config(adapter: Checkpoint) -> Any:
+    """Return PEFT's config of the adapter less what is not PEFT's layers: full values are handled here."""
+    from peft import PeftConfig
+
+    config = PeftConfig.from_pretrained(str(adapter.path))
+    known = {item.name for item in fields(config)} | {"peft_version"}
+    strange = [
+        f"{name} = {value}"
+        for name, value in adapter.adapter_config.items()
+        if name not in known and value not in (None, False, [], {}, "none")
+    ]
+    if strange:
+        # PEFT itself ignores them, with a warning.
+        raise AdapterError(
+            f"adapter {adapter} has settings that the installed PEFT does not know.\n{list_names(strange)}\n"
+            "Update peft, or merge the adapter with the version that trained it. Nothing was written."
+        )
+    for name, value in _AUXILIARY.items():
+        if hasattr(config, name):
+            setattr(config, name, value)
+    if getattr(config, "bias", "none") != "none":
+        config.bias = "none"
+    config.inference_mode = True
+    return config
+
+
+def _tuner(config: Any) -> Any:
+    from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
+
+    return PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type]
+
+
+def _is_blind(config: Any) -> bool:
+    """Whether PEFT sets up its layers of this type without a look at the weights under them."""
+    plain = is_plain_start(getattr(config, "init_lora_weights", True))
+    return plain and peft_type({"peft_type": config.peft_type}) in _BLIND
+
+
+def _only(config: Any, module: str) -> Any:
+    """Return the config for one module by its full name."""
+    one = deepcopy(config)
+    one.target_modules = {module}
+    for name in ("exclude_modules", "layers_to_transform", "layers_pattern"):
+        if hasattr(one, name):
+            setattr(one, name, None)
+    return one
+
+
+def _fill(model: nn.Module, weights: MemoryWeights, names: Iterable[str]) -> None:
+    """Give the model BASE's values of some weights, in fp32 as TRL loads them, because PEFT will read them."""
+    for name in names:
+        if not weights.sources(name):
+            continue
+        value = weights[name]
+        module, _, key = name.rpartition(".")
+        owner = model.get_submodule(module)
+        if key in owner._parameters:
+            fresh = nn.Parameter(value.float().clone(), requires_grad=False)
+            setattr(owner, key, fresh)

@@ -1,0 +1,201 @@
+"""Every PEFT type with a weight delta, trained some steps on a tiny pair; for the tests and `docs/adapters.md`.
+
+The true delta is taken from the trained model itself: cast to float64, merged by PEFT, less BASE. No file is read for
+it and no code of ours is run.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+from families import load
+from tiny import make_pair
+from transformers import AutoModelForCausalLM
+
+LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+SQUARE = ["q_proj", "o_proj"]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row of the table.
+
+    Args:
+        name: as in the table.
+        config: makes the PEFT config.
+        form: whether an exact adapter form on INSTRUCT exists.
+        keep_start: whether the adapter is saved before training too, as our trainers do.
+        untied_only: whether the row needs a head of its own.
+    """
+
+    name: str
+    config: Callable[[], Any]
+    form: bool
+    keep_start: bool = False
+    untied_only: bool = False
+
+
+def _lora(**options: Any) -> Callable[[], Any]:
+    settings = {"r": 4, "lora_alpha": 8, "target_modules": LINEAR, "task_type": "CAUSAL_LM", **options}
+    return lambda: peft.LoraConfig(**settings)
+
+
+def _other(name: str, targets: list[str] | None = LINEAR, **options: Any) -> Callable[[], Any]:
+    settings = {"task_type": "CAUSAL_LM", **({"target_modules": targets} if targets else {}), **options}
+    return lambda: getattr(peft, f"{name}Config")(**settings)
+
+
+CASES = [
+    Case("LoRA", _lora(), True),
+    Case("LoRA, rank and alpha patterns", _lora(rank_pattern={"q_proj": 2}, alpha_pattern={"layers.1.mlp.up_proj": 3}),
+         True),
+    Case("LoRA, rsLoRA", _lora(use_rslora=True), True),
+    Case("LoRA, layers to transform", _lora(layers_to_transform=[1], layers_pattern="layers"), True),
+    Case("LoRA, exclude_modules", _lora(target_modules="all-linear", exclude_modules=["k_proj"]), True),
+    Case("LoRA, orthogonal", _lora(init_lora_weights="orthogonal"), True),
+    Case("LoRA, gaussian", _lora(init_lora_weights="gaussian"), True),
+    Case("LoRA, target_parameters", _lora(target_parameters=["mlp.gate_proj.weight"], target_modules=["q_proj"]), True),
+    Case("LoRA, modules_to_save norm", _lora(target_modules=["q_proj"], modules_to_save=["input_layernorm"]), True),
+    Case("LoRA, modules_to_save lm_head", _lora(target_modules=["q_proj"], modules_to_save=["lm_head"]), True,
+         untied_only=True),
+    Case("LoRA, trainable tokens", _lora(target_modules=["q_proj"], trainable_token_indices=[2, 5, 7]), True),
+    Case("LoRA, bias all", _lora(bias="all"), True),
+    Case("LoRA, bias lora_only", _lora(bias="lora_only"), True),
+    Case("LoRA, on embeddings", _lora(target_modules=["embed_tokens", "q_proj"]), True, untied_only=True),
+    Case("LoRA, on the head", _lora(target_modules=["lm_head", "q_proj"]), True, untied_only=True),
+    Case("LoRA, PiSSA", _lora(init_lora_weights="pissa"), True, keep_start=True),
+    Case("LoRA, PiSSA niter", _lora(init_lora_weights="pissa_niter_4"), True, keep_start=True),
+    Case("LoRA, OLoRA", _lora(init_lora_weights="olora"), True, keep_start=True),
+    Case("LoRA, PiSSA, start not saved", _lora(init_lora_weights="pissa"), False),
+    Case("LoRA, OLoRA, start not saved", _lora(init_lora_weights="olora"), False),
+    Case("LoRA, lora_bias", _lora(lora_bias=True, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"]), False),
+    Case("DoRA", _lora(use_dora=True), False),
+    Case("AdaLoRA", _other("AdaLora", init_r=4, target_r=2, total_step=20, tinit=2, tfinal=2), True),
+    Case("LoHa", _other("LoHa", r=4), True),
+    Case("LoKr", _other("LoKr", r=4), True),
+    Case("VeRA", _other("Vera", SQUARE, r=4), True),
+    Case("PVeRA", _other("Pvera", SQUARE, r=4), True),
+    Case("VB-LoRA", _other("VBLoRA", SQUARE, r=2, num_vectors=8, vector_length=8, topk=2), True),
+    Case("RandLoRA", _other("RandLora", r=4), True),
+    Case("Uni-LoRA", _other("UniLora", r=2, theta_d_length=32), True),
+    Case("TinyLoRA", _other("TinyLora", r=2, u=4), False),
+    Case("FRoD", _other("Frod", SQUARE), False),
+    Case("FourierFT", _other("FourierFT", n_frequency=32), True),
+    Case("WaveFT", _other("WaveFT", n_frequency=32), True),
+    Case("C3A", _other("C3A", block_size=8), True),
+    Case("GraLoRA", _other("Gralora", r=4, gralora_k=2), True),
+    Case("DeLoRA", _other("Delora", r=4), True),
+    Case("SHiRA", _other("Shira", r=2, random_seed=1), True),
+    Case("MiSS", _other("Miss", r=4), True),
+    Case("MiSS, bat", _other("Miss", r=4, init_weights="bat"), False),
+    Case("AdaMSS", _other("Adamss", SQUARE, r=8, num_subspaces=2), False),
+    Case("DEFT", _other("Deft", r=4), False),
+    Case("GLoRA", _other("Glora", r=4), False),
+    Case("HiRA", _other("Hira", r=4), False),
+    Case("HRA", _other("HRA", r=4), False),
+    Case("IA3", _other("IA3", ["k_proj", "v_proj", "down_proj"], feedforward_modules=["down_proj"]), False),
+    Case("OFT", _other("OFT", oft_block_size=4, r=0), False),
+    Case("BOFT", _other("BOFT", boft_block_size=4), False),
+    Case("OSF", _other("OSF", SQUARE, effective_rank=8), False),
+    Case("Peanut", _other("Peanut", SQUARE, r=4), False),
+    Case("PSOFT", _other("Psoft", r=4), False),
+    Case("RoAd", _other("Road", group_size=8), False),
+    Case("SuperTuning", _other("Supertuning"), False),
+    Case("BEFT", _other("Beft", ["v_proj"]), False),
+    Case("LN tuning", _other("LNTuning", ["input_layernorm", "norm"]), True),
+    Case("Trainable tokens", _other("TrainableTokens", ["embed_tokens"], token_indices=[2, 5]), True),
+]  # fmt: skip
+
+MODELS = [("llama", False), ("llama", True), ("qwen3", False), ("qwen3", True)]
+"""Kind of model, and whether head and embedding are one weight."""
+
+
+@dataclass
+class Trained:
+    """A trained case: its folders, and the true delta by the names of the model in memory, float64."""
+
+    base: Path
+    instruct: Path
+    adapter: Path
+    delta: dict[str, torch.Tensor]
+
+
+def train(case: Case, folder: Path, *, kind: str = "llama", tied: bool = False, steps: int = 6) -> Trained:
+    """Train the adapter of a case on a fresh pair of models below `folder`."""
+    base, instruct = make_pair(folder / "pair", kind=kind, tied=tied, gap=0.3, **_extra(kind))
+    torch.manual_seed(3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        below = AutoModelForCausalLM.from_pretrained(base)
+        before = {name: value.detach().double().clone() for name, value in weights_of(below).items()}
+        model = peft.get_peft_model(below, case.config())
+        if case.keep_start:
+            model.save_pretrained(folder / "adapter" / "shadow" / "start")
+        _steps(model, steps)
+        model.save_pretrained(folder / "adapter")
+        merged = copy.deepcopy(model).eval().double().merge_and_unload()
+    after = weights_of(merged)
+    delta = {name: after[name].detach() - value for name, value in before.items() if name in after}
+    assert any(bool(value.any()) for value in delta.values()), "the training changed nothing"
+    return Trained(base, instruct, folder / "adapter", delta)
+
+
+def weights_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Return every weight by its name, a shared one under each of its names."""
+    return dict(model.named_parameters(remove_duplicate=False))
+
+
+def adapter_delta(model: Path, adapter: Path) -> dict[str, torch.Tensor]:
+    """Return what loading an adapter on a model with PEFT adds to its weights, merged in float64."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        below = AutoModelForCausalLM.from_pretrained(model)
+        before = {name: value.detach().double().clone() for name, value in weights_of(below).items()}
+        loaded = peft.PeftModel.from_pretrained(below, adapter)
+        merged = loaded.eval().double().merge_and_unload()
+    after = weights_of(merged)
+    return {name: after[name].detach() - value for name, value in before.items() if name in after}
+
+
+def dense_delta(output: Path, trained: Trained) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """Return (what a dense graft added to INSTRUCT's weights on disk, the true delta of these weights)."""
+    before, after = load(trained.instruct), load(output)
+    found = {name: value.double() - before[name].double() for name, value in after.items()}
+    # A head that is not on disk is the embedding.
+    for name, value in trained.delta.items():
+        assert name in found or torch.equal(value, trained.delta["model.embed_tokens.weight"])
+    return found, {name: value for name, value in trained.delta.items() if name in found}
+
+
+def error(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> float:
+    """Return |found - wanted| / |wanted| over all weights together."""
+    assert wanted.keys() <= found.keys(), sorted(wanted.keys() - found.keys())
+    off = sum(float((found[name].double() - value).square().sum()) for name, value in wanted.items())
+    return (off / sum(float(value.square().sum()) for value in wanted.values())) ** 0.5
+
+
+def _extra(kind: str) -> dict[str, Any]:
+    # Biases exist in the attention of Qwen 2 and of Llama only by an option; Qwen 3 has it too.
+    return {"attention_bias": True}
+
+
+def _steps(model: torch.nn.Module, steps: int) -> None:
+    model.train()
+    optimizer = torch.optim.Adam([value for value in model.parameters() if value.requires_grad], lr=3e-2)
+    generator = torch.Generator().manual_seed(0)
+    for step in range(steps):
+        ids = torch.randint(2, 49, (4, 12), generator=generator)
+        ids[:, ::3] = torch.tensor([2, 5, 7, 9])[:, None]
+        loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        optimizer.step()
+        if hasattr(model.base_model, "update_and_allocate"):
+            model.base_model.update_and_allocate(step)
+        optimizer.zero_grad()
