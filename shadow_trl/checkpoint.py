@@ -27,6 +27,9 @@ _SAFE, _SAFE_INDEX = "model.safetensors", "model.safetensors.index.json"
 _BIN, _BIN_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 _ADAPTER_SAFE, _ADAPTER_BIN = "adapter_model.safetensors", "adapter_model.bin"
 
+# A touched page brings its neighbours along, those of a block that was released before among them.
+_FAULT_AROUND = 64 * 1024
+
 # Tensors that stand beside or instead of a weight in GPTQ, AWQ, bitsandbytes and compressed-tensors checkpoints.
 _PACKED_NAME = re.compile(
     r"\.(?:qweight|qzeros|g_idx|SCB|weight_packed|weight_scale(?:_inv)?|absmax|quant_map|weight_blocks|\w+_blocks)$"
@@ -146,10 +149,11 @@ class Checkpoint:
         spec = self.specs[name]
         if spec.offset is None:
             return
-        first = (spec.offset + start * spec.itemsize) // mmap.PAGESIZE * mmap.PAGESIZE
-        last = spec.offset + stop * spec.itemsize
-        if last > first:
-            self._maps[spec.file].madvise(mmap.MADV_DONTNEED, first, last - first)
+        mapped = self._maps[spec.file]
+        first = max(spec.offset + start * spec.itemsize - _FAULT_AROUND, 0) // mmap.PAGESIZE * mmap.PAGESIZE
+        last = min(spec.offset + stop * spec.itemsize + _FAULT_AROUND, len(mapped))
+        if stop > start:
+            mapped.madvise(mmap.MADV_DONTNEED, first, last - first)
 
     @cached_property
     def _maps(self) -> dict[Path, mmap.mmap]:

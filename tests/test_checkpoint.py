@@ -3,6 +3,8 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -186,3 +188,21 @@ def test_a_plain_checkpoint_is_not_quantised(tmp_path):
     for folder in family(tmp_path).values():
         Checkpoint.open(folder).check_not_quantised("base")
         assert set(load(folder)) == set(Checkpoint.open(folder).specs)
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="needs Linux's list of mapped pages")
+def test_released_blocks_leave_no_page_behind(tmp_path):
+    elements, step = 2**20, 2**18
+    save_file({"a": torch.zeros(2**13), "weight": torch.randn(elements)}, tmp_path / "model.safetensors")
+    checkpoint = Checkpoint.open(tmp_path)
+
+    def resident() -> int:
+        entries = Path("/proc/self/smaps").read_text().split("VmFlags")
+        ours = [entry for entry in entries if str(tmp_path) in entry]
+        return sum(int(re.search(r"\nRss: +(\d+) kB", entry)[1]) for entry in ours)
+
+    for start in range(0, elements, step):  # each block begins in the neighbourhood of one that is released already
+        assert checkpoint.block("weight", start, start + step).sum().isfinite()
+        assert resident() >= step * 4 // 1024
+        checkpoint.release("weight", start, start + step)
+    assert resident() == 0
