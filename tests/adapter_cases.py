@@ -16,6 +16,7 @@ from typing import Any
 import peft
 import torch
 from families import load
+from safetensors.torch import load_file, save_file
 from tiny import make_pair
 from transformers import AutoModelForCausalLM
 
@@ -129,7 +130,9 @@ class Trained:
 
 def train(case: Case, folder: Path, *, kind: str = "llama", tied: bool = False, steps: int = 6) -> Trained:
     """Train the adapter of a case on a fresh pair of models below `folder`."""
-    base, instruct = make_pair(folder / "pair", kind=kind, tied=tied, gap=0.3, **_extra(kind))
+    base, instruct = make_pair(folder / "pair", kind=kind, tied=tied, gap=0.3, attention_bias=True)
+    for seed, side in enumerate((base, instruct)):
+        _fill_biases(side / "model.safetensors", seed)
     torch.manual_seed(3)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -181,9 +184,14 @@ def error(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> fl
     return (off / sum(float(value.square().sum()) for value in wanted.values())) ** 0.5
 
 
-def _extra(kind: str) -> dict[str, Any]:
-    # Biases exist in the attention of Qwen 2 and of Llama only by an option; Qwen 3 has it too.
-    return {"attention_bias": True}
+def _fill_biases(path: Path, seed: int) -> None:
+    """Give the biases, which start at zero, values that differ on the two sides."""
+    torch.manual_seed(seed)
+    weights = load_file(path)
+    for name, value in weights.items():
+        if name.endswith(".bias"):
+            weights[name] = 0.1 * torch.randn_like(value)
+    save_file(weights, path, metadata={"format": "pt"})
 
 
 def _steps(model: torch.nn.Module, steps: int) -> None:
