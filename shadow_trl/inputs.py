@@ -166,12 +166,10 @@ def _adapter_warnings(inputs: Inputs) -> list[str]:
         found.append(f"{source} holds further adapters, which are not grafted: {', '.join(others)}.")
     method = inputs.base.quantisation or ((read_manifest(source.path) or {}).get("quantised"))
     if method:
-        how = (
-            "is the exact product of its factors" if inputs.modules else "was worked out on the BASE given, not on that"
-        )
+        how = "is the exact product of its factors" if inputs.modules else "is worked out on the BASE that is given"
         found.append(
-            f"the adapter was trained on a BASE quantised by {method}. Its delta {how}, and a part of it answers to the "
-            "quantisation error, which the full-precision INSTRUCT does not have (docs/adapters.md)."
+            f"the adapter was trained on a BASE quantised by {method}. Its delta {how}, and a part of it answers to "
+            "the quantisation error, which the full-precision INSTRUCT does not have (docs/adapters.md)."
         )
     return found
 

@@ -74,6 +74,9 @@ class ShadowDPOTrainer(ShadowMixin, DPOTrainer):
         """Return what the reference is loaded from, None where it is the policy as it starts."""
         origins = self.origins
         if config.ref_policy == "init" or (config.ref_policy == "base" and origins.from_raw_base):
+            # TRL's reference is the model without its adapter: with PiSSA or OLoRA not what training starts from.
+            if self._adapter_changes_base and origins.adapter is None and origins.policy is not None:
+                return Reference(origins.policy, origins.policy_revision)
             return None
         if config.ref_policy == "base":
             return Reference(require_base(origins), origins.base_revision)

@@ -430,3 +430,15 @@ def test_4_bit_base_and_full_precision_instruct(tied_pair, tmp_path):
     wanted = product(tmp_path / "out", name, 2.0)
     assert float((found[name].double() - instruct[name].double() - wanted).abs().max()) < 1e-7
     assert bool(wanted.any())
+
+
+def test_the_reference_of_dpo_is_the_start_whatever_the_adapter_does_to_base(tied_pair, tmp_path):
+    trainer = ShadowDPOTrainer(
+        model=str(tied_pair[0]),
+        instruct_model=str(tied_pair[1]),
+        args=ShadowDPOConfig(**settings(tmp_path / "out", graft=False)),
+        train_dataset=preference_data(),
+        peft_config=LoraConfig(**LORA, init_lora_weights="pissa"),
+    )
+    trainer.train()
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(0.6931, abs=2e-4)
