@@ -7,6 +7,8 @@ graft needs no weight of BASE and has an exact adapter form.
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from accelerate.utils import is_peft_model
 from torch import Tensor
 
 from .adapter_kinds import START_FOLDER, is_subtracted
+from .loading import is_adapted
 
 
 def start_of(model: Any) -> dict[str, Tensor] | None:
@@ -31,6 +34,27 @@ def start_of(model: Any) -> dict[str, Tensor] | None:
 
     tensors = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
     return {key: value.detach().to("cpu", copy=True) for key, value in tensors.items()}
+
+
+@contextmanager
+def without_second_start(model: Any) -> Iterator[None]:
+    """Keep a trainer from changing the weights under a loaded adapter again when it adds a copy of it (TRL's `ref`).
+
+    PEFT takes the start of a PiSSA adapter out of the weights for each adapter that is added with its config.
+
+    Args:
+        model: name, or loaded model that may have an adapter.
+    """
+    config = model.peft_config[model.active_adapters[0]] if is_adapted(model) else None
+    start = getattr(config, "init_lora_weights", None)
+    if config is None or not is_subtracted(start):
+        yield
+        return
+    config.init_lora_weights = True
+    try:
+        yield
+    finally:
+        config.init_lora_weights = start
 
 
 def write_start(folder: Path, model: Any, start: dict[str, Tensor] | None, earlier: str | None) -> None:

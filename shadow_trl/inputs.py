@@ -86,7 +86,8 @@ class Inputs:
         if origin.specs:
             origin.check_not_quantised("base")
         receiver.check_not_quantised("instruct")
-        learnt.check_not_quantised("tuned")
+        for role, side in (stages or {"tuned": learnt}).items():
+            side.check_not_quantised(role)
         warnings = ModelPair(origin, receiver).check(vocab=options.vocab) if check_pair else []  # type: ignore[arg-type]
         form, reasons = form_of(learnt, receiver, modules, options)
         inputs = cls(origin, receiver, learnt, form, modules, warnings, reasons, stages or {})
@@ -180,9 +181,10 @@ def _adapter_warnings(inputs: Inputs) -> list[str]:
         found.append(f"{source} holds further adapters, which are not grafted: {', '.join(others)}.")
     method = inputs.base.quantisation or ((read_manifest(source.path) or {}).get("quantised"))
     if method:
+        how = "is the exact product of its factors" if inputs.modules else "is worked out on the BASE that is given"
         found.append(
-            f"the adapter was trained on a BASE quantised by {method}. Its delta is exact, but a part of it answers to "
-            "the quantisation error of BASE, which the full-precision INSTRUCT does not have (docs/adapters.md)."
+            f"the adapter was trained on a BASE quantised by {method}. Its delta {how}, and a part of it answers to "
+            "the quantisation error, which the full-precision INSTRUCT does not have (docs/adapters.md)."
         )
     return found
 

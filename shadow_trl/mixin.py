@@ -17,7 +17,8 @@ from accelerate.logging import get_logger
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl.trainer.utils import get_config_model_id
 
-from .adapter_start import start_of, write_start
+from .adapter_kinds import is_subtracted
+from .adapter_start import start_of, without_second_start, write_start
 from .config import ShadowArguments
 from .errors import ConfigError, OutputExistsError
 from .evaluation import GraftedEvaluation
@@ -83,6 +84,8 @@ class ShadowMixin(GraftedEvaluation):
         self.graft_report: GraftReport | None = None
         adapter = adapter_settings(given.get("peft_config"), model, self.origins.adapter)
         self._trains_adapter = adapter is not None
+        # Without its adapter, the model is then BASE less the adapter's start.
+        self._adapter_changes_base = adapter is not None and is_subtracted(adapter.get("init_lora_weights"))
         if config.graft and adapter is not None:
             check_adapter(adapter, goes_on=self.origins.adapter is not None, loaded=is_adapted(model))
         if config.graft:
@@ -98,7 +101,8 @@ class ShadowMixin(GraftedEvaluation):
             check_unchanged(model, require_base(self.origins), self.origins.policy_revision)
         if self.origins.adapter is not None and not in_memory:
             self._go_on_with_adapter(config, given)
-        super().__init__(*call.args, **call.kwargs)
+        with without_second_start(given["model"]):
+            super().__init__(*call.args, **call.kwargs)
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             raise ConfigError(SHARDED.format("FSDP" if self.is_fsdp_enabled else "DeepSpeed"))
         self._check_grafted_evaluation()

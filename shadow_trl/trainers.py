@@ -82,6 +82,9 @@ class ShadowDPOTrainer(ShadowMixin, DPOTrainer):
         # A loaded model with an adapter has the name of the model below it, and need not be BASE.
         raw = origins.from_raw_base and not self._start_is_free and not is_adapted(self._start)
         if config.ref_policy == "init" or (config.ref_policy == "base" and raw):
+            # TRL's reference is the model without its adapter: with PiSSA or OLoRA not what training starts from.
+            if self._adapter_changes_base and origins.adapter is None and origins.policy is not None:
+                return Reference(origins.policy, origins.policy_revision)
             return None
         if config.ref_policy == "base":
             return Reference(require_base(origins), origins.base_revision)

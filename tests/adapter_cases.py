@@ -16,6 +16,7 @@ from typing import Any
 import peft
 import torch
 from families import load
+from safetensors.torch import load_file, save_file
 from tiny import make_pair
 from transformers import AutoModelForCausalLM
 
@@ -33,6 +34,7 @@ class Case:
         form: whether an exact adapter form on INSTRUCT exists.
         keep_start: whether the adapter is saved before training too, as our trainers do.
         untied_only: whether the row needs a head of its own.
+        rate: learning rate. A delta much smaller than its weights cannot be stored beside them in fp32.
     """
 
     name: str
@@ -40,6 +42,7 @@ class Case:
     form: bool
     keep_start: bool = False
     untied_only: bool = False
+    rate: float = 3e-2
 
 
 def _lora(**options: Any) -> Callable[[], Any]:
@@ -84,7 +87,7 @@ CASES = [
     Case("PVeRA", _other("Pvera", SQUARE, r=4), True),
     Case("VB-LoRA", _other("VBLoRA", SQUARE, r=2, num_vectors=8, vector_length=8, topk=2), True),
     Case("RandLoRA", _other("RandLora", r=4), True),
-    Case("Uni-LoRA", _other("UniLora", r=2, theta_d_length=32), True),
+    Case("Uni-LoRA", _other("UniLora", r=2, theta_d_length=32), True, rate=1.0),
     Case("TinyLoRA", _other("TinyLora", r=2, u=4), False),
     Case("FRoD", _other("Frod", SQUARE), False),
     Case("FourierFT", _other("FourierFT", n_frequency=32), True),
@@ -129,7 +132,9 @@ class Trained:
 
 def train(case: Case, folder: Path, *, kind: str = "llama", tied: bool = False, steps: int = 6) -> Trained:
     """Train the adapter of a case on a fresh pair of models below `folder`."""
-    base, instruct = make_pair(folder / "pair", kind=kind, tied=tied, gap=0.3, **_extra(kind))
+    base, instruct = make_pair(folder / "pair", kind=kind, tied=tied, gap=0.3, attention_bias=True)
+    for seed, side in enumerate((base, instruct)):
+        _fill_biases(side / "model.safetensors", seed)
     torch.manual_seed(3)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -138,7 +143,7 @@ def train(case: Case, folder: Path, *, kind: str = "llama", tied: bool = False, 
         model = peft.get_peft_model(below, case.config())
         if case.keep_start:
             model.save_pretrained(folder / "adapter" / "shadow" / "start")
-        _steps(model, steps)
+        _steps(model, steps, case.rate)
         model.save_pretrained(folder / "adapter")
         merged = copy.deepcopy(model).eval().double().merge_and_unload()
     after = weights_of(merged)
@@ -181,14 +186,19 @@ def error(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> fl
     return (off / sum(float(value.square().sum()) for value in wanted.values())) ** 0.5
 
 
-def _extra(kind: str) -> dict[str, Any]:
-    # Biases exist in the attention of Qwen 2 and of Llama only by an option; Qwen 3 has it too.
-    return {"attention_bias": True}
+def _fill_biases(path: Path, seed: int) -> None:
+    """Give the biases, which start at zero, values that differ on the two sides."""
+    torch.manual_seed(seed)
+    weights = load_file(path)
+    for name, value in weights.items():
+        if name.endswith(".bias"):
+            weights[name] = 0.1 * torch.randn_like(value)
+    save_file(weights, path, metadata={"format": "pt"})
 
 
-def _steps(model: torch.nn.Module, steps: int) -> None:
+def _steps(model: torch.nn.Module, steps: int, rate: float) -> None:
     model.train()
-    optimizer = torch.optim.Adam([value for value in model.parameters() if value.requires_grad], lr=3e-2)
+    optimizer = torch.optim.Adam([value for value in model.parameters() if value.requires_grad], lr=rate)
     generator = torch.Generator().manual_seed(0)
     for step in range(steps):
         ids = torch.randint(2, 49, (4, 12), generator=generator)

@@ -13,11 +13,11 @@ from adapter_cases import CASES, adapter_delta, error, train
 from families import LINEAR, family, load, lora
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from test_trainers import LORA, sft
-from tiny import make_pair
-from transformers import AutoModelForCausalLM
+from test_trainers import LORA, settings, sft
+from tiny import make_pair, preference_data, sft_data
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Qwen3MoeConfig
 
-from shadow_trl import graft
+from shadow_trl import ShadowDPOConfig, ShadowDPOTrainer, ShadowSFTConfig, ShadowSFTTrainer, graft
 from shadow_trl.adapter_kinds import check_has_delta, kind_of
 from shadow_trl.cli import main
 from shadow_trl.errors import AdapterError, ConfigError
@@ -166,7 +166,7 @@ def test_plain_loras_need_neither_peft_nor_transformers_nor_base(sides, tmp_path
 
 
 def test_head_of_a_tied_model(tied_pair, tmp_path):
-    model, before = adapter_on(tied_pair, tmp_path / "adapter", LoraConfig(**{**LORA, "target_modules": ["lm_head"]}))
+    model, _ = adapter_on(tied_pair, tmp_path / "adapter", LoraConfig(**{**LORA, "target_modules": ["lm_head"]}))
     sides = {"base": tied_pair[0], "instruct": tied_pair[1], "tuned": tmp_path / "adapter", "progress": False}
     with pytest.raises(Exception, match="--untie"):
         graft(**sides, output=tmp_path / "dense")
@@ -189,8 +189,8 @@ def test_head_of_a_tied_model(tied_pair, tmp_path):
 
 
 def test_token_rows_of_a_tied_model_change_head_and_embedding(tied_pair, tmp_path):
-    settings = {**LORA, "target_modules": ["q_proj"], "trainable_token_indices": [3, 8]}
-    model, before = adapter_on(tied_pair, tmp_path / "adapter", LoraConfig(**settings))
+    config = LoraConfig(**{**LORA, "target_modules": ["q_proj"], "trainable_token_indices": [3, 8]})
+    _, before = adapter_on(tied_pair, tmp_path / "adapter", config)
     sides = {"base": tied_pair[0], "instruct": tied_pair[1], "tuned": tmp_path / "adapter", "progress": False}
     graft(**sides, output=tmp_path / "dense")
     instruct, found = load(tied_pair[1]), load(tmp_path / "dense")
@@ -253,8 +253,8 @@ def test_auto_says_why_it_is_dense(tied_pair, tmp_path, monkeypatch):
 
 
 def test_stored_values_at_a_scale(tied_pair, tmp_path):
-    settings = {**LORA, "target_modules": ["q_proj"], "modules_to_save": ["input_layernorm"]}
-    adapter_on(tied_pair, tmp_path / "adapter", LoraConfig(**settings))
+    config = LoraConfig(**{**LORA, "target_modules": ["q_proj"], "modules_to_save": ["input_layernorm"]})
+    adapter_on(tied_pair, tmp_path / "adapter", config)
     sides = {"base": tied_pair[0], "instruct": tied_pair[1], "tuned": tmp_path / "adapter", "progress": False}
     graft(**sides, output=tmp_path / "form", format="adapter", scale=0.5)
     base, instruct = load(tied_pair[0]), load(tied_pair[1])
@@ -336,3 +336,109 @@ def test_the_adapter_loads_by_every_way(tied_pair, tmp_path):
         one = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(trained.instruct), tmp_path / "form")
         two = AutoModelForCausalLM.from_pretrained(tmp_path / "form")
         assert torch.equal(one(ids).logits, two(ids).logits)
+
+
+def tiny_experts(folder, seed: int):
+    torch.manual_seed(seed)
+    config = Qwen3MoeConfig(
+        vocab_size=49, hidden_size=16, intermediate_size=32, moe_intermediate_size=8, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=1, head_dim=8, num_experts=4, num_experts_per_tok=2,
+        tie_word_embeddings=False, pad_token_id=0, eos_token_id=1, bos_token_id=None,
+    )  # fmt: skip
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    return folder
+
+
+def test_parameters_of_fused_experts_land_on_the_experts_of_the_file(tmp_path):
+    pair = tiny_experts(tmp_path / "base", 0), tiny_experts(tmp_path / "instruct", 1)
+    assert any(".experts.3.up_proj" in name for name in load(pair[0]))  # on disk each expert stands alone
+    parameters = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    config = LoraConfig(**{**LORA, "target_modules": ["q_proj"], "target_parameters": parameters})
+    model, _ = adapter_on(pair, tmp_path / "adapter", config)
+    merged = model.merge_and_unload()
+    merged.save_pretrained(tmp_path / "merged")  # PEFT and transformers: the same weights by another way
+    sides = {"base": pair[0], "instruct": pair[1], "tuned": tmp_path / "adapter", "progress": False}
+    report = graft(**sides, output=tmp_path / "dense")
+    base, instruct, tuned = (load(folder) for folder in (*pair, tmp_path / "merged"))
+    found = load(tmp_path / "dense")
+    assert found.keys() == tuned.keys()
+    moved = 0
+    for name, value in found.items():
+        delta = tuned[name].double() - base[name].double()
+        moved += bool(delta.any())
+        assert float((value.double() - instruct[name].double() - delta).abs().max()) < 3e-7, name
+    assert report.grafted == moved == 2 * (1 + 3 * 4)
+    report = graft(**sides, output=tmp_path / "form", format="adapter")
+    assert report.form == "adapter"
+    with torch.no_grad():
+        loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(pair[1]), tmp_path / "form")
+        dense = AutoModelForCausalLM.from_pretrained(tmp_path / "dense")
+        ids = torch.arange(2, 20)[None]
+        torch.testing.assert_close(loaded(ids).logits, dense(ids).logits, rtol=1e-4, atol=1e-5)
+
+
+# Continued adapters
+
+
+@pytest.mark.parametrize("start", [True, "pissa"])
+def test_one_adapter_through_sft_and_dpo_is_the_dense_graft_of_both(tied_pair, tmp_path, start):
+    sft(tied_pair, tmp_path / "sft", peft_config=LoraConfig(**LORA, init_lora_weights=start)).train()
+    trainer = ShadowDPOTrainer(
+        model=str(tmp_path / "sft"),
+        args=ShadowDPOConfig(**settings(tmp_path / "dpo")),
+        train_dataset=preference_data(),
+    )
+    trainer.train()
+    trainer.model.delete_adapter("ref")
+    merged = dict(trainer.model.double().merge_and_unload().named_parameters(remove_duplicate=False))
+    base, instruct, first = load(tied_pair[0]), load(tied_pair[1]), load(tmp_path / "sft" / "grafted")
+    for name, value in load(tmp_path / "dpo" / "grafted").items():
+        total = instruct[name].double() + (merged[name].detach() - base[name].double())
+        assert float((value.double() - total).abs().max()) <= 2e-6 * float(total.abs().max()), name
+    assert any(not torch.equal(value, first[name]) for name, value in load(tmp_path / "dpo" / "grafted").items())
+    assert (tmp_path / "dpo" / "shadow" / "start").is_dir() == (start == "pissa")
+
+
+def test_random_starts_do_not_go_on(tied_pair, tmp_path):
+    sft(tied_pair, tmp_path / "sft", peft_config=LoraConfig(**LORA, init_lora_weights="pissa_niter_2")).train()
+    with pytest.raises(AdapterError, match="cannot go on"):
+        ShadowDPOTrainer(
+            model=str(tmp_path / "sft"),
+            args=ShadowDPOConfig(**settings(tmp_path / "dpo")),
+            train_dataset=preference_data(),
+        )
+    assert not (tmp_path / "dpo").exists()
+
+
+def test_4_bit_base_and_full_precision_instruct(tied_pair, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    four_bits = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=FP32)
+    trainer = ShadowSFTTrainer(
+        model=str(tied_pair[0]),
+        instruct_model=str(tied_pair[1]),
+        args=ShadowSFTConfig(**settings(tmp_path / "out", model_init_kwargs={"device_map": "cpu"})),
+        train_dataset=sft_data(),
+        peft_config=LoraConfig(**LORA),
+        quantization_config=four_bits,
+    )
+    trainer.train()
+    assert type(trainer.model.base_model.model.model.layers[0].mlp.up_proj.base_layer).__name__ == "Linear4bit"
+    assert any("quantised by bitsandbytes" in warning for warning in trainer.graft_report.warnings)
+    assert read_manifest(tmp_path / "out")["quantised"] == "bitsandbytes"
+    instruct, found = load(tied_pair[1]), load(tmp_path / "out" / "grafted")
+    name = "model.layers.0.mlp.up_proj.weight"
+    wanted = product(tmp_path / "out", name, 2.0)
+    assert float((found[name].double() - instruct[name].double() - wanted).abs().max()) < 1e-7
+    assert bool(wanted.any())
+
+
+def test_the_reference_of_dpo_is_the_start_whatever_the_adapter_does_to_base(tied_pair, tmp_path):
+    trainer = ShadowDPOTrainer(
+        model=str(tied_pair[0]),
+        instruct_model=str(tied_pair[1]),
+        args=ShadowDPOConfig(**settings(tmp_path / "out", graft=False)),
+        train_dataset=preference_data(),
+        peft_config=LoraConfig(**LORA, init_lora_weights="pissa"),
+    )
+    trainer.train()
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(0.6931, abs=2e-4)
