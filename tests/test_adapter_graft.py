@@ -112,6 +112,31 @@ def test_a_full_checkpoint_and_an_adapter_add(sides, tmp_path):
         graft(**sides, tuned=[tuned, adapter], output=tmp_path / "out2", format="adapter")
 
 
+@pytest.mark.parametrize("base_dtype", ["tuned", "bfloat16"])
+def test_a_cast_of_base_on_loading_is_no_part_of_a_sum(tmp_path, base_dtype):
+    found = family(tmp_path / "models", dtypes=(FP32, FP32, torch.bfloat16))
+    adapter = lora(tmp_path / "one")
+    tuned = [(found.pop("tuned"), 0.5), (adapter, 2.0)]
+    graft(**found, tuned=tuned, output=tmp_path / "out", base_dtype=base_dtype, progress=False)
+    base, full, before = load(found["base"]), load(tuned[0][0]), load(found["instruct"])
+    for name, value in load(tmp_path / "out").items():
+        total = before[name].double() + 0.5 * (full[name].double() - base[name].bfloat16().double())
+        total = total + 2 * product(adapter, name, 2.0) if name in LINEAR else total
+        assert float((value.double() - total).abs().max()) < 1e-7
+
+
+@pytest.mark.parametrize("base_dtype", ["tuned", "bfloat16"])
+def test_a_cast_of_base_is_no_part_of_a_merged_adapter(tied_pair, tmp_path, base_dtype):
+    model, before = adapter_on(tied_pair, tmp_path / "one", LoraConfig(**LORA, use_dora=True))
+    sides = {"base": tied_pair[0], "instruct": tied_pair[1], "tuned": tmp_path / "one", "progress": False}
+    graft(**sides, output=tmp_path / "out", base_dtype=base_dtype)
+    merged = dict(model.double().merge_and_unload().named_parameters(remove_duplicate=False))
+    instruct = load(tied_pair[1])
+    for name, value in load(tmp_path / "out").items():
+        total = instruct[name].double() + merged[name].detach() - before[name]
+        assert float((value.double() - total).abs().max()) < 1e-7, name
+
+
 def test_weights_on_the_command_line(sides, tmp_path, capsys):
     one = lora(tmp_path / "one")
     argv = ["graft", "--base", str(sides["base"]), "--instruct", str(sides["instruct"]), "--quiet"]
