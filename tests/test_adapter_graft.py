@@ -321,8 +321,10 @@ def test_a_weight_without_a_module_is_named(tied_pair, tmp_path):
 @pytest.mark.parametrize(
     "changes",
     [{"init_lora_weights": "pissa"}, {"init_lora_weights": "olora"}, {"use_dora": True},
-     {"target_modules": ["q_proj"], "modules_to_save": ["input_layernorm"]}],
-    ids=["pissa", "olora", "dora", "modules_to_save"],
+     {"target_modules": ["q_proj"], "modules_to_save": ["input_layernorm"]},
+     {"init_lora_weights": "pissa", "modules_to_save": ["input_layernorm"]},
+     {"init_lora_weights": "olora", "use_dora": True}],
+    ids=["pissa", "olora", "dora", "modules_to_save", "pissa modules_to_save", "olora dora"],
 )  # fmt: skip
 def test_trainers_graft_what_they_trained(tied_pair, tmp_path, changes):
     trainer = sft(tied_pair, tmp_path / "run", peft_config=LoraConfig(**{**LORA, **changes}))
@@ -334,13 +336,20 @@ def test_trainers_graft_what_they_trained(tied_pair, tmp_path, changes):
     for name, value in wanted.items():
         total = instruct[name].double() + value
         assert float((found[name].double() - total).abs().max()) <= 1e-6 * float(total.abs().max()), name
-    has_form = "use_dora" not in changes
+    has_form = "use_dora" not in changes and not {"init_lora_weights", "modules_to_save"} <= changes.keys()
     start = tmp_path / "run" / "shadow" / "start" / "adapter_model.safetensors"
     assert start.exists() == ("init_lora_weights" in changes)
     if has_form:
         sides = {"base": tied_pair[0], "instruct": tied_pair[1], "tuned": tmp_path / "run", "progress": False}
         graft(**sides, output=tmp_path / "form", format="adapter")
         assert error(adapter_delta(tied_pair[1], tmp_path / "form"), wanted) < 1e-5
+
+
+def test_a_start_that_cannot_be_worked_out_again_allows_nothing_else(tied_pair, tmp_path):
+    config = LoraConfig(**{**LORA, "init_lora_weights": "pissa_niter_2", "modules_to_save": ["input_layernorm"]})
+    with pytest.raises(AdapterError, match=r"more than a product\.\n  modules_to_save = (.|\n)*Nothing was written"):
+        sft(tied_pair, tmp_path / "run", peft_config=config)
+    assert not (tmp_path / "run").exists()
 
 
 def test_the_adapter_loads_by_every_way(tied_pair, tmp_path):
