@@ -345,6 +345,21 @@ def test_trainers_graft_what_they_trained(tied_pair, tmp_path, changes):
         assert error(adapter_delta(tied_pair[1], tmp_path / "form"), wanted) < 1e-5
 
 
+def test_token_rows_of_a_base_loaded_in_fewer_bits(tmp_path):
+    pair = make_pair(tmp_path, gap=0.3, tied=False)
+    config = LoraConfig(**{**LORA, "target_modules": ["q_proj"]}, trainable_token_indices=[2, 5])
+    trainer = sft(pair, tmp_path / "run", peft_config=config, model_init_kwargs={"dtype": "bfloat16"})
+    trainer.train()
+    name = "model.embed_tokens.weight"
+    rows = load_file(tmp_path / "run" / "adapter_model.safetensors")[
+        "base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta"
+    ]
+    base, instruct = load(pair[0])[name], load(pair[1])[name]
+    wanted = instruct.double()
+    wanted[[2, 5]] += rows.double() - base[[2, 5]].bfloat16().double()
+    torch.testing.assert_close(load(tmp_path / "run" / "grafted")[name].double(), wanted, rtol=0, atol=1e-8)
+
+
 def test_a_start_that_cannot_be_worked_out_again_allows_nothing_else(tied_pair, tmp_path):
     config = LoraConfig(**{**LORA, "init_lora_weights": "pissa_niter_2", "modules_to_save": ["input_layernorm"]})
     with pytest.raises(AdapterError, match=r"more than a product\.\n  modules_to_save = (.|\n)*Nothing was written"):
