@@ -147,7 +147,7 @@ def _add_verify(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--base", metavar="B", help="BASE")
     parser.add_argument("--instruct", metavar="I", help="INSTRUCT")
     learnt = parser.add_mutually_exclusive_group()
-    learnt.add_argument("--tuned", metavar="T", help="BASE after training")
+    learnt.add_argument("--tuned", metavar="T[:WEIGHT]", action="append", help="BASE after training")
     learnt.add_argument("--delta", metavar="D", help="what `shadow-trl delta` wrote")
     parser.add_argument("--quiet", action="store_true", help="print nothing but errors and warnings")
     parser.add_argument("--json", action="store_true", help="print the report as JSON on stdout")

@@ -10,7 +10,7 @@ import json
 import math
 import os
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from .figures import VerifyReport
 from .grafting import graft
 from .inputs import Source
 from .manifest import MANIFEST_NAME, file_digest, read_manifest
+from .merging import weighted_sources
 from .origins import with_revision
 from .output import check_space
 
@@ -35,7 +36,7 @@ def verify(
     *,
     base: Source | None = None,
     instruct: Source | None = None,
-    tuned: Source | None = None,
+    tuned: Source | Sequence[Any] | None = None,
     delta: Source | None = None,
     progress: bool = True,
 ) -> VerifyReport:
@@ -49,7 +50,7 @@ def verify(
         folder: of a graft, in dense or adapter form, or a hub id.
         base: as for `graft`. Default: the one that `shadow.json` names, from here or from `folder`.
         instruct: the same for INSTRUCT.
-        tuned: the same for TUNED.
+        tuned: the same for TUNED; of several each, with its weight.
         delta: in the place of `tuned`, as for `graft`.
         progress: whether to show a bar on a terminal. Default True.
 
@@ -85,7 +86,7 @@ def verify(
     return VerifyReport(str(folder), len(again.specs), weights, files, wrong, report.warnings)
 
 
-def _sides(given: Mapping[str, Source | None], manifest: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+def _sides(given: Mapping[str, Any], manifest: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     """Return the inputs of the graft, by role: what was given, else what the manifest names."""
     learnt = [role for role in ("tuned", "delta") if given[role] is not None]
     if len(learnt) > 1:
@@ -128,7 +129,7 @@ def _other_digests(sides: Mapping[str, Any], manifest: Mapping[str, Any]) -> lis
     wrong = []
     single: dict[str, Source] = {}
     for role, source in sides.items():
-        parts = source if isinstance(source, list) else [(source, 1.0)]
+        parts = weighted_sources(source) if role == "tuned" else [(source, 1.0)]
         single |= {role if number == 1 else f"{role}_{number}": part for number, (part, _) in enumerate(parts, 1)}
     for role, source in single.items():
         recorded = (manifest.get(role) or {}).get("digests") or {}

@@ -209,6 +209,22 @@ def test_sources_are_found_from_here_and_from_the_folder(tmp_path, sides, monkey
     assert all("not of the graft" in row for row in report.files)
 
 
+def test_a_sum_is_found_again_and_by_name(tmp_path):
+    sides = family(tmp_path, dtypes=(FP32,) * 3)
+    one, two = (lora(tmp_path / name, seed=seed) for name, seed in (("one", 5), ("two", 6)))
+    run({**sides, "tuned": [f"{one}:0.5", (two, 0.25)]}, tmp_path / "out")
+    run({**sides, "tuned": f"{one}:0.5"}, tmp_path / "single")
+    assert check(tmp_path / "out").same
+    for place in (one, two):
+        place.rename(place.with_name(f"{place.name}-moved"))
+    one, two = tmp_path / "one-moved", tmp_path / "two-moved"
+    assert check(tmp_path / "out", tuned=[f"{one}:0.5", (two, 0.25)]).same
+    assert check(tmp_path / "single", tuned=(one, 0.5)).same
+    assert main(["verify", str(tmp_path / "out"), "--tuned", f"{one}:0.5", "--tuned", f"{two}:0.25", "--quiet"]) == 0
+    found = check(tmp_path / "out", tuned=[(two, 0.25), (one, 0.5)])
+    assert found.digests == ["tuned: adapter_model.safetensors", "tuned_2: adapter_model.safetensors"]
+
+
 def test_what_is_no_graft_is_refused(tmp_path, sides):
     with pytest.raises(CheckpointError, match=r"is no graft: it has no shadow\.json"):
         check(sides["tuned"])
