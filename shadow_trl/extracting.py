@@ -115,7 +115,7 @@ class _Sides(Inputs):
 @contextmanager
 def _opened(base: Source | None, tuned: Source, target: Path, options: GraftOptions) -> Iterator[Inputs]:
     refuse_deltas(base=base, tuned=tuned)
-    with one_tuned(base, tuned, target, options.base_dtype) as (origin, learnt, stages):
+    with one_tuned(base, [(tuned, 1.0)], target, options.base_dtype) as (origin, learnt, stages):
         home = origin if origin is not None else _base_of(learnt)
         yield _Sides.open(home, home, learnt, options, stages, check_pair=False)
 

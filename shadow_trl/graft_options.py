@@ -68,6 +68,11 @@ class GraftOptions:
             raise ConfigError(f"rank must be a whole number of at least 1, got {self.rank!r}. Nothing was written.")
         if self.rank is not None and self.format == "model":
             raise ConfigError("rank is of an adapter; format='model' writes dense weights. Nothing was written.")
+        if self.rank is not None and self.patterns() is not None:
+            raise ConfigError(
+                "rank takes the whole delta of an adapter; modules would leave a part of it out. Leave one of them "
+                "out. Nothing was written."
+            )
         if self.format == "adapter" or self.rank is not None:
             self._check_adapter_form()
         self.patterns()

@@ -17,8 +17,10 @@ from typing import TYPE_CHECKING, Any
 from .adapter import base_model_of, is_plain, open_tuned, place_on, read_lora
 from .adapter_kinds import kind_of
 from .checkpoint import Checkpoint
+from .delta_folder import refuse_deltas
 from .errors import AdapterError, ConfigError, list_names
 from .origins import stage_below
+from .output import make_parents, remove_empty
 from .safetensors_header import read_header
 
 if TYPE_CHECKING:
@@ -37,7 +39,7 @@ def weighted_sources(tuned: Any) -> list[tuple[Source, float]]:
             and weight; or a list of these.
 
     Raises:
-        ConfigError: an empty list, or a weight that is no number.
+        ConfigError: an empty list, or what is no source or no weight.
 
     >>> weighted_sources("out"), weighted_sources(["a:0.5", ("b", 2)])
     ([('out', 1.0)], [('a', 0.5), ('b', 2.0)])
@@ -48,6 +50,8 @@ def weighted_sources(tuned: Any) -> list[tuple[Source, float]]:
     found: list[tuple[Source, float]] = []
     for item in items:
         source, weight = item if _is_weighted(item) else _split(item)
+        if not isinstance(source, (str, os.PathLike)):
+            raise ConfigError(f"tuned: {source!r} is no folder or hub id. Nothing was written.")
         try:
             found.append((source, float(weight)))
         except (TypeError, ValueError):
@@ -61,7 +65,9 @@ def _is_weighted(item: Any) -> bool:
     return isinstance(item, tuple) and len(item) == 2 and isinstance(item[1], (int, float))
 
 
-def _split(item: Source) -> tuple[Source, float]:
+def _split(item: Any) -> tuple[Any, float]:
+    if not isinstance(item, (str, os.PathLike)):
+        return item, 1.0
     head, colon, tail = os.fspath(item).rpartition(":")
     if not colon or Path(item).expanduser().exists():
         return item, 1.0
@@ -86,12 +92,12 @@ def one_tuned(
         base, tuned, and the checkpoints that TUNED is made of, by role; empty where it is one as it lies.
     """
     sources = weighted_sources(tuned)
+    for source, _ in sources:
+        refuse_deltas(tuned=source)
     if len(sources) == 1 and sources[0][1] == 1.0 and not _needs_scratch(sources[0][0], base):
         yield base, open_tuned(sources[0][0]), {}
         return
-    target.absolute().parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".shadow-merged-", dir=target.absolute().parent) as name:
-        scratch = Path(name)
+    with _scratch_beside(target) as scratch:
         found = [_on_base(base, source, scratch / str(number)) for number, (source, _) in enumerate(sources)]
         origins = {str(origin) for origin, _, _ in found}
         if len(origins) > 1:
@@ -164,6 +170,18 @@ def with_changes(
     return made
 
 
+@contextmanager
+def _scratch_beside(target: Path) -> Iterator[Path]:
+    """Give a folder beside the result that is gone afterwards, with the folders that were made for it and are empty."""
+    parent = target.absolute().parent
+    made = make_parents(parent)
+    try:
+        with tempfile.TemporaryDirectory(prefix=".shadow-merged-", dir=parent) as name:
+            yield Path(name)
+    finally:
+        remove_empty(made)
+
+
 def _needs_scratch(source: Source, base: Source | None) -> bool:
     learnt = open_tuned(source)
     if not learnt.is_adapter:
@@ -173,7 +191,7 @@ def _needs_scratch(source: Source, base: Source | None) -> bool:
 
         if read_start(learnt) is not None:
             return True
-    return stage_below(source, None if base is None else str(base)) is not None
+    return stage_below(learnt.path, None if base is None else str(base)) is not None
 
 
 def _on_base(base: Source | None, source: Source, scratch: Path) -> tuple[Source | None, Checkpoint, Stages]:
@@ -187,7 +205,7 @@ def _on_base(base: Source | None, source: Source, scratch: Path) -> tuple[Source
 
         start = read_start(learnt)
         tuned = learnt if start is None else less_start(learnt, start, scratch / "less-start")
-    below = stage_below(source, None if base is None else str(base))
+    below = stage_below(learnt.path, None if base is None else str(base))
     if below is None:
         return base if base is not None else base_model_of(learnt), tuned, {"tuned": learnt}
     first = Checkpoint.open(below[0])
@@ -264,7 +282,7 @@ def truncated(
         else:
             without.append(name)
             lost += size
-    if not factors:
+    if not factors or not total:
         raise AdapterError(
             f"adapter {adapter} changes no projection, so there is no LoRA near it.\n{list_names(without)}\n"
             "Use format='model'. Nothing was written."

@@ -50,7 +50,7 @@ class OutputFolder:
         recover(self.path)
         check_free(self.path, self.overwrite, self.kind)
         try:
-            self._made = _make_parents(self.path.parent)
+            self._made = make_parents(self.path.parent)
             self.part.mkdir()
             self._entered = True
             self._lock = _lock(self.part)
@@ -94,9 +94,14 @@ class OutputFolder:
 
     def _discard(self) -> None:
         shutil.rmtree(self.part, ignore_errors=True)
-        for folder in reversed(self._made):
-            with suppress(OSError):  # someone else may use it by now
-                folder.rmdir()
+        remove_empty(self._made)
+
+
+def remove_empty(folders: list[Path]) -> None:
+    """Remove folders that `make_parents` made, as far as nothing lies in them by now."""
+    for folder in reversed(folders):
+        with suppress(OSError):
+            folder.rmdir()
 
 
 def check_free(path: Path, overwrite: bool, kind: str = "graft") -> None:
@@ -206,7 +211,8 @@ def _glob_safe(name: str) -> str:
     return "".join(f"[{letter}]" if letter in "*?[" else letter for letter in name)
 
 
-def _make_parents(folder: Path) -> list[Path]:
+def make_parents(folder: Path) -> list[Path]:
+    """Make a folder with the folders above it; return those that were not there, outermost first."""
     missing = []
     while not folder.exists():
         missing.append(folder)

@@ -17,11 +17,11 @@ from test_trainers import LORA, settings, sft
 from tiny import make_pair, preference_data, sft_data
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Qwen3MoeConfig
 
-from shadow_trl import ShadowDPOConfig, ShadowDPOTrainer, ShadowSFTConfig, ShadowSFTTrainer, graft
+from shadow_trl import ShadowDPOConfig, ShadowDPOTrainer, ShadowSFTConfig, ShadowSFTTrainer, extract_delta, graft
 from shadow_trl.adapter_kinds import check_has_delta, kind_of
 from shadow_trl.cli import main
-from shadow_trl.errors import AdapterError, ConfigError
-from shadow_trl.manifest import read_manifest
+from shadow_trl.errors import AdapterError, CheckpointError, ConfigError
+from shadow_trl.manifest import read_manifest, write_manifest
 from shadow_trl.merging import weighted_sources
 
 FP32 = torch.float32
@@ -150,6 +150,39 @@ def test_weights_on_the_command_line(sides, tmp_path, capsys):
     assert weighted_sources("C:/models/a") == [("C:/models/a", 1.0)]
 
 
+def test_what_is_no_tuned_is_refused_among_several(sides, tmp_path):
+    one = lora(tmp_path / "one")
+    extract_delta(base=sides["base"], tuned=one, output=tmp_path / "delta", progress=False)
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(ConfigError, match="graft --delta"):
+        graft(**sides, tuned=[one, f"{tmp_path / 'delta'}:0.5"], output=tmp_path / "new" / "out")
+    with pytest.raises(ConfigError, match="None is no folder or hub id"):
+        graft(**sides, tuned=[one, None], output=tmp_path / "new" / "out")
+    with pytest.raises(CheckpointError, match="no folder gone"):
+        graft(**{**sides, "instruct": "gone/"}, tuned=[one, one], output=tmp_path / "new" / "out")
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_a_delta_has_no_weight(sides, tmp_path):
+    one = lora(tmp_path / "one")
+    with pytest.raises(CheckpointError, match=r"there is no folder .*one:0\.5"):
+        extract_delta(base=sides["base"], tuned=f"{one}:0.5", output=tmp_path / "delta", progress=False)
+
+
+def test_the_stage_below_is_found_by_any_name_of_the_folder(sides, tmp_path, monkeypatch):
+    models = tmp_path / "models"
+    one = lora(tmp_path / "run", base_model_name_or_path=str(models / "tuned"))
+    entry = {role: {"source": str(models / name)} for role, name in (("base", "base"), ("policy", "tuned"))}
+    write_manifest(one, {"kind": "run", **entry})
+    monkeypatch.setenv("HOME", str(tmp_path))
+    graft(**sides, tuned="~/run", output=tmp_path / "out")
+    base, start, before = load(sides["base"]), load(models / "tuned"), load(sides["instruct"])
+    for name, value in load(tmp_path / "out").items():
+        total = before[name].double() + start[name].double() - base[name].double()
+        total = total + product(one, name, 2.0) if name in LINEAR else total
+        assert float((value.double() - total).abs().max()) < 1e-7
+
+
 def test_adapters_of_two_bases_are_refused(sides, tmp_path):
     one = lora(tmp_path / "one", base_model_name_or_path="a")
     two = lora(tmp_path / "two", base_model_name_or_path="b")
@@ -251,6 +284,17 @@ def test_the_truncated_adapter_tells_its_error(tied_pair, tmp_path):
     assert error(adapter_delta(tied_pair[1], tmp_path / "form"), delta) == pytest.approx(wanted, rel=1e-3)
     with pytest.raises(ConfigError, match="rank"):
         graft(**sides, output=tmp_path / "x", rank=6, format="model")
+
+
+def test_truncation_of_no_delta_or_of_some_modules_is_refused(sides, tmp_path):
+    one = lora(tmp_path / "one")
+    with pytest.raises(ConfigError, match=r"whole delta(.|\n)*Nothing was written"):
+        graft(**sides, tuned=one, output=tmp_path / "out", rank=1, modules="linear")
+    path = one / "adapter_model.safetensors"
+    save_file({name: torch.zeros_like(value) for name, value in load_file(path).items()}, path)
+    with pytest.raises(AdapterError, match=r"changes no projection(.|\n)*Nothing was written"):
+        graft(**sides, tuned=one, output=tmp_path / "out", rank=1)
+    assert not (tmp_path / "out").exists()
 
 
 def test_instruct_scale_needs_the_dense_form(tied_pair, tmp_path):
