@@ -164,13 +164,7 @@ def _merged(
 ) -> Iterator[tuple[str, Tensor]]:
     """Put an adapter on `model` by PEFT, and yield what merging makes of each layer; the adapter is off at the end.
 
-    Args:
-        model: without values, or with BASE's where `seen`.
-        config: PEFT's, of what `tensors` belong to.
-        tensors: of the adapter.
-        weights: BASE's.
-        adapter: for messages.
-        seen: whether PEFT has set its layers up on BASE's values, and may have changed them.
+    `model` has no values, or BASE's where `seen`: where PEFT has set its layers up on them and may have changed them.
     """
     from peft import get_peft_model
     from peft.tuners.tuners_utils import BaseTunerLayer
@@ -238,10 +232,10 @@ def _load(wrapped: Any, tensors: dict[str, Tensor], adapter: Checkpoint) -> None
     # Layers that share a tensor have it under a name each, and one of them is in the file.
     state, absent = wrapped.state_dict(keep_vars=True), set(found.missing_keys)
     there = {id(value) for name, value in state.items() if name not in absent}
-    missing = [name for name in absent if f".{prefix}" in name and id(state[name]) not in there]
+    missing = sorted(name for name in absent if f".{prefix}" in name and id(state[name]) not in there)
     if missing:
         raise AdapterError(
-            f"adapter {adapter} lacks {len(missing)} weights of modules that its config names.\n{list_names(sorted(missing))}\n"
+            f"adapter {adapter} lacks {len(missing)} weights of modules that its config names.\n{list_names(missing)}\n"
             "The file is incomplete: save or fetch it again. Nothing was written."
         )
 
