@@ -235,9 +235,10 @@ def truncated(
         folder: made here, removed by the caller.
         base_dtype: as in `merged_checkpoint`.
     """
-    from .adapter_forms import MemoryWeights, write_factors
+    from .adapter_forms import write_factors
     from .conversion import ModelNames
     from .low_rank import truncate
+    from .stored_values import MemoryWeights
 
     merged, _ = merged_checkpoint(base, adapter, folder / "merged", base_dtype=base_dtype)
     names = ModelNames(base)
