@@ -30,6 +30,7 @@ _PLAIN_STARTS = (True, False, None, "gaussian", "orthogonal", "eva")
 _SUBTRACTED_STARTS = ("pissa", "olora", "corda")
 # Full values stand in the file: a delta once BASE's are subtracted.
 _STORED = ("bias", "modules_to_save", "trainable_token_indices")
+_NOTHING: tuple[Any, ...] = (None, False, [], {}, "none")
 
 _NO_DELTA = {
     **dict.fromkeys(
@@ -79,7 +80,7 @@ class AdapterKind:
     Args:
         streams: whether it is a plain low-rank product: BASE's weights are not needed.
         obstacles: settings that leave no exact adapter form on INSTRUCT, as `name = value  (why)`; empty: there is one.
-        subtracted: whether the delta is the product less the product before training.
+        subtracted: whether the delta is the product less the product before training, and nothing else.
         stored: whether full values may stand in the file, which belong to BASE.
     """
 
@@ -115,17 +116,18 @@ def _kind_of_lora(config: Mapping[str, Any], *, adaptive: bool) -> AdapterKind:
     wrong = []
     if start not in _PLAIN_STARTS and not subtracted:
         wrong.append(f"init_lora_weights = {start}  (changes the weights under the adapter)")
-    if subtracted and config.get("target_parameters"):
-        wrong.append(f"target_parameters = {config['target_parameters']}  (with init_lora_weights = {start})")
+    if subtracted:
+        wrong += [f"{name} = {config[name]}  (with init_lora_weights = {start})"
+                  for name in (*_STORED, "target_parameters") if config.get(name) not in _NOTHING]  # fmt: skip
     known = {"init_lora_weights", "target_parameters", *_STORED, *_HARMLESS}
     if adaptive:
         known |= {
             "init_r", "target_r", "tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight", "total_step",
         }  # fmt: skip
     wrong += [f"{name} = {value}" for name, value in config.items() if value and name not in known]
-    stored = any(config.get(name) not in (None, False, [], {}, "none") for name in _STORED)
+    stored = any(config.get(name) not in _NOTHING for name in _STORED)
     plain = not (adaptive or subtracted or stored or wrong or config.get("target_parameters"))
-    return AdapterKind(plain, tuple(wrong), subtracted, stored or not plain)
+    return AdapterKind(plain, tuple(wrong), subtracted and not wrong, stored or not plain)
 
 
 def is_plain_start(start: Any) -> bool:
@@ -136,6 +138,11 @@ def is_plain_start(start: Any) -> bool:
 def is_subtracted(start: Any) -> bool:
     """Whether an initialisation of LoRA takes the start of its product out of the weights under it."""
     return isinstance(start, str) and start.startswith(_SUBTRACTED_STARTS)
+
+
+def starts_again(start: Any) -> bool:
+    """Whether loading an adapter of this initialisation makes the weights under it what they were in training."""
+    return not is_subtracted(start) or start in ("pissa", "olora")
 
 
 def is_random_start(start: Any) -> bool:

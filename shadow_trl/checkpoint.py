@@ -111,7 +111,7 @@ class Checkpoint:
         packed = [
             f"{name}  {spec.code}"
             for name, spec in self.specs.items()
-            if spec.code.startswith(("F8", "F4", "F6")) or _PACKED_NAME.search(name)
+            if spec.code.startswith(("F8", "F4", "F6_")) or _PACKED_NAME.search(name)
         ]
         method = self.quantisation
         if method is None and not packed:

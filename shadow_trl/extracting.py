@@ -137,7 +137,7 @@ def _write_dense(inputs: Inputs, part: Path, target: Path, options: GraftOptions
     small = copied_files(inputs.instruct, adapter=True)
     check_space(target, sum(file.size for file in files) + sum(path.stat().st_size for path in small))
     with Digests(inputs, [], options) as digests, Progress(sum(f.size for f in files), progress) as bar:
-        outcome = stream(files, part, arithmetic(options), bar.add)
+        outcome = stream(files, part, arithmetic(inputs, options), bar.add)
         check_finite(outcome, target)
         shutil.rmtree(scratch, ignore_errors=True)
         figures = graft_figures(outcome.sums, options.stats, sigma=False)

@@ -137,6 +137,7 @@ def _opened(
     with one_tuned(base, tuned, target, options.base_dtype) as (origin, learnt, stages):
         inputs = Inputs.open(origin, instruct, learnt, options, stages)
         inputs.weights = [weight for _, weight in weighted_sources(tuned)]
+        inputs.made |= inputs.weights != [1.0]
         yield inputs
 
 
@@ -204,7 +205,7 @@ def _write_dense_form(inputs: Inputs, part: Path, target: Path, options: GraftOp
     small = copied_files(inputs.instruct)
     check_space(target, sum(file.size for file in files) + sum(path.stat().st_size for path in small))
     with Digests(inputs, small, options) as digests, Progress(sum(f.size for f in files), progress) as bar:
-        outcome = stream(files, part, arithmetic(options), bar.add)
+        outcome = stream(files, part, arithmetic(inputs, options), bar.add)
         check_finite(outcome, target)
         write_index(files, jobs.layout, part)
         shutil.rmtree(scratch, ignore_errors=True)
@@ -283,11 +284,10 @@ def _write_provenance(
     write_model_card(part, content, adapter=report.form == "adapter")
 
 
-def arithmetic(options: GraftOptions) -> Arithmetic:
+def arithmetic(inputs: Inputs, options: GraftOptions) -> Arithmetic:
     """Return how to sum."""
-    return Arithmetic(
-        options.scale, options.instruct_scale, options.rounding, options.seed, options.base_dtype, options.stats
-    )
+    base_dtype = None if inputs.made else options.base_dtype
+    return Arithmetic(options.scale, options.instruct_scale, options.rounding, options.seed, base_dtype, options.stats)
 
 
 def check_finite(outcome: Outcome, target: Path) -> None:

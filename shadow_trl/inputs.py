@@ -39,6 +39,8 @@ class Inputs:
     """What TUNED was made of, by role (`start`, `tuned`, `tuned_2`); empty where it is one checkpoint as it lies."""
     weights: list[float] = field(default_factory=list)
     """Weight of each delta that TUNED is the sum of."""
+    made: bool = False
+    """Whether TUNED is made here, BASE as it lies plus deltas: `base_dtype` went into these."""
     recorded: dict[str, Any] = field(default_factory=dict)
     """Manifest entries of sides that are not read: BASE and TUNED of a delta, as its own manifest names them."""
 
@@ -90,7 +92,7 @@ class Inputs:
             side.check_not_quantised(role)
         warnings = ModelPair(origin, receiver).check(vocab=options.vocab) if check_pair else []  # type: ignore[arg-type]
         form, reasons = form_of(learnt, receiver, modules, options)
-        inputs = cls(origin, receiver, learnt, form, modules, warnings, reasons, stages or {})
+        inputs = cls(origin, receiver, learnt, form, modules, warnings, reasons, stages or {}, made=learnt.is_adapter)
         inputs.warnings += _adapter_warnings(inputs)
         return inputs
 

@@ -202,6 +202,8 @@ def _summed(origin: Source | None, parts: Sequence[Weighted], scratch: Path, bas
         return concatenated(list(parts), scratch)
     if origin is None:
         raise ConfigError("base is missing: the deltas of full checkpoints are measured from it. Nothing was written.")
+    from .adapter_forms import as_loaded
+
     base = Checkpoint.open(origin)
     full = [
         (merged_checkpoint(base, side, scratch / str(number), base_dtype=base_dtype)[0] if side.is_adapter else side,
@@ -217,8 +219,14 @@ def _summed(origin: Source | None, parts: Sequence[Weighted], scratch: Path, bas
     changed = [name for name in base.specs if any(side.specs[name] != base.specs[name] for side, _ in full)]
 
     def total(name: str) -> Tensor:
-        start = base.tensor(name).double()
-        return start + sum(weight * (side.tensor(name).double() - start) for side, weight in full)
+        start = base.tensor(name)
+        value = start.double()
+        for (made, weight), (side, _) in zip(full, parts, strict=True):
+            tuned = made.tensor(name)
+            # What a merged adapter adds, it adds to BASE as it lies.
+            origin = as_loaded(start, tuned, None if side.is_adapter else base_dtype)
+            value = value + weight * (tuned.double() - origin)
+        return value
 
     return with_changes(base, ((name, total(name)) for name in changed), scratch / "changed", full[0][0])
 

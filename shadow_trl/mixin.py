@@ -22,6 +22,7 @@ from .adapter_start import start_of, without_second_start, write_start
 from .config import ShadowArguments
 from .errors import ConfigError, OutputExistsError
 from .evaluation import GraftedEvaluation
+from .graft_options import BASE_DTYPES
 from .grafting import GraftReport, check_graft, graft
 from .loading import adapter_settings, bare_model, check_same_adapter, is_adapted, load_adapter, load_model
 from .manifest import write_manifest
@@ -152,13 +153,22 @@ class ShadowMixin(GraftedEvaluation):
                 instruct=with_revision(instruct, self.origins.instruct_revision),
                 tuned=tuned,
                 output=output,
-                # TUNED was saved in the dtypes that BASE was loaded in: a cast on loading is no part of the delta.
-                base_dtype="tuned",
+                base_dtype=self._loaded_dtype,
                 progress=not self.args.disable_tqdm,
                 **{**self.args.graft_options(), **changes},
             )
 
         return run_on_main(self.accelerator, write, what="the graft")
+
+    @property
+    def _loaded_dtype(self) -> str:
+        """The dtype BASE was loaded in: a cast on loading is no part of the delta.
+
+        Full weights are saved in it; an adapter's own values are fp32 whatever lies under them.
+        """
+        dtype = str(bare_model(self.model).dtype).removeprefix("torch.")
+        on_base = self._trains_adapter and self.origins.policy == self.origins.base
+        return dtype if on_base and dtype in BASE_DTYPES else "tuned"
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         super()._save_checkpoint(model, trial)

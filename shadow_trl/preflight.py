@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from .adapter_kinds import check_has_delta, is_random_start, is_subtracted
-from .errors import AdapterError, ConfigError, OutputExistsError
+from .adapter_kinds import check_has_delta, is_random_start, is_subtracted, kind_of, starts_again
+from .errors import AdapterError, ConfigError, OutputExistsError, list_names
 from .origins import Origins
 
 GRAFTED_FOLDER = "grafted"
@@ -78,6 +78,13 @@ def check_adapter(config: Mapping[str, Any], *, goes_on: bool = False, loaded: b
             f"the model in memory has an adapter of init_lora_weights={start!r}, whose delta is what it becomes less "
             "what it was when it was made. Pass the model without an adapter and the settings as peft_config, so that "
             "the start is kept. Nothing was written."
+        )
+    obstacles = kind_of(config).obstacles
+    if obstacles and not starts_again(start):
+        raise AdapterError(
+            f"an adapter of init_lora_weights={start!r} is grafted as the product less its start, and this one is more "
+            f"than a product.\n{list_names(obstacles)}\nLeave these settings out, or use 'pissa' or 'olora', whose "
+            "start PEFT works out again. Nothing was written."
         )
     if goes_on and is_random_start(start):
         raise AdapterError(

@@ -112,6 +112,31 @@ def test_a_full_checkpoint_and_an_adapter_add(sides, tmp_path):
         graft(**sides, tuned=[tuned, adapter], output=tmp_path / "out2", format="adapter")
 
 
+@pytest.mark.parametrize("base_dtype", ["tuned", "bfloat16"])
+def test_a_cast_of_base_on_loading_is_no_part_of_a_sum(tmp_path, base_dtype):
+    found = family(tmp_path / "models", dtypes=(FP32, FP32, torch.bfloat16))
+    adapter = lora(tmp_path / "one")
+    tuned = [(found.pop("tuned"), 0.5), (adapter, 2.0)]
+    graft(**found, tuned=tuned, output=tmp_path / "out", base_dtype=base_dtype, progress=False)
+    base, full, before = load(found["base"]), load(tuned[0][0]), load(found["instruct"])
+    for name, value in load(tmp_path / "out").items():
+        total = before[name].double() + 0.5 * (full[name].double() - base[name].bfloat16().double())
+        total = total + 2 * product(adapter, name, 2.0) if name in LINEAR else total
+        assert float((value.double() - total).abs().max()) < 1e-7
+
+
+@pytest.mark.parametrize("base_dtype", ["tuned", "bfloat16"])
+def test_a_cast_of_base_is_no_part_of_a_merged_adapter(tied_pair, tmp_path, base_dtype):
+    model, before = adapter_on(tied_pair, tmp_path / "one", LoraConfig(**LORA, use_dora=True))
+    sides = {"base": tied_pair[0], "instruct": tied_pair[1], "tuned": tmp_path / "one", "progress": False}
+    graft(**sides, output=tmp_path / "out", base_dtype=base_dtype)
+    merged = dict(model.double().merge_and_unload().named_parameters(remove_duplicate=False))
+    instruct = load(tied_pair[1])
+    for name, value in load(tmp_path / "out").items():
+        total = instruct[name].double() + merged[name].detach() - before[name]
+        assert float((value.double() - total).abs().max()) < 1e-7, name
+
+
 def test_weights_on_the_command_line(sides, tmp_path, capsys):
     one = lora(tmp_path / "one")
     argv = ["graft", "--base", str(sides["base"]), "--instruct", str(sides["instruct"]), "--quiet"]
@@ -305,8 +330,10 @@ def test_weights_that_the_config_names_and_the_file_lacks_are_named(tied_pair, t
 @pytest.mark.parametrize(
     "changes",
     [{"init_lora_weights": "pissa"}, {"init_lora_weights": "olora"}, {"use_dora": True},
-     {"target_modules": ["q_proj"], "modules_to_save": ["input_layernorm"]}],
-    ids=["pissa", "olora", "dora", "modules_to_save"],
+     {"target_modules": ["q_proj"], "modules_to_save": ["input_layernorm"]},
+     {"init_lora_weights": "pissa", "modules_to_save": ["input_layernorm"]},
+     {"init_lora_weights": "olora", "use_dora": True}],
+    ids=["pissa", "olora", "dora", "modules_to_save", "pissa modules_to_save", "olora dora"],
 )  # fmt: skip
 def test_trainers_graft_what_they_trained(tied_pair, tmp_path, changes):
     trainer = sft(tied_pair, tmp_path / "run", peft_config=LoraConfig(**{**LORA, **changes}))
@@ -318,13 +345,35 @@ def test_trainers_graft_what_they_trained(tied_pair, tmp_path, changes):
     for name, value in wanted.items():
         total = instruct[name].double() + value
         assert float((found[name].double() - total).abs().max()) <= 1e-6 * float(total.abs().max()), name
-    has_form = "use_dora" not in changes
+    has_form = "use_dora" not in changes and not {"init_lora_weights", "modules_to_save"} <= changes.keys()
     start = tmp_path / "run" / "shadow" / "start" / "adapter_model.safetensors"
     assert start.exists() == ("init_lora_weights" in changes)
     if has_form:
         sides = {"base": tied_pair[0], "instruct": tied_pair[1], "tuned": tmp_path / "run", "progress": False}
         graft(**sides, output=tmp_path / "form", format="adapter")
         assert error(adapter_delta(tied_pair[1], tmp_path / "form"), wanted) < 1e-5
+
+
+def test_token_rows_of_a_base_loaded_in_fewer_bits(tmp_path):
+    pair = make_pair(tmp_path, gap=0.3, tied=False)
+    config = LoraConfig(**{**LORA, "target_modules": ["q_proj"]}, trainable_token_indices=[2, 5])
+    trainer = sft(pair, tmp_path / "run", peft_config=config, model_init_kwargs={"dtype": "bfloat16"})
+    trainer.train()
+    name = "model.embed_tokens.weight"
+    rows = load_file(tmp_path / "run" / "adapter_model.safetensors")[
+        "base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta"
+    ]
+    base, instruct = load(pair[0])[name], load(pair[1])[name]
+    wanted = instruct.double()
+    wanted[[2, 5]] += rows.double() - base[[2, 5]].bfloat16().double()
+    torch.testing.assert_close(load(tmp_path / "run" / "grafted")[name].double(), wanted, rtol=0, atol=1e-8)
+
+
+def test_a_start_that_cannot_be_worked_out_again_allows_nothing_else(tied_pair, tmp_path):
+    config = LoraConfig(**{**LORA, "init_lora_weights": "pissa_niter_2", "modules_to_save": ["input_layernorm"]})
+    with pytest.raises(AdapterError, match=r"more than a product\.\n  modules_to_save = (.|\n)*Nothing was written"):
+        sft(tied_pair, tmp_path / "run", peft_config=config)
+    assert not (tmp_path / "run").exists()
 
 
 def test_the_adapter_loads_by_every_way(tied_pair, tmp_path):

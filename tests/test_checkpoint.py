@@ -184,8 +184,9 @@ def test_quantised_checkpoints_are_refused_with_advice(tmp_path, config, names):
         Checkpoint.open(folder).check_not_quantised("base")
 
 
-def test_a_plain_checkpoint_is_not_quantised(tmp_path):
-    for folder in family(tmp_path).values():
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_a_plain_checkpoint_is_not_quantised(tmp_path, dtype):
+    for folder in family(tmp_path, dtypes=(dtype,) * 3).values():
         Checkpoint.open(folder).check_not_quantised("base")
         assert set(load(folder)) == set(Checkpoint.open(folder).specs)
 
