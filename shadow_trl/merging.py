@@ -202,7 +202,7 @@ def _summed(origin: Source | None, parts: Sequence[Weighted], scratch: Path, bas
         return concatenated(list(parts), scratch)
     if origin is None:
         raise ConfigError("base is missing: the deltas of full checkpoints are measured from it. Nothing was written.")
-    from .adapter_forms import as_loaded
+    from .stored_values import as_loaded
 
     base = Checkpoint.open(origin)
     full = [
