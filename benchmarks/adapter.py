@@ -3,8 +3,8 @@
     python benchmarks/adapter.py                              # a small family, some seconds
     python benchmarks/adapter.py --size 2.5GB --rounds 3      # the figures of docs/adapters.md
 
-The family is that of benchmarks/graft.py (Llama shape, bf16, tied, three shards); the adapters are on all linear layers,
-rank 128, random. DoRA is there for the way through PEFT's layers, one module at a time.
+The family is that of benchmarks/graft.py (Llama shape, bf16, tied, three shards); the adapters are on all linear
+layers, rank 128, random. DoRA is there for the way through PEFT's layers, one module at a time.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import json
 import shlex
 import shutil
 import statistics
+import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -35,16 +36,17 @@ def main() -> None:
     parser.add_argument("--pause", type=float, default=4.0, help="seconds before each run (default 4)")
     parser.add_argument("--folder", type=Path, help="where the family lies or goes; kept when given")
     parser.add_argument("--only", nargs="+", help="names of contestants to run")
-    parser.add_argument("--work", metavar="FOLDER", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--work", nargs=2, metavar=("WHAT", "FOLDER"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.work:
-        _merge_by_peft(options.work)
+        WORK[options.work[0]](Path(options.work[1]))
         return
     folder = options.folder or Path(tempfile.mkdtemp(prefix="adapter-benchmark-"))
     try:
         _family(folder, options.size)
-        for name, dora in (("lora", False), ("dora", True)):
-            _make_adapter(folder, folder / name, options.rank, dora)
+        (folder / "rank").write_text(str(options.rank))
+        # In a process of its own: a child starts with the peak of its parent.
+        subprocess.run([sys.executable, str(HERE), "--work", "adapters", str(folder)], check=True)
         contestants = [one for one in _contestants(folder) if not options.only or one.name in options.only]
         for number in range(options.rounds):
             for contestant in contestants:
@@ -65,7 +67,7 @@ def _contestants(folder: Path) -> list[Contestant]:
     return [
         Contestant("graft, LoRA", [*graft, f"--tuned={folder / 'lora'}"]),
         Contestant("graft, LoRA, bare", [*graft, f"--tuned={folder / 'lora'}", "--digest=none", "--stats=off"]),
-        Contestant("PEFT merge and save", [*python, str(HERE), "--work", str(folder)]),
+        Contestant("PEFT merge and save", [*python, str(HERE), "--work", "merge", str(folder)]),
         Contestant("graft, DoRA", [*graft, f"--tuned={folder / 'dora'}"]),
         Contestant("import torch", [*python, "-c", "import torch"]),
     ]
@@ -82,6 +84,14 @@ def _print(contestants: list[Contestant]) -> None:
             f"{seconds / statistics.median(peft.seconds):.2f}", f"{memory / max(peft.memory):.2f}"
         ]  # fmt: skip
         print(f"| {one.name} | {seconds:.2f} | {runs} | {memory / 2**20:.0f} | {' | '.join(ratios)} |")
+
+
+def _make_adapters(folder: Path) -> None:
+    rank = int((folder / "rank").read_text())
+    for name, dora in (("lora", False), ("dora", True)):
+        if not (folder / name / f"{rank}").exists():
+            _make_adapter(folder, folder / name, rank, dora)
+            (folder / name / f"{rank}").touch()
 
 
 def _make_adapter(folder: Path, target: Path, rank: int, dora: bool) -> None:
@@ -120,6 +130,8 @@ def _merge_by_peft(folder: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(folder / "instruct", dtype=torch.bfloat16)
     PeftModel.from_pretrained(model, folder / "lora").merge_and_unload().save_pretrained(folder / "output")
 
+
+WORK = {"adapters": _make_adapters, "merge": _merge_by_peft}
 
 if __name__ == "__main__":
     main()

@@ -190,11 +190,11 @@ def table(records: list[Record]) -> str:
 
 
 def differences(records: list[Record]) -> str:
-    """Return how each policy differs from init on the same seed: target, others, and runs that trained equal bytes."""
+    """Return how each policy differs from init on the same seeds, and which policies trained the same bytes."""
     lines = [
-        "| start | learning rate | ref_policy - init | target, points | others, points | equal bytes |",
-        "|---|---|---|---|---|---|",
+        "| start | learning rate | ref_policy | target - init's, points | others - init's, points | same bytes as |"
     ]
+    lines.append("|---|---|---|---|---|---|")
     groups = grouped(records)
     for (start, rate, policy), group in groups.items():
         if policy == "init":
@@ -202,9 +202,13 @@ def differences(records: list[Record]) -> str:
         pairs = list(zip(group, groups[start, rate, "init"], strict=True))
         target = [one["scores"]["target"] - other["scores"]["target"] for one, other in pairs]
         others = [kept(one["scores"]) - kept(other["scores"]) for one, other in pairs]
-        equal = sum(one["digest"] == other["digest"] for one, other in pairs)
+        same = []
+        for name in POLICIES[: POLICIES.index(policy)]:
+            both = zip(group, groups[start, rate, name], strict=True)
+            if equal := sum(one["digest"] == other["digest"] for one, other in both):
+                same.append(f"{name} ({equal} of {len(group)})")
         lines.append(
-            f"| {start} | {rate:g} | {policy} | {spread(target, 2)} | {spread(others, 2)} | {equal} of {len(pairs)} |"
+            f"| {start} | {rate:g} | {policy} | {spread(target, 2)} | {spread(others, 2)} | {', '.join(same) or '-'} |"
         )
     return "\n".join(lines)
 

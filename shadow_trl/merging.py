@@ -220,7 +220,7 @@ def _summed(origin: Source | None, parts: Sequence[Weighted], scratch: Path, bas
         return concatenated(list(parts), scratch)
     if origin is None:
         raise ConfigError("base is missing: the deltas of full checkpoints are measured from it. Nothing was written.")
-    from .adapter_forms import as_loaded
+    from .stored_values import as_loaded
 
     base = Checkpoint.open(origin)
     full = [
@@ -261,9 +261,10 @@ def truncated(
         folder: made here, removed by the caller.
         base_dtype: as in `merged_checkpoint`.
     """
-    from .adapter_forms import MemoryWeights, write_factors
+    from .adapter_forms import write_factors
     from .conversion import ModelNames
     from .low_rank import truncate
+    from .stored_values import MemoryWeights
 
     merged, _ = merged_checkpoint(base, adapter, folder / "merged", base_dtype=base_dtype)
     names = ModelNames(base)

@@ -18,12 +18,12 @@ import torch
 from torch import Tensor, nn
 
 from .adapter import nearest_names
-from .adapter_forms import MemoryWeights, StoredValues, module_of, read_stored
 from .adapter_kinds import is_plain_start, is_random_start, peft_type
 from .checkpoint import Checkpoint
 from .conversion import ModelNames
 from .errors import AdapterError, list_names
 from .safetensors_header import read_header
+from .stored_values import MemoryWeights, StoredValues, module_of, read_stored
 
 # Types that PEFT sets up without a look at the weights under them: their layers are made before a weight is read.
 _BLIND = frozenset({
@@ -164,13 +164,7 @@ def _merged(
 ) -> Iterator[tuple[str, Tensor]]:
     """Put an adapter on `model` by PEFT, and yield what merging makes of each layer; the adapter is off at the end.
 
-    Args:
-        model: without values, or with BASE's where `seen`.
-        config: PEFT's, of what `tensors` belong to.
-        tensors: of the adapter.
-        weights: BASE's.
-        adapter: for messages.
-        seen: whether PEFT has set its layers up on BASE's values, and may have changed them.
+    `model` has no values, or BASE's where `seen`: where PEFT has set its layers up on them and may have changed them.
     """
     from peft import get_peft_model
     from peft.tuners.tuners_utils import BaseTunerLayer
@@ -221,6 +215,7 @@ def _merge_layer(
 def _load(wrapped: Any, tensors: dict[str, Tensor], adapter: Checkpoint) -> None:
     """Give PEFT the adapter's tensors; each must land."""
     from peft import set_peft_model_state_dict
+    from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
 
     try:
         found: Any = set_peft_model_state_dict(wrapped, {name: value.clone() for name, value in tensors.items()})
@@ -232,6 +227,16 @@ def _load(wrapped: Any, tensors: dict[str, Tensor], adapter: Checkpoint) -> None
         raise AdapterError(
             f"{len(found.unexpected_keys)} of {len(tensors)} weights of adapter {adapter} land nowhere in its base.\n"
             f"{list_names(lines)}\nGive the base that it was trained on. Nothing was written."
+        )
+    prefix = PEFT_TYPE_TO_PREFIX_MAPPING[wrapped.peft_config["default"].peft_type]
+    # Layers that share a tensor have it under a name each, and one of them is in the file.
+    state, absent = wrapped.state_dict(keep_vars=True), set(found.missing_keys)
+    there = {id(value) for name, value in state.items() if name not in absent}
+    missing = sorted(name for name in absent if f".{prefix}" in name and id(state[name]) not in there)
+    if missing:
+        raise AdapterError(
+            f"adapter {adapter} lacks {len(missing)} weights of modules that its config names.\n{list_names(missing)}\n"
+            "The file is incomplete: save or fetch it again. Nothing was written."
         )
 
 

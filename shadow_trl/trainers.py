@@ -110,11 +110,17 @@ class ShadowDPOTrainer(ShadowMixin, DPOTrainer):
 
     def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
         """As TRL. For new rows a reference that was released is loaded again, in full fine-tuning as well."""
+        new = eval_dataset is not None and not isinstance(eval_dataset, str)
         with ExitStack() as scope:
-            new = eval_dataset is not None and not isinstance(eval_dataset, str)
             # Under an adapter it is loaded where the values are computed, if they are not there yet.
-            if new and self.precompute_ref_logps and self._reference is not None and not is_adapted(self.model):
-                self._hold_reference(scope)
+            if new and self.precompute_ref_logps and self.ref_model is None and not is_adapted(self.model):
+                sets = eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset]
+                if all(set(one.column_names or ()) >= REF_COLUMNS for one in sets):
+                    # Nothing will be computed with it; TRL asks whether there is a reference before it looks.
+                    self.ref_model = self.model
+                    scope.callback(setattr, self, "ref_model", None)
+                elif self._reference is not None:
+                    self._hold_reference(scope)
             return super().evaluate(eval_dataset, *args, **kwargs)
 
     def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:

@@ -111,7 +111,7 @@ CASES = [
     Case("PSOFT", _other("Psoft", r=4), False),
     Case("RoAd", _other("Road", group_size=8), False),
     Case("SuperTuning", _other("Supertuning"), False),
-    Case("BEFT", _other("Beft", ["v_proj"]), False),
+    Case("BEFT", _other("Beft", ["v_proj"]), True),
     Case("LN tuning", _other("LNTuning", ["input_layernorm", "norm"]), True),
     Case("Trainable tokens", _other("TrainableTokens", ["embed_tokens"], token_indices=[2, 5]), True),
 ]  # fmt: skip

@@ -89,7 +89,13 @@ def test_instructions_then_preferences(tmp_path: Path, monkeypatch: pytest.Monke
         "model_name_or_path": "base", "instruct_model": "instruct",
     }  # fmt: skip
     if with_lora:
-        settings |= {"use_peft": True, "lora_r": 16, "lora_alpha": 32, "lora_target_modules": "all-linear"}
+        settings |= {
+            "learning_rate": 1e-2,
+            "use_peft": True,
+            "lora_r": 16,
+            "lora_alpha": 32,
+            "lora_target_modules": "all-linear",
+        }
     stages = {"sft": {"dataset_name": "sft.jsonl"}, "dpo": {"dataset_name": "dpo.jsonl", "ref_policy": "grafted"}}
     Path("run.yaml").write_text(json.dumps({**settings, **stages}))
     assert main_sft_dpo(["--config", "run.yaml", "--output_dir", "out", "--dpo.learning_rate", "1e-3"]) == 0
@@ -97,7 +103,8 @@ def test_instructions_then_preferences(tmp_path: Path, monkeypatch: pytest.Monke
         (state,) = Path("out", stage).glob("checkpoint-*/trainer_state.json")
         losses = [line["loss"] for line in json.loads(state.read_text())["log_history"] if "loss" in line]
         assert len(losses) == 48
-        assert sum(losses[-8:]) < 0.95 * sum(losses[:8]), stage
+        # By a tenth of a nat at least, on the mean of half an epoch: more than the batches differ.
+        assert sum(losses[-8:]) / 8 < sum(losses[:8]) / 8 - 0.1, stage
         model = AutoModelForCausalLM.from_pretrained(f"out/{stage}/grafted")
         tokenizer = AutoTokenizer.from_pretrained(f"out/{stage}/grafted")
         ids = tokenizer.apply_chat_template(instructions[0]["prompt"], add_generation_prompt=True, return_tensors="pt")

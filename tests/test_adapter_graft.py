@@ -359,6 +359,15 @@ def test_a_weight_without_a_module_is_named(tied_pair, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_weights_that_the_config_names_and_the_file_lacks_are_named(tied_pair, tmp_path):
+    adapter_on(tied_pair, tmp_path / "adapter", LoraConfig(**LORA, use_dora=True))
+    path = tmp_path / "adapter" / "adapter_model.safetensors"
+    save_file({name: value for name, value in load_file(path).items() if "layers.1.mlp" not in name}, path)
+    with pytest.raises(AdapterError, match=r"lacks 9 weights(.|\n)*layers\.1\.mlp"):
+        graft(base=tied_pair[0], instruct=tied_pair[1], tuned=tmp_path / "adapter", output=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 # Trainers
 
 

@@ -21,10 +21,10 @@ QUICK = (
 
 
 def rows() -> list:
-    """Every case on every model; one model of the quick cases runs by default."""
+    """Every case on two of the models (the benchmark has all four); one model of the quick cases runs by default."""
     found = []
     for case in CASES:
-        for kind, tied in MODELS:
+        for kind, tied in (MODELS[0], MODELS[3]):
             if case.untied_only and tied:
                 continue
             quick = case.name in QUICK and (kind, tied) == (("llama", False) if case.untied_only else ("qwen3", True))

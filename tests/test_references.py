@@ -150,6 +150,29 @@ def test_reference_columns_of_the_evaluation_rows_are_used(pair, tmp_path):
     assert trainer.state.log_history[-1]["eval_rewards/margins"] == pytest.approx(margin, abs=1e-4)
 
 
+@pytest.mark.parametrize("policy", ["init", "instruct"])
+def test_reference_columns_of_new_rows_are_used_after_the_release(pair, tmp_path, policy, monkeypatch):
+    rows = preference_data(4)
+    trainer = dpo(
+        pair, tmp_path, ref_policy=policy, precompute_ref_log_probs=True, graft=False, beta=1.0, learning_rate=0,
+        max_steps=1,
+    )  # fmt: skip
+    trainer.train()
+    monkeypatch.setattr("shadow_trl.trainers.load_reference", lambda *_, **__: pytest.fail("loaded a reference"))
+    base = gains(pair, rows, "base")
+    margin = (base["chosen"] / 4 + 1.0) - (base["rejected"] / 4 + 2.0)
+    assert trainer.evaluate(with_columns(rows))["eval_loss"] > 0
+    assert trainer.state.log_history[-1]["eval_rewards/margins"] == pytest.approx(margin, abs=1e-4)
+    assert trainer.ref_model is None
+
+
+def test_full_fine_tuning_has_no_values_of_its_start_for_new_rows_after_training(pair, tmp_path):
+    trainer = dpo(pair, tmp_path, precompute_ref_log_probs=True, graft=False, max_steps=1)
+    trainer.train()
+    with pytest.raises(ValueError, match="Cannot compute reference log-probs"):
+        trainer.evaluate(preference_data(3))
+
+
 def test_reference_columns_of_a_stream_are_used(pair, tmp_path):
     rows = preference_data(4)
 

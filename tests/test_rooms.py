@@ -69,6 +69,7 @@ ORDER = [
     "pairs",
     "adapter_kinds",
     "adapter",
+    "stored_values",
     "adapter_forms",
     "peft_deltas",
     "merging",
