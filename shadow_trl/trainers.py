@@ -117,7 +117,7 @@ class ShadowDPOTrainer(ShadowMixin, DPOTrainer):
                 sets = eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset]
                 if all(set(one.column_names or ()) >= REF_COLUMNS for one in sets):
                     # Nothing will be computed with it; TRL asks whether there is a reference before it looks.
-                    self.ref_model = self.model
+                    self.ref_model = self.model  # type: ignore[assignment]
                     scope.callback(setattr, self, "ref_model", None)
                 elif self._reference is not None:
                     self._hold_reference(scope)

@@ -72,7 +72,7 @@ def test_graft_of_a_full_start_lies_beside_the_results_while_it_is_loaded(full_r
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("policy", ["base", "grafted"])
+@pytest.mark.parametrize("policy", [pytest.param("base", marks=pytest.mark.slow), "grafted"])
 def test_loaded_adapter_is_no_raw_base(fp32_pair, lora_run, tmp_path, policy):  # noqa: F811
     below = AutoModelForCausalLM.from_pretrained(fp32_pair[0])
     loaded = PeftModel.from_pretrained(below, lora_run, is_trainable=True)
@@ -150,7 +150,7 @@ def test_reference_columns_of_the_evaluation_rows_are_used(pair, tmp_path):
     assert trainer.state.log_history[-1]["eval_rewards/margins"] == pytest.approx(margin, abs=1e-4)
 
 
-@pytest.mark.parametrize("policy", ["init", "instruct"])
+@pytest.mark.parametrize("policy", ["init", pytest.param("instruct", marks=pytest.mark.slow)])
 def test_reference_columns_of_new_rows_are_used_after_the_release(pair, tmp_path, policy, monkeypatch):
     rows = preference_data(4)
     trainer = dpo(
@@ -166,6 +166,7 @@ def test_reference_columns_of_new_rows_are_used_after_the_release(pair, tmp_path
     assert trainer.ref_model is None
 
 
+@pytest.mark.slow
 def test_full_fine_tuning_has_no_values_of_its_start_for_new_rows_after_training(pair, tmp_path):
     trainer = dpo(pair, tmp_path, precompute_ref_log_probs=True, graft=False, max_steps=1)
     trainer.train()
@@ -173,6 +174,7 @@ def test_full_fine_tuning_has_no_values_of_its_start_for_new_rows_after_training
         trainer.evaluate(preference_data(3))
 
 
+@pytest.mark.slow
 def test_reference_columns_of_a_stream_are_used(pair, tmp_path):
     rows = preference_data(4)
 
@@ -186,6 +188,7 @@ def test_reference_columns_of_a_stream_are_used(pair, tmp_path):
     assert trainer.state.log_history[0]["rewards/margins"] == pytest.approx(margin, abs=1e-4)
 
 
+@pytest.mark.slow
 def test_evaluation_on_a_stream_keeps_the_reference(pair, tmp_path, caplog):
     def stream():
         yield from preference_data(4)
@@ -227,6 +230,7 @@ def test_the_start_of_a_new_lora_is_no_miss(pair, tmp_path, monkeypatch):
     assert cached(pair, tmp_path, "two", peft_config=lora(), seed=2, **options) == first
 
 
+@pytest.mark.slow
 def test_an_adapter_that_goes_on_is_part_of_the_key(fp32_pair, lora_run, tmp_path):  # noqa: F811
     options = {"precompute_ref_log_probs": True, "max_length": 64}
     first = cached(fp32_pair, tmp_path, "one", peft_config=lora(), **options)

@@ -60,6 +60,7 @@ def test_error_on_the_writing_rank_ends_every_rank(pair, tmp_path):
     assert (tmp_path / "out" / "grafted" / "result.txt").read_text() == "somebody's"
 
 
+@pytest.mark.slow
 def test_graft_of_the_start_is_shared_by_the_ranks_and_gone_afterwards(pair, tmp_path):
     """DPO from a full model of an earlier stage with `ref_policy="grafted"` and rows in memory."""
     tuned = save_model(tmp_path / "tuned", seed=9, dtype=torch.float32)
