@@ -42,8 +42,8 @@ def merge_into_base(
         base: what the adapter was trained on.
         adapter: of any PEFT type with a weight delta.
         folder: for the changed weights, in fp32 (fp64 where BASE is fp32); made here, removed by the caller.
-        base_dtype: dtype in which training loaded BASE, `tuned` for that of each stored value: full values in the
-            adapter are a delta to BASE in that dtype.
+        base_dtype: dtype in which training loaded BASE, `tuned` for that of each stored value: the adapter is a delta
+            to BASE in that dtype, and the delta is added to BASE as it lies.
 
     Returns:
         the merged checkpoint in BASE's layout; its unchanged weights are BASE's files.
@@ -55,8 +55,9 @@ def merge_into_base(
     weights = MemoryWeights(base, names)
     stored = read_stored(adapter, names.memory)
     result = Scratch(weights, folder)
-    for name, value in _changed_by_layers(adapter, stored, weights):
-        result.add(name, value)
+    loaded = weights if base_dtype in (None, "tuned") else MemoryWeights(base, names, getattr(torch, str(base_dtype)))
+    for name, value in _changed_by_layers(adapter, stored, loaded):
+        result.add(name, value if loaded is weights else weights[name].double() + (value - loaded[name].double()))
     for name in stored.names:
         delta = stored.delta(name, weights[name], base_dtype)
         if bool(delta.any()):

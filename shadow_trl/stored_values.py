@@ -29,11 +29,13 @@ class MemoryWeights:
     Args:
         checkpoint: where they are.
         names: how transformers calls them.
+        dtype: in which they are given, as a model loaded in it has them. Default: as on disk.
     """
 
-    def __init__(self, checkpoint: Checkpoint, names: ModelNames) -> None:
+    def __init__(self, checkpoint: Checkpoint, names: ModelNames, dtype: torch.dtype | None = None) -> None:
         self.checkpoint = checkpoint
         self.names = names
+        self.dtype = dtype
         self._groups = names.groups(checkpoint.specs)
 
     def __contains__(self, name: object) -> bool:
@@ -46,7 +48,7 @@ class MemoryWeights:
         return self._groups.get(name, [])
 
     def __getitem__(self, name: str) -> Tensor:
-        """Return weight `name`, in the dtype that it has on disk.
+        """Return weight `name`.
 
         Raises:
             AdapterError: there is no such weight.
@@ -59,7 +61,8 @@ class MemoryWeights:
                 "Nothing was written."
             )
         made = self.names.to_memory({source: self.checkpoint.tensor(source) for source in sources})
-        return next(iter(made.values()))
+        found = next(iter(made.values()))
+        return found if self.dtype is None else found.to(self.dtype)
 
 
 @dataclass(frozen=True)
