@@ -229,7 +229,8 @@ def dense_jobs(inputs: Inputs, options: GraftOptions, scratch: Path) -> Jobs:
     learnt = inputs.tuned
     if learnt.is_adapter:
         learnt, _ = merged_checkpoint(inputs.base, learnt, scratch / "merged", base_dtype=options.base_dtype)
-    return without_unchanged(full_jobs(inputs.base, inputs.instruct, learnt, options, scratch), options)
+    jobs = full_jobs(inputs.base, inputs.instruct, learnt, options, scratch)
+    return without_unchanged(jobs, options) if inputs.made else jobs
 
 
 def _write_adapter_form(inputs: Inputs, part: Path, target: Path, options: GraftOptions) -> GraftReport:

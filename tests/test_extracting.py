@@ -307,7 +307,7 @@ def test_what_is_no_delta_is_refused(tmp_path):
     [
         ({"instruct_scale": 0.5}, "instruct_scale=0.5 needs the weights of BASE"),
         ({"base_dtype": "tuned"}, "base_dtype='tuned' needs the weights of BASE"),
-        ({"format": "adapter"}, "there is no adapter form"),
+        ({"format": "adapter"}, "there is no exact adapter form"),
         ({"tuned": "x"}, "give either tuned or delta"),
     ],
 )

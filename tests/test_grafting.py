@@ -336,7 +336,7 @@ def test_a_narrower_tuned_is_told(tmp_path):
         ({"dtype": "int8"}, "dtype must be one of"),
         ({"rounding": "up"}, "rounding must be one of"),
         ({"rounding": "stochastic", "dtype": "float32"}, "no meaning with dtype"),
-        ({"format": "adapter"}, "there is no adapter form"),
+        ({"format": "adapter"}, "there is no exact adapter form"),
         ({"format": "adapter", "dtype": "float16"}, "has no room for dtype"),
         ({"max_shard_size": "5 apples"}, "is no size"),
         ({"modules": []}, "empty list"),
@@ -432,7 +432,7 @@ def test_check_graft_refuses_before_training(tmp_path):
     common = {"base": sides["base"], "instruct": sides["instruct"]}
     check_graft(**common, output=tmp_path / "run" / "grafted", adapter=False)
     check_graft(**common, output=tmp_path / "out", adapter=True, format="adapter")
-    with pytest.raises(InputError, match="no adapter form"):
+    with pytest.raises(InputError, match="no exact adapter form of this graft"):
         check_graft(**common, output=tmp_path / "out", adapter=False, format="adapter")
     with pytest.raises(ConfigError, match="match no weight"):
         check_graft(**common, output=tmp_path / "out", adapter=False, modules="w_proj")
