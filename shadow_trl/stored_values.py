@@ -61,6 +61,11 @@ class MemoryWeights:
         made = self.names.to_memory({source: self.checkpoint.tensor(source) for source in sources})
         return next(iter(made.values()))
 
+    def release(self, name: str) -> None:
+        """Drop the pages of weight `name` from resident memory; reading it again maps them again."""
+        for source in self.sources(name):
+            self.checkpoint.release(source, 0, self.checkpoint.specs[source].numel)
+
 
 @dataclass(frozen=True)
 class StoredValues:
