@@ -1,16 +1,17 @@
-"""Adapters that need PEFT's own arithmetic, merged into BASE one module at a time. The only room that imports peft.
+"""Adapters that need PEFT's own arithmetic, merged into BASE one module at a time.
 
 No model is loaded. The model is built without memory for its weights, PEFT puts the adapter on it, and then each layer
-gets BASE's weight in float64, is merged by PEFT's own `merge`, and is emptied again. What changed goes to a scratch
-folder; every other weight of the result is BASE's own, where it lies.
+gets BASE's weight in fp32 (fp64 where BASE is fp32), is merged by PEFT's own `merge`, and is emptied again. What
+changed goes to a scratch folder; every other weight of the result is BASE's own, where it lies.
 """
 
 from __future__ import annotations
 
+import ctypes
 import warnings
+from collections import Counter
 from collections.abc import Iterable, Iterator
-from copy import deepcopy
-from dataclasses import fields
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,19 +19,13 @@ import torch
 from torch import Tensor, nn
 
 from .adapter import nearest_names
-from .adapter_kinds import is_plain_start, is_random_start, peft_type
+from .adapter_kinds import is_random_start
 from .checkpoint import Checkpoint
 from .conversion import ModelNames
 from .errors import AdapterError, list_names
+from .peft_configs import is_blind, only_module, peft_config_of, tuner_of
 from .safetensors_header import read_header
 from .stored_values import MemoryWeights, StoredValues, module_of, read_stored
-
-# Types that PEFT sets up without a look at the weights under them: their layers are made before a weight is read.
-_BLIND = frozenset({
-    "LORA", "ADALORA", "LOHA", "LOKR", "VERA", "PVERA", "VBLORA", "UNILORA", "RANDLORA", "FOURIERFT", "WAVEFT",
-    "C3A", "GRALORA", "DELORA", "SHIRA", "MISS", "HIRA", "HRA", "IA3", "OFT", "BOFT", "ROAD", "GLORA", "BEFT",
-})  # fmt: skip
-_AUXILIARY = {"modules_to_save": None, "trainable_token_indices": None}
 
 
 def merge_into_base(
@@ -130,28 +125,28 @@ def _changed_by_layers(
     tensors = {name: adapter.tensor(name) for name in stored.others}
     if not tensors:
         return
-    config = _config(adapter)
+    config = peft_config_of(adapter)
     if is_random_start(getattr(config, "init_lora_weights", None)):
         raise AdapterError(
             f"adapter {adapter} was initialised by init_lora_weights={config.init_lora_weights!r}, which changes the "
             "weights under it at random, and its start was not kept: its delta cannot be found. Put the adapter as it "
             "was before training into the sub-folder shadow/start. Nothing was written."
         )
-    model = weights.names.model.to_empty(device="cpu")  # memory that is never touched costs nothing
+    model = _without_values(weights.names.model)
     modules = {name for name, _ in model.named_modules() if name}
     owners = {name: module_of(name, modules) for name in tensors}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of PEFT, on how its layers are made
-        if _is_blind(config):
+        if is_blind(config):
             yield from _merged(model, config, tensors, weights, adapter, seen=False)
-        elif _tuner(config).uses_shared_state or None in owners.values():
+        elif tuner_of(config).uses_shared_state or None in owners.values():
             _fill(model, weights, weights.names.memory)
             yield from _merged(model, config, tensors, weights, adapter, seen=True)
         else:
             for owner in sorted({str(owner) for owner in owners.values()}):
                 one = {name: tensor for name, tensor in tensors.items() if owners[name] == owner}
                 _fill(model, weights, [f"{owner}.{key}" for key, _ in model.get_submodule(owner).named_parameters()])
-                yield from _merged(model, _only(config, owner), one, weights, adapter, seen=True)
+                yield from _merged(model, only_module(config, owner), one, weights, adapter, seen=True)
 
 
 def _merged(
@@ -173,16 +168,22 @@ def _merged(
     with torch.random.fork_rng():
         wrapped = get_peft_model(model, config)
     _load(wrapped, tensors, adapter)
+    _give_back()
     for name, child in wrapped.base_model.named_children():
         if name != "model":
-            child.double()  # what layers share
-    layers: dict[str, BaseTunerLayer] = {}
+            child.to(_wide(weights))  # what layers share
+    layers: dict[str, Any] = {}
     for name, module in model.named_modules():
         inside = any(name.startswith(f"{other}.") for other in layers)
         if isinstance(module, BaseTunerLayer) and not inside:
             layers[name] = module
+    uses = Counter(id(value) for layer in layers.values() for value in layer.parameters())
     for name, layer in layers.items():
         yield from _merge_layer(name, layer, weights, adapter, seen)
+        for value in layer.parameters():
+            if uses[id(value)] == 1:
+                value.data = torch.empty(0)
+        _give_back()
     wrapped.unload()
 
 
@@ -190,13 +191,13 @@ def _merge_layer(
     name: str, layer: Any, weights: MemoryWeights, adapter: Checkpoint, seen: bool
 ) -> Iterator[tuple[str, Tensor]]:
     below = layer.get_base_layer()
-    own = {id(value) for value in below.parameters()}
+    own, wide = {id(value) for value in below.parameters()}, _wide(weights)
     for value in [*layer.parameters(), *layer.buffers()]:
         if value.is_floating_point() and id(value) not in own:
-            value.data = value.data.double()
-    origin = {key: weights[f"{name}.{key}"].double() for key, _ in below.named_parameters()}
+            value.data = value.data.to(wide)
+    origin = {key: weights[f"{name}.{key}"].to(wide, copy=True) for key, _ in below.named_parameters()}
     for key, value in below.named_parameters():
-        value.data = value.data.double() if seen else origin[key].clone()
+        value.data = value.data.to(wide) if seen else origin[key].clone()
     try:
         with torch.no_grad():
             if hasattr(layer, "unload_and_optionally_merge_module"):
@@ -211,6 +212,7 @@ def _merge_layer(
         if not torch.equal(value.data, origin[key]):
             yield f"{name}.{key}", value.data
         value.data = torch.empty(0)
+        weights.release(f"{name}.{key}")
 
 
 def _load(wrapped: Any, tensors: dict[str, Tensor], adapter: Checkpoint) -> None:
@@ -219,7 +221,7 @@ def _load(wrapped: Any, tensors: dict[str, Tensor], adapter: Checkpoint) -> None
     from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
 
     try:
-        found: Any = set_peft_model_state_dict(wrapped, {name: value.clone() for name, value in tensors.items()})
+        found: Any = set_peft_model_state_dict(wrapped, dict(tensors))
     except (RuntimeError, KeyError) as error:
         raise AdapterError(f"PEFT cannot load adapter {adapter}: {error} Nothing was written.") from error
     if found.unexpected_keys:
@@ -229,6 +231,8 @@ def _load(wrapped: Any, tensors: dict[str, Tensor], adapter: Checkpoint) -> None
             f"{len(found.unexpected_keys)} of {len(tensors)} weights of adapter {adapter} land nowhere in its base.\n"
             f"{list_names(lines)}\nGive the base that it was trained on. Nothing was written."
         )
+    for name in tensors:
+        adapter.release(name, 0, adapter.specs[name].numel)
     prefix = PEFT_TYPE_TO_PREFIX_MAPPING[wrapped.peft_config["default"].peft_type]
     # Layers that share a tensor have it under a name each, and one of them is in the file.
     state, absent = wrapped.state_dict(keep_vars=True), set(found.missing_keys)
@@ -241,52 +245,28 @@ def _load(wrapped: Any, tensors: dict[str, Tensor], adapter: Checkpoint) -> None
         )
 
 
-def _config(adapter: Checkpoint) -> Any:
-    """Return PEFT's config of the adapter less what is not PEFT's layers: full values are handled here."""
-    from peft import PeftConfig
-
-    config = PeftConfig.from_pretrained(str(adapter.path))
-    known = {item.name for item in fields(config)} | {"peft_version"}
-    strange = [
-        f"{name} = {value}"
-        for name, value in adapter.adapter_config.items()
-        if name not in known and value not in (None, False, [], {}, "none")
-    ]
-    if strange:
-        # PEFT itself ignores them, with a warning.
-        raise AdapterError(
-            f"adapter {adapter} has settings that the installed PEFT does not know.\n{list_names(strange)}\n"
-            "Update peft, or merge the adapter with the version that trained it. Nothing was written."
-        )
-    for name, value in _AUXILIARY.items():
-        if hasattr(config, name):
-            setattr(config, name, value)
-    if getattr(config, "bias", "none") != "none":
-        config.bias = "none"
-    config.inference_mode = True
-    return config
+def _wide(weights: MemoryWeights) -> torch.dtype:
+    """Return the dtype to merge in: fp32 for a BASE of 16 bits, else fp64, so that the graft rounds once."""
+    wide = any(spec.is_float and spec.itemsize >= 4 for spec in weights.checkpoint.specs.values())
+    return torch.float64 if wide else torch.float32
 
 
-def _tuner(config: Any) -> Any:
-    from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
-
-    return PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type]
-
-
-def _is_blind(config: Any) -> bool:
-    """Whether PEFT sets up its layers of this type without a look at the weights under them."""
-    plain = is_plain_start(getattr(config, "init_lora_weights", True))
-    return plain and peft_type({"peft_type": config.peft_type}) in _BLIND
+def _give_back() -> None:
+    """Return freed memory to the system: between long-lived small blocks glibc keeps that of whole weights."""
+    with suppress(OSError, AttributeError):  # another C library
+        ctypes.CDLL(None).malloc_trim(0)
 
 
-def _only(config: Any, module: str) -> Any:
-    """Return the config for one module by its full name."""
-    one = deepcopy(config)
-    one.target_modules = {module}
-    for name in ("exclude_modules", "layers_to_transform", "layers_pattern"):
-        if hasattr(one, name):
-            setattr(one, name, None)
-    return one
+def _without_values(model: nn.Module) -> nn.Module:
+    """Take a model off the meta device; each weight is one zero that is seen in the weight's shape."""
+    for module in model.modules():
+        for key, value in module._parameters.items():
+            if value is not None:
+                module._parameters[key] = nn.Parameter(torch.zeros(()).expand(value.shape), requires_grad=False)
+        for key, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[key] = torch.zeros(buffer.shape, dtype=buffer.dtype)
+    return model
 
 
 def _fill(model: nn.Module, weights: MemoryWeights, names: Iterable[str]) -> None:

@@ -71,6 +71,7 @@ ORDER = [
     "adapter",
     "stored_values",
     "adapter_forms",
+    "peft_configs",
     "peft_deltas",
     "merging",
     "grafting",
