@@ -192,17 +192,22 @@ class _Worker:
         )
 
     def _factors(self, low_rank: LowRank, row: int, rows: int) -> tuple[Tensor, Tensor]:
-        """Return rows of the left factor and the right factor in fp32; the right one is kept for the next call."""
+        """Return copies of some rows of the left factor and of the right factor, fp32; the right one stays for more."""
         left, right = low_rank.left, low_rank.right
         cached = self.factors.get("right")
         if cached is None or cached[0] is not low_rank:
             whole = right.checkpoint.tensor(right.name)
             whole = whole.T if low_rank.transposed else whole
-            cached = (low_rank, whole.float().contiguous())
+            cached = (low_rank, whole.to(torch.float32, copy=True, memory_format=torch.contiguous_format))
             self.factors["right"] = cached
+            right.release(0, whole.numel())
         matrix = left.checkpoint.tensor(left.name)
         matrix = matrix.T if low_rank.transposed else matrix
-        return matrix[row : row + rows].float(), cached[1]
+        wanted = matrix[row : row + rows].to(torch.float32, copy=True)
+        rank = matrix.shape[1]
+        first, last = (0, matrix.numel()) if low_rank.transposed else (row * rank, (row + rows) * rank)
+        left.release(first, last)
+        return wanted, cached[1]
 
     def _blame(self, job: WeightJob, out: Tensor, start: int, stop: int, delta: bool) -> None:
         sides = []
