@@ -18,6 +18,7 @@ WIDE_GAP = 0.1
 POOR_REALISED = 0.1
 """Distance of `realised` from 1 that is worth a warning."""
 POOR_NOISE = 0.5
+FLOAT32 = "fp32 output (--dtype float32; in training graft_dtype)"
 """`noise` that is worth a warning: rounding puts half as much beside the delta as the delta itself."""
 
 
@@ -243,17 +244,15 @@ def graft_warnings(figures: Mapping[str, Any], dtype: str, rounding: str) -> lis
             "carry over badly."
         )
     if realised is not None and abs(realised - 1) > POOR_REALISED:
-        nearest = "stochastic rounding (--rounding stochastic), " if rounding == "nearest" else ""
+        nearest = "stochastic rounding (--rounding stochastic; in training graft_rounding), "
         found.append(
             f"{dtype} holds only part of the delta: realised is {realised:.3g} instead of 1, its size is lost to "
-            "rounding. "
-            f"Ways out: {nearest}fp32 output (--dtype float32), or the adapter form for a LoRA."
+            f"rounding. Ways out: {nearest if rounding == 'nearest' else ''}{FLOAT32}, or the adapter form for a LoRA."
         )
     if noise is not None and noise > POOR_NOISE:
         found.append(
-            f"rounding to {dtype} adds noise of {noise:.3g} times the delta's norm. Ways out: fp32 output (--dtype "
-            "float32), "
-            "or the adapter form for a LoRA; stochastic rounding would raise it."
+            f"rounding to {dtype} adds noise of {noise:.3g} times the delta's norm. Ways out: {FLOAT32}, or the "
+            "adapter form for a LoRA; stochastic rounding would raise it."
         )
     return found
 

@@ -119,7 +119,7 @@ def form_of(
     """
     if options.format == "model" or not tuned.is_adapter:
         if options.format == "adapter" or options.rank is not None:
-            raise no_adapter_form(["tuned is a full checkpoint"])
+            raise no_adapter_form(["tuned is a full checkpoint  (`shadow-trl delta --rank R` makes a LoRA for base)"])
         return "model", []
     if options.rank is not None:
         return "adapter", []

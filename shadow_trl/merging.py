@@ -99,7 +99,7 @@ def one_tuned(
         return
     with _scratch_beside(target) as scratch:
         found = [_on_base(base, source, scratch / str(number)) for number, (source, _) in enumerate(sources)]
-        origins = {str(origin) for origin, _, _ in found}
+        origins = {str(origin or "not known, since a full checkpoint names none: give base") for origin, _, _ in found}
         if len(origins) > 1:
             raise ConfigError(
                 f"the {len(found)} tuned models start from {len(origins)} bases.\n{list_names(sorted(origins))}\n"

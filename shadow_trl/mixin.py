@@ -140,6 +140,8 @@ class ShadowMixin(GraftedEvaluation):
         """
         self.save_model()
         self.graft_report = self._write_graft(self.args.output_dir, Path(output or self._grafted_folder))
+        for warning in self.graft_report.warnings:
+            logger.warning(warning)
         logger.info("The grafted model is in %s.", self.graft_report.output)
         return self.graft_report
 

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from .checkpoint import Checkpoint
+from .delta_folder import refuse_deltas
 from .deltas import BLOCK
 from .errors import CheckpointError, ConfigError
 from .figures import VerifyReport
@@ -62,6 +63,7 @@ def verify(
         GraftError: the graft failed (values that are not finite, full disk).
 
     """
+    refuse_deltas(folder=folder)
     there = Checkpoint.open(folder)
     manifest = read_manifest(there.path)
     if manifest is None or manifest["kind"] != "graft":

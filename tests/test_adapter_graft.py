@@ -192,6 +192,8 @@ def test_adapters_of_two_bases_are_refused(sides, tmp_path):
     two = lora(tmp_path / "two", base_model_name_or_path="b")
     with pytest.raises(ConfigError, match=r"2 bases\.\n  a\n  b"):
         graft(instruct=sides["instruct"], tuned=[one, two], output=tmp_path / "out", progress=False)
+    with pytest.raises(ConfigError, match=r"2 bases\.\n  a\n  not known(.*)give base"):
+        graft(instruct=sides["instruct"], tuned=[one, sides["base"]], output=tmp_path / "out", progress=False)
 
 
 # Folders

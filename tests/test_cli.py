@@ -152,7 +152,7 @@ def test_gap_draws(tmp_path, capsys, monkeypatch):
     assert (tmp_path / "gap.png").read_bytes().startswith(b"\x89PNG")
     capsys.readouterr()
     monkeypatch.setattr("shadow_trl.gap_plot.importlib.util.find_spec", lambda name: None)
-    fails(capsys, argv, 2, "pip install shadow-trl[plot]")
+    fails(capsys, argv, 2, "pip install matplotlib")
 
 
 def test_recipes_get_their_arguments(monkeypatch):

@@ -156,6 +156,13 @@ def test_lora_graft_is_instruct_plus_scaled_product(pair, tmp_path):
     assert torch.equal(grafted["model.norm.weight"], instruct["model.norm.weight"].float())
 
 
+def test_a_delta_lost_to_rounding_is_told_after_training(pair, tmp_path, caplog):
+    trainer = sft(pair, tmp_path, peft_config=lora(), graft_dtype="bfloat16", graft_scale=0.001)
+    trainer.train()
+    assert any("graft_dtype" in warning for warning in trainer.graft_report.warnings)
+    assert all(warning in caplog.text for warning in trainer.graft_report.warnings)
+
+
 def log_probability(model, tokenizer, row: dict, answer: str) -> float:
     """Sum of log p(token) over the answer's tokens, by hand: one sequence, no padding, float64 softmax."""
     prompt = tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True, return_dict=False)
