@@ -18,8 +18,8 @@ WIDE_GAP = 0.1
 POOR_REALISED = 0.1
 """Distance of `realised` from 1 that is worth a warning."""
 POOR_NOISE = 0.5
-FLOAT32 = "fp32 output (--dtype float32; in training graft_dtype)"
 """`noise` that is worth a warning: rounding puts half as much beside the delta as the delta itself."""
+_FLOAT32 = "fp32 output (--dtype float32; in training graft_dtype)"
 
 
 @dataclass(frozen=True)
@@ -247,11 +247,11 @@ def graft_warnings(figures: Mapping[str, Any], dtype: str, rounding: str) -> lis
         nearest = "stochastic rounding (--rounding stochastic; in training graft_rounding), "
         found.append(
             f"{dtype} holds only part of the delta: realised is {realised:.3g} instead of 1, its size is lost to "
-            f"rounding. Ways out: {nearest if rounding == 'nearest' else ''}{FLOAT32}, or the adapter form for a LoRA."
+            f"rounding. Ways out: {nearest if rounding == 'nearest' else ''}{_FLOAT32}, or the adapter form for a LoRA."
         )
     if noise is not None and noise > POOR_NOISE:
         found.append(
-            f"rounding to {dtype} adds noise of {noise:.3g} times the delta's norm. Ways out: {FLOAT32}, or the "
+            f"rounding to {dtype} adds noise of {noise:.3g} times the delta's norm. Ways out: {_FLOAT32}, or the "
             "adapter form for a LoRA; stochastic rounding would raise it."
         )
     return found

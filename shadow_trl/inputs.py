@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -91,6 +92,7 @@ class Inputs:
         for role, side in (stages or {"tuned": learnt}).items():
             side.check_not_quantised(role)
         warnings = ModelPair(origin, receiver).check(vocab=options.vocab) if check_pair else []  # type: ignore[arg-type]
+        warnings += _check_trained(origin, receiver, learnt)
         form, reasons = form_of(learnt, receiver, modules, options)
         inputs = cls(origin, receiver, learnt, form, modules, warnings, reasons, stages or {}, made=learnt.is_adapter)
         inputs.warnings += _adapter_warnings(inputs)
@@ -107,6 +109,31 @@ class Inputs:
     def folders(self) -> list[tuple[str, Path]]:
         """Role and folder of each side."""
         return [(role, side.path) for role, side in {**self.sides, "base": self.base}.items()]
+
+
+def _check_trained(base: Checkpoint, instruct: Checkpoint, tuned: Checkpoint) -> list[str]:
+    """Refuse a graft of the same BASE as TUNED: INSTRUCT - BASE would be added once more, without a word.
+
+    Returns:
+        a warning where TUNED is INSTRUCT itself.
+    """
+    manifest = read_manifest(tuned.path) or {}
+    if manifest.get("kind") == "graft" and _is(base, manifest, "base") and not _is(base, manifest, "instruct"):
+        run = (manifest.get("tuned") or {}).get("source", "what was trained")
+        raise ConfigError(
+            f"tuned {tuned} is a graft of this base, not what training made of it: instruct - base is in it already "
+            f"and would be added twice. Give what was trained: {run}. Nothing was written."
+        )
+    if tuned.path == instruct.path != base.path:
+        return [f"tuned and instruct are one folder, {tuned}: what is added is all that instruct differs from base by."]
+    return []
+
+
+def _is(side: Checkpoint, manifest: Mapping[str, Any], role: str) -> bool:
+    """Whether a manifest names `side` in a role, by the same word or another path of the same folder."""
+    named = str((manifest.get(role) or {}).get("source"))
+    folder = Path(named).expanduser()
+    return named == side.source or (folder.is_dir() and side.path.is_dir() and folder.samefile(side.path))
 
 
 def form_of(

@@ -12,7 +12,7 @@ from families import CONFIG, family, load, shapes, write
 from safetensors.torch import save_file
 
 from shadow_trl import extract_delta, graft, output
-from shadow_trl.errors import CheckpointError, GraftError
+from shadow_trl.errors import CheckpointError, ConfigError, GraftError
 from shadow_trl.grafting import check_graft
 
 WEIGHT = "model.layers.0.mlp.up_proj.weight"
@@ -107,3 +107,23 @@ def test_a_disk_that_fills_up_on_the_way_leaves_nothing(tmp_path):
     assert "is full" in done.stderr
     assert "Nothing was written to" in done.stderr
     assert sorted(tmp_path.iterdir()) == before
+
+
+def test_a_graft_given_as_tuned_is_refused_by_any_path_of_base(tmp_path, monkeypatch):
+    sides = family(tmp_path)
+    graft(**sides, output=tmp_path / "grafted")
+    monkeypatch.chdir(tmp_path)
+    wrong = {**sides, "base": sides["base"].relative_to(tmp_path), "tuned": tmp_path / "grafted"}
+    with pytest.raises(ConfigError, match="would be added twice") as found:
+        graft(**wrong, output=tmp_path / "out")
+    assert str(sides["tuned"]) in str(found.value)
+    assert not (tmp_path / "out").exists()
+    report = graft(**{**sides, "tuned": sides["instruct"]}, output=tmp_path / "chat")
+    assert any("one folder" in warning for warning in report.warnings)
+
+
+def test_a_graft_is_what_more_training_of_its_instruct_starts_from(tmp_path):
+    sides = family(tmp_path)
+    graft(**sides, output=tmp_path / "grafted")
+    graft(base=sides["instruct"], instruct=sides["instruct"], tuned=tmp_path / "grafted", output=tmp_path / "again")
+    assert (tmp_path / "again/model.safetensors").read_bytes() == (tmp_path / "grafted/model.safetensors").read_bytes()
