@@ -16,6 +16,7 @@ QUIET = {"digest": "none", "progress": False}
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen3", "gemma3", "qwen2_5_vl", "qwen3_moe", "mixtral", "gpt_oss"])
+@pytest.mark.slow
 @pytest.mark.parametrize("other", [(), ("tuned",), ("instruct",)])
 def test_a_delta_lands_whatever_the_layouts(name: str, other: tuple[str, ...], families: Any, tmp_path: Any) -> None:
     """Single experts or fused ones, old prefixes or new: the graft of the delta is the sum of the models in memory."""

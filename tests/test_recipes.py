@@ -103,6 +103,7 @@ def test_the_direct_model_is_what_plain_trl_makes_of_instruct(workspace: Path) -
     assert Path("out/model.safetensors").read_bytes() != Path("plain/model.safetensors").read_bytes()
 
 
+@pytest.mark.slow
 def test_direct_dpo_has_instruct_as_its_reference(workspace: Path) -> None:
     from datasets import load_dataset
     from trl import DPOConfig, DPOTrainer
@@ -118,6 +119,7 @@ def test_direct_dpo_has_instruct_as_its_reference(workspace: Path) -> None:
     assert Path("out/direct/model.safetensors").read_bytes() == Path("plain/model.safetensors").read_bytes()
 
 
+@pytest.mark.slow
 def test_dpo_with_lora_twice_in_a_row(workspace: Path) -> None:
     words = ["--config", "dpo.yaml", "--use_peft", "--lora_r", "2", "--lora_target_modules", "all-linear", *COMPARE]
     assert main_dpo(words) == 0

@@ -51,6 +51,7 @@ def test_graft_is_written_once_with_the_bytes_of_a_graft_of_the_folder(pair, tmp
     assert written
 
 
+@pytest.mark.slow
 def test_error_on_the_writing_rank_ends_every_rank(pair, tmp_path):
     run = launch(pair, tmp_path / "out", "blocked")
     assert run.returncode != 0
