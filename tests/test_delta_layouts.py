@@ -39,6 +39,7 @@ def test_a_delta_from_another_layout_needs_no_base(families: Any, tmp_path: Any)
     assert_sum("mixtral", folder / "base", instruct, folder / "tuned", tmp_path / "out")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["qwen2", "qwen3_moe", "gemma3", "gpt_oss"])
 def test_low_rank_forms_load_with_peft_and_name_what_has_none(name: str, families: Any, tmp_path: Any) -> None:
     assert name in CONFIGS

@@ -152,6 +152,7 @@ def test_a_stage_goes_on_from_its_last_whole_checkpoint(
     assert found == {name: ended[name] for name in ended if stage == "dpo" or not name.startswith("dpo/")}
 
 
+@pytest.mark.slow
 def test_one_adapter_through_both_stages(workspace: Path) -> None:
     write_config(sft=LORA)
     assert run("--output_dir", "left-out") == 0
@@ -289,6 +290,7 @@ def test_the_stages_may_be_run_from_different_folders(
     assert is_done(workspace / "out/dpo")
 
 
+@pytest.mark.slow
 def test_a_failed_second_stage_says_how_to_go_on(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
     faulty = ["--dpo.loss_type", "apo_zero", "--dpo.f_divergence_type", "forward_kl"]
     assert run(*faulty) == 2

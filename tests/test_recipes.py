@@ -85,6 +85,7 @@ def test_sft_leaves_the_run_the_graft_the_direct_model_and_the_report(
     assert len(report["goals"]) == 2
 
 
+@pytest.mark.slow
 def test_the_direct_model_is_what_plain_trl_makes_of_instruct(workspace: Path) -> None:
     """Same data, seed and settings, byte for byte; the Shadow run before it must not leak into it."""
     from datasets import load_dataset

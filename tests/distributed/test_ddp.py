@@ -34,6 +34,7 @@ def launch(pair: tuple[Path, Path], output: Path, mode: str) -> subprocess.Compl
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["full", pytest.param("lora", marks=pytest.mark.slow)])
 def test_graft_is_written_once_with_the_bytes_of_a_graft_of_the_folder(pair, tmp_path, mode):
     run = launch(pair, tmp_path / "out", mode)
