@@ -1,71 +1,25 @@
 """The arithmetic of a graft on tensors: `grafted = instruct + scale * (tuned - base)`, rounded once, and its figures.
 
 Everything works on blocks: `BlockGrafter` holds scratch memory for one thread and takes equal pieces of the flattened
-tensors. Three bf16 tensors at scale 1 are summed in fp32, which is exact enough to round once (see `_sum_in_fp32`);
-every other mix is summed in float64 and rounded to odd on the way to 16 bits, so that it is rounded once as well.
+tensors. Three bf16 tensors at scale 1 are summed in fp32, which is exact enough to round once (see `_sum`); every other
+mix is summed in float64 and rounded to odd on the way to 16 bits, so that it is rounded once as well.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 
-from .rounding import HALF, round_stochastic, round_to_odd, uniform
+from .rounding import HALF, random_bits, round_stochastic, round_to_odd
+from .sums import Sums
 
-BLOCK = 128 * 1024
-"""Elements of a block: two in fp32 fit a cache of 1 MiB; smaller ones spend their time between torch's calls."""
-
-
-@dataclass
-class Sums:
-    """Sums over elements from which the figures of a graft are made; d is the exact change, e = stored - exact.
-
-    Args:
-        elements: number of elements.
-        gap: sum of |base - instruct|.
-        size: sum of |base| + |instruct|.
-        dd: sum of d*d.
-        ed: sum of e*d.
-        ee: sum of e*e.
-        finite: False when an input or an output is not finite.
-    """
-
-    elements: int = 0
-    gap: float = 0.0
-    size: float = 0.0
-    dd: float = 0.0
-    ed: float = 0.0
-    ee: float = 0.0
-    finite: bool = True
-
-    def __iadd__(self, other: Sums) -> Sums:
-        for part in fields(self)[:-1]:
-            setattr(self, part.name, getattr(self, part.name) + getattr(other, part.name))
-        self.finite = self.finite and other.finite
-        return self
-
-    @property
-    def sigma(self) -> float | None:
-        """Relative distance of BASE and INSTRUCT, sum|B-I| / (sum|B| + sum|I|); None where nothing was measured."""
-        return self.gap / self.size if self.size > 0 else None
-
-    @property
-    def delta_norm(self) -> float:
-        """Euclidean norm of the exact change."""
-        return math.sqrt(self.dd)
-
-    @property
-    def realised(self) -> float | None:
-        """<r,d>/<d,d> with r the change that was stored: 1 where the dtype keeps all of the delta. None for d = 0."""
-        return 1.0 + self.ed / self.dd if self.dd > 0 else None
-
-    @property
-    def noise(self) -> float | None:
-        """|r-d|/|d|: what rounding put beside the delta, relative to its norm. None for d = 0."""
-        return math.sqrt(self.ee / self.dd) if self.dd > 0 else None
+BLOCK = 512 * 1024
+"""Elements of a block. Smaller ones stay in faster caches, but the threads then wait for each other between calls."""
+_WIDE_BLOCK = 128 * 1024
+"""Elements that are in fp64 at a time: slower, so the threads wait less often, and larger, so memory counts more."""
 
 
 def graft_tensor(
@@ -162,15 +116,20 @@ class BlockGrafter:
             name: name of the weight, for stochastic rounding.
             index: index of the block's first element in the flattened weight.
         """
-        if self.base_dtype is not None:
-            base = base.to(tuned.dtype if self.base_dtype == "tuned" else self.base_dtype)
         plain = self.scale == 1.0 and self.instruct_scale == 1.0 and self.rounding == "nearest"
-        if plain and all(tensor.dtype == torch.bfloat16 for tensor in (out, instruct, base, tuned)):
-            total, minus = self._sum_in_fp32(instruct, base, tuned)
-        else:
-            total, minus = self._sum_in_fp64(instruct, base, tuned)
-        self._store(out, total, name, index)
-        return self._figures(out, total, minus, instruct, base)
+        sides = (out, instruct, base, tuned)
+        if self.base_dtype is not None:
+            sides = (out, instruct, base.to(tuned.dtype if self.base_dtype == "tuned" else self.base_dtype), tuned)
+        narrow = plain and all(side.dtype == torch.bfloat16 for side in sides)
+        step = BLOCK if narrow else _WIDE_BLOCK
+        sums = Sums()
+        for start in range(0, out.numel(), step):
+            piece, *others = (side[start : start + step] for side in sides)
+            part = Sums(piece.numel())
+            total, minus = self._sum(part, torch.float32 if narrow else torch.float64, *others)
+            self._store(piece, total, name, index + start)
+            sums += self._add_figures(part, piece, total, minus)
+        return sums
 
     def add_low_rank(
         self,
@@ -212,33 +171,32 @@ class BlockGrafter:
                 self._shift(minus, total, base)
             total.sub_(minus)
         self._store(out, total, name, index)
-        return self._figures(out, total, minus, instruct, None)
+        return self._add_figures(Sums(out.numel()), out, total, minus)
 
-    def _sum_in_fp32(self, instruct: Tensor, base: Tensor, tuned: Tensor) -> tuple[Tensor, Tensor]:
-        """Return (instruct - (base - tuned), base - tuned) of bf16 tensors.
+    def _sum(
+        self, sums: Sums, dtype: torch.dtype, instruct: Tensor, base: Tensor, tuned: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Return (exact sum, instruct - exact sum) and add the gap of BASE and INSTRUCT to `sums` where it is wanted.
 
-        Exponents within 2^16 make `base - tuned` exact in fp32 (8 bits of mantissa, 24 in fp32). The sum is exact too
-        unless it carries beyond the largest exponent; a lost bit is then far below a tie of bf16, whose rounding it
-        cannot turn. So the one rounding that counts is the last.
+        The sum is instruct - (base - tuned). For bf16 at scale 1, fp32 is exact: exponents within 2^16 make
+        `base - tuned` exact (8 bits of mantissa, 24 in fp32), and the sum too unless it carries beyond the largest
+        exponent; a lost bit is then far below a tie of bf16, whose rounding it cannot turn. So the one rounding that
+        counts is the last. Everything else is summed in fp64.
         """
-        n = instruct.numel()
-        minus = self._get("minus", torch.float32, n).copy_(base)
-        total = self._get("total", torch.float32, n)  # holds TUNED first: two blocks stay in the cache, three do not
-        minus.sub_(total.copy_(tuned))
-        if int(base.view(torch.int16).min()) == -(2**15):  # -0.0 in base: 0.0 - (-0.0) must not turn instruct's -0.0
-            minus.add_(0.0)
-        return total.copy_(instruct).sub_(minus), minus
-
-    def _sum_in_fp64(self, instruct: Tensor, base: Tensor, tuned: Tensor) -> tuple[Tensor, Tensor]:
-        """Return (exact sum, instruct - exact sum) in float64."""
-        n = instruct.numel()
-        minus = self._get("minus", torch.float64, n).copy_(base)
-        minus.sub_(self._get("spare", torch.float64, n).copy_(tuned))
+        minus, total, spare = (self._get(name, dtype, instruct.numel()) for name in ("minus", "total", "spare"))
+        minus.copy_(base)
+        total.copy_(instruct)
+        if self.stats:
+            sums.gap, sums.size = _gap_of(minus, total, spare, (spare, spare))
+            if not math.isfinite(sums.gap + sums.size):
+                sums.gap, sums.size = gap_sums(base, instruct)
+        minus.sub_(spare.copy_(tuned))
         if self.scale != 1.0:
             minus.mul_(self.scale)
-        total = self._get("total", torch.float64, n).copy_(instruct)
         self._shift(minus, total, base)
-        minus.add_(0.0)
+        # x - 0.0 keeps the sign of a zero x, x - (-0.0) does not; only a base of -0.0 makes one at scale 1.
+        if dtype == torch.float64 or int(base.view(torch.int16).min()) == -(2**15):
+            minus.add_(0.0)
         return total.sub_(minus), minus
 
     def _shift(self, minus: Tensor, total: Tensor, base: Tensor) -> None:
@@ -251,15 +209,21 @@ class BlockGrafter:
         if out.dtype not in HALF:
             out.copy_(total)
         elif self.rounding == "stochastic":
-            wide = total.double()
-            out.copy_(round_stochastic(wide, uniform(self.seed, name, index, out.numel()), out.dtype))
+            for start in range(0, out.numel(), _WIDE_BLOCK):
+                stop = start + _WIDE_BLOCK
+                self._store_stochastic(out[start:stop], total[start:stop], name, index + start)
         elif total.dtype == torch.float64:
             out.copy_(round_to_odd(total, self._get("spare", torch.float64, out.numel())))
         else:
             out.copy_(total)
 
-    def _figures(self, out: Tensor, total: Tensor, minus: Tensor, instruct: Tensor, base: Tensor | None) -> Sums:
-        sums = Sums(out.numel())
+    def _store_stochastic(self, out: Tensor, total: Tensor, name: str, index: int) -> None:
+        n = out.numel()
+        value = self._get("rounded", torch.float64, n).copy_(total)
+        draws = random_bits(self.seed, name, index, self._get("draws", torch.int64, 2 * n).view(2, n))
+        out.copy_(round_stochastic(value, draws, out.dtype, self._get("spare", torch.float64, n)))
+
+    def _add_figures(self, sums: Sums, out: Tensor, total: Tensor, minus: Tensor) -> Sums:
         if not self.stats:
             sums.finite = math.isfinite(out.sum()) or is_finite(out)
             return sums
@@ -269,9 +233,6 @@ class BlockGrafter:
             sums.finite = is_finite(out) and is_finite(total)
             if sums.finite:  # the squares overflow fp32, the values do not
                 sums.dd, sums.ed, sums.ee = _dots(error.double(), minus.double())
-        if base is not None:
-            names = ("minus", "spare", "total")
-            sums.gap, sums.size = gap_sums(base, instruct, [self._get(x, torch.float32, out.numel()) for x in names])
         return sums
 
     def _get(self, name: str, dtype: torch.dtype, n: int) -> Tensor:
@@ -282,24 +243,29 @@ class BlockGrafter:
         return found if found.numel() == n else found[:n]
 
 
-def gap_sums(base: Tensor, instruct: Tensor, scratch: list[Tensor] | None = None) -> tuple[float, float]:
+def gap_sums(base: Tensor, instruct: Tensor, scratch: Tensor | None = None) -> tuple[float, float]:
     """Return (sum |base - instruct|, sum |base| + |instruct|) of a block of at most `BLOCK` elements.
 
     Args:
         base: (n,); summed in fp32, in fp64 where fp32 overflows or an input is fp64.
         instruct: (n,).
-        scratch: three tensors (n,), fp32, that are overwritten; allocated when left out.
+        scratch: (3, n), fp32, overwritten; allocated when left out.
     """
-    if torch.float64 in (base.dtype, instruct.dtype):
-        scratch = [torch.empty(base.shape, dtype=torch.float64) for _ in range(3)]
-    elif scratch is None:
-        scratch = [torch.empty(base.shape, dtype=torch.float32) for _ in range(3)]
-    ours, theirs, apart = scratch
-    torch.sub(ours.copy_(base), theirs.copy_(instruct), out=apart)
-    gap, *sizes = [float(part.abs_().sum()) for part in (apart, ours, theirs)]
-    if apart.dtype == torch.float64 or math.isfinite(gap + sum(sizes)) or not (is_finite(base) and is_finite(instruct)):
-        return gap, sum(sizes)
+    wide = torch.float64 in (base.dtype, instruct.dtype)
+    if scratch is None or wide:
+        scratch = torch.empty(3, base.numel(), dtype=torch.float64 if wide else torch.float32)
+    sides = scratch[:2]
+    gap, size = _gap_of(sides[0].copy_(base), sides[1].copy_(instruct), scratch[2], sides)
+    if wide or math.isfinite(gap + size) or not (is_finite(base) and is_finite(instruct)):
+        return gap, size
     return gap_sums(base.double(), instruct.double())
+
+
+def _gap_of(base: Tensor, instruct: Tensor, apart: Tensor, sizes: Iterable[Tensor]) -> tuple[float, float]:
+    """Overwrites `apart` and then `sizes`, which may be the two sides themselves."""
+    gap = float(torch.sub(base, instruct, out=apart).abs_().sum())
+    sides = zip((base, instruct), sizes, strict=True)
+    return gap, sum(float(torch.abs(side, out=size).sum()) for side, size in sides)
 
 
 def is_finite(tensor: Tensor) -> bool:

@@ -5,13 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from .errors import list_names
 from .kinds import kind_of, layer_key, layer_of
-
-if TYPE_CHECKING:
-    from .deltas import Sums
+from .sums import Sums
 
 WIDE_GAP = 0.1
 """sigma above which grafts of this pair are doubtful; families of the paper lie below 0.05."""
@@ -129,51 +126,6 @@ class DeltaReport:
             largest = sorted(self.lost.items(), key=lambda item: -item[1])[:5]
             lines += [f"  {share:.2%}  {name}" for name, share in largest]
         return lines
-
-
-@dataclass(frozen=True)
-class VerifyReport:
-    """Whether a folder is the graft that its manifest says.
-
-    Args:
-        folder: as the user gave it.
-        compared: number of weights of the graft.
-        weights: name -> what is different about it.
-        files: other files that are missing, changed or not of the graft.
-        digests: `role: file` of inputs that are not those named in the manifest.
-        warnings: of the graft that was made to compare with.
-    """
-
-    folder: str
-    compared: int
-    weights: dict[str, str] = field(default_factory=dict)
-    files: list[str] = field(default_factory=list)
-    digests: list[str] = field(default_factory=list)
-    warnings: list[str] = field(default_factory=list)
-
-    @property
-    def same(self) -> bool:
-        """Whether nothing differs."""
-        return not (self.weights or self.files or self.digests)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return everything in types that JSON knows."""
-        return {"same": self.same, **asdict(self)}
-
-    def text(self) -> str:
-        """Return one line when the folder is the graft, else what differs."""
-        if self.same:
-            return f"{self.folder} is that graft: {self.compared} weights and all other files are equal."
-        lines = [f"{self.folder} is not that graft."]
-        named = (
-            (f"{len(self.weights)} of {self.compared} weights differ", [f"{k}  {v}" for k, v in self.weights.items()]),
-            (f"{len(self.files)} other files differ", self.files),
-            (f"{len(self.digests)} input files are not those of the manifest", self.digests),
-        )
-        for title, rows in named:
-            if rows:
-                lines += [title, list_names(rows)]
-        return "\n".join(lines)
 
 
 @dataclass(frozen=True)
@@ -306,8 +258,6 @@ def _collect(sums: Mapping[str, Sums], key: Callable[[str], str]) -> dict[str, t
 
 
 def _total(sums: Mapping[Any, Sums]) -> Sums:
-    from .deltas import Sums
-
     total = Sums()
     for found in sums.values():
         total += found

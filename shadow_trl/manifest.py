@@ -22,7 +22,6 @@ MANIFEST_NAME = "shadow.json"
 FORMAT = 1
 KINDS = ("run", "graft", "delta")
 
-_DIGEST_BLOCK = 8 * 2**20
 _PACKAGES = ("shadow-trl", "torch", "transformers", "trl", "peft", "accelerate", "safetensors")
 _CITATION = """\
 @article{shadowft2025,
@@ -94,11 +93,8 @@ def file_digest(path: str | os.PathLike[str]) -> str:
     real = Path(path).resolve()
     if real.parent.name == "blobs" and re.fullmatch(r"[0-9a-f]{64}", real.name):
         return f"sha256:{real.name}"
-    digest = hashlib.sha256()
     with open(real, "rb") as file:
-        while block := file.read(_DIGEST_BLOCK):
-            digest.update(block)
-    return f"sha256:{digest.hexdigest()}"
+        return f"sha256:{hashlib.file_digest(file, 'sha256').hexdigest()}"
 
 
 def write_model_card(folder: str | os.PathLike[str], manifest: Mapping[str, Any], *, adapter: bool = False) -> Path:

@@ -12,12 +12,13 @@ import torch
 
 from .checkpoint import Checkpoint
 from .delta_folder import refuse_deltas
-from .deltas import BLOCK, Sums, gap_sums
+from .deltas import BLOCK, gap_sums
 from .errors import AdapterError, GraftError, list_names
 from .figures import GapReport, gap_report
 from .layouts import resolve
 from .pieces import Place
 from .progress import Progress
+from .sums import Sums
 from .threads import run_threads
 
 Source = str | os.PathLike[str]
@@ -87,7 +88,7 @@ def measure_gap(
         pairs: (name, place in BASE, place in INSTRUCT); shapes are equal.
         progress: as in `stream`.
     """
-    step = 4 * BLOCK
+    step = 2 * BLOCK
     chunks = []
     for number, (_, base, _) in enumerate(pairs):
         total = base.checkpoint.specs[base.name].numel
@@ -95,7 +96,7 @@ def measure_gap(
     found: dict[tuple[int, int, int], Sums] = {}
 
     def make_worker() -> Callable[[tuple[int, int, int]], None]:
-        scratch = [torch.empty(BLOCK) for _ in range(3)]
+        scratch = torch.empty(3, BLOCK)
 
         def work(chunk: tuple[int, int, int]) -> None:
             number, low, high = chunk
@@ -103,9 +104,8 @@ def measure_gap(
             sums = Sums()
             for start in range(low, high, BLOCK):
                 stop = min(start + BLOCK, high)
-                gap, size = gap_sums(
-                    base.block(start, stop), instruct.block(start, stop), [part[: stop - start] for part in scratch]
-                )
+                sides = base.block(start, stop), instruct.block(start, stop)
+                gap, size = gap_sums(*sides, scratch[:, : stop - start])
                 sums += Sums(stop - start, gap, size, finite=math.isfinite(gap + size))
             base.release(low, high)
             instruct.release(low, high)

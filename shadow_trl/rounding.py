@@ -13,8 +13,8 @@ _MIN_EXPONENT = {torch.bfloat16: -126, torch.float16: -14}
 _GOLDEN = 0x9E3779B97F4A7C15
 
 
-def uniform(seed: int, name: str, index: int, count: int) -> Tensor:
-    """Return random numbers in [0, 1), each a function of the seed, the weight's name and the element's index alone.
+def random_bits(seed: int, name: str, index: int, scratch: Tensor) -> Tensor:
+    """Return integers in [0, 2^32), each a function of the seed, the weight's name and the element's index alone.
 
     Counter-based (SplitMix64 of key + index), so that shards, threads and blocks do not change them.
 
@@ -22,36 +22,44 @@ def uniform(seed: int, name: str, index: int, count: int) -> Tensor:
         seed: any integer.
         name: name of the weight.
         index: index of the first element in the flattened weight.
-        count: how many.
+        scratch: (2, n), int64, overwritten: fresh memory of this size would cost more than the numbers.
 
     Returns:
-        (count,), float64, multiples of 2^-32.
+        (n,), int64, the first row of `scratch`.
 
     Source: Steele, Lea, Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014.
     """
     key = int.from_bytes(hashlib.sha256(f"{seed}\0{name}".encode()).digest()[:8], "little")
-    state = torch.arange(index + 1, index + count + 1, dtype=torch.int64)
+    state, spare = scratch
+    torch.arange(index + 1, index + state.numel() + 1, out=state)
     state.mul_(_signed(_GOLDEN)).add_(_signed(key))  # int64 wraps as unsigned does
     for shift, multiplier in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
-        state.bitwise_xor_(_shift_right(state, shift)).mul_(_signed(multiplier))
-    return _shift_right(state.bitwise_xor_(_shift_right(state, 31)), 32).double().mul_(2.0**-32)
+        state.bitwise_xor_(_shift_right(state, shift, spare)).mul_(_signed(multiplier))
+    state.bitwise_xor_(_shift_right(state, 31, spare))
+    return _shift_right(state, 32, state)
 
 
-def round_stochastic(value: Tensor, draws: Tensor, dtype: torch.dtype) -> Tensor:
-    """Round to a 16-bit dtype, up with the probability that keeps the mean; representable values stay.
+def round_stochastic(value: Tensor, draws: Tensor, dtype: torch.dtype, spare: Tensor) -> Tensor:
+    """Round to a 16-bit dtype, away from zero with the probability that keeps the mean; representable values stay.
 
     Args:
-        value: float64, (n,), finite.
-        draws: uniform numbers in [0, 1), (n,).
+        value: float64, (n,), finite; overwritten.
+        draws: random integers in [0, 2^32), (n,); overwritten.
         dtype: bfloat16 or float16.
+        spare: float64, (n,), overwritten.
 
     Returns:
-        float64, (n,), values of `dtype` (beyond its largest: that become infinite on conversion).
+        `value` with values of `dtype` (beyond its largest: that become infinite on conversion).
     """
+    if dtype == torch.bfloat16 and float(torch.abs(value, out=spare).min()) >= 2.0**-126:
+        # Without subnormals the step is 2^45 in the bits of fp64, at any exponent: add a part of it and cut.
+        value.view(torch.int64).add_(draws.bitwise_left_shift_(13)).bitwise_and_(-(2**45))
+        return value
+    spare.copy_(draws).mul_(2.0**-32)
     exponent = torch.frexp(value).exponent.sub_(1).clamp_(min=_MIN_EXPONENT[dtype])
     step = torch.ldexp(torch.ones_like(value), exponent - _MANTISSA_BITS[dtype])
-    magnitude = value.abs().div_(step).add_(draws).floor_().mul_(step)
-    return magnitude.copysign_(value)
+    sign = value.clone()
+    return value.abs_().div_(step).add_(spare).floor_().mul_(step).copysign_(sign)
 
 
 def round_to_odd(value: Tensor, spare: Tensor) -> Tensor:
@@ -67,8 +75,8 @@ def round_to_odd(value: Tensor, spare: Tensor) -> Tensor:
     return spare.float()
 
 
-def _shift_right(value: Tensor, bits: int) -> Tensor:
-    return value.bitwise_right_shift(bits).bitwise_and_(2 ** (64 - bits) - 1)
+def _shift_right(value: Tensor, bits: int, out: Tensor) -> Tensor:
+    return torch.bitwise_right_shift(value, bits, out=out).bitwise_and_(2 ** (64 - bits) - 1)
 
 
 def _signed(value: int) -> int:

@@ -17,9 +17,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .deltas import BLOCK, BlockGrafter, Sums, is_finite
+from .deltas import BLOCK, BlockGrafter, is_finite
 from .pieces import LowRank, OutputFile, WeightJob, blocks_of, dtype_of
 from .shard_writer import ShardWriter
+from .sums import Sums
 from .threads import run_threads
 
 CHUNK = 4 * 2**20

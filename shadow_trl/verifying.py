@@ -11,6 +11,7 @@ import math
 import os
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,7 @@ import torch
 from .checkpoint import Checkpoint
 from .delta_folder import refuse_deltas
 from .deltas import BLOCK
-from .errors import CheckpointError, ConfigError
-from .figures import VerifyReport
+from .errors import CheckpointError, ConfigError, list_names
 from .grafting import graft
 from .inputs import Source
 from .manifest import MANIFEST_NAME, file_digest, read_manifest
@@ -30,6 +30,51 @@ from .output import check_space
 
 _ROLES = ("base", "instruct", "tuned", "delta", "start")
 _OUR_OWN = (MANIFEST_NAME, "README.md")
+
+
+@dataclass(frozen=True)
+class VerifyReport:
+    """Whether a folder is the graft that its manifest says.
+
+    Args:
+        folder: as the user gave it.
+        compared: number of weights of the graft.
+        weights: name -> what is different about it.
+        files: other files that are missing, changed or not of the graft.
+        digests: `role: file` of inputs that are not those named in the manifest.
+        warnings: of the graft that was made to compare with.
+    """
+
+    folder: str
+    compared: int
+    weights: dict[str, str] = field(default_factory=dict)
+    files: list[str] = field(default_factory=list)
+    digests: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+    @property
+    def same(self) -> bool:
+        """Whether nothing differs."""
+        return not (self.weights or self.files or self.digests)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything in types that JSON knows."""
+        return {"same": self.same, **asdict(self)}
+
+    def text(self) -> str:
+        """Return one line when the folder is the graft, else what differs."""
+        if self.same:
+            return f"{self.folder} is that graft: {self.compared} weights and all other files are equal."
+        lines = [f"{self.folder} is not that graft."]
+        named = (
+            (f"{len(self.weights)} of {self.compared} weights differ", [f"{k}  {v}" for k, v in self.weights.items()]),
+            (f"{len(self.files)} other files differ", self.files),
+            (f"{len(self.digests)} input files are not those of the manifest", self.digests),
+        )
+        for title, rows in named:
+            if rows:
+                lines += [title, list_names(rows)]
+        return "\n".join(lines)
 
 
 def verify(

@@ -29,7 +29,7 @@ class Fault:
 
 FAULTS = {
     "sum: bf16 without the last bit of the delta": Fault(
-        "deltas", "minus.sub_(total.copy_(tuned))", "minus.sub_(total.copy_(tuned)).mul_(1 + 2**-20)",
+        "deltas", "minus.sub_(spare.copy_(tuned))\n", "minus.sub_(spare.copy_(tuned)).mul_(1 + 2**-20)\n",
         "test_deltas.py::test_16_bit_inputs_within_2_to_16_are_rounded_correctly",
     ),
     "sum: the sign of the delta": Fault(
@@ -41,7 +41,7 @@ FAULTS = {
         "test_grafting.py::test_every_weight_is_the_sum",
     ),
     "sum: -0.0 becomes 0.0": Fault(
-        "deltas", "        minus.add_(0.0)\n        return total.sub_(minus)", "        return total.sub_(minus)",
+        "deltas", "            minus.add_(0.0)\n        return", "            pass\n        return",
         "test_deltas.py::test_equal_tuned_and_base_give_instruct_bit_by_bit",
     ),
     "rounding: twice, by way of fp32": Fault(
@@ -50,11 +50,11 @@ FAULTS = {
         "test_deltas.py::test_fp32_tuned_that_lies_next_to_a_tie_is_rounded_once",
     ),
     "rounding: the draws do not depend on the index": Fault(
-        "rounding", "torch.arange(index + 1, index + count + 1", "torch.arange(1, count + 1",
+        "rounding", "torch.arange(index + 1, index + state.numel() + 1", "torch.arange(1, state.numel() + 1",
         "test_deltas.py::test_draws_depend_on_seed_name_and_index_alone",
     ),
     "rounding: stochastic rounding is biased": Fault(
-        "rounding", ".add_(draws).floor_()", ".add_(draws).ceil_()",
+        "rounding", ".add_(draws.bitwise_left_shift_(13))", ".add_(draws.bitwise_left_shift_(12))",
         "test_deltas.py::test_stochastic_rounding_keeps_the_mean",
     ),
     "commit: the old result goes before the new one is there": Fault(

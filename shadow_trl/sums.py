@@ -1,0 +1,55 @@
+"""Sums over the elements of weights, from which the figures of a graft and of a gap are made."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+
+
+@dataclass
+class Sums:
+    """Sums over elements from which the figures of a graft are made; d is the exact change, e = stored - exact.
+
+    Args:
+        elements: number of elements.
+        gap: sum of |base - instruct|.
+        size: sum of |base| + |instruct|.
+        dd: sum of d*d.
+        ed: sum of e*d.
+        ee: sum of e*e.
+        finite: False when an input or an output is not finite.
+    """
+
+    elements: int = 0
+    gap: float = 0.0
+    size: float = 0.0
+    dd: float = 0.0
+    ed: float = 0.0
+    ee: float = 0.0
+    finite: bool = True
+
+    def __iadd__(self, other: Sums) -> Sums:
+        for part in fields(self)[:-1]:
+            setattr(self, part.name, getattr(self, part.name) + getattr(other, part.name))
+        self.finite = self.finite and other.finite
+        return self
+
+    @property
+    def sigma(self) -> float | None:
+        """Relative distance of BASE and INSTRUCT, sum|B-I| / (sum|B| + sum|I|); None where nothing was measured."""
+        return self.gap / self.size if self.size > 0 else None
+
+    @property
+    def delta_norm(self) -> float:
+        """Euclidean norm of the exact change."""
+        return math.sqrt(self.dd)
+
+    @property
+    def realised(self) -> float | None:
+        """<r,d>/<d,d> with r the change that was stored: 1 where the dtype keeps all of the delta. None for d = 0."""
+        return 1.0 + self.ed / self.dd if self.dd > 0 else None
+
+    @property
+    def noise(self) -> float | None:
+        """|r-d|/|d|: what rounding put beside the delta, relative to its norm. None for d = 0."""
+        return math.sqrt(self.ee / self.dd) if self.dd > 0 else None
