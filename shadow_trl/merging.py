@@ -98,7 +98,9 @@ def one_tuned(
         yield base, open_tuned(sources[0][0]), {}
         return
     with _scratch_beside(target) as scratch:
-        found = [_on_base(base, source, scratch / str(number)) for number, (source, _) in enumerate(sources)]
+        found = [
+            _on_base(base, source, scratch / str(number), base_dtype) for number, (source, _) in enumerate(sources)
+        ]
         origins = {str(origin or "not known, since a full checkpoint names none: give base") for origin, _, _ in found}
         if len(origins) > 1:
             raise ConfigError(
@@ -114,7 +116,8 @@ def one_tuned(
             yield origin, single, stages
         else:
             sides = [(side, weight) for (_, side, _), (_, weight) in zip(found, sources, strict=True)]
-            yield origin, _summed(origin, sides, scratch / "sum", base_dtype), stages
+            loaded = [subtracted_dtype(base_dtype, parts) for _, _, parts in found]
+            yield origin, _summed(origin, sides, scratch / "sum", base_dtype, loaded), stages
 
 
 def merged_checkpoint(
@@ -194,7 +197,18 @@ def _needs_scratch(source: Source, base: Source | None) -> bool:
     return stage_below(learnt.path, None if base is None else str(base)) is not None
 
 
-def _on_base(base: Source | None, source: Source, scratch: Path) -> tuple[Source | None, Checkpoint, Stages]:
+def subtracted_dtype(base_dtype: str | None, stages: Stages) -> str | None:
+    """Return the dtype in which BASE is subtracted from a TUNED that is made of `stages`.
+
+    An adapter's training loaded the full model of the run before, not BASE: that run saved its weights in the dtype
+    that it had loaded BASE in.
+    """
+    return "tuned" if base_dtype is not None and "start" in stages else base_dtype
+
+
+def _on_base(
+    base: Source | None, source: Source, scratch: Path, base_dtype: str | None
+) -> tuple[Source | None, Checkpoint, Stages]:
     """Return BASE, TUNED and its stages of one source: merged into its start, less its start, or as it is."""
     learnt = open_tuned(source)
     if not learnt.is_adapter:
@@ -209,11 +223,22 @@ def _on_base(base: Source | None, source: Source, scratch: Path) -> tuple[Source
     if below is None:
         return base if base is not None else base_model_of(learnt), tuned, {"tuned": learnt}
     first = Checkpoint.open(below[0])
-    merged, _ = merged_checkpoint(first, tuned, scratch / "merged")
+    merged, _ = merged_checkpoint(first, tuned, scratch / "merged", base_dtype=base_dtype)
+    if base_dtype is not None:
+        from .stored_values import without_cast
+
+        # Merged weights are wider than the start's, and no longer tell in which dtype BASE was loaded for them.
+        merged = with_changes(merged, without_cast(merged, first, Checkpoint.open(below[1])), scratch / "plain", learnt)
     return below[1], merged, {"start": first, "tuned": learnt}
 
 
-def _summed(origin: Source | None, parts: Sequence[Weighted], scratch: Path, base_dtype: str | None) -> Checkpoint:
+def _summed(
+    origin: Source | None,
+    parts: Sequence[Weighted],
+    scratch: Path,
+    base_dtype: str | None,
+    loaded: Sequence[str | None],
+) -> Checkpoint:
     if all(side.is_adapter and is_plain(side) for side, _ in parts):
         from .adapter_forms import concatenated
 
@@ -239,10 +264,10 @@ def _summed(origin: Source | None, parts: Sequence[Weighted], scratch: Path, bas
     def total(name: str) -> Tensor:
         start = base.tensor(name)
         value = start.double()
-        for (made, weight), (side, _) in zip(full, parts, strict=True):
+        for (made, weight), (side, _), dtype in zip(full, parts, loaded, strict=True):
             tuned = made.tensor(name)
             # What a merged adapter adds, it adds to BASE as it lies.
-            origin = as_loaded(start, tuned, None if side.is_adapter else base_dtype)
+            origin = as_loaded(start, tuned, None if side.is_adapter else dtype)
             value = value + weight * (tuned.double() - origin)
         return value
 

@@ -163,13 +163,12 @@ class ShadowMixin(GraftedEvaluation):
 
     @property
     def _loaded_dtype(self) -> str:
-        """The dtype BASE was loaded in: a cast on loading is no part of the delta.
+        """The dtype the model under training was loaded in: a cast on loading is no part of the delta.
 
         Full weights are saved in it; an adapter's own values are fp32 whatever lies under them.
         """
         dtype = str(bare_model(self.model).dtype).removeprefix("torch.")
-        on_base = self._trains_adapter and self.origins.policy == self.origins.base
-        return dtype if on_base and dtype in BASE_DTYPES else "tuned"
+        return dtype if self._trains_adapter and dtype in BASE_DTYPES else "tuned"
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         super()._save_checkpoint(model, trial)
