@@ -25,12 +25,13 @@ from .inputs import Digests, Inputs, Source, is_local, no_adapter_form
 from .jobs import Jobs, check_rounding, full_jobs, low_rank_jobs, without_unchanged
 from .manifest import write_manifest, write_model_card
 from .measuring import gap
-from .merging import merged_checkpoint, one_tuned, subtracted_dtype, truncated, weighted_sources
+from .merging import merged_checkpoint, one_tuned, subtracted_dtype, truncated
 from .output import OutputFolder, check_free, check_place, check_space, recover
 from .progress import Progress
 from .results import copied_files, copy_files, main_dtype, plan_files, write_config, write_index
 from .safetensors_header import TORCH_NAMES
 from .streaming import Arithmetic, Outcome, stream
+from .weighted import weighted_sources
 
 __all__ = ["GapReport", "GraftReport", "check_graft", "gap", "graft"]
 
