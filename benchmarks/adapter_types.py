@@ -67,7 +67,7 @@ def _cell(values: list[float]) -> str:
     if not values:
         return "none"
     worst = max(values)
-    return f"{worst:.2f}" if worst >= 0.01 else f"{worst:.0e}"
+    return f"{worst:.2f}" if worst >= 0.01 else f"{worst:.0e}" if worst else "0"
 
 
 if __name__ == "__main__":

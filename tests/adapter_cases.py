@@ -15,7 +15,6 @@ from typing import Any
 
 import adapter_starts as starts
 import peft
-import pytest
 import torch
 from families import load
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -59,6 +58,8 @@ class Case:
 
     def require(self) -> None:
         """Skip the test where PEFT needs a package that is not there."""
+        import pytest  # the benchmark has these cases too
+
         if self.needs is not None:
             pytest.importorskip(self.needs, reason=f"PEFT needs {self.needs} for {self.name}")
 
