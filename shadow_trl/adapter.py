@@ -90,7 +90,12 @@ def base_model_of(adapter: Checkpoint) -> str | None:
 
 def is_plain(adapter: Checkpoint) -> bool:
     """Whether an adapter is a low-rank product and nothing else, by its settings and by its weights."""
-    return not unsupported_features(adapter.adapter_config) and all(_KEY.fullmatch(name) for name in adapter.specs)
+    return not unsupported_features(adapter.adapter_config) and not no_factors(adapter.specs)
+
+
+def no_factors(names: Iterable[str]) -> list[str]:
+    """Return the names in an adapter's file that are no factor of a linear layer's product: an embedding's, say."""
+    return [name for name in names if _KEY.fullmatch(name) is None]
 
 
 def read_lora(adapter: Checkpoint) -> dict[str, LoraModule]:

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .adapter import PREFIX, WEIGHTS, LoraModule, is_plain, nearest_names, read_lora
+from .adapter import PREFIX, WEIGHTS, LoraModule, is_plain, nearest_names, no_factors, read_lora
 from .adapter_kinds import START_FOLDER
 from .checkpoint import ADAPTER_CONFIG, Checkpoint
 from .conversion import ModelNames
@@ -28,7 +28,9 @@ from .stored_values import MemoryWeights, StoredValues, module_of, read_stored
 
 
 def read_start(adapter: Checkpoint) -> Checkpoint | None:
-    """Return the adapter as it was before training, None where it was not kept."""
+    """Return the adapter as it was before training, None where it was not kept or cannot be subtracted as a whole."""
+    if no_factors(adapter.specs):
+        return None
     folders = [adapter.path / START_FOLDER]
     if adapter.path.name.startswith("checkpoint-"):
         folders.append(adapter.path.parent / START_FOLDER)

@@ -7,7 +7,7 @@ merges it into BASE, and the graft is dense. The config says all that is needed,
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,12 +22,20 @@ _HARMLESS = frozenset({
     "auto_mapping", "r", "target_modules", "exclude_modules", "lora_alpha", "lora_dropout", "fan_in_fan_out",
     "use_rslora", "layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern", "megatron_core",
     "loftq_config", "eva_config", "corda_config", "runtime_config", "qalora_group_size", "lora_ga_config",
-    "ensure_weight_tying",
+    "ensure_weight_tying", "velora_config",
 })  # fmt: skip
 # Initialisations that leave the weights under the adapter as they were.
-_PLAIN_STARTS = (True, False, None, "gaussian", "orthogonal", "eva")
-# Those that take the start of the product out of the weights: the delta is the product less its start.
-_SUBTRACTED_STARTS = ("pissa", "olora", "corda")
+_PLAIN_STARTS = (True, False, None, "gaussian", "orthogonal", "eva", "mica")
+# Those that change them, so that training starts from BASE (LoftQ: from near BASE, by what quantising it loses) only
+# together with the product: the delta is the product less its start.
+_SUBTRACTED_STARTS = ("pissa", "olora", "corda", "lora_ga", "loftq")
+# Why loading such an adapter does not make the weights under it what they were in training.
+_LOST_STARTS = {
+    "pissa_niter_": "PEFT changes the weights under it at random",
+    "corda": "PEFT needs the inputs of the layers that it was made from",
+    "lora_ga": "PEFT leaves the weights under it as they are without the gradients that it was made from",
+    "loftq": "PEFT quantises the weights under it again, which needs a GPU",
+}
 # Full values stand in the file: a delta once BASE's are subtracted.
 _STORED = ("bias", "modules_to_save", "trainable_token_indices")
 _NOTHING: tuple[Any, ...] = (None, False, [], {}, "none")
@@ -111,11 +119,11 @@ def kind_of(config: Mapping[str, Any]) -> AdapterKind:
 
 
 def _kind_of_lora(config: Mapping[str, Any], *, adaptive: bool) -> AdapterKind:
-    start = config.get("init_lora_weights", True)
+    start = start_setting(config)
     subtracted = is_subtracted(start)
     wrong = []
     if start not in _PLAIN_STARTS and not subtracted:
-        wrong.append(f"init_lora_weights = {start}  (changes the weights under the adapter)")
+        wrong.append(f"init_lora_weights = {start}  (not known: it may change the weights under the adapter)")
     if subtracted:
         wrong += [f"{name} = {config[name]}  (with init_lora_weights = {start})"
                   for name in (*_STORED, "target_parameters") if config.get(name) not in _NOTHING]  # fmt: skip
@@ -130,24 +138,43 @@ def _kind_of_lora(config: Mapping[str, Any], *, adaptive: bool) -> AdapterKind:
     return AdapterKind(plain, tuple(wrong), subtracted and not wrong, stored or not plain)
 
 
+def start_setting(config: Mapping[str, Any]) -> Any:
+    """Return `init_lora_weights` as PEFT compares it, in small letters; True for the types that do not look at it."""
+    value = config.get("init_lora_weights", True)
+    if peft_type(config) != "LORA":
+        return True  # AdaLoRA has the setting and starts from zero whatever it says
+    return value.lower() if isinstance(value, str) else value
+
+
 def is_plain_start(start: Any) -> bool:
     """Whether an initialisation of LoRA leaves the weights under it as they were."""
     return start in _PLAIN_STARTS
 
 
 def is_subtracted(start: Any) -> bool:
-    """Whether an initialisation of LoRA takes the start of its product out of the weights under it."""
+    """Whether an initialisation of LoRA changes the weights under it, so that its product starts from something."""
     return isinstance(start, str) and start.startswith(_SUBTRACTED_STARTS)
 
 
-def starts_again(start: Any) -> bool:
-    """Whether loading an adapter of this initialisation makes the weights under it what they were in training."""
-    return not is_subtracted(start) or start in ("pissa", "olora")
+def lost_start(start: Any) -> str | None:
+    """Return why loading an adapter does not make the weights under it what they were in training; None where it does.
+
+    Args:
+        start: what `start_setting` returned.
+    """
+    if is_plain_start(start) or start in ("pissa", "olora"):
+        return None
+    known = (why for name, why in _LOST_STARTS.items() if str(start).startswith(name))
+    return next(known, "this package does not know what PEFT does to the weights under it")
 
 
-def is_random_start(start: Any) -> bool:
-    """Whether loading an adapter of this initialisation changes the weights under it at random (`pissa_niter_N`)."""
-    return isinstance(start, str) and "_niter_" in start
+def more_than_a_product(start: Any, reasons: Iterable[str]) -> AdapterError:
+    """Return the error for an adapter whose start can only be subtracted, and that is more than a product."""
+    return AdapterError(
+        f"an adapter of init_lora_weights={start!r} is grafted as the product less its start, since on loading "
+        f"{lost_start(start)}, and this one is more than a product.\n{list_names(reasons)}\nLeave these out, or use "
+        "'pissa' or 'olora', whose start PEFT works out again. Nothing was written."
+    )
 
 
 def unsupported_features(config: Mapping[str, Any]) -> list[str]:
@@ -158,7 +185,7 @@ def unsupported_features(config: Mapping[str, Any]) -> list[str]:
     kind = _kind_of_lora(config, adaptive=False)
     found = list(kind.obstacles)
     if kind.subtracted:
-        found.append(f"init_lora_weights = {config['init_lora_weights']}  (changes the weights under the adapter)")
+        found.append(f"init_lora_weights = {start_setting(config)}  (changes the weights under the adapter)")
     found += [f"{item} = {config[item]}" for item in (*_STORED, "target_parameters")
               if config.get(item) and config[item] != "none"]  # fmt: skip
     found += [f"{item} = {config[item]}" for item in _NO_DELTA_SETTINGS if config.get(item) and item not in str(found)]

@@ -1,7 +1,7 @@
-"""Keep an adapter as it was before training, where the delta is what it became less what it was (PiSSA, OLoRA, CorDA).
+"""Keep an adapter as it was before training, where the delta is what it became less what it was (PiSSA, CorDA, ...).
 
-Such an initialisation takes the start of the product out of the weights under it. With the start beside the adapter the
-graft needs no weight of BASE and has an exact adapter form.
+Such an initialisation takes the start of the product out of the weights under it (LoftQ: about that, by rounding
+them). With the start beside the adapter the graft needs no weight of BASE and has an exact adapter form.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from typing import Any
 from accelerate.utils import is_peft_model
 from torch import Tensor
 
-from .adapter_kinds import START_FOLDER, is_subtracted
+from .adapter import no_factors
+from .adapter_kinds import START_FOLDER, is_subtracted, lost_start, more_than_a_product, start_setting
 from .loading import is_adapted
 
 
@@ -24,15 +25,22 @@ def start_of(model: Any) -> dict[str, Tensor] | None:
 
     Args:
         model: with or without an adapter.
+
+    Raises:
+        AdapterError: the delta would be more than the product less its start, and could not be found in another way.
     """
     if not is_peft_model(model):
         return None
     name = model.active_adapters[0]
-    if not is_subtracted(getattr(model.peft_config[name], "init_lora_weights", None)):
+    start = start_setting(model.peft_config[name].to_dict())
+    if not is_subtracted(start):
         return None
     from peft import get_peft_model_state_dict
 
     tensors = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+    others = no_factors(tensors)
+    if others and lost_start(start) is not None:
+        raise more_than_a_product(start, others)
     return {key: value.detach().to("cpu", copy=True) for key, value in tensors.items()}
 
 

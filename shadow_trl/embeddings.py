@@ -18,7 +18,6 @@ from .vocabularies import NAMED_TOKENS, Vocabulary
 from .vocabulary_checks import compare_vocabularies, runs_of, vocabulary_difference
 
 EMBEDDING_ENDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight")
-HEAD_ENDINGS = ("lm_head.weight", "embed_out.weight", "output.weight")
 _NOT_TEXT = ("visual", "vision", "audio", "per_layer")
 _ROLES = (*(f"{role}_id" for role in NAMED_TOKENS), "decoder_start_token_id")
 
@@ -37,11 +36,6 @@ def embedding_name(checkpoint: Checkpoint) -> str | None:
     names = [name for name in checkpoint.specs if name.endswith(EMBEDDING_ENDINGS)]
     names = [name for name in names if not any(word in name for word in _NOT_TEXT)]
     return min((name for name in names if len(checkpoint.specs[name].shape) == 2), key=len, default=None)
-
-
-def head_names(checkpoint: Checkpoint) -> set[str]:
-    """Return the names of the output head on disk: empty when it is tied and not stored."""
-    return {name for name in checkpoint.specs if name.endswith(HEAD_ENDINGS) and len(checkpoint.specs[name].shape) == 2}
 
 
 def row_count(checkpoint: Checkpoint) -> int | None:

@@ -178,7 +178,8 @@ def _write_adapter(
     jobs = dense_jobs(inputs, options, scratch)
     small = copied_files(inputs.instruct, adapter=True)
     with Digests(inputs, [], options) as digests:
-        report = write_low_rank(jobs, inputs.instruct, part, target, options, rank, progress)
+        loaded = replace(options, base_dtype=arithmetic(inputs, options).base_dtype)
+        report = write_low_rank(jobs, inputs.instruct, part, target, loaded, rank, progress)
         shutil.rmtree(scratch, ignore_errors=True)
         _finish(part, inputs, report, options, digests=digests.collect(), small=small, left_out=jobs.left_out)
     return report

@@ -25,12 +25,13 @@ from .inputs import Digests, Inputs, Source, is_local, no_adapter_form
 from .jobs import Jobs, check_rounding, full_jobs, low_rank_jobs, without_unchanged
 from .manifest import write_manifest, write_model_card
 from .measuring import gap
-from .merging import merged_checkpoint, one_tuned, truncated, weighted_sources
+from .merging import merged_checkpoint, one_tuned, subtracted_dtype, truncated
 from .output import OutputFolder, check_free, check_place, check_space, recover
 from .progress import Progress
 from .results import copied_files, copy_files, main_dtype, plan_files, write_config, write_index
 from .safetensors_header import TORCH_NAMES
 from .streaming import Arithmetic, Outcome, stream
+from .weighted import weighted_sources
 
 __all__ = ["GapReport", "GraftReport", "check_graft", "gap", "graft"]
 
@@ -89,7 +90,8 @@ def graft(
         digest: `sha256` (default) of the input files goes into the manifest, or `none`.
         stats: whether to measure sigma, realised and noise. Default True.
         base_dtype: dtype in which training loaded BASE, which is rounded to it before subtracting; `tuned` for the
-            dtype of each weight of TUNED. Default: as on disk.
+            dtype of each weight of TUNED. Default: as on disk. Of an adapter on the full model of an earlier run: dtype
+            in which its training loaded that model, whose own weights tell in which dtype BASE was loaded for them.
         rank: write the nearest LoRA of this rank for an adapter that has no exact form; the report has its error.
         progress: whether to show a bar on a terminal. Default True.
 
@@ -287,7 +289,7 @@ def _write_provenance(
 
 def arithmetic(inputs: Inputs, options: GraftOptions) -> Arithmetic:
     """Return how to sum."""
-    base_dtype = None if inputs.made else options.base_dtype
+    base_dtype = None if inputs.made else subtracted_dtype(options.base_dtype, inputs.stages)
     return Arithmetic(options.scale, options.instruct_scale, options.rounding, options.seed, base_dtype, options.stats)
 
 

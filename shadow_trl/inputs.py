@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .adapter import LoraModule, base_model_of, is_plain, open_tuned, other_adapters, read_lora
+from .adapter import LoraModule, base_model_of, is_plain, no_factors, open_tuned, other_adapters, read_lora
 from .adapter_kinds import SCALABLE, START_FOLDER, check_has_delta, kind_of, peft_type
 from .checkpoint import Checkpoint
 from .delta_folder import refuse_deltas
@@ -169,9 +169,10 @@ def adapter_obstacles(tuned: Checkpoint, scale: float) -> list[str]:
     kind = kind_of(tuned.adapter_config)
     reasons = list(kind.obstacles)
     if kind.subtracted:
+        others = no_factors(tuned.specs)
         reasons.append(
-            f"init_lora_weights = {tuned.adapter_config['init_lora_weights']}  (the adapter as it was before training "
-            f"is not in {START_FOLDER})"
+            f"init_lora_weights = {tuned.adapter_config['init_lora_weights']}  "
+            + (f"(with {others[0]})" if others else f"(the adapter as it was before training is not in {START_FOLDER})")
         )
     if scale != 1.0 and peft_type(tuned.adapter_config) not in SCALABLE:
         reasons.append(f"scale = {scale}  (not known how to multiply a {peft_type(tuned.adapter_config)} adapter)")

@@ -7,7 +7,6 @@ others stay BASE's own, where they lie.
 from __future__ import annotations
 
 import math
-import os
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -22,59 +21,13 @@ from .errors import AdapterError, ConfigError, list_names
 from .origins import stage_below
 from .output import make_parents, remove_empty
 from .safetensors_header import read_header
+from .weighted import Source, weighted_sources
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-Source = str | os.PathLike[str]
 Weighted = tuple[Any, float]
 Stages = dict[str, Checkpoint]
-
-
-def weighted_sources(tuned: Any) -> list[tuple[Source, float]]:
-    """Return (source, weight) of what is grafted: one source, or several each with a weight.
-
-    Args:
-        tuned: a folder or hub id, optionally with `:weight` at its end (a folder of that name wins); a pair of source
-            and weight; or a list of these.
-
-    Raises:
-        ConfigError: an empty list, or what is no source or no weight.
-
-    >>> weighted_sources("out"), weighted_sources(["a:0.5", ("b", 2)])
-    ([('out', 1.0)], [('a', 0.5), ('b', 2.0)])
-    """
-    items = list(tuned) if isinstance(tuned, (list, tuple)) and not _is_weighted(tuned) else [tuned]
-    if not items:
-        raise ConfigError("tuned is an empty list: there is nothing to graft. Nothing was written.")
-    found: list[tuple[Source, float]] = []
-    for item in items:
-        source, weight = item if _is_weighted(item) else _split(item)
-        if not isinstance(source, (str, os.PathLike)):
-            raise ConfigError(f"tuned: {source!r} is no folder or hub id. Nothing was written.")
-        try:
-            found.append((source, float(weight)))
-        except (TypeError, ValueError):
-            found.append((source, math.nan))
-        if not math.isfinite(found[-1][1]):
-            raise ConfigError(f"tuned: {weight!r} is no weight of {source}. Nothing was written.")
-    return found
-
-
-def _is_weighted(item: Any) -> bool:
-    return isinstance(item, tuple) and len(item) == 2 and isinstance(item[1], (int, float))
-
-
-def _split(item: Any) -> tuple[Any, float]:
-    if not isinstance(item, (str, os.PathLike)):
-        return item, 1.0
-    head, colon, tail = os.fspath(item).rpartition(":")
-    if not colon or Path(item).expanduser().exists():
-        return item, 1.0
-    try:
-        return head, float(tail)
-    except ValueError:
-        return item, 1.0
 
 
 @contextmanager
@@ -98,7 +51,9 @@ def one_tuned(
         yield base, open_tuned(sources[0][0]), {}
         return
     with _scratch_beside(target) as scratch:
-        found = [_on_base(base, source, scratch / str(number)) for number, (source, _) in enumerate(sources)]
+        found = [
+            _on_base(base, source, scratch / str(number), base_dtype) for number, (source, _) in enumerate(sources)
+        ]
         origins = {str(origin or "not known, since a full checkpoint names none: give base") for origin, _, _ in found}
         if len(origins) > 1:
             raise ConfigError(
@@ -114,7 +69,8 @@ def one_tuned(
             yield origin, single, stages
         else:
             sides = [(side, weight) for (_, side, _), (_, weight) in zip(found, sources, strict=True)]
-            yield origin, _summed(origin, sides, scratch / "sum", base_dtype), stages
+            loaded = [subtracted_dtype(base_dtype, parts) for _, _, parts in found]
+            yield origin, _summed(origin, sides, scratch / "sum", base_dtype, loaded), stages
 
 
 def merged_checkpoint(
@@ -194,7 +150,18 @@ def _needs_scratch(source: Source, base: Source | None) -> bool:
     return stage_below(learnt.path, None if base is None else str(base)) is not None
 
 
-def _on_base(base: Source | None, source: Source, scratch: Path) -> tuple[Source | None, Checkpoint, Stages]:
+def subtracted_dtype(base_dtype: str | None, stages: Stages) -> str | None:
+    """Return the dtype in which BASE is subtracted from a TUNED that is made of `stages`.
+
+    An adapter's training loaded the full model of the run before, not BASE: that run saved its weights in the dtype
+    that it had loaded BASE in.
+    """
+    return "tuned" if base_dtype is not None and "start" in stages else base_dtype
+
+
+def _on_base(
+    base: Source | None, source: Source, scratch: Path, base_dtype: str | None
+) -> tuple[Source | None, Checkpoint, Stages]:
     """Return BASE, TUNED and its stages of one source: merged into its start, less its start, or as it is."""
     learnt = open_tuned(source)
     if not learnt.is_adapter:
@@ -209,11 +176,22 @@ def _on_base(base: Source | None, source: Source, scratch: Path) -> tuple[Source
     if below is None:
         return base if base is not None else base_model_of(learnt), tuned, {"tuned": learnt}
     first = Checkpoint.open(below[0])
-    merged, _ = merged_checkpoint(first, tuned, scratch / "merged")
+    merged, _ = merged_checkpoint(first, tuned, scratch / "merged", base_dtype=base_dtype)
+    if base_dtype is not None:
+        from .stored_values import without_cast
+
+        # Merged weights are wider than the start's, and no longer tell in which dtype BASE was loaded for them.
+        merged = with_changes(merged, without_cast(merged, first, Checkpoint.open(below[1])), scratch / "plain", learnt)
     return below[1], merged, {"start": first, "tuned": learnt}
 
 
-def _summed(origin: Source | None, parts: Sequence[Weighted], scratch: Path, base_dtype: str | None) -> Checkpoint:
+def _summed(
+    origin: Source | None,
+    parts: Sequence[Weighted],
+    scratch: Path,
+    base_dtype: str | None,
+    loaded: Sequence[str | None],
+) -> Checkpoint:
     if all(side.is_adapter and is_plain(side) for side, _ in parts):
         from .adapter_forms import concatenated
 
@@ -239,10 +217,10 @@ def _summed(origin: Source | None, parts: Sequence[Weighted], scratch: Path, bas
     def total(name: str) -> Tensor:
         start = base.tensor(name)
         value = start.double()
-        for (made, weight), (side, _) in zip(full, parts, strict=True):
+        for (made, weight), (side, _), dtype in zip(full, parts, loaded, strict=True):
             tuned = made.tensor(name)
             # What a merged adapter adds, it adds to BASE as it lies.
-            origin = as_loaded(start, tuned, None if side.is_adapter else base_dtype)
+            origin = as_loaded(start, tuned, None if side.is_adapter else dtype)
             value = value + weight * (tuned.double() - origin)
         return value
 

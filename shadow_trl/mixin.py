@@ -17,7 +17,7 @@ from accelerate.logging import get_logger
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl.trainer.utils import get_config_model_id
 
-from .adapter_kinds import is_subtracted
+from .adapter_kinds import is_subtracted, start_setting
 from .adapter_start import start_of, without_second_start, write_start
 from .config import ShadowArguments
 from .errors import ConfigError, OutputExistsError
@@ -30,9 +30,7 @@ from .origins import check_unchanged, describe, require_base, require_instruct, 
 from .pairs import ModelPair, check_processing_class
 from .preflight import GRAFTED_FOLDER, SHARDED, check_adapter, check_folders, is_conversational, refuse_unsupported
 from .processes import run_on_main
-from .reference import (
-    without_reference_adapter,
-)
+from .reference import without_reference_adapter
 from .resuming import reload_converted
 
 if TYPE_CHECKING:
@@ -86,9 +84,10 @@ class ShadowMixin(GraftedEvaluation):
         adapter = adapter_settings(given.get("peft_config"), model, self.origins.adapter)
         self._trains_adapter = adapter is not None
         # Without its adapter, the model is then BASE less the adapter's start.
-        self._adapter_changes_base = adapter is not None and is_subtracted(adapter.get("init_lora_weights"))
-        if config.graft and adapter is not None:
-            check_adapter(adapter, goes_on=self.origins.adapter is not None, loaded=is_adapted(model))
+        self._adapter_changes_base = adapter is not None and is_subtracted(start_setting(adapter))
+        if adapter is not None:
+            goes_on, loaded = self.origins.adapter is not None, is_adapted(model)
+            check_adapter(adapter, grafts=config.graft, goes_on=goes_on, loaded=loaded)
         if config.graft:
             self._check_before_training(config, given, adapter)
         self._choose_processing_class(config, given)
@@ -164,13 +163,12 @@ class ShadowMixin(GraftedEvaluation):
 
     @property
     def _loaded_dtype(self) -> str:
-        """The dtype BASE was loaded in: a cast on loading is no part of the delta.
+        """The dtype the model under training was loaded in: a cast on loading is no part of the delta.
 
         Full weights are saved in it; an adapter's own values are fp32 whatever lies under them.
         """
         dtype = str(bare_model(self.model).dtype).removeprefix("torch.")
-        on_base = self._trains_adapter and self.origins.policy == self.origins.base
-        return dtype if on_base and dtype in BASE_DTYPES else "tuned"
+        return dtype if self._trains_adapter and dtype in BASE_DTYPES else "tuned"
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         super()._save_checkpoint(model, trial)

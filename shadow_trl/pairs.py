@@ -21,7 +21,6 @@ from .embeddings import (
     SharedRows,
     check_special_ids,
     check_template_rows,
-    head_names,
     row_count,
     shared_rows,
     vocabulary_of,
@@ -75,26 +74,6 @@ class ModelPair:
 
         """
         return cls(Checkpoint.open(base, base_revision), Checkpoint.open(instruct, instruct_revision))
-
-    @cached_property
-    def only_base(self) -> set[str]:
-        """Names on disk that only BASE has, without a head that INSTRUCT does not store because it is tied."""
-        return self._only(self.base, self.instruct)
-
-    @cached_property
-    def only_instruct(self) -> set[str]:
-        """Names on disk that only INSTRUCT has, without a head that BASE does not store because it is tied."""
-        return self._only(self.instruct, self.base)
-
-    @staticmethod
-    def _only(here: Checkpoint, there: Checkpoint) -> set[str]:
-        names = {name for name in here.specs if name not in there.specs and not name.endswith(".inv_freq")}
-        return names if head_names(there) else names - head_names(here)
-
-    @property
-    def equal_layout(self) -> bool:
-        """True when both sides store the same names, apart from a copy of a tied head."""
-        return not (self.only_base or self.only_instruct)
 
     @cached_property
     def common(self) -> list[str]:

@@ -6,7 +6,7 @@ from copy import deepcopy
 from dataclasses import fields
 from typing import Any
 
-from .adapter_kinds import is_plain_start, peft_type
+from .adapter_kinds import is_plain_start, peft_type, start_setting
 from .checkpoint import Checkpoint
 from .errors import AdapterError, list_names
 
@@ -41,6 +41,10 @@ def peft_config_of(adapter: Checkpoint) -> Any:
     if getattr(config, "bias", "none") != "none":
         config.bias = "none"
     config.inference_mode = True
+    if hasattr(config, "init_lora_weights") and is_plain_start(start_setting(config.to_dict())):
+        config.init_lora_weights = (
+            True  # the factors are in the file: none is made from the weights (MiCA) or at random
+        )
     return config
 
 
@@ -53,8 +57,9 @@ def tuner_of(config: Any) -> Any:
 
 def is_blind(config: Any) -> bool:
     """Whether PEFT sets up its layers of this type without a look at the weights under them."""
-    plain = is_plain_start(getattr(config, "init_lora_weights", True))
-    return plain and peft_type({"peft_type": config.peft_type}) in _BLIND
+    settings = config.to_dict()
+    changes = settings.get("kasa_config") or not is_plain_start(start_setting(settings))
+    return not changes and peft_type(settings) in _BLIND
 
 
 def only_module(config: Any, module: str) -> Any:

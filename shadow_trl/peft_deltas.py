@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .adapter import nearest_names
-from .adapter_kinds import is_random_start
+from .adapter import nearest_names, no_factors
+from .adapter_kinds import START_FOLDER, lost_start, start_setting
 from .checkpoint import Checkpoint
 from .conversion import ModelNames
 from .errors import AdapterError, list_names
@@ -126,12 +126,7 @@ def _changed_by_layers(
     if not tensors:
         return
     config = peft_config_of(adapter)
-    if is_random_start(getattr(config, "init_lora_weights", None)):
-        raise AdapterError(
-            f"adapter {adapter} was initialised by init_lora_weights={config.init_lora_weights!r}, which changes the "
-            "weights under it at random, and its start was not kept: its delta cannot be found. Put the adapter as it "
-            "was before training into the sub-folder shadow/start. Nothing was written."
-        )
+    _check_start(adapter, tensors)
     model = _without_values(weights.names.model)
     modules = {name for name, _ in model.named_modules() if name}
     owners = {name: module_of(name, modules) for name in tensors}
@@ -147,6 +142,24 @@ def _changed_by_layers(
                 one = {name: tensor for name, tensor in tensors.items() if owners[name] == owner}
                 _fill(model, weights, [f"{owner}.{key}" for key, _ in model.get_submodule(owner).named_parameters()])
                 yield from _merged(model, only_module(config, owner), one, weights, adapter, seen=True)
+
+
+def _check_start(adapter: Checkpoint, names: Iterable[str]) -> None:
+    """Refuse an adapter under which PEFT would not make the weights what they were in training."""
+    start = start_setting(adapter.adapter_config)
+    lost, others = lost_start(start), no_factors(names)
+    if lost is None:
+        return
+    if others:
+        why = f"it is more than a product less its start: {others[0]}"
+        way = "Merge it in the process that trained it"
+    else:
+        why = "its start was not kept"
+        way = f"Put the adapter as it was before training into the sub-folder {START_FOLDER}"
+    raise AdapterError(
+        f"the delta of adapter {adapter}, initialised by init_lora_weights={start!r}, cannot be found: {why}, and on "
+        f"loading, {lost}. {way}. Nothing was written."
+    )
 
 
 def _merged(

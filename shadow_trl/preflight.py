@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from .adapter_kinds import check_has_delta, is_random_start, is_subtracted, kind_of, starts_again
-from .errors import AdapterError, ConfigError, OutputExistsError, list_names
+from .adapter_kinds import check_has_delta, is_subtracted, kind_of, lost_start, more_than_a_product, start_setting
+from .errors import AdapterError, ConfigError, OutputExistsError
 from .origins import Origins
 
 GRAFTED_FOLDER = "grafted"
@@ -59,20 +59,31 @@ def check_folders(output_dir: Path, origins: Origins, adapter: bool) -> None:
         )
 
 
-def check_adapter(config: Mapping[str, Any], *, goes_on: bool = False, loaded: bool = False) -> None:
-    """Refuse an adapter that could be trained but not grafted.
+def check_adapter(
+    config: Mapping[str, Any], *, grafts: bool = True, goes_on: bool = False, loaded: bool = False
+) -> None:
+    """Refuse an adapter that could be trained but not grafted, or that does not load as it was.
 
     Args:
         config: settings of the adapter, as PEFT stores them in `adapter_config.json`.
+        grafts: whether the run ends with a graft.
         goes_on: whether an adapter that was trained before is trained further.
         loaded: whether it came on a model in memory, of which nobody knows whether it was trained.
 
     Raises:
-        AdapterError: it changes no weight, its start cannot be known, or loading it again would change the weights
-            under it at random.
+        AdapterError: it changes no weight, its start cannot be known, or loading it makes another model than the one
+            that was trained.
     """
+    start = start_setting(config)
+    lost = lost_start(start)
+    if goes_on and lost is not None:
+        raise AdapterError(
+            f"an adapter of init_lora_weights={start!r} cannot go on: on loading, {lost}. Merge it in the process that "
+            "trained it, or use 'pissa'. Nothing was written."
+        )
+    if not grafts:
+        return
     check_has_delta(config)
-    start = config.get("init_lora_weights")
     if loaded and is_subtracted(start):
         raise AdapterError(
             f"the model in memory has an adapter of init_lora_weights={start!r}, whose delta is what it becomes less "
@@ -80,17 +91,8 @@ def check_adapter(config: Mapping[str, Any], *, goes_on: bool = False, loaded: b
             "the start is kept. Nothing was written."
         )
     obstacles = kind_of(config).obstacles
-    if obstacles and not starts_again(start):
-        raise AdapterError(
-            f"an adapter of init_lora_weights={start!r} is grafted as the product less its start, and this one is more "
-            f"than a product.\n{list_names(obstacles)}\nLeave these settings out, or use 'pissa' or 'olora', whose "
-            "start PEFT works out again. Nothing was written."
-        )
-    if goes_on and is_random_start(start):
-        raise AdapterError(
-            f"an adapter of init_lora_weights={start!r} cannot go on: on loading, PEFT changes the weights under it at "
-            "random. Merge it in the process that trained it, or use 'pissa'. Nothing was written."
-        )
+    if obstacles and lost is not None:
+        raise more_than_a_product(start, obstacles)
 
 
 def is_conversational(dataset: Any) -> bool:

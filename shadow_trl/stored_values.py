@@ -6,7 +6,7 @@ Names are those that a weight has in memory, as adapters have them; transformers
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -138,6 +138,26 @@ def as_loaded(base: Tensor, stored: Tensor, base_dtype: str | None) -> Tensor:
     if base_dtype is None:
         return base.double()
     return base.to(stored.dtype if base_dtype == "tuned" else getattr(torch, base_dtype)).double()
+
+
+def without_cast(merged: Checkpoint, start: Checkpoint, base: Checkpoint) -> Iterator[tuple[str, Tensor]]:
+    """Yield the weights that an adapter changed as they would be had BASE not been rounded for the run before it.
+
+    Args:
+        merged: the full model of that run with the adapter merged, its changed weights in fp32 or wider.
+        start: the full model of that run, in the dtype that it loaded BASE in.
+        base: as it lies.
+
+    Yields:
+        name on disk and `merged + base - base in start's dtype`, where that is another value.
+    """
+    for name, spec in merged.specs.items():
+        if spec == start.specs.get(name) or name not in base.specs or name not in start.specs:
+            continue
+        origin = base.tensor(name)
+        cast = origin.double() - as_loaded(origin, start.tensor(name), "tuned")
+        if bool(cast.any()):
+            yield name, merged.tensor(name).double() + cast
 
 
 def module_of(key: str, known: set[str]) -> str | None:

@@ -24,9 +24,9 @@ from .errors import CheckpointError, ConfigError, list_names
 from .grafting import graft
 from .inputs import Source
 from .manifest import MANIFEST_NAME, file_digest, read_manifest
-from .merging import weighted_sources
 from .origins import with_revision
 from .output import check_space
+from .weighted import weighted_sources
 
 _ROLES = ("base", "instruct", "tuned", "delta", "start")
 _OUR_OWN = (MANIFEST_NAME, "README.md")

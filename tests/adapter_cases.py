@@ -13,9 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import adapter_starts as starts
 import peft
 import torch
 from families import load
+from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file, save_file
 from tiny import make_pair
 from transformers import AutoModelForCausalLM
@@ -35,6 +37,11 @@ class Case:
         keep_start: whether the adapter is saved before training too, as our trainers do.
         untied_only: whether the row needs a head of its own.
         rate: learning rate. A delta much smaller than its weights cannot be stored beside them in fp32.
+        wrap: puts the adapter on a model.
+        tied_only: whether the row needs a head that shares the embedding's weight.
+        from_start: whether training starts from other weights than BASE's, so that the delta is measured from those.
+        loads: whether PEFT can load the adapter alone, without a GPU.
+        needs: package that PEFT needs for it and does not depend on.
     """
 
     name: str
@@ -43,6 +50,22 @@ class Case:
     keep_start: bool = False
     untied_only: bool = False
     rate: float = 3e-2
+    wrap: Callable[[Any, Any], Any] = peft.get_peft_model
+    tied_only: bool = False
+    from_start: bool = False
+    loads: bool = True
+    needs: str | None = None
+
+    def require(self) -> None:
+        """Skip the test where PEFT needs a package that is not there."""
+        import pytest  # the benchmark has these cases too
+
+        if self.needs is not None:
+            pytest.importorskip(self.needs, reason=f"PEFT needs {self.needs} for {self.name}")
+
+    def models(self) -> list[tuple[str, bool]]:
+        """Return the models of the row, as in `MODELS`."""
+        return [(kind, tied) for kind, tied in MODELS if not (self.untied_only if tied else self.tied_only)]
 
 
 def _lora(**options: Any) -> Callable[[], Any]:
@@ -76,9 +99,31 @@ CASES = [
     Case("LoRA, PiSSA", _lora(init_lora_weights="pissa"), True, keep_start=True),
     Case("LoRA, PiSSA niter", _lora(init_lora_weights="pissa_niter_4"), True, keep_start=True),
     Case("LoRA, OLoRA", _lora(init_lora_weights="olora"), True, keep_start=True),
+    Case("LoRA, EVA", _lora(init_lora_weights="eva"), True, wrap=starts.eva),
+    Case("LoRA, MiCA", _lora(init_lora_weights="mica"), True),
+    Case("LoRA, not zero at first", _lora(init_lora_weights=False), True),
+    Case("LoRA, CorDA", _lora(init_lora_weights="corda"), True, keep_start=True, wrap=starts.corda, loads=False,
+         needs="attr"),
+    Case("LoRA, LoRA-GA", _lora(init_lora_weights="lora_ga", lora_ga_config=peft.LoraGAConfig(scale="weight_svd")),
+         True, keep_start=True, wrap=starts.lora_ga),
+    Case("LoRA, LoftQ", _lora(init_lora_weights="loftq", loftq_config=peft.LoftQConfig(loftq_bits=4)), True,
+         keep_start=True, wrap=starts.loftq, from_start=True, loads=False, needs="scipy"),
+    Case("LoRA, tied, on embeddings", _lora(target_modules=["embed_tokens", "q_proj"], ensure_weight_tying=True), True,
+         tied_only=True),
+    Case("LoRA, tied, modules_to_save embeddings",
+         _lora(target_modules=["q_proj"], modules_to_save=["embed_tokens"], ensure_weight_tying=True), True,
+         tied_only=True),
+    Case("LoRA, tied, trainable tokens",
+         _lora(target_modules=["q_proj"], trainable_token_indices=[2, 5, 7], ensure_weight_tying=True), True,
+         tied_only=True),
     Case("LoRA, PiSSA, start not saved", _lora(init_lora_weights="pissa"), False),
     Case("LoRA, OLoRA, start not saved", _lora(init_lora_weights="olora"), False),
     Case("LoRA, lora_bias", _lora(lora_bias=True, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"]), False),
+    Case("LoRA, KaSA", _lora(kasa_config=peft.KasaConfig()), False),
+    Case("LoRA, MonteCLoRA", _lora(monteclora_config=peft.MontecloraConfig()), False),
+    Case("LoRA, BD-LoRA",
+         _lora(use_bdlora=peft.BdLoraConfig(target_modules_bd_a=["o_proj"], nblocks=2, match_strict=False)), False),
+    Case("LoRA, VeLoRA", _lora(velora_config=peft.VeloraConfig()), True),
     Case("DoRA", _lora(use_dora=True), False),
     Case("AdaLoRA", _other("AdaLora", init_r=4, target_r=2, total_step=20, tinit=2, tfinal=2), True),
     Case("LoHa", _other("LoHa", r=4), True),
@@ -98,7 +143,7 @@ CASES = [
     Case("SHiRA", _other("Shira", r=2, random_seed=1), True),
     Case("MiSS", _other("Miss", r=4), True),
     Case("MiSS, bat", _other("Miss", r=4, init_weights="bat"), False),
-    Case("AdaMSS", _other("Adamss", SQUARE, r=8, num_subspaces=2), False),
+    Case("AdaMSS", _other("Adamss", SQUARE, r=8, num_subspaces=2), False, needs="sklearn"),
     Case("DEFT", _other("Deft", r=4), False),
     Case("GLoRA", _other("Glora", r=4), False),
     Case("HiRA", _other("Hira", r=4), False),
@@ -140,14 +185,15 @@ def train(case: Case, folder: Path, *, kind: str = "llama", tied: bool = False, 
         warnings.simplefilter("ignore")
         below = AutoModelForCausalLM.from_pretrained(base)
         before = {name: value.detach().double().clone() for name, value in weights_of(below).items()}
-        model = peft.get_peft_model(below, case.config())
+        model = case.wrap(below, case.config())
+        if case.from_start:
+            before = merged_weights(copy.deepcopy(model))
         if case.keep_start:
             model.save_pretrained(folder / "adapter" / "shadow" / "start")
         _steps(model, steps, case.rate)
         model.save_pretrained(folder / "adapter")
-        merged = copy.deepcopy(model).eval().double().merge_and_unload()
-    after = weights_of(merged)
-    delta = {name: after[name].detach() - value for name, value in before.items() if name in after}
+    after = merged_weights(model)
+    delta = {name: after[name] - value for name, value in before.items() if name in after}
     assert any(bool(value.any()) for value in delta.values()), "the training changed nothing"
     return Trained(base, instruct, folder / "adapter", delta)
 
@@ -157,16 +203,34 @@ def weights_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     return dict(model.named_parameters(remove_duplicate=False))
 
 
+def merged_weights(model: Any) -> dict[str, torch.Tensor]:
+    """Return the weights that PEFT makes of a model and its adapter in float64; the model is used up.
+
+    A weight that two adapted layers share is given to each of them: PEFT would add both deltas to it, though in the
+    model that was trained each layer has its own alone.
+    """
+    model = model.eval().double()
+    seen = set()
+    for module in model.modules():
+        if isinstance(module, BaseTunerLayer) and hasattr(module.get_base_layer(), "weight"):
+            layer = module.get_base_layer()
+            if id(layer.weight) in seen:
+                layer.weight = torch.nn.Parameter(layer.weight.detach().clone())
+            seen.add(id(layer.weight))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        merged = model.merge_and_unload()
+    return {name: value.detach() for name, value in weights_of(merged).items()}
+
+
 def adapter_delta(model: Path, adapter: Path) -> dict[str, torch.Tensor]:
     """Return what loading an adapter on a model with PEFT adds to its weights, merged in float64."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         below = AutoModelForCausalLM.from_pretrained(model)
         before = {name: value.detach().double().clone() for name, value in weights_of(below).items()}
-        loaded = peft.PeftModel.from_pretrained(below, adapter)
-        merged = loaded.eval().double().merge_and_unload()
-    after = weights_of(merged)
-    return {name: after[name].detach() - value for name, value in before.items() if name in after}
+        after = merged_weights(peft.PeftModel.from_pretrained(below, adapter))
+    return {name: after[name] - value for name, value in before.items() if name in after}
 
 
 def dense_delta(output: Path, trained: Trained) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:

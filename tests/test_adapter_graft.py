@@ -9,7 +9,7 @@ import sys
 
 import pytest
 import torch
-from adapter_cases import CASES, adapter_delta, error, train
+from adapter_cases import CASES, adapter_delta, error, merged_weights, train
 from families import LINEAR, family, load, lora
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
@@ -22,7 +22,7 @@ from shadow_trl.adapter_kinds import check_has_delta, kind_of
 from shadow_trl.cli import main
 from shadow_trl.errors import AdapterError, CheckpointError, ConfigError
 from shadow_trl.manifest import read_manifest, write_manifest
-from shadow_trl.merging import weighted_sources
+from shadow_trl.weighted import weighted_sources
 
 FP32 = torch.float32
 pytestmark = [
@@ -550,3 +550,49 @@ def test_the_reference_of_dpo_is_the_start_whatever_the_adapter_does_to_base(tie
     )
     trainer.train()
     assert trainer.state.log_history[0]["loss"] == pytest.approx(0.6931, abs=2e-4)
+
+
+# An adapter over the full model of an earlier run
+
+
+@pytest.mark.parametrize("base_dtype", ["tuned", "bfloat16", None])
+@pytest.mark.parametrize("dora", [False, True])
+def test_a_stage_that_loaded_base_in_fewer_bits_has_learnt_nothing_by_it(tmp_path, base_dtype, dora):
+    pair = make_pair(tmp_path / "pair", gap=0.3, tied=False)
+    base, instruct = ({name: value.double() for name, value in load(side).items()} for side in pair)
+    first = AutoModelForCausalLM.from_pretrained(pair[0], dtype=torch.bfloat16)
+    with torch.no_grad():
+        first.model.layers[0].mlp.up_proj.weight.mul_(1.25)
+    first.save_pretrained(tmp_path / "first")
+    config = {**LORA, "target_modules": ["q_proj"], "modules_to_save": ["input_layernorm"], "use_dora": dora}
+    model, start = adapter_on((tmp_path / "first", pair[1]), tmp_path / "run", LoraConfig(**config))
+    roles = {"base": pair[0], "policy": tmp_path / "first"}
+    write_manifest(tmp_path / "run", {"kind": "run", **{role: {"source": str(path)} for role, path in roles.items()}})
+    sides = {"base": pair[0], "instruct": pair[1], "base_dtype": base_dtype, "progress": False}
+    graft(**sides, tuned=tmp_path / "run", output=tmp_path / "out")
+    graft(**sides, tuned=[(tmp_path / "run", 0.5)], output=tmp_path / "half")
+    merged, half = merged_weights(model), load(tmp_path / "half")
+    for name, value in load(tmp_path / "out").items():
+        origin = base[name] if base_dtype is None else base[name].bfloat16().double()
+        learnt = (start[name] - origin) + (merged[name] - start[name])
+        assert float((value.double() - instruct[name] - learnt).abs().max()) < 2e-7, name
+        assert float((half[name].double() - instruct[name] - 0.5 * learnt).abs().max()) < 2e-7, name
+
+
+@pytest.mark.parametrize("first_dtype", ["float32", "bfloat16"])
+def test_an_adapter_that_loaded_the_run_before_in_fewer_bits_has_learnt_nothing_by_it(tmp_path, first_dtype):
+    pair = make_pair(tmp_path / "pair", gap=0.3, tied=False)
+    sft(pair, tmp_path / "first", model_init_kwargs={"dtype": first_dtype}).train()
+    config = LoraConfig(**{**LORA, "target_modules": ["q_proj"], "modules_to_save": ["input_layernorm"]})
+    trainer = sft(pair, tmp_path / "run", model=str(tmp_path / "first"), peft_config=config,
+                  model_init_kwargs={"dtype": "bfloat16"})  # fmt: skip
+    trainer.train()
+    stored = load_file(tmp_path / "run" / "adapter_model.safetensors")
+    base, instruct, first = load(pair[0]), load(pair[1]), load(tmp_path / "first")
+    assert {value.dtype for value in first.values()} == {getattr(torch, first_dtype)}
+    for name, value in load(tmp_path / "run" / "grafted").items():
+        learnt = first[name].double() - base[name].to(first[name].dtype).double()
+        learnt = learnt + product(tmp_path / "run", name, 2.0)
+        if f"base_model.model.{name}" in stored:
+            learnt = learnt + stored[f"base_model.model.{name}"].double() - first[name].bfloat16().double()
+        assert float((value.double() - instruct[name].double() - learnt).abs().max()) < 2e-7, name

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-
 import pytest
 from adapter_cases import CASES, MODELS, Case, Trained, adapter_delta, dense_delta, error, train
 
@@ -16,7 +14,8 @@ pytestmark = [
 ]
 QUICK = (
     "LoRA, modules_to_save lm_head", "LoRA, trainable tokens", "LoRA, bias all", "LoRA, target_parameters",
-    "LoRA, on embeddings", "LoRA, PiSSA", "LoRA, OLoRA, start not saved", "DoRA", "AdaLoRA", "VeRA", "IA3", "TinyLoRA",
+    "LoRA, on embeddings", "LoRA, tied, on embeddings", "LoRA, PiSSA", "LoRA, OLoRA, start not saved",
+    "LoRA, KaSA", "DoRA", "AdaLoRA", "VeRA", "IA3", "TinyLoRA",
 )  # fmt: skip
 
 
@@ -25,7 +24,7 @@ def rows() -> list:
     found = []
     for case in CASES:
         for kind, tied in (MODELS[0], MODELS[3]):
-            if case.untied_only and tied:
+            if (kind, tied) not in case.models():
                 continue
             quick = case.name in QUICK and (kind, tied) == (("llama", False) if case.untied_only else ("qwen3", True))
             name = f"{case.name} {kind} {'tied' if tied else 'untied'}"
@@ -53,8 +52,7 @@ def graft_both(case: Case, trained: Trained, folder) -> tuple[float, float | Non
 
 @pytest.mark.parametrize(("case", "kind", "tied"), rows())
 def test_both_forms_are_the_delta_of_training(case, kind, tied, tmp_path):
-    if case.name == "AdaMSS" and importlib.util.find_spec("sklearn") is None:
-        pytest.skip("AdaMSS needs scikit-learn")
+    case.require()
     dense, adapter = graft_both(case, train(case, tmp_path, kind=kind, tied=tied), tmp_path)
     assert dense <= 1e-6
     assert adapter is None or adapter <= 1e-6
