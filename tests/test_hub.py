@@ -75,13 +75,13 @@ def test_all_sides_by_hub_id_and_revision(tmp_path, cached):
 
 def test_the_digest_of_a_cached_weight_file_is_its_blob_name(tmp_path, cached, monkeypatch):
     read = []
-    sha256 = hashlib.sha256
-    monkeypatch.setattr(manifest_room.hashlib, "sha256", lambda *data: (read.append(1), sha256(*data))[1])
+    digest = hashlib.file_digest
+    monkeypatch.setattr(manifest_room.hashlib, "file_digest", lambda *words: (read.append(1), digest(*words))[1])
     graft(base="nano/base", instruct="nano/instruct", tuned="nano/tuned", output=tmp_path / "a", progress=False)
     found = read_manifest(tmp_path / "a")
     for role in ("base", "instruct", "tuned"):
         content = (cached[role] / "model.safetensors").read_bytes()
-        assert found[role]["digests"]["model.safetensors"] == f"sha256:{sha256(content).hexdigest()}"
+        assert found[role]["digests"]["model.safetensors"] == f"sha256:{hashlib.sha256(content).hexdigest()}"
     assert len(read) == len([name for name in found["instruct"]["digests"] if name != "model.safetensors"])
 
 

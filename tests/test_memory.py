@@ -39,7 +39,7 @@ def peak(program: str, *words: str) -> int:
 
 
 @pytest.mark.parametrize(
-    "options", [[], ["--dtype=float32"], ["--scale=0.7"], ["--rounding=stochastic"]], ids=lambda words: " ".join(words)
+    "options", [[], ["--dtype=float32"], ["--scale=0.7"], ["--rounding=stochastic"]], ids=" ".join
 )
 def test_a_graft_needs_130_mib_beside_torch(sides, tmp_path, options):
     words = ["graft", *sides, f"--output={tmp_path / 'output'}", "--quiet", *options]
