@@ -22,7 +22,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve()
 sys.path.insert(0, str(HERE.parent))
 
-from graft import Contestant, _family, _shown, _warm  # noqa: E402
+from graft import Contestant, _family, _shown, _warm, chosen  # noqa: E402
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -47,7 +47,7 @@ def main() -> None:
         (folder / "rank").write_text(str(options.rank))
         # In a process of its own: a child starts with the peak of its parent.
         subprocess.run([sys.executable, str(HERE), "--work", "adapters", str(folder)], check=True)
-        contestants = [one for one in _contestants(folder) if not options.only or one.name in options.only]
+        contestants = chosen(_contestants(folder), options.only)
         for number in range(options.rounds):
             for contestant in contestants:
                 _warm(folder)

@@ -8,7 +8,7 @@ Makes three bf16 checkpoints of Llama shape (BASE, INSTRUCT, TUNED; tied, three 
 process of its own, in turn, deletes what it wrote and pauses before the next: freed pages make the next write look
 four times faster. Prints medians, ratios and the peak of resident memory as a Markdown table. A graft ends with its
 result on the disk; apply_diff and mergekit leave theirs in the page cache, so `+ fsync` stands beside the first.
-`copy 1 + fsync` and `import torch` are what no tool that writes a result and uses torch can go below together.
+`write 1, O_DIRECT` and `import torch` are what no tool that writes a result and uses torch can go below together.
 """
 
 from __future__ import annotations
@@ -34,16 +34,21 @@ FULL = {"bytes": 2.472e9, "hidden": 2048, "rows": 128256}
 
 @dataclass
 class Contestant:
-    """One way to do the work: its name, its command, and the seconds and bytes of each run."""
+    """One way to do the work: its name, its command, and the seconds and bytes of each run.
+
+    `needs` is a folder that the command reads, and the command that makes it once.
+    """
 
     name: str
     command: list[str]
+    needs: tuple[Path, list[str]] | None = None
     seconds: list[float] = field(default_factory=list)
     memory: list[int] = field(default_factory=list)
 
     def run(self, output: Path, pause: float) -> None:
         """Delete the last output, wait, run once."""
         shutil.rmtree(output, ignore_errors=True)
+        output.unlink(missing_ok=True)
         time.sleep(pause)
         with tempfile.TemporaryFile() as log:
             start = time.perf_counter()
@@ -77,9 +82,10 @@ def main() -> None:
     folder = options.folder or Path(tempfile.mkdtemp(prefix="graft-benchmark-"))
     try:
         _family(folder, options.size)
-        contestants = _contestants(folder, options.mergekit_python)
-        if options.only:
-            contestants = [contestant for contestant in contestants if contestant.name in options.only]
+        contestants = chosen(_contestants(folder, options.mergekit_python), options.only)
+        for folder_needed, command in filter(None, (contestant.needs for contestant in contestants)):
+            if not folder_needed.exists():
+                subprocess.run(command, check=True)
         for number in range(options.rounds):
             for contestant in contestants:
                 if options.cold:
@@ -92,8 +98,17 @@ def main() -> None:
         _print(contestants, options)
     finally:
         shutil.rmtree(folder / "output", ignore_errors=True)
+        (folder / "output").unlink(missing_ok=True)
         if options.folder is None:
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def chosen(contestants: list[Contestant], names: list[str] | None) -> list[Contestant]:
+    """Return the contestants of these names, all when there are none; SystemExit names those that nobody has."""
+    known = [contestant.name for contestant in contestants]
+    if unknown := sorted(set(names or ()) - set(known)):
+        raise SystemExit(f"--only: no contestant is called {unknown}. There are {known}.")
+    return [contestant for contestant in contestants if not names or contestant.name in names]
 
 
 def _contestants(folder: Path, mergekit: str | None) -> list[Contestant]:
@@ -107,6 +122,12 @@ def _contestants(folder: Path, mergekit: str | None) -> list[Contestant]:
     one = f"cp -r {shlex.quote(str(folder / 'instruct'))} {shlex.quote(str(folder / 'output'))} && {sync}"
     copy = f"cat {read} > /dev/null && {one}"
     two = " ".join(shlex.quote(str(folder / role)) + "/*.safetensors" for role in ("base", "instruct"))
+    grafted, delta = folder / "grafted", folder / "delta"
+    make_graft = [*cli, "graft", *sides, f"--output={grafted}", "--quiet"]
+    make_delta = [*cli, "delta", sides[0], sides[2], f"--output={delta}", "--quiet"]
+    apply_delta = [*cli, "graft", f"--delta={delta}", sides[1], f"--output={folder / 'output'}", "--quiet"]
+    direct = f"dd if=/dev/zero of={shlex.quote(str(folder / 'output'))} bs=4M oflag=direct conv=fsync"
+    size = sum(path.stat().st_size for path in (folder / "base").glob("*.safetensors"))
     found = [
         Contestant("graft, bare", [*graft, "--digest", "none", "--stats", "off"]),
         Contestant("graft, stats", [*graft, "--digest", "none"]),
@@ -115,9 +136,13 @@ def _contestants(folder: Path, mergekit: str | None) -> list[Contestant]:
         Contestant("apply_diff + fsync", ["sh", "-c", f"{shlex.join([*worker, 'apply_diff', str(folder)])} && {sync}"]),
         Contestant("read 3 + copy 1 + fsync", ["sh", "-c", copy]),
         Contestant("copy 1 + fsync", ["sh", "-c", one]),
+        Contestant("write 1, O_DIRECT + fsync", ["sh", "-c", f"{direct} count={-(-size // 2**22)}"]),
         Contestant("gap", [*cli, "gap", *sides[:2], "--quiet"]),
         Contestant("read 2", ["sh", "-c", f"cat {two} > /dev/null"]),
         Contestant("import torch", [*python, "-c", "import torch"]),
+        Contestant("delta", [*make_delta[:-2], f"--output={folder / 'output'}", "--quiet"]),
+        Contestant("graft --delta", apply_delta, (delta, make_delta)),
+        Contestant("verify", [*cli, "verify", str(grafted), *sides, "--quiet"], (grafted, make_graft)),
     ]
     if mergekit:
         recipe = {

@@ -38,9 +38,7 @@ def peak(program: str, *words: str) -> int:
     return int(done.stdout.split()[-1]) * 1024
 
 
-@pytest.mark.parametrize(
-    "options", [[], ["--dtype=float32"], ["--scale=0.7"], ["--rounding=stochastic"]], ids=" ".join
-)
+@pytest.mark.parametrize("options", [[], ["--dtype=float32"], ["--scale=0.7"], ["--rounding=stochastic"]], ids=" ".join)
 def test_a_graft_needs_130_mib_beside_torch(sides, tmp_path, options):
     words = ["graft", *sides, f"--output={tmp_path / 'output'}", "--quiet", *options]
     assert peak(COMMAND, *words) - peak("import torch") <= 130 * MIB
