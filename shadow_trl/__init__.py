@@ -19,7 +19,7 @@ _ROOM_OF = {
     "ShadowSFTConfig": "config",
     "ShadowSFTTrainer": "trainers",
     "extract_delta": "extracting",
-    "gap": "grafting",
+    "gap": "measuring",
     "graft": "grafting",
     "verify": "verifying",
 }
@@ -38,7 +38,8 @@ __all__ = [
 if TYPE_CHECKING:
     from .config import ShadowDPOConfig, ShadowSFTConfig
     from .extracting import extract_delta
-    from .grafting import gap, graft
+    from .grafting import graft
+    from .measuring import gap
     from .trainers import ShadowDPOTrainer, ShadowSFTTrainer
     from .verifying import verify
 

@@ -20,6 +20,7 @@ from .errors import CheckpointError, list_names
 from .safetensors_header import TensorSpec
 
 if TYPE_CHECKING:
+    import numpy
     import torch
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -144,6 +145,19 @@ class Checkpoint:
             )
         return self._views[name][start:stop]
 
+    def array(self, name: str, start: int, stop: int) -> numpy.ndarray:
+        """Return what `block` returns as an array in `TensorSpec.numpy_dtype`; no torch for a safetensors file."""
+        import numpy
+
+        spec = self.specs[name]
+        if spec.offset is None:
+            import torch
+
+            block = self.block(name, start, stop)
+            return (block.view(torch.uint16) if spec.code == "BF16" else block).numpy()
+        at = spec.offset + start * spec.itemsize
+        return numpy.frombuffer(self._maps[spec.file], spec.numpy_dtype, stop - start, at)
+
     def release(self, name: str, start: int, stop: int) -> None:
         """Drop the pages of these elements from resident memory; reading them again maps them again."""
         spec = self.specs[name]
@@ -214,6 +228,36 @@ class Checkpoint:
         found = sorted(entry.name for entry in self.path.iterdir() if entry.suffix in (".safetensors", ".bin", ".gguf"))
         others = f" It holds {', '.join(found[:5])}, which is no layout that transformers loads." if found else ""
         raise CheckpointError(f"{self} has no weights: none of {', '.join(names)} is in {self.path}.{others}")
+
+
+@dataclass(frozen=True)
+class Place:
+    """A tensor on disk.
+
+    Args:
+        checkpoint: which checkpoint.
+        name: its name there.
+    """
+
+    checkpoint: Checkpoint
+    name: str
+
+    @property
+    def spec(self) -> TensorSpec:
+        """Its dtype, shape and place."""
+        return self.checkpoint.specs[self.name]
+
+    def block(self, start: int, stop: int) -> torch.Tensor:
+        """Return elements `start` to `stop` of the flattened tensor."""
+        return self.checkpoint.block(self.name, start, stop)
+
+    def array(self, start: int, stop: int) -> numpy.ndarray:
+        """Return the same as an array, see `Checkpoint.array`."""
+        return self.checkpoint.array(self.name, start, stop)
+
+    def release(self, start: int, stop: int) -> None:
+        """Drop these elements from memory."""
+        self.checkpoint.release(self.name, start, stop)
 
 
 def read_json(path: Path) -> dict[str, Any]:

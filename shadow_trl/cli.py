@@ -177,8 +177,7 @@ def _gap(options: argparse.Namespace) -> None:
         from .gap_plot import require_matplotlib
 
         require_matplotlib()
-    with collector_paused():
-        from .grafting import gap
+    from .measuring import gap
 
     report = gap(options.base, options.instruct, options.tuned, progress=not options.quiet)
     _warn(report.warnings)

@@ -8,7 +8,6 @@ mix is summed in float64 and rounded to odd on the way to 16 bits, so that it is
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -187,9 +186,9 @@ class BlockGrafter:
         minus.copy_(base)
         total.copy_(instruct)
         if self.stats:
-            sums.gap, sums.size = _gap_of(minus, total, spare, (spare, spare))
-            if not math.isfinite(sums.gap + sums.size):
-                sums.gap, sums.size = gap_sums(base, instruct)
+            sums.gap, sums.size = _gap_of(minus, total, spare)
+            if not math.isfinite(sums.gap + sums.size):  # too large for fp32, or not finite, which is found below
+                sums.gap, sums.size = _gap_of(minus.double(), total.double(), spare.double())
         minus.sub_(spare.copy_(tuned))
         if self.scale != 1.0:
             minus.mul_(self.scale)
@@ -243,29 +242,9 @@ class BlockGrafter:
         return found if found.numel() == n else found[:n]
 
 
-def gap_sums(base: Tensor, instruct: Tensor, scratch: Tensor | None = None) -> tuple[float, float]:
-    """Return (sum |base - instruct|, sum |base| + |instruct|) of a block of at most `BLOCK` elements.
-
-    Args:
-        base: (n,); summed in fp32, in fp64 where fp32 overflows or an input is fp64.
-        instruct: (n,).
-        scratch: (3, n), fp32, overwritten; allocated when left out.
-    """
-    wide = torch.float64 in (base.dtype, instruct.dtype)
-    if scratch is None or wide:
-        scratch = torch.empty(3, base.numel(), dtype=torch.float64 if wide else torch.float32)
-    sides = scratch[:2]
-    gap, size = _gap_of(sides[0].copy_(base), sides[1].copy_(instruct), scratch[2], sides)
-    if wide or math.isfinite(gap + size) or not (is_finite(base) and is_finite(instruct)):
-        return gap, size
-    return gap_sums(base.double(), instruct.double())
-
-
-def _gap_of(base: Tensor, instruct: Tensor, apart: Tensor, sizes: Iterable[Tensor]) -> tuple[float, float]:
-    """Overwrites `apart` and then `sizes`, which may be the two sides themselves."""
-    gap = float(torch.sub(base, instruct, out=apart).abs_().sum())
-    sides = zip((base, instruct), sizes, strict=True)
-    return gap, sum(float(torch.abs(side, out=size).sum()) for side, size in sides)
+def _gap_of(base: Tensor, instruct: Tensor, spare: Tensor) -> tuple[float, float]:
+    gap = float(torch.sub(base, instruct, out=spare).abs_().sum())
+    return gap, sum(float(torch.abs(side, out=spare).sum()) for side in (base, instruct))
 
 
 def is_finite(tensor: Tensor) -> bool:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from .adapter import base_model_of
-from .checkpoint import Checkpoint
+from .checkpoint import Checkpoint, Place
 from .delta_folder import BASE_CONFIG, INDEX, WEIGHTS, Zeros, refuse_deltas
 from .errors import AdapterError, ConfigError
 from .extracted_adapter import write_low_rank
@@ -26,7 +26,7 @@ from .jobs import Jobs
 from .manifest import write_delta_card, write_manifest
 from .merging import one_tuned
 from .output import OutputFolder, check_free, check_place, check_space, recover
-from .pieces import OutputFile, Place, WeightJob
+from .pieces import OutputFile, WeightJob
 from .progress import Progress
 from .results import copied_files, copy_files, main_dtype, plan_files
 from .safetensors_header import FLOATS, nbytes_of

@@ -19,12 +19,11 @@ from .checkpoint import Checkpoint
 from .delta_folder import refuse_deltas
 from .delta_inputs import open_delta
 from .errors import ConfigError, GraftError, list_names
-from .figures import GapReport, GraftReport, graft_figures, graft_warnings
+from .figures import GraftReport, graft_figures, graft_warnings
 from .graft_options import GraftOptions, parse_size
 from .inputs import Digests, Inputs, Source, is_local, no_adapter_form
 from .jobs import Jobs, check_rounding, full_jobs, low_rank_jobs, without_unchanged
 from .manifest import write_manifest, write_model_card
-from .measuring import gap
 from .merging import merged_checkpoint, one_tuned, subtracted_dtype, truncated
 from .output import OutputFolder, check_free, check_place, check_space, recover
 from .progress import Progress
@@ -32,8 +31,6 @@ from .results import copied_files, copy_files, main_dtype, plan_files, write_con
 from .safetensors_header import TORCH_NAMES
 from .streaming import Arithmetic, Outcome, stream
 from .weighted import weighted_sources
-
-__all__ = ["GapReport", "GraftReport", "check_graft", "gap", "graft"]
 
 
 def graft(

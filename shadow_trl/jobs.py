@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from .adapter import LoraModule, place_on
-from .checkpoint import Checkpoint
+from .checkpoint import Checkpoint, Place
 from .delta_folder import DeltaCheckpoint, Zeros
 from .errors import ConfigError, list_names
 from .graft_options import GraftOptions
 from .layouts import WeightPlan, resolve
-from .pieces import LowRank, Place, WeightJob
+from .pieces import LowRank, WeightJob
 from .safetensors_header import CODES
 
 

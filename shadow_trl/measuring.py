@@ -2,24 +2,17 @@
 
 from __future__ import annotations
 
-import math
 import os
 import tempfile
-from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import torch
-
-from .checkpoint import Checkpoint
+from .checkpoint import Checkpoint, Place
 from .delta_folder import refuse_deltas
-from .deltas import BLOCK, gap_sums
+from .distances import measure_gap
 from .errors import AdapterError, GraftError, list_names
 from .figures import GapReport, gap_report
 from .layouts import resolve
-from .pieces import Place
 from .progress import Progress
-from .sums import Sums
-from .threads import run_threads
 
 Source = str | os.PathLike[str]
 
@@ -69,7 +62,7 @@ def _measure(base: Checkpoint, instruct: Checkpoint, tuned: Checkpoint | None, p
             gaps.append((weight.name, start, Place(sides["instruct"], weight.instruct)))
             deltas.append((weight.name, start, end))
         measured = [gaps, deltas] if tuned is not None else [gaps]
-        size = sum(place.checkpoint.specs[place.name].nbytes for part in measured for _, *two in part for place in two)
+        size = sum(place.spec.nbytes for part in measured for _, *two in part for place in two)
         with Progress(size, progress) as bar:
             sums = [measure_gap(part, bar.add) for part in measured]
     bad = sorted({name for part in sums for name, found in part.items() if not found.finite})
@@ -77,46 +70,3 @@ def _measure(base: Checkpoint, instruct: Checkpoint, tuned: Checkpoint | None, p
         named = " or ".join(str(side) for side in (base, instruct, tuned) if side is not None)
         raise GraftError(f"{len(bad)} weights of {named} have values that are not finite.\n{list_names(bad)}")
     return gap_report(sums[0], sums[1] if tuned is not None else None, layout.warnings)
-
-
-def measure_gap(
-    pairs: Sequence[tuple[str, Place, Place]], progress: Callable[[int], None] | None = None
-) -> dict[str, Sums]:
-    """Return for each weight the sums of which sigma is made.
-
-    Args:
-        pairs: (name, place in BASE, place in INSTRUCT); shapes are equal.
-        progress: as in `stream`.
-    """
-    step = 2 * BLOCK
-    chunks = []
-    for number, (_, base, _) in enumerate(pairs):
-        total = base.checkpoint.specs[base.name].numel
-        chunks += [(number, low, min(low + step, total)) for low in range(0, total, step)]
-    found: dict[tuple[int, int, int], Sums] = {}
-
-    def make_worker() -> Callable[[tuple[int, int, int]], None]:
-        scratch = torch.empty(3, BLOCK)
-
-        def work(chunk: tuple[int, int, int]) -> None:
-            number, low, high = chunk
-            _, base, instruct = pairs[number]
-            sums = Sums()
-            for start in range(low, high, BLOCK):
-                stop = min(start + BLOCK, high)
-                sides = base.block(start, stop), instruct.block(start, stop)
-                gap, size = gap_sums(*sides, scratch[:, : stop - start])
-                sums += Sums(stop - start, gap, size, finite=math.isfinite(gap + size))
-            base.release(low, high)
-            instruct.release(low, high)
-            found[chunk] = sums
-            if progress is not None:
-                progress((high - low) * 2)
-
-        return work
-
-    run_threads(chunks, make_worker)
-    totals: dict[str, Sums] = {}
-    for chunk in chunks:
-        totals.setdefault(pairs[chunk[0]][0], Sums()).__iadd__(found[chunk])
-    return totals

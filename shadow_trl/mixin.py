@@ -22,8 +22,9 @@ from .adapter_start import start_of, without_second_start, write_start
 from .config import ShadowArguments
 from .errors import ConfigError, OutputExistsError
 from .evaluation import GraftedEvaluation
+from .figures import GraftReport
 from .graft_options import BASE_DTYPES
-from .grafting import GraftReport, check_graft, graft
+from .grafting import check_graft, graft
 from .loading import adapter_settings, bare_model, check_same_adapter, is_adapted, load_adapter, load_model
 from .manifest import write_manifest
 from .origins import check_unchanged, describe, require_base, require_instruct, resolve_origins, with_revision

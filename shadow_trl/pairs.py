@@ -15,8 +15,8 @@ from typing import Literal
 import torch
 
 from .architectures import compare_architectures, compare_processors
-from .checkpoint import Checkpoint
-from .deltas import BLOCK, gap_sums
+from .checkpoint import Checkpoint, Place
+from .distances import measure_gap
 from .embeddings import (
     SharedRows,
     check_special_ids,
@@ -26,6 +26,7 @@ from .embeddings import (
     vocabulary_of,
 )
 from .errors import ConfigError, Findings, PairMismatchError, both_sides, list_names
+from .sums import Sums
 from .templates import check_processing_class, read_templates
 from .vocabulary_checks import SHARED_ADVICE, compare_vocabularies
 
@@ -137,25 +138,14 @@ class ModelPair:
         """
         if not self._gaps:
             return None
-        apart, size = (math.fsum(part) for part in zip(*self._gaps.values(), strict=True))
-        return apart / size if size else 0.0
+        size = math.fsum(sums.size for sums in self._gaps.values())
+        return math.fsum(sums.gap for sums in self._gaps.values()) / size if size else 0.0
 
     @cached_property
-    def _gaps(self) -> dict[str, tuple[float, float]]:
-        """Name -> (sum|B - I|, sum|B| + sum|I|) of every weight that can be compared; reads all of them once."""
-        return {name: self._gap_sums(name) for name in self._comparable() if self.base.specs[name].is_float}
-
-    def _gap_sums(self, name: str) -> tuple[float, float]:
-        # a block at a time, and the mapped pages are dropped after use: memory does not grow with the model
-        apart = size = 0.0
-        count = self.base.specs[name].numel
-        for start in range(0, count, BLOCK):
-            stop = min(start + BLOCK, count)
-            sums = gap_sums(self.base.block(name, start, stop), self.instruct.block(name, start, stop))
-            apart, size = apart + sums[0], size + sums[1]
-            for side in (self.base, self.instruct):
-                side.release(name, start, stop)
-        return apart, size
+    def _gaps(self) -> dict[str, Sums]:
+        """Name -> its sums, for every weight that can be compared; reads all of them once."""
+        names = [name for name in self._comparable() if self.base.specs[name].is_float]
+        return measure_gap([(name, Place(self.base, name), Place(self.instruct, name)) for name in names])
 
     def _comparable(self) -> list[str]:
         ours, theirs = self.base.specs, self.instruct.specs
@@ -224,7 +214,7 @@ class ModelPair:
 
     def _check_gap(self, allow_wide_gap: bool) -> Findings:
         sigma = self.gap()
-        broken = [name for name, sums in self._gaps.items() if not math.isfinite(sum(sums))]
+        broken = [name for name, sums in self._gaps.items() if not sums.finite]
         if broken:
             headline = f"{len(broken)} of {len(self.common)} weights hold values that are not finite."
             way_out = "Download or save the model again."

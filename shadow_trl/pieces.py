@@ -1,4 +1,4 @@
-"""What the pipeline of a graft works on: places of tensors on disk, jobs for weights, and files made of jobs."""
+"""What the pipeline of a graft works on: jobs for weights, and files made of jobs."""
 
 from __future__ import annotations
 
@@ -8,32 +8,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
 
-from .checkpoint import Checkpoint
+from .checkpoint import Place
 from .deltas import BLOCK
 from .safetensors_header import TORCH_NAMES
-
-
-@dataclass(frozen=True)
-class Place:
-    """A tensor on disk.
-
-    Args:
-        checkpoint: which checkpoint.
-        name: its name there.
-    """
-
-    checkpoint: Checkpoint
-    name: str
-
-    def block(self, start: int, stop: int) -> Tensor:
-        """Return elements `start` to `stop` of the flattened tensor."""
-        return self.checkpoint.block(self.name, start, stop)
-
-    def release(self, start: int, stop: int) -> None:
-        """Drop these elements from memory."""
-        self.checkpoint.release(self.name, start, stop)
 
 
 @dataclass(frozen=True)

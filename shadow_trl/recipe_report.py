@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from .errors import ShadowError
-from .grafting import GraftReport, gap
+from .figures import GraftReport
+from .measuring import gap
 from .origins import Origins, with_revision
 from .recipe_options import Options
 from .report import TITLES, Arm, RunReport

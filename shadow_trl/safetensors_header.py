@@ -66,6 +66,11 @@ class TensorSpec:
         return getattr(torch, TORCH_NAMES[self.code])
 
     @property
+    def numpy_dtype(self) -> str:
+        """The dtype as numpy calls it; numpy has no bf16, whose bits it sees as whole numbers."""
+        return "uint16" if self.code == "BF16" else TORCH_NAMES[self.code]
+
+    @property
     def is_float(self) -> bool:
         """Whether the elements are numbers that a graft can add to (not packed, not integers)."""
         return self.code in FLOATS

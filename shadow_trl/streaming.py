@@ -89,6 +89,7 @@ def stream(
     lock = threading.Lock()
 
     def make_worker() -> Callable[[tuple[int, int]], None]:
+        torch.set_num_threads(1)  # of this thread; the others are beside it
         worker = _Worker(arithmetic, outcome, lock)
 
         def work(chunk: tuple[int, int]) -> None:
@@ -110,9 +111,11 @@ def stream(
 
         return work
 
+    torch_threads = torch.get_num_threads()
     try:
         run_threads(chunks, make_worker)
     finally:
+        torch.set_num_threads(torch_threads)
         for writer in writers:
             writer.abandon()
     for chunk in chunks:  # in order, so that the sums do not depend on the threads

@@ -7,8 +7,6 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
-import torch
-
 _Chunk = TypeVar("_Chunk")
 
 
@@ -21,7 +19,6 @@ def run_threads(chunks: Sequence[_Chunk], make_worker: Callable[[], Callable[[_C
 
     def run() -> None:
         try:
-            torch.set_num_threads(1)
             work = make_worker()
             while not errors:
                 with lock:
@@ -32,7 +29,6 @@ def run_threads(chunks: Sequence[_Chunk], make_worker: Callable[[], Callable[[_C
         except BaseException as error:
             errors.append(error)
 
-    before = torch.get_num_threads()
     threads = [threading.Thread(target=run, name=f"graft-{number}", daemon=True) for number in range(count)]
     try:
         for thread in threads:
@@ -44,8 +40,6 @@ def run_threads(chunks: Sequence[_Chunk], make_worker: Callable[[], Callable[[_C
         for thread in threads:
             thread.join()
         raise
-    finally:
-        torch.set_num_threads(before)
     if errors:
         raise errors[0]
 

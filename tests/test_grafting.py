@@ -16,8 +16,9 @@ from safetensors.torch import save_file
 from shadow_trl import graft
 from shadow_trl.deltas import graft_tensor
 from shadow_trl.errors import CheckpointError, ConfigError, GraftError, InputError, OutputExistsError, PairMismatchError
-from shadow_trl.grafting import check_graft, gap
+from shadow_trl.grafting import check_graft
 from shadow_trl.manifest import read_manifest
+from shadow_trl.measuring import gap
 from shadow_trl.output import recover
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32

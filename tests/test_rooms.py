@@ -152,6 +152,14 @@ def test_graft_and_gap_of_equal_layouts_load_no_model_library(tmp_path):
     assert not found & {"transformers", "trl", "peft", "accelerate", "datasets", "huggingface_hub"}
 
 
+def test_gap_of_equal_layouts_loads_no_torch(tmp_path):
+    """Importing it would take longer than the sums of a small model."""
+    sides = family(tmp_path)
+    program = "import sys\nfrom shadow_trl.cli import main\nassert main(['gap', '--base', *sys.argv[1:]]) == 0"
+    arguments = (str(sides["base"]), "--instruct", str(sides["instruct"]), "--tuned", str(sides["tuned"]))
+    assert not loaded(program, *arguments) & {"torch", "transformers", "safetensors", "huggingface_hub"}
+
+
 def test_the_public_names_exist_whatever_was_imported_before():
     program = (
         "import shadow_trl.grafting, shadow_trl.measuring\nfrom shadow_trl import gap, graft\nimport shadow_trl\n"
