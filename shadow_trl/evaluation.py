@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .errors import GraftError
+from .checkpoint import Checkpoint
+from .conversion import ModelNames
+from .errors import ConfigError, GraftError, list_names
 from .exchange import GraftExchange, check_exchangeable
 from .graft_options import GraftOptions
 from .jobs import selector
@@ -139,7 +141,7 @@ class GraftedEvaluation(_Trainer):
                 {} if on_base else weights(require_base(self.origins), self.origins.base_revision),
                 scale=options.scale,
                 instruct_scale=options.instruct_scale,
-                receives=selector(options),
+                receives=receiver(options, require_instruct(self.origins), self.origins.instruct_revision),
             )
         return self._graft_exchange
 
@@ -147,3 +149,31 @@ class GraftedEvaluation(_Trainer):
         if self.args.eval_grafted:
             check_exchangeable(self.model, self.args)
             self._exchange()  # what does not fit must be found before training
+
+
+def receiver(options: GraftOptions, instruct: str, revision: str | None) -> Callable[[str], bool]:
+    """Return the test whether a weight in memory receives the delta; `modules` is searched in INSTRUCT's names on disk.
+
+    Args:
+        options: of the graft.
+        instruct: folder or hub id of INSTRUCT.
+        revision: of it.
+
+    Raises:
+        ConfigError: `modules` selects a part only of what is one weight in memory, as single experts are.
+    """
+    chosen = selector(options)
+    if options.patterns() is None:
+        return chosen
+    checkpoint = Checkpoint.open(instruct, revision)
+    stored = ModelNames(checkpoint).groups(checkpoint.specs)
+    count = {place: sum(chosen(name) for name in names) for place, names in stored.items()}
+    split = [f"{place}  {count[place]} of {len(names)} weights on disk" for place, names in stored.items()
+             if count[place] not in (0, len(names))]  # fmt: skip
+    if split:
+        raise ConfigError(
+            f"eval_grafted=True is not possible here: graft_modules selects parts of {len(split)} weights that are "
+            f"one in memory.\n{list_names(split)}\nSelect all or none of their parts, or pass eval_grafted=False. "
+            "Nothing was written."
+        )
+    return lambda place: count[place] > 0 if place in count else chosen(place)

@@ -11,8 +11,8 @@ import torch
 from peft import LoraConfig
 from test_pipeline import merged, weights
 from test_trainers import LORA, log_probability, lora, settings
-from tiny import make_pair, preference_data, save_model, sft_data
-from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+from tiny import make_pair, make_tokenizer, preference_data, save_model, sft_data
+from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3MoeConfig, TrainerCallback
 from trl import DPOConfig, DPOTrainer
 
 from shadow_trl import ShadowDPOConfig, ShadowDPOTrainer, ShadowSFTConfig, ShadowSFTTrainer
@@ -253,3 +253,45 @@ def test_best_checkpoint_is_the_best_graft(pair, tmp_path):
 def test_adapters_that_are_another_delta_on_instruct_are_refused(pair, tmp_path, changes):
     with pytest.raises(ConfigError, match="eval_grafted=True is not possible here"):
         dpo(pair, tmp_path, peft_config=LoraConfig(**{**LORA, **changes}), graft=False)
+
+
+@pytest.fixture(scope="module")
+def mixture(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A pair whose experts are single weights on disk and one weight in memory."""
+    root = tmp_path_factory.mktemp("mixture")
+    config = Qwen3MoeConfig(
+        **{"vocab_size": len(make_tokenizer(template=True)), "hidden_size": 16, "intermediate_size": 32},
+        **{"moe_intermediate_size": 8, "num_experts": 4, "num_experts_per_tok": 2, "num_hidden_layers": 1},
+        **{"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8, "pad_token_id": 0, "eos_token_id": 1},
+    )
+    torch.manual_seed(3)
+    model = AutoModelForCausalLM.from_config(config)
+    for role in ("base", "instruct"):
+        model.save_pretrained(root / role)
+        make_tokenizer(template=role == "instruct").save_pretrained(root / role)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(0.01 * torch.randn_like(parameter))
+    return root / "base", root / "instruct"
+
+
+def test_modules_are_searched_in_the_names_on_disk(mixture, tmp_path):
+    """As `graft` does: `experts.N.gate_proj` is a name on disk only, `experts.gate_up_proj` one in memory only."""
+    trainer = dpo(mixture, tmp_path / "run", graft_modules=[r"experts\.\d+\.(gate|up)_proj"], eval_strategy="no")
+    exchange = trainer._exchange()
+    with torch.no_grad():
+        for parameter in trainer.model.parameters():
+            parameter.add_(1.0)
+    before = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
+    with exchange.grafted():
+        graft = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
+    for name, tensor in graft.items():
+        received = 1.0 if name.endswith("experts.gate_up_proj") else 0.0
+        torch.testing.assert_close(tensor, exchange.instruct[name] + received, atol=1e-6, rtol=0)
+        assert torch.equal(trainer.model.state_dict()[name], before[name])
+
+
+def test_parts_of_a_weight_in_memory_are_refused(mixture, tmp_path):
+    with pytest.raises(ConfigError, match=r"parts of 2 weights.*\n(.|\n)*experts.gate_up_proj  2 of 8 weights on disk"):
+        dpo(mixture, tmp_path / "run", graft_modules=[r"experts\.0\."])
+    assert list((tmp_path / "run").iterdir()) == []
