@@ -66,18 +66,18 @@ def without_second_start(model: Any) -> Iterator[None]:
 
 
 def write_start(folder: Path, model: Any, start: dict[str, Tensor] | None, earlier: str | None) -> None:
-    """Write the start of an adapter below the folder that the trained one will be saved to.
+    """Write the start of an adapter below the folder that the trained one will be saved to; one of a run before goes.
 
     Args:
         folder: of the run.
         model: with the adapter.
-        start: what `start_of` returned.
+        start: what `start_of` returned; None writes none.
         earlier: folder of the adapter that goes on, whose start is this one's too; None for a new adapter.
     """
     target = folder / START_FOLDER
+    shutil.rmtree(target, ignore_errors=True)
     if start is None:
         return
-    shutil.rmtree(target, ignore_errors=True)
     if earlier is not None:
         if (Path(earlier) / START_FOLDER).is_dir():
             shutil.copytree(Path(earlier) / START_FOLDER, target)

@@ -120,6 +120,8 @@ class ShadowMixin(GraftedEvaluation):
         if self.args.graft and not in_search:
             self._check_output()
             run_on_main(self.accelerator, self._start_manifest, what="writing the manifest")
+        elif not in_search:
+            run_on_main(self.accelerator, self._write_start, what="removing the start of an adapter before")
         output = super().train(*args, **kwargs)
         if self.args.graft and not in_search:
             self.graft()
@@ -272,6 +274,9 @@ class ShadowMixin(GraftedEvaluation):
     def _start_manifest(self) -> None:
         os.makedirs(self.args.output_dir, exist_ok=True)
         write_manifest(self.args.output_dir, self._manifest)
+        self._write_start()
+
+    def _write_start(self) -> None:
         write_start(Path(self.args.output_dir), self.model, self._adapter_start, self.origins.adapter)
 
     @property

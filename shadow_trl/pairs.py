@@ -144,7 +144,8 @@ class ModelPair:
     @cached_property
     def _gaps(self) -> dict[str, Sums]:
         """Name -> its sums, for every weight that can be compared; reads all of them once."""
-        names = [name for name in self._comparable() if self.base.specs[name].is_float]
+        sides = (self.base, self.instruct)
+        names = [name for name in self._comparable() if all(side.specs[name].is_float for side in sides)]
         return measure_gap([(name, Place(self.base, name), Place(self.instruct, name)) for name in names])
 
     def _comparable(self) -> list[str]:

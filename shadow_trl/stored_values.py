@@ -151,13 +151,33 @@ def without_cast(merged: Checkpoint, start: Checkpoint, base: Checkpoint) -> Ite
     Yields:
         name on disk and `merged + base - base in start's dtype`, where that is another value.
     """
+    elsewhere = []
     for name, spec in merged.specs.items():
-        if spec == start.specs.get(name) or name not in base.specs or name not in start.specs:
+        if spec == start.specs.get(name):
             continue
-        origin = base.tensor(name)
-        cast = origin.double() - as_loaded(origin, start.tensor(name), "tuned")
+        if name not in base.specs or name not in start.specs:
+            elsewhere.append(name)
+            continue
+        cast = _cast_of(base.tensor(name), start.specs[name].dtype)
         if bool(cast.any()):
             yield name, merged.tensor(name).double() + cast
+    if not elsewhere:
+        return
+    # That run saved the weights under other names than BASE's, or the adapter made a weight of a shared one.
+    names = ModelNames(start)
+    learnt, first, origin = (MemoryWeights(side, names) for side in (merged, start, base))
+    rules = names.rules_of(merged.specs)
+    for name in names.memory:
+        if not any(source in elsewhere for source in learnt.sources(name)):
+            continue
+        cast = _cast_of(origin[name], first[name].dtype)
+        if bool(cast.any()):
+            yield from names.to_disk({name: learnt[name].double() + cast}, rules).items()
+
+
+def _cast_of(base: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return what rounding to `dtype` took from BASE's weight, float64."""
+    return base.double() - base.to(dtype).double()
 
 
 def module_of(key: str, known: set[str]) -> str | None:

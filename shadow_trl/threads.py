@@ -38,7 +38,8 @@ def run_threads(chunks: Sequence[_Chunk], make_worker: Callable[[], Callable[[_C
     except BaseException as error:  # Ctrl-C: the threads stop at their next chunk
         errors.append(error)
         for thread in threads:
-            thread.join()
+            if thread.ident is not None:  # the one that did not start, and those behind it, cannot be waited for
+                thread.join()
         raise
     if errors:
         raise errors[0]

@@ -579,6 +579,27 @@ def test_a_stage_that_loaded_base_in_fewer_bits_has_learnt_nothing_by_it(tmp_pat
         assert float((half[name].double() - instruct[name] - 0.5 * learnt).abs().max()) < 2e-7, name
 
 
+@pytest.mark.parametrize("target", ["q_proj", "lm_head"])
+def test_a_cast_of_base_is_known_under_other_names_and_in_a_head_of_its_own(tmp_path, target):
+    pair = make_pair(tmp_path / "pair", gap=0.3, tied=target == "lm_head")
+    AutoModelForCausalLM.from_pretrained(pair[0], dtype=torch.bfloat16).save_pretrained(tmp_path / "first")
+    if target == "q_proj":  # BASE as its bare model was saved
+        bare = {name.removeprefix("model."): value for name, value in load(pair[0]).items()}
+        save_file(bare, pair[0] / "model.safetensors", metadata={"format": "pt"})
+    adapter_on((tmp_path / "first", pair[1]), tmp_path / "run", LoraConfig(**{**LORA, "target_modules": [target]}))
+    roles = {"base": pair[0], "policy": tmp_path / "first"}
+    write_manifest(tmp_path / "run", {"kind": "run", **{role: {"source": str(path)} for role, path in roles.items()}})
+    graft(base=pair[0], instruct=pair[1], tuned=tmp_path / "run", output=tmp_path / "out", base_dtype="tuned",
+          untie=target == "lm_head", progress=False)  # fmt: skip
+    instruct, changed = load(pair[1]), 0
+    for name, value in load(tmp_path / "out").items():
+        learnt = product(tmp_path / "run", name, 2.0)
+        changed += bool(learnt.any())
+        receiver = instruct.get(name, instruct["model.embed_tokens.weight"])
+        assert float((value.double() - receiver.double() - learnt).abs().max()) < 2e-7, name
+    assert changed == (2 if target == "q_proj" else 1)
+
+
 @pytest.mark.parametrize("first_dtype", ["float32", "bfloat16"])
 def test_an_adapter_that_loaded_the_run_before_in_fewer_bits_has_learnt_nothing_by_it(tmp_path, first_dtype):
     pair = make_pair(tmp_path / "pair", gap=0.3, tied=False)

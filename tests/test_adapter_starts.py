@@ -78,6 +78,17 @@ def test_trainers_graft_what_they_trained(pair, tmp_path, monkeypatch, start):
     assert error(adapter_delta(pair[1], tmp_path / "form"), wanted) < 1e-5
 
 
+def test_the_start_of_a_run_before_in_the_same_folder_is_not_taken(pair, tmp_path):
+    folder = tmp_path / "run"
+    sft(pair, folder, peft_config=config_of("pissa_niter_4")).train()
+    assert (folder / "shadow" / "start").is_dir()
+    trainer = sft(pair, folder, peft_config=config_of("pissa_niter_4"), graft=False, seed=1)
+    trainer.train()
+    trainer.save_model()
+    with pytest.raises(AdapterError, match="its start was not kept"):
+        graft(base=pair[0], instruct=pair[1], tuned=folder, output=tmp_path / "out", progress=False)
+
+
 @pytest.mark.parametrize(
     ("name", "why"),
     [("LoRA, CorDA", "inputs of the layers"), ("LoRA, LoRA-GA", "without the gradients"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import warnings
 
 import pytest
@@ -65,6 +66,20 @@ def test_threads_do_not_change_the_sums(tmp_path, monkeypatch):
         monkeypatch.setattr(threads, "_thread_count", lambda count=count: count)
         found.append(sums(tmp_path / str(count), *sides))
     assert found[0] == found[1]
+
+
+def test_a_thread_that_cannot_start_is_the_error(monkeypatch):
+    monkeypatch.setattr(threads, "_thread_count", lambda: 3)
+    start = threading.Thread.start
+
+    def start_all_but_one(thread):
+        if thread.name == "graft-1":
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", start_all_but_one)
+    with pytest.raises(RuntimeError, match="can't start new thread"):
+        threads.run_threads(range(3), lambda: lambda chunk: None)
 
 
 @pytest.mark.parametrize("dtype", [BF16, FP32])

@@ -513,6 +513,13 @@ def test_weights_that_are_not_finite_are_refused_by_name(sides, value):
     assert "weights hold values that are not finite.\n  model.norm.weight\n" in text
 
 
+def test_packed_weights_have_no_sigma(sides):
+    edit_weights(sides[1], lambda w: {n: v.to(torch.float8_e4m3fn) if v.dim() > 1 else v for n, v in w.items()})
+    pair = ModelPair.open(*sides)
+    assert pair.gap() < 0.05
+    pair.check(level="weights")  # that they are packed is what grafting refuses
+
+
 # instruct = f * base gives sigma = (f - 1) / (f + 1): 1.5 -> 0.2, 4 -> 0.6
 def scale_instruct(sides, factor: float) -> None:
     edit_weights(sides[1], lambda w: {k: factor * v for k, v in load_file(sides[0] / "model.safetensors").items()})
