@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from . import __version__
 from .errors import ConfigError, ShadowError
@@ -39,6 +40,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 class _Parser(argparse.ArgumentParser):
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        # Before argparse, which would miss the required option that was misspelt and not say what was given.
+        known = [] if self._subparsers is not None else list(self._option_string_actions)
+        for word in args or () if known else ():
+            option = str(word).partition("=")[0]
+            if option.startswith("--") and option not in known:
+                near = difflib.get_close_matches(option, known, n=1)
+                self.error(f"there is no option {option}" + (f" (did you mean {near[0]}?)" if near else ""))
+        return super().parse_known_args(args, namespace)
+
     def error(self, message: str) -> NoReturn:
         raise ConfigError(f"{message}. See `{self.prog} --help`. Nothing was written.")
 

@@ -21,7 +21,7 @@ from .extracted_adapter import write_low_rank
 from .figures import DeltaReport, graft_figures
 from .graft_options import DTYPES, GraftOptions
 from .grafting import arithmetic, check_finite, dense_jobs
-from .inputs import Digests, Inputs, Source
+from .inputs import Digests, Inputs, Source, other_base
 from .jobs import Jobs
 from .manifest import write_delta_card, write_manifest
 from .merging import one_tuned
@@ -201,6 +201,7 @@ def _finish(
         config = inputs.instruct.path / "config.json"
         if config.is_file():
             shutil.copyfile(config, part / BASE_CONFIG)
+    report.warnings.extend(other_base(inputs, digests))
     sides = {
         role: {"source": side.source, "revision": side.revision, "digests": digests.get(role)}
         for role, side in inputs.sides.items()

@@ -21,7 +21,7 @@ from .delta_inputs import open_delta
 from .errors import ConfigError, GraftError, list_names
 from .figures import GraftReport, graft_figures, graft_warnings
 from .graft_options import GraftOptions, parse_size
-from .inputs import Digests, Inputs, Source, is_local, no_adapter_form
+from .inputs import Digests, Inputs, Source, is_local, no_adapter_form, other_base
 from .jobs import Jobs, check_rounding, full_jobs, low_rank_jobs, without_unchanged
 from .manifest import write_manifest, write_model_card
 from .merging import merged_checkpoint, one_tuned, subtracted_dtype, truncated
@@ -182,9 +182,9 @@ def check_graft(
             full_jobs(origin, receiver, origin, settings, None)
     check_place(target, folders)
     if settings.format == "adapter" and not adapter:
-        raise no_adapter_form(["tuned will be a full checkpoint"])
+        raise no_adapter_form(["tuned will be a full checkpoint"], rank=False)
     if settings.format == "adapter" and adapter_config is not None and kind_of(adapter_config).obstacles:
-        raise no_adapter_form(list(kind_of(adapter_config).obstacles))
+        raise no_adapter_form(list(kind_of(adapter_config).obstacles), rank=False)
     if settings.format == "model" or not adapter:
         check_space(target, _size(receiver, settings))
 
@@ -269,6 +269,7 @@ def _write_provenance(
     digests: dict[str, Any],
     left_out: list[str],
 ) -> None:
+    report.warnings.extend(other_base(inputs, digests))
     sides = {
         role: {"source": side.source, "revision": side.revision, "digests": digests.get(role)}
         for role, side in inputs.sides.items()

@@ -77,13 +77,15 @@ class Inputs:
         if learnt.is_adapter:
             check_has_delta(learnt.adapter_config)
         modules = read_lora(learnt) if learnt.is_adapter and _streams(learnt, receiver) else {}
+        named = base is not None
         if base is None:
             base = base_model_of(learnt) if learnt.is_adapter else None
         if base is None:
             raise ConfigError(
                 "base is missing: only an adapter that names its own may leave it out. Nothing was written."
             )
-        origin = Checkpoint.open(base, weights=not modules or options.instruct_scale != 1.0 or options.rank is not None)
+        weights = not modules or options.instruct_scale != 1.0 or options.rank is not None
+        origin = Checkpoint.open(base, weights=weights) if named else _open_named(learnt, base, weights)
         if origin.is_adapter:
             raise AdapterError(f"base {origin} is an adapter, not a model. Merge it first. Nothing was written.")
         if origin.specs:
@@ -93,7 +95,7 @@ class Inputs:
             side.check_not_quantised(role)
         warnings = ModelPair(origin, receiver).check(vocab=options.vocab) if check_pair else []  # type: ignore[arg-type]
         warnings += _check_trained(origin, receiver, learnt)
-        form, reasons = form_of(learnt, receiver, modules, options)
+        form, reasons = form_of(learnt, receiver, modules, options, made=bool(stages))
         inputs = cls(origin, receiver, learnt, form, modules, warnings, reasons, stages or {}, made=learnt.is_adapter)
         inputs.warnings += _adapter_warnings(inputs)
         return inputs
@@ -111,6 +113,17 @@ class Inputs:
         return [(role, side.path) for role, side in {**self.sides, "base": self.base}.items()]
 
 
+def _open_named(adapter: Checkpoint, base: Source, weights: bool) -> Checkpoint:
+    """Open the BASE that an adapter's config names."""
+    try:
+        return Checkpoint.open(base, weights=weights)
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"adapter {adapter} names {base} as the model that it was trained on, which cannot be used: {error} Where "
+            "that model lies elsewhere, give it with base=... (--base B)."
+        ) from error
+
+
 def _check_trained(base: Checkpoint, instruct: Checkpoint, tuned: Checkpoint) -> list[str]:
     """Refuse a graft of the same BASE as TUNED: INSTRUCT - BASE would be added once more, without a word.
 
@@ -124,29 +137,63 @@ def _check_trained(base: Checkpoint, instruct: Checkpoint, tuned: Checkpoint) ->
             f"tuned {tuned} is a graft of this base, not what training made of it: instruct - base is in it already "
             f"and would be added twice. Give what was trained: {run}. Nothing was written."
         )
+    if base.path == instruct.path:
+        return [f"base and instruct are one folder, {instruct}: the result is what was trained, no graft."]
     if tuned.path == instruct.path != base.path:
         return [f"tuned and instruct are one folder, {tuned}: what is added is all that instruct differs from base by."]
     return []
 
 
 def _is(side: Checkpoint, manifest: Mapping[str, Any], role: str) -> bool:
-    """Whether a manifest names `side` in a role, by the same word or another path of the same folder."""
-    named = str((manifest.get(role) or {}).get("source"))
-    folder = Path(named).expanduser()
-    return named == side.source or (folder.is_dir() and side.path.is_dir() and folder.samefile(side.path))
+    """Whether a manifest names `side` in a role."""
+    return _is_called(side, str((manifest.get(role) or {}).get("source")))
+
+
+def _is_called(side: Checkpoint, name: str) -> bool:
+    """Whether `name` is `side`, by the same word or as another path of the same folder."""
+    folder = Path(name).expanduser()
+    return name in (side.source, str(side)) or (folder.is_dir() and side.path.is_dir() and folder.samefile(side.path))
+
+
+def other_base(inputs: Inputs, digests: Mapping[str, Mapping[str, str]]) -> list[str]:
+    """Return a warning for each TUNED that says it was trained on something else than BASE.
+
+    Args:
+        inputs: of the graft.
+        digests: role -> file -> digest; they decide where the run recorded its own, else the names do.
+    """
+    found = []
+    learnt = {role: side for role, side in inputs.stages.items() if role.startswith("tuned")} or {"": inputs.tuned}
+    for tuned in learnt.values():
+        manifest = read_manifest(tuned.path) or {}
+        entry = (manifest.get("base") or {}) if manifest.get("kind") == "run" else {}
+        named = entry.get("source") or (base_model_of(tuned) if tuned.is_adapter else None)
+        recorded, ours = entry.get("digests") or {}, digests.get("base", {})
+        common = recorded.keys() & ours.keys()
+        same = all(recorded[name] == ours[name] for name in common) if common else _is_called(inputs.base, str(named))
+        if named is not None and not same:
+            what = "with other weights" if common else "by its name"
+            found.append(
+                f"tuned {tuned} was trained on another base {what}: {named}, and not {inputs.base}. What these two "
+                "differ by is in the delta, unless they are the same weights. Give the base that it was trained on."
+            )
+    return found
 
 
 def form_of(
-    tuned: Checkpoint, instruct: Checkpoint, modules: dict[str, LoraModule], options: GraftOptions
+    tuned: Checkpoint, instruct: Checkpoint, modules: dict[str, LoraModule], options: GraftOptions, made: bool = False
 ) -> tuple[str, list[str]]:
     """Return `adapter` or `model`, whichever the result takes, and why an adapter becomes dense weights.
+
+    `made` says that TUNED was made here, of several.
 
     Raises:
         AdapterError: an adapter is asked for and there is no exact one.
     """
     if options.format == "model" or not tuned.is_adapter:
         if options.format == "adapter" or options.rank is not None:
-            raise no_adapter_form(["tuned is a full checkpoint  (`shadow-trl delta --rank R` makes a LoRA for base)"])
+            what = "a sum, which has an adapter form for plain LoRAs only" if made else "a full checkpoint"
+            raise no_adapter_form([f"tuned is {what}  (`shadow-trl delta --rank R` makes a LoRA for base)"], rank=False)
         return "model", []
     if options.rank is not None:
         return "adapter", []
@@ -179,12 +226,12 @@ def adapter_obstacles(tuned: Checkpoint, scale: float) -> list[str]:
     return reasons
 
 
-def no_adapter_form(reasons: list[str]) -> AdapterError:
-    """Return the error for a result that cannot be an exact adapter."""
+def no_adapter_form(reasons: list[str], *, rank: bool = True) -> AdapterError:
+    """Return the error for a result that cannot be an exact adapter; `rank` says whether an inexact one can be made."""
+    nearest = "; or rank=R (--rank R): the nearest LoRA of that rank, with its error in the report" if rank else ""
     return AdapterError(
-        f"there is no exact adapter form of this graft.\n{list_names(reasons)}\nUse format='model', which is exact; "
-        "or, for an adapter, rank=R (--rank R): the nearest LoRA of that rank, with its error in the report. Nothing "
-        "was written."
+        f"there is no exact adapter form of this graft.\n{list_names(reasons)}\nUse format='model', which is "
+        f"exact{nearest}. Nothing was written."
     )
 
 

@@ -6,10 +6,11 @@ import os
 import tempfile
 from pathlib import Path
 
+from .architectures import compare_architectures
 from .checkpoint import Checkpoint, Place
 from .delta_folder import refuse_deltas
 from .distances import measure_gap
-from .errors import AdapterError, GraftError, list_names
+from .errors import AdapterError, GraftError, PairMismatchError, list_names
 from .figures import GapReport, gap_report
 from .layouts import resolve
 from .progress import Progress
@@ -44,6 +45,9 @@ def gap(base: Source, instruct: Source, tuned: Source | None = None, *, progress
         if side.is_adapter:
             raise AdapterError(f"{role} {side} is an adapter; gap compares full checkpoints. Merge it first.")
         side.check_not_quantised(role)
+    findings = compare_architectures(sides["base"].config, sides["instruct"].config)
+    if findings.errors:
+        raise PairMismatchError("\n".join(findings.errors))
     return _measure(sides["base"], sides["instruct"], sides.get("tuned"), progress)
 
 

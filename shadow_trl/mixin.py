@@ -116,11 +116,12 @@ class ShadowMixin(GraftedEvaluation):
         Arguments and return value are those of `transformers.Trainer.train`. With `graft=False`, and within a
         hyperparameter search, nothing is saved or grafted at the end. The report of the graft is in `graft_report`.
         """
-        in_search = inspect.signature(super().train).bind(*args, **kwargs).arguments.get("trial") is not None
+        given = inspect.signature(super().train).bind(*args, **kwargs).arguments
+        in_search = given.get("trial") is not None
         if self.args.graft and not in_search:
             self._check_output()
             run_on_main(self.accelerator, self._start_manifest, what="writing the manifest")
-        elif not in_search:
+        elif not in_search and not given.get("resume_from_checkpoint"):
             run_on_main(self.accelerator, self._write_start, what="removing the start of an adapter before")
         output = super().train(*args, **kwargs)
         if self.args.graft and not in_search:

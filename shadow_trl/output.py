@@ -111,7 +111,8 @@ def check_free(path: Path, overwrite: bool, kind: str = "graft") -> None:
         return
     if not overwrite:
         raise OutputExistsError(
-            f"{path} exists. Choose another output, remove it, or overwrite it (--overwrite). Nothing was written."
+            f"{path} exists. Choose another output, remove it, or overwrite it (--overwrite; in training "
+            "graft_overwrite). Nothing was written."
         )
     there = path if os.path.lexists(path) else old
     manifest = _manifest(there)

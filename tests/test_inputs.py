@@ -8,12 +8,15 @@ import sys
 
 import pytest
 import torch
-from families import CONFIG, family, load, shapes, write
+from families import CONFIG, family, load, lora, moved, shapes, write
 from safetensors.torch import save_file
 
 from shadow_trl import extract_delta, graft, output
-from shadow_trl.errors import CheckpointError, ConfigError, GraftError
+from shadow_trl.errors import CheckpointError, ConfigError, GraftError, PairMismatchError
 from shadow_trl.grafting import check_graft
+from shadow_trl.manifest import write_manifest
+from shadow_trl.measuring import gap
+from shadow_trl.origins import describe
 
 WEIGHT = "model.layers.0.mlp.up_proj.weight"
 STEM = WEIGHT.removesuffix(".weight")
@@ -127,3 +130,56 @@ def test_a_graft_is_what_more_training_of_its_instruct_starts_from(tmp_path):
     graft(**sides, output=tmp_path / "grafted")
     graft(base=sides["instruct"], instruct=sides["instruct"], tuned=tmp_path / "grafted", output=tmp_path / "again")
     assert (tmp_path / "again/model.safetensors").read_bytes() == (tmp_path / "grafted/model.safetensors").read_bytes()
+
+
+# --- TUNED and the BASE that it says it was trained on -------------------------------------------------------------
+
+
+def told(warnings) -> list[str]:
+    return [text for text in warnings if "trained on another base" in text]
+
+
+def test_a_run_of_another_base_is_told_by_the_digests(tmp_path):
+    sides = family(tmp_path)
+    write_manifest(sides["tuned"], {"kind": "run", "base": describe(str(sides["base"]), None)})
+    moved_away = sides["base"].rename(tmp_path / "moved")
+    other = write(tmp_path / "other", moved(load(moved_away), 9, 1e-3))
+    same = graft(**{**sides, "base": moved_away}, output=tmp_path / "a", progress=False)
+    assert told(same.warnings) == []
+    wrong = graft(**{**sides, "base": other}, output=tmp_path / "b", progress=False)
+    assert [str(sides["base"]) in text and str(other) in text for text in told(wrong.warnings)] == [True]
+    assert "with other weights" in told(wrong.warnings)[0]
+    delta = extract_delta(base=other, tuned=sides["tuned"], output=tmp_path / "c", progress=False)
+    assert len(told(delta.warnings)) == 1
+
+
+def test_an_adapter_of_another_base_is_told_by_its_name(tmp_path):
+    sides = family(tmp_path)
+    other = write(tmp_path / "other", moved(load(sides["base"]), 9, 1e-3))
+    adapter = lora(tmp_path / "lora", base_model_name_or_path=str(sides["base"]))
+    options = {"instruct": sides["instruct"], "tuned": adapter, "format": "model", "progress": False}
+    for number, base in enumerate((None, sides["base"], sides["base"] / ".." / "base")):
+        assert told(graft(base=base, **options, output=tmp_path / f"same{number}").warnings) == []
+    assert "by its name" in told(graft(base=other, **options, output=tmp_path / "b").warnings)[0]
+
+
+def test_grafting_onto_the_base_itself_is_told(tmp_path):
+    sides = family(tmp_path)
+    adapter = lora(tmp_path / "lora", base_model_name_or_path=str(sides["base"]))
+    report = graft(instruct=sides["base"], tuned=adapter, output=tmp_path / "a", format="model", progress=False)
+    assert any("base and instruct are one folder" in text for text in report.warnings)
+
+
+def test_the_missing_base_of_an_adapter_is_told_with_a_way_out(tmp_path):
+    sides = family(tmp_path)
+    adapter = lora(tmp_path / "lora", base_model_name_or_path="/gone/base")
+    with pytest.raises(CheckpointError, match=r"names /gone/base as the model that it was trained on(.|\n)*--base B"):
+        graft(instruct=sides["instruct"], tuned=adapter, output=tmp_path / "a", progress=False)
+    assert not (tmp_path / "a").exists()
+
+
+def test_gap_of_two_networks_says_so(tmp_path):
+    sides = family(tmp_path)
+    other = write(tmp_path / "other", load(sides["instruct"]), config={**CONFIG, "num_hidden_layers": 7})
+    with pytest.raises(PairMismatchError, match=r"different networks(.|\n)*num_hidden_layers"):
+        gap(sides["base"], other, progress=False)
