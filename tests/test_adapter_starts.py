@@ -89,6 +89,16 @@ def test_the_start_of_a_run_before_in_the_same_folder_is_not_taken(pair, tmp_pat
         graft(base=pair[0], instruct=pair[1], tuned=folder, output=tmp_path / "out", progress=False)
 
 
+def test_a_run_that_goes_on_without_a_graft_keeps_its_start(pair, tmp_path):
+    folder, kept = tmp_path / "run", tmp_path / "run" / "shadow" / "start" / "adapter_model.safetensors"
+    saving = {"save_strategy": "steps", "save_steps": 1}
+    sft(pair, folder, peft_config=config_of("pissa_niter_4"), **saving).train()
+    before = kept.read_bytes()
+    trainer = sft(pair, folder, peft_config=config_of("pissa_niter_4"), graft=False, seed=1, **saving)
+    trainer.train(resume_from_checkpoint=str(min(folder.glob("checkpoint-*"))))
+    assert kept.read_bytes() == before
+
+
 @pytest.mark.parametrize(
     ("name", "why"),
     [("LoRA, CorDA", "inputs of the layers"), ("LoRA, LoRA-GA", "without the gradients"),
