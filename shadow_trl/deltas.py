@@ -188,7 +188,9 @@ class BlockGrafter:
         if self.stats:
             sums.gap, sums.size = _gap_of(minus, total, spare)
             if not math.isfinite(sums.gap + sums.size):  # too large for fp32, or not finite, which is found below
-                sums.gap, sums.size = _gap_of(minus.double(), total.double(), spare.double())
+                sums.gap, sums.size = _gap_of(
+                    minus.double(), total.double(), torch.empty_like(spare, dtype=torch.float64)
+                )
         minus.sub_(spare.copy_(tuned))
         if self.scale != 1.0:
             minus.mul_(self.scale)

@@ -36,6 +36,7 @@ class GraftReport:
         noise: |r-d|/|d|, what rounding put beside the change.
         by_kind: kind of weight -> the same figures and the number of weights and elements.
         warnings: what the user should know.
+        dense_because: why an adapter became dense weights, where `auto` chose them.
     """
 
     output: Path
@@ -51,6 +52,7 @@ class GraftReport:
     noise: float | None = None
     by_kind: dict[str, dict[str, Any]] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
+    dense_because: list[str] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything in types that JSON knows."""
@@ -60,6 +62,8 @@ class GraftReport:
         """Return the report as lines for a terminal."""
         unit = "modules" if self.form == "adapter" else "weights"
         lines = [f"{self.form} in {self.output}: {self.grafted} {unit} grafted, {self.copied} copied, {self.dtype}"]
+        if self.dense_because:
+            lines.append(f"dense because {'; '.join(self.dense_because)}")
         figures = {name: getattr(self, name) for name in ("sigma", "delta_norm", "realised", "noise")}
         shown = [f"{name} {value:.4g}" for name, value in figures.items() if value is not None]
         return "\n".join([*lines, *(["  ".join(shown)] if shown else [])])

@@ -215,7 +215,7 @@ def _write_dense_form(inputs: Inputs, part: Path, target: Path, options: GraftOp
         notes = [*inputs.warnings, *jobs.warnings, *graft_warnings(figures, dtype or "", options.rounding)]
         report = GraftReport(
             target, "model", jobs.grafted, len(jobs.weights) - jobs.grafted, dtype or "", options.scale,
-            options.instruct_scale, **figures, warnings=notes,
+            options.instruct_scale, **figures, warnings=notes, dense_because=inputs.reasons,
         )  # fmt: skip
         _write_provenance(part, inputs, report, options, digests=digests.collect(), left_out=jobs.left_out)
     return report
@@ -279,8 +279,6 @@ def _write_provenance(
     content = {"kind": "graft", **inputs.recorded, **sides, "options": options.to_dict(), "left_out": left_out, **found}
     if inputs.weights not in ([], [1.0]):
         content["tuned_weights"] = inputs.weights
-    if inputs.reasons:
-        content["dense_because"] = inputs.reasons
     write_manifest(part, content)
     write_model_card(part, content, adapter=report.form == "adapter")
 

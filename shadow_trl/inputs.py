@@ -94,7 +94,7 @@ class Inputs:
         for role, side in (stages or {"tuned": learnt}).items():
             side.check_not_quantised(role)
         warnings = ModelPair(origin, receiver).check(vocab=options.vocab) if check_pair else []  # type: ignore[arg-type]
-        warnings += _check_trained(origin, receiver, learnt)
+        warnings += _check_trained(origin, receiver, learnt) if check_pair else []
         form, reasons = form_of(learnt, receiver, modules, options, made=bool(stages))
         inputs = cls(origin, receiver, learnt, form, modules, warnings, reasons, stages or {}, made=learnt.is_adapter)
         inputs.warnings += _adapter_warnings(inputs)

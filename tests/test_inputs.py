@@ -150,7 +150,7 @@ def test_a_run_of_another_base_is_told_by_the_digests(tmp_path):
     assert [str(sides["base"]) in text and str(other) in text for text in told(wrong.warnings)] == [True]
     assert "with other weights" in told(wrong.warnings)[0]
     delta = extract_delta(base=other, tuned=sides["tuned"], output=tmp_path / "c", progress=False)
-    assert len(told(delta.warnings)) == 1
+    assert len(told(delta.warnings)) == len(delta.warnings) == 1
 
 
 def test_an_adapter_of_another_base_is_told_by_its_name(tmp_path):
@@ -168,6 +168,15 @@ def test_grafting_onto_the_base_itself_is_told(tmp_path):
     adapter = lora(tmp_path / "lora", base_model_name_or_path=str(sides["base"]))
     report = graft(instruct=sides["base"], tuned=adapter, output=tmp_path / "a", format="model", progress=False)
     assert any("base and instruct are one folder" in text for text in report.warnings)
+
+
+def test_auto_says_why_it_wrote_dense_weights(tmp_path):
+    sides = family(tmp_path)
+    adapter = lora(tmp_path / "lora", base_model_name_or_path=str(sides["base"]))
+    report = graft(instruct=sides["instruct"], tuned=adapter, output=tmp_path / "auto", progress=False)
+    assert f"dense because instruct {sides['instruct']} is a local folder" in report.text()
+    asked = graft(instruct=sides["instruct"], tuned=adapter, output=tmp_path / "b", format="model", progress=False)
+    assert "dense because" not in asked.text()
 
 
 def test_the_missing_base_of_an_adapter_is_told_with_a_way_out(tmp_path):
