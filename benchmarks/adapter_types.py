@@ -19,7 +19,7 @@ import warnings
 from pathlib import Path
 
 HERE = Path(__file__).resolve()
-sys.path.insert(0, str(HERE.parent.parent / "tests"))
+sys.path.insert(0, str(HERE.parent.parent / "tests" / "support"))
 
 from adapter_cases import CASES, Case, Trained, adapter_delta, dense_delta, error, train  # noqa: E402
 

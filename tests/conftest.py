@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-import sys
+from collections.abc import Callable
 from pathlib import Path
 
 # Before anything imports torch or the hub's client: the suite needs no network, and tiny models are slower on several
@@ -18,9 +18,6 @@ os.environ.update(
 )
 
 import pytest
-
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -38,3 +35,40 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     from tiny import make_pair
 
     return make_pair(tmp_path_factory.mktemp("pair"), dtype=torch.bfloat16)
+
+
+@pytest.fixture(scope="module")
+def fp32_pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A tiny tied Qwen3 pair (base, instruct) in fp32."""
+    from tiny import make_pair
+
+    return make_pair(tmp_path_factory.mktemp("fp32"))
+
+
+@pytest.fixture(scope="module")
+def full_run(fp32_pair: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of full fine-tuning on `fp32_pair`."""
+    from runs import sft
+
+    folder = tmp_path_factory.mktemp("full") / "sft"
+    sft(fp32_pair, folder).train()
+    return folder
+
+
+@pytest.fixture(scope="module")
+def lora_run(fp32_pair: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run with a LoRA on `fp32_pair`."""
+    from runs import lora, sft
+
+    folder = tmp_path_factory.mktemp("lora") / "sft"
+    sft(fp32_pair, folder, peft_config=lora()).train()
+    return folder
+
+
+@pytest.fixture(scope="session")
+def families(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Return a function that makes base, instruct and tuned of an architecture, all weights random, once."""
+    from architectures import make_family
+
+    root = tmp_path_factory.mktemp("families")
+    return lambda name: make_family(root / name, name)

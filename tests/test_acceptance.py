@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_recipes import SETTINGS, write_rows
+from rows import SETTINGS, write_rows
 from tiny import SPECIAL, TEMPLATE
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast

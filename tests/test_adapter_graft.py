@@ -12,8 +12,8 @@ import torch
 from adapter_cases import CASES, adapter_delta, error, merged_weights, train
 from families import LINEAR, family, load, lora
 from peft import LoraConfig, PeftModel, get_peft_model
+from runs import LORA, settings, sft
 from safetensors.torch import load_file, save_file
-from test_trainers import LORA, settings, sft
 from tiny import make_pair, preference_data, sft_data
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Qwen3MoeConfig
 

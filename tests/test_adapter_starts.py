@@ -10,7 +10,7 @@ import pytest
 from adapter_cases import CASES, LINEAR, adapter_delta, error, merged_weights, train
 from families import load
 from peft import AdaLoraConfig, LoftQConfig, LoraConfig, LoraGAConfig
-from test_trainers import LORA, settings, sft
+from runs import LORA, settings, sft
 from tiny import make_pair, preference_data
 from transformers import AutoModelForCausalLM
 

@@ -6,28 +6,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from interrupts import InterruptAfter, Interrupted, files_of
+from runs import lora, settings
 from safetensors.torch import load_file
-from test_trainers import lora, settings
 from tiny import make_tokenizer, preference_data, sft_data
-from transformers import AutoModelForCausalLM, Qwen3MoeConfig, TrainerCallback
+from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 
 from shadow_trl import ShadowDPOConfig, ShadowDPOTrainer, ShadowSFTConfig, ShadowSFTTrainer, graft
 from shadow_trl.manifest import read_manifest
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning:transformers")
-
-
-class Interrupted(Exception):
-    """Stands for a killed process."""
-
-
-class InterruptAfter(TrainerCallback):
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step > self.step:
-            raise Interrupted
 
 
 def trainer_of(pair, folder: Path, kind: str, *, with_lora: bool, callbacks=None, **changes):
@@ -46,10 +34,6 @@ def trainer_of(pair, folder: Path, kind: str, *, with_lora: bool, callbacks=None
         peft_config=lora() if with_lora else None,
         callbacks=callbacks,
     )
-
-
-def files_of(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.glob("*.safetensors")}
 
 
 @pytest.mark.parametrize("with_lora", [False, True], ids=["full", "lora"])

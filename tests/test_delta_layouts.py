@@ -7,11 +7,10 @@ from typing import Any
 import peft
 import pytest
 import torch
-from test_layouts import CONFIGS, ROLES, SCALE, assert_sum, families, in_memory, model_class
+from architectures import CONFIGS, ROLES, SCALE, assert_sum, in_memory, model_class
 
 from shadow_trl import extract_delta, graft
 
-__all__ = ["families"]
 QUIET = {"digest": "none", "progress": False}
 
 

@@ -9,8 +9,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 from peft import LoraConfig
-from test_pipeline import merged, weights
-from test_trainers import LORA, log_probability, lora, settings
+from runs import LORA, log_probability, lora, settings
+from stages import tuned_weights, weights
 from tiny import make_pair, make_tokenizer, preference_data, save_model, sft_data
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3MoeConfig, TrainerCallback
 from trl import DPOConfig, DPOTrainer
@@ -80,7 +80,7 @@ def test_figures_are_those_of_the_grafted_model(pair, tmp_path, with_lora, polic
     )  # fmt: skip
     trainer.train()
     base, instruct = weights(pair[0]), weights(pair[1])
-    tuned = merged(pair[0], tmp_path) if with_lora else weights(tmp_path)
+    tuned = tuned_weights(pair[0], tmp_path) if with_lora else weights(tmp_path)
     grafted = {name: instruct[name] + 0.5 * (tuned[name] - base[name]) for name in tuned}
     reference = pair[0] if policy == "init" else pair[1]
     last = events.evaluations[-1]
@@ -109,7 +109,7 @@ def test_adapter_on_the_full_model_of_an_earlier_stage(pair, tmp_path):
         (tmp_path / "sft", pair[1]), tmp_path / "dpo", peft_config=lora(), graft_scale=0.5, per_device_eval_batch_size=5
     )
     trainer.train()
-    base, instruct, tuned = weights(pair[0]), weights(pair[1]), merged(tmp_path / "sft", tmp_path / "dpo")
+    base, instruct, tuned = weights(pair[0]), weights(pair[1]), tuned_weights(tmp_path / "sft", tmp_path / "dpo")
     grafted = {name: instruct[name] + 0.5 * (tuned[name] - base[name]) for name in tuned}
     margin, loss = margin_by_hand(pair, grafted, tmp_path / "sft", 1.0)
     last = [line for line in trainer.state.log_history if "eval_loss" in line][-1]

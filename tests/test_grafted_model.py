@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
 from datasets import Dataset
+from repository import ROOT
+from runs import settings
 from safetensors.torch import load_file
-from test_trainers import settings
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from shadow_trl import ShadowSFTConfig, ShadowSFTTrainer

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset, IterableDataset
-from test_trainers import lora, saved_files, settings
+from runs import lora, saved_files, settings
 from tiny import preference_data, sft_data
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from repository import ROOT
 from safetensors.torch import load_file, save_file
 from tiny import SPECIAL, make_pair, make_tokenizer
 from transformers import (
@@ -23,7 +24,6 @@ from shadow_trl.embeddings import shared_rows, special_ids, vocabulary_of
 from shadow_trl.errors import CheckpointError, ConfigError, InputError, PairMismatchError
 from shadow_trl.pairs import ModelPair
 
-ROOT = Path(__file__).resolve().parent.parent
 EMBEDDING = "model.embed_tokens.weight"
 NANO = ROOT / "data" / "nano-base", ROOT / "data" / "nano-instruct"
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig, PeftModel
-from safetensors.torch import load_file
-from test_trainers import LORA, dpo, log_probability, lora, settings, sft
+from runs import LORA, dpo, log_probability, lora, settings, sft
+from stages import tuned_weights, weights
 from tiny import make_pair, preference_data
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -18,25 +18,6 @@ from shadow_trl.errors import AdapterError, InputError
 from shadow_trl.manifest import read_manifest
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning:transformers")
-
-
-@pytest.fixture(scope="module")
-def fp32_pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    return make_pair(tmp_path_factory.mktemp("fp32"))
-
-
-@pytest.fixture(scope="module")
-def full_run(fp32_pair, tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("full") / "sft"
-    sft(fp32_pair, folder).train()
-    return folder
-
-
-@pytest.fixture(scope="module")
-def lora_run(fp32_pair, tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("lora") / "sft"
-    sft(fp32_pair, folder, peft_config=lora()).train()
-    return folder
 
 
 def go_on(run: Path, folder: Path, **changes) -> ShadowDPOTrainer:
@@ -50,23 +31,6 @@ def go_on(run: Path, folder: Path, **changes) -> ShadowDPOTrainer:
     )
     trainer.train()
     return trainer
-
-
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return {name: tensor.double() for name, tensor in load_file(folder / "model.safetensors").items()}
-
-
-def merged(base: Path, adapter: Path) -> dict[str, torch.Tensor]:
-    """BASE with a plain LoRA of one rank and alpha, in float64, from the files alone."""
-    state, factors = weights(base), load_file(adapter / "adapter_model.safetensors")
-    for name in list(factors):
-        if name.endswith("lora_A.weight"):
-            module = name.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
-            left = factors[name.replace("lora_A", "lora_B")].double()
-            state[f"{module}.weight"] = state[f"{module}.weight"] + LORA["lora_alpha"] / LORA["r"] * (
-                left @ factors[name].double()
-            )
-    return state
 
 
 def assert_close(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
@@ -92,7 +56,7 @@ def test_one_adapter_through_both_stages(fp32_pair, lora_run, tmp_path):
     trainer = go_on(lora_run, tmp_path)
     assert list(trainer.model.peft_config) == ["default", "ref"]
     base, instruct = weights(fp32_pair[0]), weights(fp32_pair[1])
-    tuned, stage = merged(fp32_pair[0], tmp_path), merged(fp32_pair[0], lora_run)
+    tuned, stage = tuned_weights(fp32_pair[0], tmp_path), tuned_weights(fp32_pair[0], lora_run)
     assert max((tuned[name] - stage[name]).abs().max().item() for name in tuned) > 1e-4
     assert_close(weights(tmp_path / "grafted"), {name: instruct[name] + (tuned[name] - base[name]) for name in tuned})
 
@@ -101,7 +65,7 @@ def test_one_adapter_through_both_stages(fp32_pair, lora_run, tmp_path):
 def test_adapter_after_full_carries_both_deltas(fp32_pair, full_run, tmp_path, policy):
     go_on(full_run, tmp_path / "dpo", peft_config=lora(), ref_policy=policy)
     base, instruct = weights(fp32_pair[0]), weights(fp32_pair[1])
-    tuned, stage = merged(full_run, tmp_path / "dpo"), weights(full_run)
+    tuned, stage = tuned_weights(full_run, tmp_path / "dpo"), weights(full_run)
     assert max((tuned[name] - stage[name]).abs().max().item() for name in tuned) > 1e-4
     expected = {name: instruct[name] + (tuned[name] - base[name]) for name in tuned}
     assert_close(weights(tmp_path / "dpo" / "grafted"), expected)
@@ -150,7 +114,7 @@ def test_first_margin_of_the_second_stage_by_hand(
 ):
     run = full_run if kind == "full" else lora_run
     base, instruct = weights(fp32_pair[0]), weights(fp32_pair[1])
-    start = weights(run) if kind == "full" else merged(fp32_pair[0], run)
+    start = weights(run) if kind == "full" else tuned_weights(fp32_pair[0], run)
     scale = 0.5
     states = {
         "init": start,

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from repository import ROOT
+from stages import tuned_weights, weights
 from tiny import make_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM
 from trl import get_peft_config
@@ -16,7 +17,7 @@ from shadow_trl.pipeline import run_pipeline
 from shadow_trl.pipeline_options import read_plan
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning:transformers")
-ROOT = Path(__file__).resolve().parent.parent
+
 FOLDER = ROOT / "recipes/configs/pipelines"
 KINDS = {"zephyr-7b": "mistral", "smollm2-1.7b": "llama", "tulu-3-8b": "llama", "qwen3-0.6b": "qwen3"}
 DRY = [
@@ -97,23 +98,6 @@ def make_models(folder: Path, kind: str) -> tuple[Path, Path]:
             for weight in model.parameters():
                 weight.add_(0.02 * weight.abs().mean() * torch.randn_like(weight))
     return folder / "base", folder / "instruct"
-
-
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return {name: tensor.double() for name, tensor in load_file(folder / "model.safetensors").items()}
-
-
-def tuned_weights(base: Path, folder: Path) -> dict[str, torch.Tensor]:
-    """TUNED in float64: its own file, or BASE with the adapter's factors times alpha / r, from the files alone."""
-    if (folder / "model.safetensors").is_file():
-        return weights(folder)
-    settings = json.loads((folder / "adapter_config.json").read_text())
-    state, factors = weights(base), load_file(folder / "adapter_model.safetensors")
-    for name in [name for name in factors if name.endswith("lora_A.weight")]:
-        target = name.removeprefix("base_model.model.").replace("lora_A.weight", "weight")
-        left, right = factors[name.replace("lora_A", "lora_B")].double(), factors[name].double()
-        state[target] += settings["lora_alpha"] / settings["r"] * (left @ right)
-    return state
 
 
 def test_the_shipped_pipelines_are_these() -> None:

@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from test_pipeline_configs import tuned_weights, weights
-from test_recipes import SETTINGS, write_rows
+from repository import ROOT
+from rows import SETTINGS, write_rows
+from stages import tuned_weights, weights
 from tiny import preference_data, sft_data
 from trl import ScriptArguments
 
@@ -24,7 +25,7 @@ from shadow_trl.pipeline_options import is_done, last_checkpoint
 from shadow_trl.recipe_data import load_split
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning:transformers")
-ROOT = Path(__file__).resolve().parent.parent
+
 LORA = {"use_peft": True, "lora_r": 4, "lora_alpha": 8, "lora_target_modules": ["q_proj", "v_proj"]}
 SHARED = {"model_name_or_path": "base", "instruct_model": "instruct", **SETTINGS, "max_steps": 2}
 

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 import yaml
+from repository import ROOT
+from rows import SETTINGS, write_rows
 from tiny import preference_data, sft_data
 
 from shadow_trl.errors import InputError
@@ -18,24 +20,7 @@ from shadow_trl.recipe_data import load_split
 from shadow_trl.recipes import _claim_folder, main_dpo, main_sft
 from shadow_trl.report import TITLES
 
-ROOT = Path(__file__).resolve().parent.parent
 MAINS = {"sft": main_sft, "dpo": main_dpo}
-SETTINGS = {
-    "max_steps": 3,
-    "per_device_train_batch_size": 4,
-    "learning_rate": 1e-3,
-    "bf16": False,
-    "activation_checkpointing": False,
-    "dataloader_pin_memory": False,
-    "report_to": "none",
-    "save_strategy": "no",
-    "seed": 3,
-    "use_cpu": True,
-}
-
-
-def write_rows(path: Path, rows: list[dict]) -> None:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 @pytest.fixture

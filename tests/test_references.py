@@ -10,8 +10,7 @@ import pytest
 import torch
 from datasets import Dataset, IterableDataset
 from peft import PeftModel
-from test_pipeline import fp32_pair, full_run, lora_run  # noqa: F401  (fixtures)
-from test_trainers import dpo, log_probability, lora, settings
+from runs import dpo, log_probability, lora, settings
 from tiny import preference_data, save_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import DPOTrainer
@@ -44,7 +43,7 @@ def gains(pair, rows, name: str) -> dict[str, float]:
     }
 
 
-def test_graft_of_a_lora_start_is_made_in_memory(lora_run, tmp_path, monkeypatch):  # noqa: F811
+def test_graft_of_a_lora_start_is_made_in_memory(lora_run, tmp_path, monkeypatch):
     options = {"ref_policy": "grafted", "graft_scale": 0.5, "graft_modules": ["q_proj", "mlp"]}
     with monkeypatch.context() as patch:
         patch.setattr(reference, "_merges_in_memory", lambda *_: False)
@@ -57,7 +56,7 @@ def test_graft_of_a_lora_start_is_made_in_memory(lora_run, tmp_path, monkeypatch
     assert (everything - found).abs().max() > 1e-3  # or the selection of weights would not be seen
 
 
-def test_graft_of_a_full_start_lies_beside_the_results_while_it_is_loaded(full_run, tmp_path, monkeypatch):  # noqa: F811
+def test_graft_of_a_full_start_lies_beside_the_results_while_it_is_loaded(full_run, tmp_path, monkeypatch):
     seen = []
 
     def load(source, **how):
@@ -73,7 +72,7 @@ def test_graft_of_a_full_start_lies_beside_the_results_while_it_is_loaded(full_r
 
 
 @pytest.mark.parametrize("policy", [pytest.param("base", marks=pytest.mark.slow), "grafted"])
-def test_loaded_adapter_is_no_raw_base(fp32_pair, lora_run, tmp_path, policy):  # noqa: F811
+def test_loaded_adapter_is_no_raw_base(fp32_pair, lora_run, tmp_path, policy):
     below = AutoModelForCausalLM.from_pretrained(fp32_pair[0])
     loaded = PeftModel.from_pretrained(below, lora_run, is_trainable=True)
     trainer = second_stage(loaded, tmp_path / "object", instruct=str(fp32_pair[1]), ref_policy=policy)
@@ -86,7 +85,7 @@ def test_loaded_adapter_is_no_raw_base(fp32_pair, lora_run, tmp_path, policy):  
             trainer.evaluate(preference_data(3))
 
 
-def test_start_changed_in_memory_is_the_reference(fp32_pair, tmp_path):  # noqa: F811
+def test_start_changed_in_memory_is_the_reference(fp32_pair, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(fp32_pair[0])
     with torch.no_grad():
         model.model.norm.weight *= 1.5
@@ -231,7 +230,7 @@ def test_the_start_of_a_new_lora_is_no_miss(pair, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_an_adapter_that_goes_on_is_part_of_the_key(fp32_pair, lora_run, tmp_path):  # noqa: F811
+def test_an_adapter_that_goes_on_is_part_of_the_key(fp32_pair, lora_run, tmp_path):
     options = {"precompute_ref_log_probs": True, "max_length": 64}
     first = cached(fp32_pair, tmp_path, "one", peft_config=lora(), **options)
     second = cached(fp32_pair, tmp_path, "two", model=str(lora_run), **options)

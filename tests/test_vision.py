@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from interrupts import InterruptAfter, Interrupted, files_of
+from runs import lora, saved_files, settings
 from safetensors.torch import load_file
-from test_checkpoints import InterruptAfter, Interrupted, files_of
-from test_trainers import lora, saved_files, settings
 from transformers import AutoModelForImageTextToText, AutoProcessor
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from runs import log_probability
 from safetensors.torch import load_file
-from test_trainers import log_probability
 from tiny import preference_data, save_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 

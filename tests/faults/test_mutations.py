@@ -12,7 +12,7 @@ import sys
 from dataclasses import dataclass
 
 import pytest
-from conftest import ROOT
+from repository import ROOT
 
 pytestmark = pytest.mark.slow
 
