@@ -99,7 +99,7 @@ def _make_adapter(folder: Path, target: Path, rank: int, dora: bool) -> None:
     import torch
     from safetensors.torch import save_file
 
-    from shadow_trl.checkpoint import Checkpoint
+    from shadow_trl.checkpoints.checkpoint import Checkpoint
 
     base = Checkpoint.open(str(folder / "base"))
     generator = torch.Generator().manual_seed(1)

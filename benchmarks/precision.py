@@ -26,7 +26,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback
 from transformers.utils import logging
 
 from shadow_trl import ShadowSFTConfig, ShadowSFTTrainer, graft
-from shadow_trl.scoring import read_rows, score
+from shadow_trl.evaluation.scoring import read_rows, score
 
 DATA = Path(__file__).resolve().parent.parent / "data"
 BASE, INSTRUCT = DATA / "nano-base", DATA / "nano-instruct"

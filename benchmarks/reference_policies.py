@@ -102,7 +102,7 @@ def score_graft(folder: Path) -> dict[str, float]:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from shadow_trl.scoring import read_rows, score
+    from shadow_trl.evaluation.scoring import read_rows, score
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(folder)

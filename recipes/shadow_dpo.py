@@ -7,7 +7,7 @@ accelerate launch recipes/shadow_dpo.py --config recipes/configs/qwen3-0.6b/dpo_
 import sys
 from pathlib import Path
 
-from shadow_trl.recipes import main_dpo
+from shadow_trl.recipes.run import main_dpo
 
 if __name__ == "__main__":
     sys.exit(main_dpo(default_config=Path(__file__).parent / "configs/nano/shadow_dpo.yaml"))

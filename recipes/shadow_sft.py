@@ -7,7 +7,7 @@ accelerate launch recipes/shadow_sft.py --config recipes/configs/qwen3-0.6b/sft_
 import sys
 from pathlib import Path
 
-from shadow_trl.recipes import main_sft
+from shadow_trl.recipes.run import main_sft
 
 if __name__ == "__main__":
     sys.exit(main_sft(default_config=Path(__file__).parent / "configs/nano/shadow_sft.yaml"))

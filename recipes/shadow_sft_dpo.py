@@ -7,7 +7,7 @@ accelerate launch recipes/shadow_sft_dpo.py --config recipes/configs/pipelines/q
 import sys
 from pathlib import Path
 
-from shadow_trl.pipeline import main_sft_dpo
+from shadow_trl.recipes.pipeline import main_sft_dpo
 
 if __name__ == "__main__":
     sys.exit(main_sft_dpo(default_config=Path(__file__).parent / "configs/nano/shadow_sft_dpo.yaml"))

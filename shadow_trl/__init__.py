@@ -14,14 +14,14 @@ __version__ = "0.1.0"
 # No room may have the name of a public function: importing a submodule sets an attribute of its name on the package,
 # and `__getattr__` below would never be asked again.
 _ROOM_OF = {
-    "ShadowDPOConfig": "config",
-    "ShadowDPOTrainer": "trainers",
-    "ShadowSFTConfig": "config",
-    "ShadowSFTTrainer": "trainers",
-    "extract_delta": "extracting",
-    "gap": "measuring",
-    "graft": "grafting",
-    "verify": "verifying",
+    "ShadowDPOConfig": "training.config",
+    "ShadowDPOTrainer": "training.trainers",
+    "ShadowSFTConfig": "training.config",
+    "ShadowSFTTrainer": "training.trainers",
+    "extract_delta": "operations.delta",
+    "gap": "operations.gap",
+    "graft": "operations.graft",
+    "verify": "operations.verify",
 }
 
 __all__ = [
@@ -36,12 +36,12 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from .config import ShadowDPOConfig, ShadowSFTConfig
-    from .extracting import extract_delta
-    from .grafting import graft
-    from .measuring import gap
-    from .trainers import ShadowDPOTrainer, ShadowSFTTrainer
-    from .verifying import verify
+    from .operations.delta import extract_delta
+    from .operations.gap import gap
+    from .operations.graft import graft
+    from .operations.verify import verify
+    from .training.config import ShadowDPOConfig, ShadowSFTConfig
+    from .training.trainers import ShadowDPOTrainer, ShadowSFTTrainer
 
 
 def __getattr__(name: str) -> Any:

@@ -12,8 +12,8 @@ from typing import Any, NoReturn
 
 from . import __version__
 from .errors import ConfigError, ShadowError
-from .graft_options import DIGESTS, DTYPES, FORMATS, ROUNDINGS, VOCABS
-from .startup import collector_paused
+from .grafting.options import DIGESTS, DTYPES, FORMATS, ROUNDINGS, VOCABS
+from .runtime.startup import collector_paused
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -167,7 +167,7 @@ def _add_verify(parser: argparse.ArgumentParser) -> None:
 
 def _graft(options: argparse.Namespace) -> None:
     with collector_paused():
-        from .grafting import graft
+        from .operations.graft import graft
 
     given = vars(options)
     named = {name: given[name] for name in given if name not in ("run", "command", "quiet", "json", "stats", "modules")}
@@ -185,17 +185,17 @@ def _gap(options: argparse.Namespace) -> None:
         if path is not None and not path.absolute().parent.is_dir():
             raise ConfigError(f"the folder of {path} does not exist. Nothing was written.")
     if options.plot is not None:
-        from .gap_plot import require_matplotlib
+        from .operations.gap_plot import require_matplotlib
 
         require_matplotlib()
-    from .measuring import gap
+    from .operations.gap import gap
 
     report = gap(options.base, options.instruct, options.tuned, progress=not options.quiet)
     _warn(report.warnings)
     if options.json is not None:
         options.json.write_text(json.dumps(report.to_dict(), indent=2) + "\n", encoding="utf-8")
     if options.plot is not None:
-        from .gap_plot import plot_gap
+        from .operations.gap_plot import plot_gap
 
         plot_gap(report, options.plot)
     if not options.quiet:
@@ -204,7 +204,7 @@ def _gap(options: argparse.Namespace) -> None:
 
 def _delta(options: argparse.Namespace) -> None:
     with collector_paused():
-        from .extracting import extract_delta
+        from .operations.delta import extract_delta
 
     given = vars(options)
     named = {name: given[name] for name in given if name not in ("run", "command", "quiet", "json", "stats")}
@@ -218,7 +218,7 @@ def _delta(options: argparse.Namespace) -> None:
 
 def _verify(options: argparse.Namespace) -> int:
     with collector_paused():
-        from .verifying import verify
+        from .operations.verify import verify
 
     sides = {name: getattr(options, name) for name in ("base", "instruct", "tuned", "delta")}
     report = verify(options.folder, **sides, progress=not options.quiet)
@@ -231,19 +231,19 @@ def _verify(options: argparse.Namespace) -> int:
 
 
 def _sft(argv: list[str]) -> int | None:
-    from .recipes import main_sft
+    from .recipes.run import main_sft
 
     return main_sft(argv)
 
 
 def _dpo(argv: list[str]) -> int | None:
-    from .recipes import main_dpo
+    from .recipes.run import main_dpo
 
     return main_dpo(argv)
 
 
 def _sft_dpo(argv: list[str]) -> int | None:
-    from .pipeline import main_sft_dpo
+    from .recipes.pipeline import main_sft_dpo
 
     return main_sft_dpo(argv)
 

@@ -1,0 +1,220 @@
+"""Plain LoRA adapters as deltas: their factors, and the weights of INSTRUCT that they land on.
+
+A plain LoRA adds `factor * lora_B @ lora_A` to a weight, whatever the weight is: the same product is its delta on
+INSTRUCT. The files say all that is needed, peft is not imported. In this room "base model" is PEFT's word: the model
+under an adapter.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from ..checkpoints.checkpoint import ADAPTER_CONFIG, Checkpoint
+from ..errors import AdapterError, PairMismatchError, list_names
+from ..layouts.plan import disk_names
+from .kinds import unsupported_features
+
+PREFIX = "base_model.model."
+WEIGHTS = "adapter_model.safetensors"
+_KEY = re.compile(r"(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
+
+
+@dataclass(frozen=True)
+class LoraModule:
+    """The low-rank delta of one module: `factor * lora_B @ lora_A`.
+
+    Args:
+        module: name of the module in the model under the adapter.
+        left: name of lora_B, (out, r), in the adapter's file.
+        right: name of lora_A, (r, in).
+        factor: alpha / r, alpha / sqrt(r) for rsLoRA.
+        shape: (out, in).
+        transposed: whether the model stores the weight as (in, out).
+    """
+
+    module: str
+    left: str
+    right: str
+    factor: float
+    shape: tuple[int, int]
+    transposed: bool
+
+    @property
+    def stored_shape(self) -> tuple[int, int]:
+        """Shape of the weight on disk."""
+        return (self.shape[1], self.shape[0]) if self.transposed else self.shape
+
+
+def open_tuned(source: Any) -> Checkpoint:
+    """Open TUNED, a model or an adapter; of a folder that holds several adapters one must be named.
+
+    Raises:
+        AdapterError: the folder holds adapters in sub-folders only.
+    """
+    if isinstance(source, Checkpoint):
+        return source
+    folder = Path(source).expanduser()
+    if folder.is_dir() and not any((folder / name).is_file() for name in (ADAPTER_CONFIG, "config.json")):
+        found = sorted(path.parent.name for path in folder.glob(f"*/{ADAPTER_CONFIG}"))
+        if found:
+            raise AdapterError(
+                f"{source} holds {len(found)} adapter{'s' if len(found) > 1 else ''} in sub-folders and none itself.\n"
+                f"{list_names(found)}\nName one of them: {Path(source) / found[0]}. Nothing was written."
+            )
+    return Checkpoint.open(source)
+
+
+def other_adapters(adapter: Checkpoint) -> list[str]:
+    """Return the names of the adapters in sub-folders of an adapter's folder; checkpoints of a run do not count."""
+    names = (path.parent.name for path in adapter.path.glob(f"*/{ADAPTER_CONFIG}"))
+    return sorted(name for name in names if not name.startswith("checkpoint-"))
+
+
+def base_model_of(adapter: Checkpoint) -> str | None:
+    """Return the name of the model under the adapter with its revision, None where the adapter does not say."""
+    name = adapter.adapter_config.get("base_model_name_or_path")
+    revision = adapter.adapter_config.get("revision")
+    if not name:
+        return None
+    beside = adapter.path / str(name)
+    if not Path(name).is_dir() and str(name).startswith(".") and beside.is_dir():
+        return str(beside)
+    return f"{name}@{revision}" if revision and not Path(name).is_dir() else str(name)
+
+
+def is_plain(adapter: Checkpoint) -> bool:
+    """Whether an adapter is a low-rank product and nothing else, by its settings and by its weights."""
+    return not unsupported_features(adapter.adapter_config) and not no_factors(adapter.specs)
+
+
+def no_factors(names: Iterable[str]) -> list[str]:
+    """Return the names in an adapter's file that are no factor of a linear layer's product: an embedding's, say."""
+    return [name for name in names if _KEY.fullmatch(name) is None]
+
+
+def read_lora(adapter: Checkpoint) -> dict[str, LoraModule]:
+    """Return the modules of a plain LoRA (rsLoRA and rank and alpha patterns included) by name.
+
+    Raises:
+        AdapterError: another kind of adapter, a feature that is more than a product of two factors, or factors that do
+            not fit each other.
+    """
+    config = adapter.adapter_config
+    features = unsupported_features(config)
+    keys: dict[str, dict[str, str]] = {}
+    for name in adapter.specs:
+        match = _KEY.fullmatch(name)
+        if match is None:
+            features.append(f"weight {name}")
+        else:
+            keys.setdefault(match["module"].removeprefix(PREFIX), {})[match["side"]] = name
+    if features:
+        raise AdapterError(
+            f"adapter {adapter} is more than a plain LoRA, the only kind that is grafted so "
+            f"far.\n{list_names(features)}\n"
+            "Merge it into the model that it was trained on (peft: merge_and_unload, then save_pretrained) and graft "
+            "the "
+            "merged model. Nothing was written."
+        )
+    lonely = [module for module, sides in keys.items() if len(sides) != 2]
+    if lonely or not keys:
+        raise AdapterError(
+            f"adapter {adapter} has {len(lonely) or 'no'} modules with {'one factor only' if lonely else 'weights'}.\n"
+            f"{list_names(lonely)}\nSave it again. Nothing was written."
+        )
+    return {module: _module(adapter, module, sides) for module, sides in keys.items()}
+
+
+def place_on(modules: Mapping[str, LoraModule], adapter: Checkpoint, instruct: Checkpoint) -> dict[str, LoraModule]:
+    """Return name of INSTRUCT's weight -> module; every module must land.
+
+    Raises:
+        AdapterError: modules without a weight on INSTRUCT (all are named, with the nearest names) or of another shape.
+    """
+    placed = {f"{module}.weight": lora for module, lora in modules.items()}
+    if not placed.keys() <= instruct.specs.keys():
+        placed = _renamed(placed, instruct)
+    names = list(instruct.specs)
+    unmatched = [name for name in placed if name not in instruct.specs]
+    if unmatched:
+        lines = nearest_names([name.removesuffix(".weight") for name in unmatched], names)
+        raise AdapterError(
+            f"{len(unmatched)} of {len(placed)} modules of adapter {adapter} have no weight in instruct {instruct}.\n"
+            f"{list_names(lines)}\nThe adapter belongs to another architecture, or to a weight that instruct shares "
+            "with "
+            "another one (a tied lm_head). Nothing was written."
+        )
+    tied = [name for name in placed if name.endswith("lm_head.weight") and instruct.config.get("tie_word_embeddings")]
+    if tied:
+        raise AdapterError(
+            f"adapter {adapter} changes {tied[0]}, which instruct {instruct} shares with its embedding: the change "
+            "would "
+            "be lost on loading. Train without lm_head in target_modules. Nothing was written."
+        )
+    wrong = [
+        f"{name}\n    adapter   {lora.stored_shape}\n    instruct  {instruct.specs[name].shape}"
+        for name, lora in placed.items()
+        if instruct.specs[name].shape != lora.stored_shape
+    ]
+    if wrong:
+        raise AdapterError(
+            f"{len(wrong)} of {len(placed)} modules of adapter {adapter} have another shape on instruct {instruct}.\n"
+            f"{list_names(wrong)}\nGive the instruct that belongs to the adapter's base. Nothing was written."
+        )
+    return placed
+
+
+def nearest_names(unmatched: Iterable[str], known: Iterable[str]) -> list[str]:
+    """Return a row for each unmatched name with the known name most like it, the latter for the first few only."""
+    names, lines = list(known), []
+    for number, name in enumerate(unmatched):
+        # A search among thousands of names takes a while, and `list_names` cuts the rest.
+        near = get_close_matches(name, names, n=1) if number < 10 else []
+        lines.append(f"{name}  {f'nearest: {near[0]}' if near else 'nothing like it'}")
+    return lines
+
+
+def _renamed(placed: dict[str, LoraModule], instruct: Checkpoint) -> dict[str, LoraModule]:
+    """Give modules the names that INSTRUCT's weights have on disk: adapters are saved with the names in memory."""
+    try:
+        found = disk_names(instruct, placed)
+    except PairMismatchError:
+        return placed
+    return {found.get(name, name): lora for name, lora in placed.items()}
+
+
+def _module(adapter: Checkpoint, module: str, sides: Mapping[str, str]) -> LoraModule:
+    config = adapter.adapter_config
+    right, left = adapter.specs[sides["A"]], adapter.specs[sides["B"]]
+    if len(right.shape) != 2 or len(left.shape) != 2 or right.shape[0] != left.shape[1]:
+        raise AdapterError(
+            f"adapter {adapter}: {module} is no product of two matrices, lora_A {right.shape}, lora_B {left.shape}. "
+            "Merge "
+            "the adapter into its own model and graft that. Nothing was written."
+        )
+    rank = right.shape[0]
+    stated = _by_pattern(config.get("rank_pattern"), module, config.get("r"))
+    if stated is not None and stated != rank:
+        raise AdapterError(
+            f"adapter {adapter}: {module} has rank {rank} in the weights and {stated} in {ADAPTER_CONFIG}. Save it "
+            "again. "
+            "Nothing was written."
+        )
+    alpha = float(_by_pattern(config.get("alpha_pattern"), module, config.get("lora_alpha", 8)))
+    factor = alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
+    shape = (left.shape[0], right.shape[1])
+    return LoraModule(module, sides["B"], sides["A"], factor, shape, bool(config.get("fan_in_fan_out")))
+
+
+def _by_pattern(patterns: Mapping[str, Any] | None, module: str, default: Any) -> Any:
+    # PEFT: the first key that is the name, or the end of the name after a dot, as a regular expression.
+    for pattern, value in (patterns or {}).items():
+        if re.match(rf"(.*\.)?({pattern})$", module):
+            return value
+    return default

@@ -1,0 +1,295 @@
+"""Adapters that need PEFT's own arithmetic, merged into BASE one module at a time.
+
+No model is loaded. The model is built without memory for its weights, PEFT puts the adapter on it, and then each layer
+gets BASE's weight in fp32 (fp64 where BASE is fp32), is merged by PEFT's own `merge`, and is emptied again. What
+changed goes to a scratch folder; every other weight of the result is BASE's own, where it lies.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import warnings
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..checkpoints.checkpoint import Checkpoint
+from ..checkpoints.header import read_header
+from ..errors import AdapterError, list_names
+from ..layouts.model_names import ModelNames
+from .kinds import START_FOLDER, lost_start, start_setting
+from .lora import nearest_names, no_factors
+from .peft_configs import is_blind, only_module, peft_config_of, tuner_of
+from .stored import MemoryWeights, StoredValues, module_of, read_stored
+
+
+def merge_into_base(
+    base: Checkpoint, adapter: Checkpoint, folder: Path, *, base_dtype: str | None = None
+) -> tuple[Checkpoint, list[str]]:
+    """Return BASE with an adapter of any type merged, and the names in memory of the weights that it changes.
+
+    Args:
+        base: what the adapter was trained on.
+        adapter: of any PEFT type with a weight delta.
+        folder: for the changed weights, in fp32 (fp64 where BASE is fp32); made here, removed by the caller.
+        base_dtype: dtype in which training loaded BASE, `tuned` for that of each stored value: the adapter is a delta
+            to BASE in that dtype, and the delta is added to BASE as it lies.
+
+    Returns:
+        the merged checkpoint in BASE's layout; its unchanged weights are BASE's files.
+
+    Raises:
+        AdapterError: an adapter that PEFT cannot merge, or weights of it that land nowhere.
+    """
+    names = ModelNames(base)
+    weights = MemoryWeights(base, names)
+    stored = read_stored(adapter, names.memory)
+    result = Scratch(weights, folder)
+    loaded = weights if base_dtype in (None, "tuned") else MemoryWeights(base, names, getattr(torch, str(base_dtype)))
+    for name, value in _changed_by_layers(adapter, stored, loaded):
+        result.add(name, value if loaded is weights else weights[name].double() + (value - loaded[name].double()))
+    for name in stored.names:
+        delta = stored.delta(name, weights[name], base_dtype)
+        if bool(delta.any()):
+            before = result.value(name)
+            result.add(name, (weights[name] if before is None else before).double() + delta)
+    together = bool(stored.rows) or bool(adapter.adapter_config.get("ensure_weight_tying"))
+    return result.checkpoint(adapter, apart=not together), list(result.changed)
+
+
+class Scratch:
+    """Changed weights of BASE in files of their own, and the checkpoint that they make with the others.
+
+    Args:
+        weights: BASE's.
+        folder: made here, removed by the caller.
+    """
+
+    def __init__(self, weights: MemoryWeights, folder: Path) -> None:
+        self.weights = weights
+        self.folder = folder
+        self.changed: dict[str, Path] = {}
+        self.rules = weights.names.rules_of(weights.checkpoint.specs)
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def add(self, name: str, value: Tensor) -> None:
+        """Keep weight `name`, in memory's shape, as BASE's layout has it on disk."""
+        from safetensors.torch import save_file
+
+        # Exact enough for one rounding later: 16-bit weights in fp32, wider ones in fp64.
+        wide = any(self.weights.checkpoint.specs[source].itemsize >= 4 for source in self.weights.sources(name))
+        kept = value.to(torch.float64 if wide else torch.float32)
+        disk = self.weights.names.to_disk({name: kept}, self.rules)
+        path = self.changed.get(name, self.folder / f"{len(self.changed):05d}.safetensors")
+        save_file({key: tensor.contiguous() for key, tensor in disk.items()}, path)
+        self.changed[name] = path
+
+    def value(self, name: str) -> Tensor | None:
+        """Return what weight `name` is by now, in memory's shape; None for BASE's."""
+        if name not in self.changed:
+            return None
+        from safetensors.torch import load_file
+
+        return self.weights.names.to_memory(load_file(self.changed[name]))[name]
+
+    def checkpoint(self, source: Checkpoint, *, apart: bool = True) -> Checkpoint:
+        """Return BASE with the changed weights, called as `source` in messages.
+
+        Args:
+            source: what changed them.
+            apart: whether a head that shares the embedding's weight stays as it was when the embedding changes.
+        """
+        base = self.weights.checkpoint
+        made = Checkpoint(source.source, source.revision, base.path, config=base.config, files=list(base.files))
+        made.specs = dict(base.specs)
+        for alias, other in self.weights.names.ties.items():
+            if apart and alias not in self.weights and {alias, other} & self.changed.keys():
+                (name,) = self.weights.names.to_disk({alias: torch.empty(0, device="meta")}, self.rules)
+                made.specs[name] = base.specs[self.weights.sources(other)[0]]
+        for path in self.changed.values():
+            made.files.append(path)
+            made.headers[path] = read_header(path)
+            made.specs.update(made.headers[path].specs)
+        return made
+
+
+def _changed_by_layers(
+    adapter: Checkpoint, stored: StoredValues, weights: MemoryWeights
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield (name in memory, merged weight) of every weight that PEFT's layers change."""
+    tensors = {name: adapter.tensor(name) for name in stored.others}
+    if not tensors:
+        return
+    config = peft_config_of(adapter)
+    _check_start(adapter, tensors)
+    model = _without_values(weights.names.model)
+    modules = {name for name, _ in model.named_modules() if name}
+    owners = {name: module_of(name, modules) for name in tensors}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of PEFT, on how its layers are made
+        if is_blind(config):
+            yield from _merged(model, config, tensors, weights, adapter, seen=False)
+        elif tuner_of(config).uses_shared_state or None in owners.values():
+            _fill(model, weights, weights.names.memory)
+            yield from _merged(model, config, tensors, weights, adapter, seen=True)
+        else:
+            for owner in sorted({str(owner) for owner in owners.values()}):
+                one = {name: tensor for name, tensor in tensors.items() if owners[name] == owner}
+                _fill(model, weights, [f"{owner}.{key}" for key, _ in model.get_submodule(owner).named_parameters()])
+                yield from _merged(model, only_module(config, owner), one, weights, adapter, seen=True)
+
+
+def _check_start(adapter: Checkpoint, names: Iterable[str]) -> None:
+    """Refuse an adapter under which PEFT would not make the weights what they were in training."""
+    start = start_setting(adapter.adapter_config)
+    lost, others = lost_start(start), no_factors(names)
+    if lost is None:
+        return
+    if others:
+        why = f"it is more than a product less its start: {others[0]}"
+        way = "Merge it in the process that trained it"
+    else:
+        why = "its start was not kept"
+        way = f"Put the adapter as it was before training into the sub-folder {START_FOLDER}"
+    raise AdapterError(
+        f"the delta of adapter {adapter}, initialised by init_lora_weights={start!r}, cannot be found: {why}, and on "
+        f"loading, {lost}. {way}. Nothing was written."
+    )
+
+
+def _merged(
+    model: nn.Module,
+    config: Any,
+    tensors: dict[str, Tensor],
+    weights: MemoryWeights,
+    adapter: Checkpoint,
+    *,
+    seen: bool,
+) -> Iterator[tuple[str, Tensor]]:
+    """Put an adapter on `model` by PEFT, and yield what merging makes of each layer; the adapter is off at the end.
+
+    `model` has no values, or BASE's where `seen`: where PEFT has set its layers up on them and may have changed them.
+    """
+    from peft import get_peft_model
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    with torch.random.fork_rng():
+        wrapped = get_peft_model(model, config)
+    _load(wrapped, tensors, adapter)
+    _give_back()
+    for name, child in wrapped.base_model.named_children():
+        if name != "model":
+            child.to(_wide(weights))  # what layers share
+    layers: dict[str, Any] = {}
+    for name, module in model.named_modules():
+        inside = any(name.startswith(f"{other}.") for other in layers)
+        if isinstance(module, BaseTunerLayer) and not inside:
+            layers[name] = module
+    uses = Counter(id(value) for layer in layers.values() for value in layer.parameters())
+    for name, layer in layers.items():
+        yield from _merge_layer(name, layer, weights, adapter, seen)
+        for value in layer.parameters():
+            if uses[id(value)] == 1:
+                value.data = torch.empty(0)
+        _give_back()
+    wrapped.unload()
+
+
+def _merge_layer(
+    name: str, layer: Any, weights: MemoryWeights, adapter: Checkpoint, seen: bool
+) -> Iterator[tuple[str, Tensor]]:
+    below = layer.get_base_layer()
+    own, wide = {id(value) for value in below.parameters()}, _wide(weights)
+    for value in [*layer.parameters(), *layer.buffers()]:
+        if value.is_floating_point() and id(value) not in own:
+            value.data = value.data.to(wide)
+    origin = {key: weights[f"{name}.{key}"].to(wide, copy=True) for key, _ in below.named_parameters()}
+    for key, value in below.named_parameters():
+        value.data = value.data.to(wide) if seen else origin[key].clone()
+    try:
+        with torch.no_grad():
+            if hasattr(layer, "unload_and_optionally_merge_module"):
+                layer.unload_and_optionally_merge_module(merge=True, safe_merge=False, adapter_names=None)
+            else:
+                layer.merge()
+    except (NotImplementedError, RuntimeError, ValueError) as error:
+        raise AdapterError(
+            f"PEFT cannot merge {name} of adapter {adapter}, a {type(layer).__name__}: {error} Nothing was written."
+        ) from error
+    for key, value in below.named_parameters():
+        if not torch.equal(value.data, origin[key]):
+            yield f"{name}.{key}", value.data
+        value.data = torch.empty(0)
+        weights.release(f"{name}.{key}")
+
+
+def _load(wrapped: Any, tensors: dict[str, Tensor], adapter: Checkpoint) -> None:
+    """Give PEFT the adapter's tensors; each must land."""
+    from peft import set_peft_model_state_dict
+    from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
+
+    try:
+        found: Any = set_peft_model_state_dict(wrapped, dict(tensors))
+    except (RuntimeError, KeyError) as error:
+        raise AdapterError(f"PEFT cannot load adapter {adapter}: {error} Nothing was written.") from error
+    if found.unexpected_keys:
+        names = [name for name, _ in wrapped.get_base_model().named_modules()]
+        lines = nearest_names(found.unexpected_keys, names)
+        raise AdapterError(
+            f"{len(found.unexpected_keys)} of {len(tensors)} weights of adapter {adapter} land nowhere in its base.\n"
+            f"{list_names(lines)}\nGive the base that it was trained on. Nothing was written."
+        )
+    for name in tensors:
+        adapter.release(name, 0, adapter.specs[name].numel)
+    prefix = PEFT_TYPE_TO_PREFIX_MAPPING[wrapped.peft_config["default"].peft_type]
+    # Layers that share a tensor have it under a name each, and one of them is in the file.
+    state, absent = wrapped.state_dict(keep_vars=True), set(found.missing_keys)
+    there = {id(value) for name, value in state.items() if name not in absent}
+    missing = sorted(name for name in absent if f".{prefix}" in name and id(state[name]) not in there)
+    if missing:
+        raise AdapterError(
+            f"adapter {adapter} lacks {len(missing)} weights of modules that its config names.\n{list_names(missing)}\n"
+            "The file is incomplete: save or fetch it again. Nothing was written."
+        )
+
+
+def _wide(weights: MemoryWeights) -> torch.dtype:
+    """Return the dtype to merge in: fp32 for a BASE of 16 bits, else fp64, so that the graft rounds once."""
+    wide = any(spec.is_float and spec.itemsize >= 4 for spec in weights.checkpoint.specs.values())
+    return torch.float64 if wide else torch.float32
+
+
+def _give_back() -> None:
+    """Return freed memory to the system: between long-lived small blocks glibc keeps that of whole weights."""
+    with suppress(OSError, AttributeError):  # another C library
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def _without_values(model: nn.Module) -> nn.Module:
+    """Take a model off the meta device; each weight is one zero that is seen in the weight's shape."""
+    for module in model.modules():
+        for key, value in module._parameters.items():
+            if value is not None:
+                module._parameters[key] = nn.Parameter(torch.zeros(()).expand(value.shape), requires_grad=False)
+        for key, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[key] = torch.zeros(buffer.shape, dtype=buffer.dtype)
+    return model
+
+
+def _fill(model: nn.Module, weights: MemoryWeights, names: Iterable[str]) -> None:
+    """Give the model BASE's values of some weights, in fp32 as TRL loads them, because PEFT will read them."""
+    for name in names:
+        if not weights.sources(name):
+            continue
+        value = weights[name]
+        module, _, key = name.rpartition(".")
+        owner = model.get_submodule(module)
+        if key in owner._parameters:
+            fresh = nn.Parameter(value.float().clone(), requires_grad=False)
+            setattr(owner, key, fresh)

@@ -1,0 +1,208 @@
+"""What an adapter's file holds: full values of weights, rows of tokens, and the tensors of its modules.
+
+Names are those that a weight has in memory, as adapters have them; transformers' rules say where it lies on disk.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..checkpoints.checkpoint import Checkpoint
+from ..errors import AdapterError, list_names
+from ..layouts.model_names import ModelNames
+from .lora import PREFIX, nearest_names
+
+# What PEFT puts between the name of a module and the name of its weight.
+_WRAPPED = re.compile(r"\.(?:base_layer|ln_tuning_layers|modules_to_save|original_module)(?=\.)")
+_TOKENS = re.compile(r"(?P<module>.+?)(?:\.token_adapter)?\.trainable_tokens_delta")
+
+
+class MemoryWeights:
+    """The weights of a checkpoint by the names that they have in memory, read one at a time.
+
+    Args:
+        checkpoint: where they are.
+        names: how transformers calls them.
+        dtype: in which they are given, as a model loaded in it has them. Default: as on disk.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, names: ModelNames, dtype: torch.dtype | None = None) -> None:
+        self.checkpoint = checkpoint
+        self.names = names
+        self.dtype = dtype
+        self._groups = names.groups(checkpoint.specs)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._groups
+
+    def sources(self, name: str) -> list[str]:
+        """Return the names on disk of what makes weight `name`; of the embedding for a head that shares it."""
+        if name not in self._groups and self.names.ties.get(name) in self._groups:
+            name = self.names.ties[name]
+        return self._groups.get(name, [])
+
+    def __getitem__(self, name: str) -> Tensor:
+        """Return weight `name`.
+
+        Raises:
+            AdapterError: there is no such weight.
+        """
+        sources = self.sources(name)
+        if not sources:
+            raise AdapterError(
+                f"{self.checkpoint} has no weight {name}, which the adapter changes.\n"
+                f"{list_names(nearest_names([name], self._groups))}\nGive the models that the adapter belongs to. "
+                "Nothing was written."
+            )
+        made = self.names.to_memory({source: self.checkpoint.tensor(source) for source in sources})
+        found = next(iter(made.values()))
+        return found if self.dtype is None else found.to(self.dtype)
+
+    def release(self, name: str) -> None:
+        """Drop the pages of weight `name` from resident memory; reading it again maps them again."""
+        for source in self.sources(name):
+            self.checkpoint.release(source, 0, self.checkpoint.specs[source].numel)
+
+
+@dataclass(frozen=True)
+class StoredValues:
+    """The full values in an adapter's file.
+
+    Args:
+        adapter: the adapter.
+        values: name of a weight in memory -> name in the file, for whole weights.
+        rows: the same for token rows, with the ids of the tokens.
+        others: names in the file of everything else.
+    """
+
+    adapter: Checkpoint
+    values: dict[str, str] = field(default_factory=dict)
+    rows: dict[str, tuple[str, list[int]]] = field(default_factory=dict)
+    others: list[str] = field(default_factory=list)
+
+    @property
+    def names(self) -> list[str]:
+        """Names in memory of the weights of which full values are stored."""
+        return [*self.values, *self.rows]
+
+    def delta(self, name: str, base: Tensor, base_dtype: str | None) -> Tensor:
+        """Return what training added to weight `name`, float64: zero outside the stored rows.
+
+        Args:
+            name: in memory.
+            base: BASE's weight.
+            base_dtype: dtype in which training loaded BASE; `tuned` for that of the stored value.
+        """
+        key, ids = self.rows[name] if name in self.rows else (self.values[name], None)
+        stored = self.adapter.tensor(key)
+        origin = as_loaded(base, stored, base_dtype)
+        if ids is None:
+            _check_shape(self.adapter, key, stored, origin)
+            return stored.double() - origin
+        _check_shape(self.adapter, key, stored, origin[ids])
+        delta = torch.zeros_like(origin)
+        delta[ids] = stored.double() - origin[ids]
+        return delta
+
+
+def read_stored(adapter: Checkpoint, memory: Mapping[str, Any]) -> StoredValues:
+    """Sort the tensors of an adapter into full values and the rest.
+
+    Args:
+        adapter: of any type.
+        memory: names of the weights of the model under it.
+    """
+    found = StoredValues(adapter)
+    for key in adapter.specs:
+        name = key.removeprefix(PREFIX)
+        plain = _WRAPPED.sub("", name)
+        tokens = _TOKENS.fullmatch(name)
+        if tokens is not None:
+            weight = f"{tokens['module']}.weight"
+            found.rows[weight] = (key, _token_ids(adapter, tokens["module"]))
+        elif plain in memory:
+            found.values[plain] = key
+        else:
+            found.others.append(key)
+    return found
+
+
+def as_loaded(base: Tensor, stored: Tensor, base_dtype: str | None) -> Tensor:
+    """Return BASE's weight as training saw it, in float64."""
+    if base_dtype is None:
+        return base.double()
+    return base.to(stored.dtype if base_dtype == "tuned" else getattr(torch, base_dtype)).double()
+
+
+def without_cast(merged: Checkpoint, start: Checkpoint, base: Checkpoint) -> Iterator[tuple[str, Tensor]]:
+    """Yield the weights that an adapter changed as they would be had BASE not been rounded for the run before it.
+
+    Args:
+        merged: the full model of that run with the adapter merged, its changed weights in fp32 or wider.
+        start: the full model of that run, in the dtype that it loaded BASE in.
+        base: as it lies.
+
+    Yields:
+        name on disk and `merged + base - base in start's dtype`, where that is another value.
+    """
+    elsewhere = []
+    for name, spec in merged.specs.items():
+        if spec == start.specs.get(name):
+            continue
+        if name not in base.specs or name not in start.specs:
+            elsewhere.append(name)
+            continue
+        cast = _cast_of(base.tensor(name), start.specs[name].dtype)
+        if bool(cast.any()):
+            yield name, merged.tensor(name).double() + cast
+    if not elsewhere:
+        return
+    # That run saved the weights under other names than BASE's, or the adapter made a weight of a shared one.
+    names = ModelNames(start)
+    learnt, first, origin = (MemoryWeights(side, names) for side in (merged, start, base))
+    rules = names.rules_of(merged.specs)
+    for name in names.memory:
+        if not any(source in elsewhere for source in learnt.sources(name)):
+            continue
+        cast = _cast_of(origin[name], first[name].dtype)
+        if bool(cast.any()):
+            yield from names.to_disk({name: learnt[name].double() + cast}, rules).items()
+
+
+def _cast_of(base: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return what rounding to `dtype` took from BASE's weight, float64."""
+    return base.double() - base.to(dtype).double()
+
+
+def module_of(key: str, known: set[str]) -> str | None:
+    """Return the module of the plain model that a tensor of an adapter belongs to; None for one that all share."""
+    parts = key.removeprefix(PREFIX).split(".")
+    names = (".".join(parts[:end]) for end in range(len(parts) - 1, 0, -1))
+    return next((name for name in names if name in known), None)
+
+
+def _token_ids(adapter: Checkpoint, module: str) -> list[int]:
+    config = adapter.adapter_config
+    ids = config.get("token_indices") or config.get("trainable_token_indices")
+    if isinstance(ids, dict):
+        ids = next((found for name, found in ids.items() if module == name or module.endswith(f".{name}")), None)
+    if not isinstance(ids, list):
+        raise AdapterError(
+            f"adapter {adapter} has token rows of {module}, and its config does not say of which tokens. Save it "
+            "again. Nothing was written."
+        )
+    return [int(row) for row in ids]
+
+
+def _check_shape(adapter: Checkpoint, key: str, stored: Tensor, base: Tensor) -> None:
+    if stored.shape != base.shape:
+        raise AdapterError(
+            f"adapter {adapter}: {key} has the shape {tuple(stored.shape)}, the weight in base {tuple(base.shape)}. "
+            "Give the base that the adapter was trained on. Nothing was written."
+        )

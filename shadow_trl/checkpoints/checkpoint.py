@@ -1,0 +1,299 @@
+"""Reading checkpoints: which weights a folder holds, where their bytes lie, and its configuration.
+
+Opening reads headers only. The weights are mapped into memory; a block of a tensor is a view of the mapping, without a
+copy, and can be dropped from resident memory as soon as it was used.
+"""
+
+from __future__ import annotations
+
+import json
+import mmap
+import os
+import re
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import CheckpointError, list_names
+from . import header as safetensors_header
+from . import hub
+from .header import TensorSpec
+
+if TYPE_CHECKING:
+    import numpy
+    import torch
+
+ADAPTER_CONFIG = "adapter_config.json"
+_SAFE, _SAFE_INDEX = "model.safetensors", "model.safetensors.index.json"
+_BIN, _BIN_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
+_ADAPTER_SAFE, _ADAPTER_BIN = "adapter_model.safetensors", "adapter_model.bin"
+
+# A touched page brings its neighbours along, those of a block that was released before among them.
+_FAULT_AROUND = 64 * 1024
+
+# Tensors that stand beside or instead of a weight in GPTQ, AWQ, bitsandbytes and compressed-tensors checkpoints.
+_PACKED_NAME = re.compile(
+    r"\.(?:qweight|qzeros|g_idx|SCB|weight_packed|weight_scale(?:_inv)?|absmax|quant_map|weight_blocks|\w+_blocks)$"
+)
+
+
+@dataclass
+class Checkpoint:
+    """A model or adapter folder whose headers were read.
+
+    Args:
+        source: folder or hub id as the user gave it, without the revision.
+        revision: revision as the user gave it, None where none was given.
+        path: the folder on this machine.
+        is_adapter: whether it is a PEFT adapter.
+        config: content of config.json, {} where there is none (an adapter has none).
+        adapter_config: content of adapter_config.json, {} for a model.
+        index: name of the index file, None for a single file.
+        files: the weight files, in the order of the index.
+        specs: name of each tensor on disk to its `TensorSpec`, in file order.
+    """
+
+    source: str
+    revision: str | None
+    path: Path
+    is_adapter: bool = False
+    config: dict[str, Any] = field(default_factory=dict)
+    adapter_config: dict[str, Any] = field(default_factory=dict)
+    index: str | None = None
+    files: list[Path] = field(default_factory=list)
+    specs: dict[str, TensorSpec] = field(default_factory=dict)
+    headers: dict[Path, safetensors_header.Header] = field(default_factory=dict)
+    _views: dict[str, torch.Tensor] = field(default_factory=dict, repr=False)
+
+    @classmethod
+    def open(cls, source: str | os.PathLike[str], revision: str | None = None, *, weights: bool = True) -> Checkpoint:
+        """Read the headers and the configuration of `source`.
+
+        Args:
+            source: a folder or a hub id, either optionally with `@revision` at its end; a folder of that name wins.
+            revision: revision on the hub; an error together with `@revision`.
+            weights: False reads no header and downloads no weight; `specs` is empty then.
+
+        Raises:
+            CheckpointError: no such folder or repository, no weights, a damaged or quantised checkpoint, or a file that
+                points outside the checkpoint.
+        """
+        name, revision, path = hub.locate(source, revision, weights=weights)
+        checkpoint = cls(name, revision, path)
+        checkpoint.config = read_json(path / "config.json")
+        has_model = any((path / file).is_file() for file in (_SAFE, _SAFE_INDEX, _BIN, _BIN_INDEX))
+        if (path / ADAPTER_CONFIG).is_file() and not has_model:
+            checkpoint.is_adapter = True
+            checkpoint.adapter_config = read_json(path / ADAPTER_CONFIG)
+        elif (path / ADAPTER_CONFIG).is_file():
+            raise CheckpointError(
+                f"{name} holds both a model and an adapter ({ADAPTER_CONFIG}): it is not clear which one is meant. "
+                "Move "
+                "one of them to a folder of its own."
+            )
+        if weights:
+            checkpoint._read_headers()
+        return checkpoint
+
+    def __str__(self) -> str:
+        return f"{self.source}@{self.revision}" if self.revision else self.source
+
+    @property
+    def quantisation(self) -> str | None:
+        """Name of the quantisation method in config.json, None where there is none."""
+        for section in [self.config, *(value for value in self.config.values() if isinstance(value, dict))]:
+            found = section.get("quantization_config") or section.get("compression_config")
+            if found:
+                return str(found.get("quant_method", "unknown") if isinstance(found, dict) else found)
+        return None
+
+    def check_not_quantised(self, role: str) -> None:
+        """Raise CheckpointError if the weights are packed: no delta can be taken from or added to packed weights."""
+        packed = [
+            f"{name}  {spec.code}"
+            for name, spec in self.specs.items()
+            if spec.code.startswith(("F8", "F4", "F6_")) or _PACKED_NAME.search(name)
+        ]
+        method = self.quantisation
+        if method is None and not packed:
+            return
+        reason = f"quantised ({method})" if method else f"quantised: {len(packed)} packed tensors"
+        listed = f"\n{list_names(packed)}" if packed else ""
+        raise CheckpointError(
+            f"cannot graft: {role} {self} is {reason}, its weights are no numbers to add to.{listed}\nGive the "
+            "16-bit or "
+            f"32-bit checkpoint that it was made from, graft, and quantise the result. Nothing was written."
+        )
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """Return tensor `name` in its shape and dtype: a view of the mapped file, not a copy; do not write to it."""
+        spec = self.specs[name]
+        return self.block(name, 0, spec.numel).view(spec.shape)
+
+    def block(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Return elements `start` to `stop` of the flattened tensor `name`: a view of the mapped file."""
+        import torch
+
+        spec = self.specs[name]
+        if spec.offset is None:
+            return self._pickled[spec.file][name].reshape(-1)[start:stop]
+        if stop == start:
+            return torch.empty(0, dtype=spec.dtype)
+        if name not in self._views:
+            self._views[name] = torch.frombuffer(
+                self._maps[spec.file], dtype=spec.dtype, count=spec.numel, offset=spec.offset
+            )
+        return self._views[name][start:stop]
+
+    def array(self, name: str, start: int, stop: int) -> numpy.ndarray:
+        """Return what `block` returns as an array in `TensorSpec.numpy_dtype`; no torch for a safetensors file."""
+        import numpy
+
+        spec = self.specs[name]
+        if spec.offset is None:
+            import torch
+
+            block = self.block(name, start, stop)
+            return (block.view(torch.uint16) if spec.code == "BF16" else block).numpy()
+        at = spec.offset + start * spec.itemsize
+        return numpy.frombuffer(self._maps[spec.file], spec.numpy_dtype, stop - start, at)
+
+    def release(self, name: str, start: int, stop: int) -> None:
+        """Drop the pages of these elements from resident memory; reading them again maps them again."""
+        spec = self.specs[name]
+        if spec.offset is None:
+            return
+        mapped = self._maps[spec.file]
+        first = max(spec.offset + start * spec.itemsize - _FAULT_AROUND, 0) // mmap.PAGESIZE * mmap.PAGESIZE
+        last = min(spec.offset + stop * spec.itemsize + _FAULT_AROUND, len(mapped))
+        if stop > start:
+            mapped.madvise(mmap.MADV_DONTNEED, first, last - first)
+
+    @cached_property
+    def _maps(self) -> dict[Path, mmap.mmap]:
+        # ACCESS_COPY: torch warns about buffers that cannot be written to. Nothing writes to them.
+        maps = {}
+        for path in self.files:
+            if path.suffix == ".safetensors":
+                with open(path, "rb") as file:
+                    maps[path] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        return maps
+
+    @cached_property
+    def _pickled(self) -> dict[Path, dict[str, torch.Tensor]]:
+        return {path: _load_pickled(path) for path in self.files if path.suffix == ".bin"}
+
+    def _read_headers(self) -> None:
+        self.files, self.index = self._weight_files()
+        for path in self.files:
+            if path.suffix == ".safetensors":
+                self.headers[path] = safetensors_header.read_header(path)
+                specs = self.headers[path].specs
+            else:
+                specs = {name: _spec_of(path, tensor) for name, tensor in self._pickled[path].items()}
+            twice = [f"{name}  in {self.specs[name].file.name} and {path.name}" for name in specs if name in self.specs]
+            if twice:
+                raise CheckpointError(f"{self}: {len(twice)} tensors are stored twice.\n{list_names(twice)}")
+            self.specs.update(specs)
+        if self.index is not None:
+            self._check_index(read_json(self.path / self.index)["weight_map"])
+        if not self.specs:
+            raise CheckpointError(f"{self} has weight files without a tensor. Download or save the model again.")
+
+    def _check_index(self, weight_map: dict[str, str]) -> None:
+        wrong = [
+            f"{name}  {file}"
+            for name, file in weight_map.items()
+            if name not in self.specs or self.specs[name].file.name != file
+        ]
+        if wrong:
+            raise CheckpointError(
+                f"{self}: {len(wrong)} weights of {self.index} are not in the file that it "
+                f"names.\n{list_names(wrong)}\n"
+                "The folder mixes files of two checkpoints or a download is incomplete: fetch or save it again."
+            )
+
+    def _weight_files(self) -> tuple[list[Path], str | None]:
+        # The order in which transformers and PEFT look for them.
+        names = (_ADAPTER_SAFE, _ADAPTER_BIN) if self.is_adapter else (_SAFE, _SAFE_INDEX, _BIN, _BIN_INDEX)
+        for name in names:
+            if not (self.path / name).is_file():
+                continue
+            if not name.endswith(".index.json"):
+                return [hub.inside(self.path, name)], None
+            weight_map = read_json(self.path / name).get("weight_map")
+            if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+                raise CheckpointError(f"{self}: {name} has no weight_map of names to files. Fetch or save it again.")
+            return [hub.inside(self.path, file) for file in dict.fromkeys(weight_map.values())], name
+        found = sorted(entry.name for entry in self.path.iterdir() if entry.suffix in (".safetensors", ".bin", ".gguf"))
+        others = f" It holds {', '.join(found[:5])}, which is no layout that transformers loads." if found else ""
+        raise CheckpointError(f"{self} has no weights: none of {', '.join(names)} is in {self.path}.{others}")
+
+
+@dataclass(frozen=True)
+class Place:
+    """A tensor on disk.
+
+    Args:
+        checkpoint: which checkpoint.
+        name: its name there.
+    """
+
+    checkpoint: Checkpoint
+    name: str
+
+    @property
+    def spec(self) -> TensorSpec:
+        """Its dtype, shape and place."""
+        return self.checkpoint.specs[self.name]
+
+    def block(self, start: int, stop: int) -> torch.Tensor:
+        """Return elements `start` to `stop` of the flattened tensor."""
+        return self.checkpoint.block(self.name, start, stop)
+
+    def array(self, start: int, stop: int) -> numpy.ndarray:
+        """Return the same as an array, see `Checkpoint.array`."""
+        return self.checkpoint.array(self.name, start, stop)
+
+    def release(self, start: int, stop: int) -> None:
+        """Drop these elements from memory."""
+        self.checkpoint.release(self.name, start, stop)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the JSON object in `path`, {} when there is no such file."""
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"cannot read {path}: {error}. Download or save the model again.") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} is no JSON object. Download or save the model again.")
+    return content
+
+
+def _load_pickled(path: Path) -> dict[str, torch.Tensor]:
+    import torch
+
+    try:
+        try:
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except RuntimeError:  # files of torch < 1.6 cannot be mapped
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise CheckpointError(
+            f"cannot read {path}: {str(error).splitlines()[0] if str(error) else type(error).__name__}. Only plain "
+            "tensors are loaded from .bin files (weights_only=True). Give a safetensors checkpoint."
+        ) from error
+    if not isinstance(content, dict) or not all(isinstance(value, torch.Tensor) for value in content.values()):
+        raise CheckpointError(f"{path} is no dictionary of tensors. Give a safetensors checkpoint.")
+    return {name: tensor.detach().contiguous() for name, tensor in content.items()}
+
+
+def _spec_of(path: Path, tensor: torch.Tensor) -> TensorSpec:
+    code = safetensors_header.CODES.get(str(tensor.dtype).removeprefix("torch."))
+    if code is None:
+        raise CheckpointError(f"{path} holds a tensor of {tensor.dtype}, which safetensors cannot store.")
+    return TensorSpec(code, tuple(tensor.shape), path, None, tensor.numel() * tensor.element_size())

@@ -1,0 +1,93 @@
+"""How far weights of two checkpoints lie apart, summed block by block in numpy: a gap does not wait for torch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from ..arithmetic.sums import Sums
+from ..runtime.threads import run_threads
+from .checkpoint import Place
+
+_BLOCK = 512 * 1024
+"""Elements that are summed at a time, as in `deltas.BLOCK`: between calls of numpy the threads wait for each other."""
+_CHUNK = 4 * _BLOCK
+"""Elements that a thread takes at a time, after which it drops their pages."""
+
+
+def measure_gap(
+    pairs: Sequence[tuple[str, Place, Place]], progress: Callable[[int], None] | None = None
+) -> dict[str, Sums]:
+    """Return for each weight the sums of which sigma is made.
+
+    Args:
+        pairs: (name, place in BASE, place in INSTRUCT); shapes are equal.
+        progress: called with the number of bytes read since the last call, from several threads.
+    """
+    chunks = []
+    for number, (_, base, _) in enumerate(pairs):
+        total = base.spec.numel
+        chunks += [(number, low, min(low + _CHUNK, total)) for low in range(0, total, _CHUNK)]
+    found: dict[tuple[int, int, int], Sums] = {}
+
+    def make_worker() -> Callable[[tuple[int, int, int]], None]:
+        scratch = np.empty((3, _BLOCK), np.float32)
+
+        def work(chunk: tuple[int, int, int]) -> None:
+            number, low, high = chunk
+            _, base, instruct = pairs[number]
+            sums = Sums()
+            for start in range(low, high, _BLOCK):
+                sums += block_gap(base, instruct, start, min(start + _BLOCK, high), scratch)
+            found[chunk] = sums
+            for place in (base, instruct):
+                place.release(low, high)
+                if progress is not None:
+                    progress((high - low) * place.spec.itemsize)
+
+        return work
+
+    run_threads(chunks, make_worker)
+    totals: dict[str, Sums] = {}
+    for chunk in chunks:  # in order, so that the sums do not depend on the threads
+        totals.setdefault(pairs[chunk[0]][0], Sums()).__iadd__(found[chunk])
+    return totals
+
+
+def block_gap(base: Place, instruct: Place, start: int, stop: int, scratch: np.ndarray) -> Sums:
+    """Return the sums of |base - instruct| and of |base| + |instruct| over elements `start` to `stop`.
+
+    Args:
+        base: where BASE's weight lies.
+        instruct: where INSTRUCT's does.
+        start: first element of the flattened weights.
+        stop: the one after the last.
+        scratch: (3, n), fp32, overwritten. Where fp32 overflows or a side is fp64, the sums are made in fp64.
+    """
+    sides = [(place.array(start, stop), place.spec.code) for place in (base, instruct)]
+    wide = np.empty((3, stop - start)) if "F64" in (base.spec.code, instruct.spec.code) else None
+    with np.errstate(over="ignore", invalid="ignore"):
+        gap, size = _gap_of(sides, scratch[:, : stop - start] if wide is None else wide)
+        if wide is None and not math.isfinite(gap + size):
+            gap, size = _gap_of(sides, np.empty((3, stop - start)))
+    return Sums(stop - start, gap, size, finite=math.isfinite(gap + size))
+
+
+def _gap_of(sides: Sequence[tuple[np.ndarray, str]], scratch: np.ndarray) -> tuple[float, float]:
+    for (values, code), out in zip(sides, scratch[:2], strict=True):
+        _widen(values, code, out)
+    np.subtract(scratch[0], scratch[1], out=scratch[2])
+    first, second, gap = np.add.reduce(np.abs(scratch, out=scratch), axis=1).tolist()
+    return gap, first + second
+
+
+def _widen(values: np.ndarray, code: str, out: np.ndarray) -> None:
+    """Write numbers into `out`, fp32 or fp64; the bits of bf16 are the upper half of those of fp32."""
+    if code != "BF16":
+        np.copyto(out, values, casting="unsafe")
+    elif out.dtype == np.float32:
+        np.left_shift(values, 16, out=out.view(np.uint32), dtype=np.uint32)
+    else:
+        np.copyto(out, np.left_shift(values, 16, dtype=np.uint32).view(np.float32))

@@ -1,0 +1,159 @@
+"""Headers of safetensors files, read without torch and checked before a byte behind them is trusted."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import CheckpointError
+
+if TYPE_CHECKING:
+    import torch
+
+_MAX_HEADER = 100_000_000  # the limit of the safetensors library itself
+
+# Code in the header -> (bits of an element, name of the torch dtype)
+_DTYPES = {
+    "F64": (64, "float64"), "F32": (32, "float32"), "F16": (16, "float16"), "BF16": (16, "bfloat16"),
+    "I64": (64, "int64"), "I32": (32, "int32"), "I16": (16, "int16"), "I8": (8, "int8"), "U8": (8, "uint8"),
+    "BOOL": (8, "bool"), "U16": (16, "uint16"), "U32": (32, "uint32"), "U64": (64, "uint64"), "C64": (64, "complex64"),
+    "F8_E4M3": (8, "float8_e4m3fn"), "F8_E5M2": (8, "float8_e5m2"), "F8_E8M0": (8, "float8_e8m0fnu"),
+    "F8_E4M3FNUZ": (8, "float8_e4m3fnuz"), "F8_E5M2FNUZ": (8, "float8_e5m2fnuz"),
+    "F4": (4, "float4_e2m1fn_x2"), "F6_E2M3": (6, ""), "F6_E3M2": (6, ""),
+}  # fmt: skip
+TORCH_NAMES = {code: name for code, (_, name) in _DTYPES.items()}
+CODES = {name: code for code, (_, name) in _DTYPES.items() if name}
+FLOATS = ("F64", "F32", "F16", "BF16")
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """Where a tensor lies.
+
+    Args:
+        code: dtype in the words of safetensors, such as `BF16`.
+        shape: its shape; () for a scalar.
+        file: the file that holds it.
+        offset: byte of the file at which it begins; None in a .bin file.
+        nbytes: bytes that it takes.
+    """
+
+    code: str
+    shape: tuple[int, ...]
+    file: Path
+    offset: int | None
+    nbytes: int
+
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of one element."""
+        return _DTYPES[self.code][0] // 8
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype as torch calls it; imports torch."""
+        import torch
+
+        return getattr(torch, TORCH_NAMES[self.code])
+
+    @property
+    def numpy_dtype(self) -> str:
+        """The dtype as numpy calls it; numpy has no bf16, whose bits it sees as whole numbers."""
+        return "uint16" if self.code == "BF16" else TORCH_NAMES[self.code]
+
+    @property
+    def is_float(self) -> bool:
+        """Whether the elements are numbers that a graft can add to (not packed, not integers)."""
+        return self.code in FLOATS
+
+
+@dataclass(frozen=True)
+class Header:
+    """The header of one file.
+
+    Args:
+        raw: its bytes as they are on disk: the length, the JSON and its padding.
+        metadata: `__metadata__` of the file, None where there is none.
+        specs: the tensors in the order of their bytes.
+    """
+
+    raw: bytes
+    metadata: dict[str, str] | None
+    specs: dict[str, TensorSpec]
+
+
+def read_header(path: Path) -> Header:
+    """Read and check the header of `path`.
+
+    Raises:
+        CheckpointError: the file is cut short, its header is no JSON, or a tensor's place or size is not possible.
+    """
+    try:
+        size = os.path.getsize(path)
+        with open(path, "rb") as file:
+            start = file.read(8)
+            length = int.from_bytes(start, "little")
+            if len(start) < 8 or length > min(size - 8, _MAX_HEADER):
+                raise ValueError(f"its header should have {length} bytes, the file has {size}")
+            raw = file.read(length)
+        content = json.loads(raw)
+        metadata = content.pop("__metadata__", None)
+        specs = {name: _spec(path, name, entry, 8 + length) for name, entry in content.items()}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise _damaged(path, str(error)) from error
+    specs = dict(sorted(specs.items(), key=lambda item: (item[1].offset, item[1].nbytes)))
+    _check_places(path, specs, 8 + length, size)
+    return Header(start + raw, metadata, specs)
+
+
+def build_header(tensors: dict[str, tuple[str, tuple[int, ...]]], metadata: dict[str, str] | None) -> bytes:
+    """Return the bytes of a header whose tensors (name -> code, shape) follow one another without holes."""
+    content: dict[str, Any] = {} if metadata is None else {"__metadata__": metadata}
+    offset = 0
+    for name, (code, shape) in tensors.items():
+        end = offset + nbytes_of(code, shape)
+        content[name] = {"dtype": code, "shape": list(shape), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(content, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def nbytes_of(code: str, shape: tuple[int, ...]) -> int:
+    """Return the bytes that a tensor of this dtype and shape takes."""
+    return math.prod(shape) * _DTYPES[code][0] // 8
+
+
+def _spec(path: Path, name: str, entry: dict[str, Any], data: int) -> TensorSpec:
+    code, shape = entry["dtype"], tuple(entry["shape"])
+    begin, end = entry["data_offsets"]
+    if code not in _DTYPES:
+        raise ValueError(f"tensor {name!r} has the unknown dtype {code!r}")
+    if not all(type(size) is int and size >= 0 for size in (*shape, begin, end)):
+        raise ValueError(f"tensor {name!r} has the shape {shape} at {begin}:{end}")
+    if end - begin != nbytes_of(code, shape):
+        raise ValueError(f"tensor {name!r}, {code} {shape}, cannot take {end - begin} bytes")
+    return TensorSpec(code, shape, path, data + begin, end - begin)
+
+
+def _check_places(path: Path, specs: dict[str, TensorSpec], data: int, size: int) -> None:
+    expected = data
+    for name, spec in specs.items():
+        if spec.offset != expected:
+            raise _damaged(path, f"tensor {name!r} begins at byte {spec.offset}, not at {expected}")
+        expected += spec.nbytes
+    if expected != size:
+        raise _damaged(path, f"its tensors end at byte {expected}, the file at {size}")
+
+
+def _damaged(path: Path, reason: str) -> CheckpointError:
+    return CheckpointError(f"{path} is no complete safetensors file: {reason}. Download or save it again.")

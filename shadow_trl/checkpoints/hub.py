@@ -1,0 +1,105 @@
+"""Where a checkpoint lies: a local folder, or a repository of the Hugging Face hub that is downloaded once."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path, PurePosixPath
+
+from ..errors import CheckpointError
+
+_SMALL = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.spm", "LICENSE*", "NOTICE*", "USE_POLICY*", "*.py")
+_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+
+
+def locate(
+    source: str | os.PathLike[str], revision: str | None = None, *, weights: bool = True
+) -> tuple[str, str | None, Path]:
+    """Return (name without revision, revision, folder on this machine) of a folder or hub id.
+
+    Args:
+        source: a folder, or `owner/name`, optionally with `@revision`. A folder that exists wins.
+        revision: branch, tag or commit; not together with `@revision`.
+        weights: whether the weights are needed too.
+
+    Raises:
+        CheckpointError: neither a folder nor a repository that can be reached.
+    """
+    text = os.fspath(source)
+    if Path(text).expanduser().is_dir():
+        if revision is not None and is_hub_id(text):
+            raise CheckpointError(
+                f"{text} is a local folder, which has no revision {revision!r}. Leave the revision out."
+            )
+        return text, None, Path(text).expanduser()
+    name, _, tail = text.partition("@")
+    if tail and revision is not None and tail != revision:
+        raise CheckpointError(f"{text} and revision={revision!r} name two revisions. Give one of them.")
+    revision = tail or revision
+    if Path(name).expanduser().is_dir():
+        raise CheckpointError(f"{name} is a local folder, which has no revision {revision!r}. Leave the revision out.")
+    if not is_hub_id(name):
+        raise CheckpointError(
+            f"there is no folder {text}. Give the folder of a checkpoint, or a hub id like owner/name."
+        )
+    return name, revision, _download(name, revision, weights)
+
+
+def is_hub_id(source: str) -> bool:
+    """Whether `source` has the form of a hub id (a folder of the same name may exist all the same)."""
+    name = source.partition("@")[0]
+    return bool(_HUB_ID.fullmatch(name)) and not name.startswith(".") and ".." not in name
+
+
+def inside(folder: Path, name: str) -> Path:
+    """Return the path of file `name` in `folder`.
+
+    Raises:
+        CheckpointError: the name or a link leads out of the folder. Links of the hub cache into the blobs of the same
+            repository are fine.
+    """
+    pure = PurePosixPath(name)
+    if pure.is_absolute() or len(pure.parts) != 1 or name in (".", "..") or "\\" in name or "\0" in name:
+        raise CheckpointError(
+            f"{folder}: the weight file {name!r} lies outside the checkpoint's folder. It is not read."
+        )
+    path, real, home = folder / name, (folder / name).resolve(), folder.resolve()
+    blobs = home.parent.parent / "blobs"
+    if real.parent != home and not (home.parent.name == "snapshots" and real.parent == blobs):
+        raise CheckpointError(f"{path} is a link to a file outside the checkpoint's folder. It is not read.")
+    if not path.is_file():
+        raise CheckpointError(f"{folder} lacks the weight file {name}. Download or save the checkpoint again.")
+    return path
+
+
+def _download(name: str, revision: str | None, weights: bool) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    def fetch(*patterns: str) -> Path:
+        # Weights in sub-folders are other formats of the same model.
+        return Path(snapshot_download(name, revision=revision, allow_patterns=list(patterns), ignore_patterns=["*/*"]))
+
+    try:
+        folder = fetch(*_SMALL)
+        snapshot_download(name, revision=revision, allow_patterns=["additional_chat_templates/*.jinja"])
+        if weights:
+            names = {entry.name for entry in folder.iterdir()}
+            pickled = "pytorch_model.bin.index.json" in names and "model.safetensors.index.json" not in names
+            folder = fetch(*_SMALL, *_patterns_of_weights(folder, pickled))
+            if not pickled and not any(folder.glob("*.safetensors")):
+                folder = fetch(*_SMALL, "pytorch_model*.bin", "adapter_model.bin")
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        at = f"@{revision}" if revision else ""
+        raise CheckpointError(
+            f"{name}{at} is neither a folder here nor a repository that could be fetched from the hub: {reason} "
+            "Check the name, the revision, your access to it and whether offline mode is on."
+        ) from error
+    return folder
+
+
+def _patterns_of_weights(folder: Path, pickled: bool) -> list[str]:
+    if pickled:
+        return ["pytorch_model*.bin"]
+    return ["model*.safetensors", "adapter_model.safetensors", "delta*.safetensors"]

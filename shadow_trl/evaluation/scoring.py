@@ -1,0 +1,257 @@
+"""Exact-match scores of greedy answers, kind by kind, with their sampling error."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+
+from ..errors import InputError, list_names
+
+Row = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Which rows a model answered exactly right, kind by kind.
+
+    Args:
+        hits: for every kind of row, in the order of the rows, whether the answer was right.
+
+    The share p of a kind with n rows has the binomial standard error sqrt(p * (1 - p) / n); the mean is taken over
+    kinds, each with the same weight, whatever their numbers of rows.
+
+    >>> scores = Scores({"target": (True, True, True, False), "rule": (True, False)})
+    >>> scores.share("target"), round(scores.error("target"), 4), scores.mean
+    (0.75, 0.2165, 0.625)
+
+    """
+
+    hits: Mapping[str, tuple[bool, ...]]
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """The kinds of rows, in the order in which they first occur."""
+        return tuple(self.hits)
+
+    def share(self, kind: str) -> float:
+        """Return the share of right answers of a kind, 0 to 1."""
+        return sum(self.hits[kind]) / len(self.hits[kind])
+
+    def error(self, kind: str) -> float:
+        """Return the binomial standard error of `share(kind)`: sqrt(p * (1 - p) / n)."""
+        share = self.share(kind)
+        return math.sqrt(share * (1.0 - share) / len(self.hits[kind]))
+
+    @property
+    def mean(self) -> float:
+        """The mean of the kinds' shares, 0 to 1."""
+        return sum(self.share(kind) for kind in self.kinds) / len(self.kinds)
+
+    @property
+    def mean_error(self) -> float:
+        """The standard error of `mean`: sqrt(sum of squared errors) / number of kinds."""
+        return math.sqrt(sum(self.error(kind) ** 2 for kind in self.kinds)) / len(self.kinds)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return counts, shares and standard errors as plain values for JSON."""
+        kinds = {
+            kind: {
+                "right": sum(self.hits[kind]),
+                "rows": len(self.hits[kind]),
+                "share": self.share(kind),
+                "error": self.error(kind),
+            }
+            for kind in self.kinds
+        }
+        return {"kinds": kinds, "mean": self.mean, "mean_error": self.mean_error}
+
+
+def difference(left: Scores, right: Scores, kinds: Iterable[str]) -> tuple[float, float]:
+    """Return how much better `left` is than `right` on the same rows, with the standard error of that difference.
+
+    For each kind the difference is the mean of d = left_hit - right_hit over the rows, each d in {-1, 0, 1}, and its
+    variance is (mean(d^2) - mean(d)^2) / n: rows that both models answer alike add no noise, which two separate
+    binomial errors would count twice. Kinds are averaged with equal weight.
+
+    Args:
+        left: scores of the first model.
+        right: scores of the second model, of the same rows.
+        kinds: the kinds to take the mean over.
+
+    Returns:
+        Difference of the shares, -1 to 1, and its standard error.
+
+    >>> difference(Scores({"rule": (True, True, False, True)}), Scores({"rule": (True, False, False, True)}), ["rule"])
+    (0.25, 0.21650635094610965)
+
+    """
+    means, variances = [], []
+    for kind in kinds:
+        steps = [int(one) - int(other) for one, other in zip(left.hits[kind], right.hits[kind], strict=True)]
+        mean = sum(steps) / len(steps)
+        means.append(mean)
+        variances.append((sum(step * step for step in steps) / len(steps) - mean * mean) / len(steps))
+    return sum(means) / len(means), math.sqrt(sum(variances)) / len(means)
+
+
+def read_rows(path: str | Path) -> list[dict[str, Any]]:
+    """Read the rows of a JSONL file, one object `{"prompt": messages, "answer": str, "kind": str}` a line.
+
+    Args:
+        path: the file. `kind` may be left out of every row: then all rows are of the kind "all".
+
+    Returns:
+        The rows, each with its kind.
+
+    Raises:
+        InputError: there is no such file, it has no rows, or rows that cannot be scored; each is listed.
+
+    """
+    path = Path(path)
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as reason:
+        raise InputError(f"cannot read the rows to score from {path}: {reason}.") from reason
+    rows, faults = [], []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as reason:
+            faults.append(f"line {number}: not JSON ({reason})")
+            continue
+        fault = _fault_of(row)
+        if fault:
+            faults.append(f"line {number}: {fault}")
+        else:
+            rows.append({**row, "kind": row.get("kind", "all")})
+    if faults:
+        wanted = '{"prompt": [{"role": ..., "content": ...}, ...], "answer": ..., "kind": ...}'
+        raise InputError(
+            f"{len(faults)} of {len(faults) + len(rows)} rows in {path} cannot be scored; wanted is {wanted}.\n"
+            f"{list_names(faults)}"
+        )
+    if not rows:
+        raise InputError(f"there are no rows to score in {path}.")
+    return rows
+
+
+def _fault_of(row: Any) -> str | None:
+    """Return what keeps `row` from being scored, or None."""
+    if not isinstance(row, dict):
+        return f"a {type(row).__name__}, not an object"
+    prompt = row.get("prompt")
+    if not isinstance(prompt, list) or not prompt:
+        return "`prompt` is not a list of messages"
+    if not all(isinstance(message, dict) and {"role", "content"} <= set(message) for message in prompt):
+        return "a message of `prompt` lacks `role` or `content`"
+    if not isinstance(row.get("answer"), str):
+        return "`answer` is not a string"
+    if not isinstance(row.get("kind", "all"), str):
+        return "`kind` is not a string"
+    return None
+
+
+def score(
+    model: Any,
+    tokenizer: Any,
+    rows: Sequence[Row],
+    *,
+    batch_size: int = 128,
+    max_new_tokens: int = 32,
+    eos_token_ids: Iterable[int] | None = None,
+    progress: str | None = None,
+) -> Scores:
+    """Return which rows `model` answers exactly right when it decodes greedily.
+
+    An answer ends at the first end token, or after `max_new_tokens`; special tokens and white space around it do not
+    count. Sampling settings of the model's generation config are ignored, so that models that ship different ones are
+    compared alike. Rows of similar length share a batch, padded on the left; the scores keep the order of the rows.
+
+    Args:
+        model: a causal language model of transformers, on any device, in any dtype.
+        tokenizer: a tokenizer with a chat template; its padding settings are not used.
+        rows: `{"prompt": messages, "answer": str, "kind": str}`; see `read_rows`.
+        batch_size: rows a forward pass. Default 128.
+        max_new_tokens: longest answer in tokens; what is longer is cut and counts as wrong. Default 32.
+        eos_token_ids: tokens that end an answer. Default: those of the model's generation config and the tokenizer's
+            EOS.
+        progress: title of a progress bar. Default: no bar.
+
+    Returns:
+        The hits of every kind, in the order of the rows.
+
+    Raises:
+        InputError: no rows, no chat template, or no end token.
+
+    """
+    if not rows:
+        raise InputError("there are no rows to score.")
+    if not getattr(tokenizer, "chat_template", None):
+        raise InputError("scoring needs a tokenizer with a chat template; give INSTRUCT's.")
+    ends = _end_tokens(model, tokenizer) if eos_token_ids is None else sorted(set(eos_token_ids))
+    if not ends:
+        raise InputError("neither the model's generation config nor the tokenizer names an end token (EOS).")
+    prompts = [
+        tokenizer.apply_chat_template(list(row["prompt"]), add_generation_prompt=True, return_dict=False)
+        for row in rows
+    ]
+    right = [False] * len(rows)
+    # Longest first: a batch that does not fit into memory shows at once.
+    order = sorted(range(len(rows)), key=lambda index: -len(prompts[index]))
+    starts = tqdm(range(0, len(order), batch_size), desc=progress, disable=progress is None)
+    with _greedy(model, ends, max_new_tokens):
+        for start in starts:
+            batch = order[start : start + batch_size]
+            for index, tokens in zip(batch, _answer(model, [prompts[index] for index in batch], ends), strict=True):
+                answer = tokenizer.decode(tokens, skip_special_tokens=True).strip()
+                right[index] = answer == rows[index]["answer"].strip()
+    hits: dict[str, list[bool]] = {}
+    for row, hit in zip(rows, right, strict=True):
+        hits.setdefault(row.get("kind", "all"), []).append(hit)
+    return Scores({kind: tuple(values) for kind, values in hits.items()})
+
+
+def _end_tokens(model: Any, tokenizer: Any) -> list[int]:
+    """Return the ids that end an answer, by the model's generation config and the tokenizer."""
+    named = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    ids = list(named) if isinstance(named, (list, tuple)) else [named]
+    return sorted({int(token) for token in (*ids, tokenizer.eos_token_id) if token is not None})
+
+
+@contextmanager
+def _greedy(model: Any, ends: list[int], max_new_tokens: int) -> Iterator[None]:
+    """Give `model` a plain greedy generation config for a while: `generate` fills gaps from the one it has."""
+    from transformers import GenerationConfig
+
+    kept, training = model.generation_config, model.training
+    # Answers are cut at the first end token, so any id will do as padding.
+    model.generation_config = GenerationConfig(
+        do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=ends, pad_token_id=ends[0], use_cache=True
+    )
+    model.eval()
+    try:
+        with torch.inference_mode():
+            yield
+    finally:
+        model.generation_config = kept
+        model.train(training)
+
+
+def _answer(model: Any, prompts: list[list[int]], ends: list[int]) -> list[list[int]]:
+    """Return the token ids of the greedy answer to each prompt, without the end token."""
+    width = max(map(len, prompts))
+    padding = [width - len(prompt) for prompt in prompts]
+    ids = torch.tensor([[ends[0]] * gap + prompt for gap, prompt in zip(padding, prompts, strict=True)])
+    seen = torch.tensor([[0] * gap + [1] * len(prompt) for gap, prompt in zip(padding, prompts, strict=True)])
+    written = model.generate(input_ids=ids.to(model.device), attention_mask=seen.to(model.device))[:, width:].tolist()
+    return [row[: next((at for at, token in enumerate(row) if token in ends), len(row))] for row in written]

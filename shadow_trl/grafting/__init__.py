@@ -1,0 +1,1 @@
+"""How a graft is planned and streamed."""

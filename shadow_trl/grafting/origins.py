@@ -1,0 +1,256 @@
+"""What a run starts from: the policy, the BASE its delta is measured from, and the INSTRUCT that receives it.
+
+A raw BASE is its own origin. The folder of an earlier shadow run carries a manifest that names both, so that a second
+stage (DPO after SFT) repeats nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..checkpoints.delta import refuse_deltas
+from ..checkpoints.manifest import MANIFEST_NAME, file_digest, read_manifest
+from ..errors import AdapterError, ConfigError, InputError, list_names
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+logger = logging.getLogger(__name__)
+
+_WAYS_OUT = (
+    "Save the model first (model.save_pretrained(folder)) and pass model=folder, or name the origin of the delta with "
+    "base_model=... Nothing was written."
+)
+
+
+@dataclass(frozen=True)
+class Origins:
+    """Where the parts of a run come from; each a local folder or a hub id, as the user gave it.
+
+    Args:
+        policy: what the model is loaded from; under `adapter`, the model below it. None for an object without a name.
+        base: origin of the delta.
+        instruct: receiver of the delta; None only where nothing is grafted.
+        adapter: folder of the PEFT adapter that goes on; None where there is none.
+        policy_revision, base_revision, instruct_revision: revisions on the hub.
+    """
+
+    policy: str | None
+    base: str | None
+    instruct: str | None
+    adapter: str | None = None
+    policy_revision: str | None = None
+    base_revision: str | None = None
+    instruct_revision: str | None = None
+
+    @property
+    def from_raw_base(self) -> bool:
+        """Whether training starts from BASE itself, so that the delta starts at zero."""
+        return self.adapter is None and self.policy == self.base
+
+
+def resolve_origins(
+    policy: str | None,
+    *,
+    base: str | None = None,
+    instruct: str | None = None,
+    policy_revision: str | None = None,
+    base_revision: str | None = None,
+    instruct_revision: str | None = None,
+) -> Origins:
+    """Find BASE and INSTRUCT of a run that starts from `policy`.
+
+    Args:
+        policy: folder or hub id that training starts from: a BASE, the folder of a shadow run (model or adapter), or
+            a PEFT adapter. None for a model that exists in memory only.
+        base: BASE as the user named it; wins over the manifest, with a line of log.
+        instruct: the same for INSTRUCT.
+        policy_revision: branch, tag or commit of `policy` on the hub.
+        base_revision: the same for `base`.
+        instruct_revision: the same for `instruct`.
+
+    Returns:
+        the origins; `instruct` is None where neither the user nor a manifest names one.
+
+    Raises:
+        InputError: `policy` is a grafted folder, or a manifest names a folder that is not to be found or has changed.
+        AdapterError: an adapter that does not say what it was trained on.
+    """
+    manifest = read_manifest(policy) if policy is not None else None
+    if manifest is not None and manifest["kind"] == "graft":
+        run = (manifest.get("tuned") or {}).get("source", "unknown")
+        raise InputError(
+            f"{policy} is a grafted model: INSTRUCT with the delta already added. Training goes on from the tuned "
+            f"model; give the folder of the run instead: {run}. Nothing was written."
+        )
+    if manifest is not None and manifest["kind"] == "delta":
+        refuse_deltas(model=policy)
+        manifest = None  # a LoRA made from a delta is an adapter like any other
+    adapter = policy if policy is not None and (Path(policy) / "adapter_config.json").is_file() else None
+    if manifest is not None:
+        assert policy is not None
+        named = {"base": (base, base_revision), "instruct": (instruct, instruct_revision)}
+        (base, base_revision), (instruct, instruct_revision) = (
+            _from_manifest(role, manifest, Path(policy), given) for role, given in named.items()
+        )
+        if adapter is not None and _source(manifest, "policy") == _source(manifest, "base"):
+            policy, policy_revision = base, base_revision
+        elif adapter is not None:
+            # The adapter lies on something else than BASE: on the full model of a stage before.
+            policy, policy_revision = _from_manifest("policy", manifest, Path(adapter), (None, None))
+    elif adapter is not None:
+        policy = base or _adapter_base(Path(adapter))
+        policy_revision = base_revision
+    if base is None:
+        base, base_revision = policy, base_revision or policy_revision
+    return Origins(policy, base, instruct, adapter, policy_revision, base_revision, instruct_revision)
+
+
+def stage_below(tuned: str | os.PathLike[str], base: str | None = None) -> tuple[str, str] | None:
+    """Return (start, base) of an adapter that was trained on the full model of an earlier run, else None.
+
+    Args:
+        tuned: folder of what was trained; a folder without a manifest, or a full model, is no such adapter.
+        base: BASE as the user named it; wins over the manifest.
+
+    Raises:
+        InputError: the manifest names a folder that is not to be found or has changed.
+    """
+    folder = Path(tuned)
+    manifest = read_manifest(folder) if (folder / "adapter_config.json").is_file() else None
+    if manifest is None or manifest["kind"] != "run" or _source(manifest, "policy") == _source(manifest, "base"):
+        return None
+    start, start_revision = _from_manifest("policy", manifest, folder, (None, None))
+    origin, origin_revision = _from_manifest("base", manifest, folder, (base, None))
+    assert start is not None
+    assert origin is not None
+    return with_revision(start, start_revision), with_revision(origin, origin_revision)
+
+
+def weight_digests(folder: str | Path) -> dict[str, str]:
+    """Return `{file name: digest}` of the weight files of a local folder."""
+    return {path.name: file_digest(path) for path in sorted(Path(folder).glob("*.safetensors"))}
+
+
+def _from_manifest(
+    role: str, manifest: Mapping[str, Any], folder: Path, given: tuple[str | None, str | None]
+) -> tuple[str | None, str | None]:
+    """Return (source, revision) of `role`: what the user gave, else what the manifest of `folder` says."""
+    entry = manifest.get(role) or {}
+    if given[0] is not None:
+        if entry and given[0] != entry["source"]:
+            logger.warning("%s is %s as given; %s names %s.", role, given[0], folder / MANIFEST_NAME, entry["source"])
+        return given
+    if not entry:
+        return None, None
+    source = entry["source"]
+    if entry.get("digests") is None:
+        return source, entry.get("revision")
+    found = next((place for place in (Path(source), folder / source) if place.is_dir()), None)
+    if found is None:
+        raise InputError(
+            f"{role} of the run in {folder} is gone: {source} is neither a folder here nor in {folder}. "
+            f"{_way_out(role, 'where it is')} Nothing was written."
+        )
+    changed = {
+        name: digest
+        for name, digest in entry["digests"].items()
+        if not (found / name).is_file() or file_digest(found / name) != digest
+    }
+    if changed:
+        raise InputError(
+            f"{role} of the run in {folder} has changed since: {len(changed)} of {len(entry['digests'])} weight files "
+            f"of {found} are missing or differ ({', '.join(sorted(changed))}). The delta would be measured from other "
+            f"weights than the run started from. {_way_out(role, 'which weights to use')} Nothing was written."
+        )
+    return str(found), entry.get("revision")
+
+
+def _way_out(role: str, what: str) -> str:
+    if role == "policy":
+        return "Restore it, or merge the adapter into the right model and start from that."
+    return f"Restore it, or say {what} with {role}_model=..."
+
+
+def _source(manifest: Mapping[str, Any], role: str) -> str | None:
+    return (manifest.get(role) or {}).get("source")
+
+
+def _adapter_base(adapter: Path) -> str:
+    name = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8")).get("base_model_name_or_path")
+    if not name:
+        raise AdapterError(
+            f"the adapter in {adapter} does not say what it was trained on (base_model_name_or_path is empty). "
+            "Name it with base_model=... Nothing was written."
+        )
+    return str(name)
+
+
+def describe(source: str | None, revision: str | None) -> dict[str, Any] | None:
+    """Return the manifest's entry of a source: name, revision and, for a local folder, digests of its weights."""
+    if source is None:
+        return None
+    digests = weight_digests(source) if Path(source).is_dir() else None
+    return {"source": source, "revision": revision, "digests": digests}
+
+
+def with_revision(source: str, revision: str | None) -> str:
+    """Return `source@revision`, the form in which a graft takes its inputs, or `source` where there is no revision."""
+    return f"{source}@{revision}" if revision else source
+
+
+def check_unchanged(model: PreTrainedModel, source: str, revision: str | None) -> None:
+    """Check that a loaded model still has the weights of `source`, cast to its dtype: the delta is measured from there.
+
+    Args:
+        model: the model that training starts from.
+        source: the folder or hub id its config names.
+        revision: of `source` on the hub.
+
+    Raises:
+        InputError: the model has weights that differ from those of `source`.
+    """
+    fresh = type(model).from_pretrained(source, revision=revision or "main", dtype=model.dtype).state_dict()
+    state = model.state_dict()
+    changed = [
+        f"{name}: {tuple(fresh[name].shape) if name in fresh else 'absent'} in {source}, "
+        f"{tuple(state[name].shape) if name in state else 'absent'} in memory"
+        for name in sorted(fresh.keys() | state.keys())
+        if name not in fresh or name not in state or not fresh[name].equal(state[name].to(fresh[name].device))
+    ]
+    if changed:
+        raise InputError(
+            f"the model was changed after it was loaded: {len(changed)} of {len(state)} weights differ from those of "
+            f"{source}, from which the delta would be measured.\n{list_names(changed)}\n{_WAYS_OUT}"
+        )
+
+
+def require_base(origins: Origins) -> str:
+    """Return BASE of `origins`.
+
+    Raises:
+        InputError: the model has no name, and none was given.
+    """
+    if origins.base is None:
+        raise InputError(f"the model has no name, so BASE cannot be found on the disk. {_WAYS_OUT}")
+    return origins.base
+
+
+def require_instruct(origins: Origins) -> str:
+    """Return INSTRUCT of `origins`.
+
+    Raises:
+        ConfigError: none is known.
+    """
+    if origins.instruct is None:
+        raise ConfigError(
+            "no INSTRUCT is known: neither instruct_model=... was given nor does the model come from a shadow run. "
+            "Name the model that receives the delta, or pass graft=False to train BASE only. Nothing was written."
+        )
+    return origins.instruct

@@ -1,0 +1,276 @@
+"""What a graft and a gap report: counts, figures overall and by kind of weight, warnings, and their text."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..arithmetic.sums import Sums
+from ..checkpoints.weight_names import kind_of, layer_key, layer_of
+
+WIDE_GAP = 0.1
+"""sigma above which grafts of this pair are doubtful; families of the paper lie below 0.05."""
+POOR_REALISED = 0.1
+"""Distance of `realised` from 1 that is worth a warning."""
+POOR_NOISE = 0.5
+"""`noise` that is worth a warning: rounding puts half as much beside the delta as the delta itself."""
+_FLOAT32 = "fp32 output (--dtype float32; in training graft_dtype)"
+
+
+@dataclass(frozen=True)
+class GraftReport:
+    """What `graft` wrote and measured.
+
+    Args:
+        output: folder of the result.
+        form: `model` (dense weights) or `adapter`.
+        grafted: number of weights that received a delta; of modules for the adapter form.
+        copied: number of weights taken over from INSTRUCT.
+        dtype: torch name of the dtype of most elements of the result.
+        scale, instruct_scale: the multipliers.
+        sigma: sum|B-I| / (sum|B| + sum|I|) over the grafted weights; None where BASE's weights were not read.
+        delta_norm: Euclidean norm of the change, scale included; None where nothing was measured.
+        realised: <r,d>/<d,d>, the share of the change d that the stored weights r - the rounded ones - hold.
+        noise: |r-d|/|d|, what rounding put beside the change.
+        by_kind: kind of weight -> the same figures and the number of weights and elements.
+        warnings: what the user should know.
+        dense_because: why an adapter became dense weights, where `auto` chose them.
+    """
+
+    output: Path
+    form: str
+    grafted: int
+    copied: int
+    dtype: str
+    scale: float = 1.0
+    instruct_scale: float = 1.0
+    sigma: float | None = None
+    delta_norm: float | None = None
+    realised: float | None = None
+    noise: float | None = None
+    by_kind: dict[str, dict[str, Any]] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+    dense_because: list[str] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything in types that JSON knows."""
+        return {**asdict(self), "output": str(self.output)}
+
+    def text(self) -> str:
+        """Return the report as lines for a terminal."""
+        unit = "modules" if self.form == "adapter" else "weights"
+        lines = [f"{self.form} in {self.output}: {self.grafted} {unit} grafted, {self.copied} copied, {self.dtype}"]
+        if self.dense_because:
+            lines.append(f"dense because {'; '.join(self.dense_because)}")
+        figures = {name: getattr(self, name) for name in ("sigma", "delta_norm", "realised", "noise")}
+        shown = [f"{name} {value:.4g}" for name, value in figures.items() if value is not None]
+        return "\n".join([*lines, *(["  ".join(shown)] if shown else [])])
+
+
+@dataclass(frozen=True)
+class DeltaReport:
+    """What `extract_delta` wrote and measured.
+
+    Args:
+        output: folder of the result.
+        form: `delta` (dense) or `adapter` (a LoRA made from it).
+        weights: number of weights of the delta; of modules for the adapter.
+        dtype: torch name of the dtype that was written.
+        delta_norm: Euclidean norm of the delta; None where nothing was measured.
+        exact: whether every stored value is exactly tuned - base, so that a graft of it has the bits of the direct one;
+            None where nothing was measured or the delta came from an adapter.
+        realised, noise: as in `GraftReport`, of storing the delta in `dtype`.
+        by_kind: kind of weight -> the figures and the number of weights and elements.
+        rank: of the adapter.
+        kept: share of the delta's squared norm that the adapter keeps, all weights together.
+        modules: module -> `energy`, the share of its own squared norm that is kept, and `share`, its share of the whole
+            delta's squared norm.
+        lost: weight without a low-rank form -> its share of the whole delta's squared norm, which is lost.
+        warnings: what the user should know.
+    """
+
+    output: Path
+    form: str
+    weights: int
+    dtype: str
+    delta_norm: float | None = None
+    exact: bool | None = None
+    realised: float | None = None
+    noise: float | None = None
+    by_kind: dict[str, dict[str, Any]] = field(default_factory=dict)
+    rank: int | None = None
+    kept: float | None = None
+    modules: dict[str, dict[str, float]] = field(default_factory=dict)
+    lost: dict[str, float] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything in types that JSON knows."""
+        return {**asdict(self), "output": str(self.output)}
+
+    def text(self) -> str:
+        """Return the report as lines for a terminal; the whole tables are in `to_dict`."""
+        if self.form == "adapter":
+            return "\n".join(self._adapter_lines())
+        exact = {True: ", exact", False: ", rounded", None: ""}[self.exact]
+        lines = [f"delta in {self.output}: {self.weights} weights, {self.dtype}{exact}"]
+        figures = {name: getattr(self, name) for name in ("delta_norm", "realised", "noise")}
+        shown = [f"{name} {value:.4g}" for name, value in figures.items() if value is not None]
+        return "\n".join([*lines, *(["  ".join(shown)] if shown else [])])
+
+    def _adapter_lines(self) -> list[str]:
+        lines = [f"adapter in {self.output}: {self.weights} modules, rank {self.rank}, {self.dtype}"]
+        lines += [f"keeps {self.kept or 0:.2%} of the delta's squared norm; of a module's own at least"]
+        worst = sorted(self.modules.items(), key=lambda item: item[1]["energy"])[:5]
+        lines += [f"  {found['energy']:.2%}  {name}" for name, found in worst]
+        if self.lost:
+            lines += [f"loses {sum(self.lost.values()):.2%} with {len(self.lost)} weights that have no low-rank form"]
+            largest = sorted(self.lost.items(), key=lambda item: -item[1])[:5]
+            lines += [f"  {share:.2%}  {name}" for name, share in largest]
+        return lines
+
+
+@dataclass(frozen=True)
+class GapReport:
+    """Relative distance of BASE and INSTRUCT, `sigma = sum|B-I| / (sum|B| + sum|I|)`.
+
+    Args:
+        sigma: over all common weights.
+        by_kind: kind of weight -> `sigma`, number of `weights` and `elements`, and with TUNED the size of the delta.
+        by_layer: the same by layer.
+        weights, elements: how many were compared.
+        delta: with TUNED, sum|T-B| / (sum|T| + sum|B|); else None.
+        delta_to_gap: with TUNED, sum|T-B| / sum|B-I|; else None.
+        warnings: what the user should know.
+    """
+
+    sigma: float | None
+    by_kind: dict[str, dict[str, Any]]
+    by_layer: dict[str, dict[str, Any]]
+    weights: int
+    elements: int
+    delta: float | None = None
+    delta_to_gap: float | None = None
+    warnings: list[str] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything in types that JSON knows."""
+        return asdict(self)
+
+    def text(self) -> str:
+        """Return the report as a table for a terminal."""
+        with_delta = self.delta is not None
+        head = f"{'':40}{'sigma':>10}" + (f"{'delta':>12}{'delta/gap':>12}" if with_delta else "") + f"{'elements':>16}"
+        total = {"sigma": self.sigma, "delta": self.delta, "delta_to_gap": self.delta_to_gap, "elements": self.elements}
+        rows = [head, _row("overall", total, with_delta)]
+        for title, groups in (("by kind", self.by_kind), ("by layer", self.by_layer)):
+            rows += ["", title, *[_row(f"  {name}", group, with_delta) for name, group in groups.items()]]
+        return "\n".join(rows)
+
+
+def graft_figures(sums: Mapping[str, Sums], stats: bool, *, sigma: bool = True) -> dict[str, Any]:
+    """Return the fields of `GraftReport` that are made of sums; {} when nothing was measured.
+
+    Args:
+        sums: name of each weight -> its sums.
+        stats: whether they were measured.
+        sigma: False where zeros stood in for BASE or INSTRUCT, so that their distance means nothing.
+    """
+    if not stats or not sums:
+        return {}
+
+    def figures(found: Sums) -> dict[str, Any]:
+        names = ("sigma", "delta_norm", "realised", "noise")
+        return {name: getattr(found, name) if sigma or name != "sigma" else None for name in names}
+
+    return {**figures(_total(sums)), "by_kind": _grouped(sums, kind_of, figures)}
+
+
+def graft_warnings(figures: Mapping[str, Any], dtype: str, rounding: str) -> list[str]:
+    """Return what the figures of a graft say against it, each with the way out that helps."""
+    found = []
+    sigma, realised, noise = (figures.get(name) for name in ("sigma", "realised", "noise"))
+    if figures and figures.get("delta_norm") == 0:
+        found.append("the delta is zero: tuned and base hold the same weights, the result is instruct.")
+    if sigma is not None and sigma > WIDE_GAP:
+        found.append(
+            f"base and instruct are far apart: sigma is {sigma:.3g}, pairs of one family lie below 0.05. The graft may "
+            "carry over badly."
+        )
+    if realised is not None and abs(realised - 1) > POOR_REALISED:
+        nearest = "stochastic rounding (--rounding stochastic; in training graft_rounding), "
+        found.append(
+            f"{dtype} holds only part of the delta: realised is {realised:.3g} instead of 1, its size is lost to "
+            f"rounding. Ways out: {nearest if rounding == 'nearest' else ''}{_FLOAT32}, or the adapter form for a LoRA."
+        )
+    if noise is not None and noise > POOR_NOISE:
+        found.append(
+            f"rounding to {dtype} adds noise of {noise:.3g} times the delta's norm. Ways out: {_FLOAT32}, or the "
+            "adapter form for a LoRA; stochastic rounding would raise it."
+        )
+    return found
+
+
+def gap_report(gaps: Mapping[str, Sums], deltas: Mapping[str, Sums] | None, warnings: list[str]) -> GapReport:
+    """Return the report on the sums of each weight: of BASE against INSTRUCT, and of BASE against TUNED where given."""
+
+    def figures(found: Sums, delta: Sums | None) -> dict[str, Any]:
+        shown: dict[str, Any] = {"sigma": found.sigma}
+        if delta is not None:
+            shown["delta"] = delta.sigma
+            shown["delta_to_gap"] = delta.gap / found.gap if found.gap > 0 else None
+        return shown
+
+    def group(key: Callable[[str], str], names: list[str]) -> dict[str, dict[str, Any]]:
+        parts = _collect(gaps, key)
+        apart = _collect(deltas, key) if deltas is not None else {}
+        ordered = sorted(parts, key=layer_key) if key is layer_of else list(parts)
+        return {
+            name: {**figures(parts[name][0], apart[name][0] if apart else None), "weights": parts[name][1],
+                   "elements": parts[name][0].elements}
+            for name in ordered
+        }  # fmt: skip
+
+    names = list(gaps)
+    overall = figures(_total(gaps), _total(deltas) if deltas is not None else None)
+    return GapReport(
+        by_kind=group(kind_of, names),
+        by_layer=group(layer_of, names),
+        weights=len(gaps),
+        elements=_total(gaps).elements,
+        warnings=warnings,
+        **overall,
+    )
+
+
+def _grouped(
+    sums: Mapping[str, Sums], key: Callable[[str], str], figures: Callable[[Sums], dict[str, Any]]
+) -> dict[str, dict[str, Any]]:
+    parts = _collect(sums, key)
+    return {
+        name: {**figures(total), "weights": count, "elements": total.elements} for name, (total, count) in parts.items()
+    }
+
+
+def _collect(sums: Mapping[str, Sums], key: Callable[[str], str]) -> dict[str, tuple[Sums, int]]:
+    groups: dict[str, list[Sums]] = {}
+    for name, found in sums.items():
+        groups.setdefault(key(name), []).append(found)
+    return {name: (_total(dict(enumerate(found))), len(found)) for name, found in groups.items()}
+
+
+def _total(sums: Mapping[Any, Sums]) -> Sums:
+    total = Sums()
+    for found in sums.values():
+        total += found
+    return total
+
+
+def _row(name: str, group: Mapping[str, Any], with_delta: bool) -> str:
+    def number(key: str) -> str:
+        return "-" if group.get(key) is None else f"{group[key]:.5f}"
+
+    middle = f"{number('delta'):>12}{number('delta_to_gap'):>12}" if with_delta else ""
+    return f"{name:40}{number('sigma'):>10}{middle}{group['elements']:>16,}"

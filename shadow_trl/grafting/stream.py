@@ -1,0 +1,229 @@
+"""The pipeline of a graft: chunks of the output files, computed and written by a few threads side by side.
+
+A chunk is a page-aligned range of bytes of one output file. A thread maps the inputs' bytes of that range, computes it
+block by block into its own buffer, writes the buffer, and drops the inputs' pages from memory. While one thread waits
+for the disk another computes. Memory does not depend on the size of any tensor.
+"""
+
+from __future__ import annotations
+
+import math
+import mmap
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..arithmetic.grafter import BLOCK, BlockGrafter, is_finite
+from ..arithmetic.sums import Sums
+from ..results.shard_writer import ShardWriter
+from ..runtime.threads import run_threads
+from .pieces import LowRank, OutputFile, WeightJob, blocks_of, dtype_of
+
+CHUNK = 4 * 2**20
+"""Bytes of a chunk."""
+
+
+@dataclass
+class Outcome:
+    """What was measured.
+
+    Args:
+        sums: name of each weight -> its sums.
+        bad: name of each weight with values that are not finite -> the sides on which they are.
+    """
+
+    sums: dict[str, Sums] = field(default_factory=dict)
+    bad: dict[str, list[str]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Arithmetic:
+    """How to sum; the arguments of `deltas.BlockGrafter`."""
+
+    scale: float = 1.0
+    instruct_scale: float = 1.0
+    rounding: str = "nearest"
+    seed: int = 0
+    base_dtype: str | None = None
+    stats: bool = True
+
+    def grafter(self) -> BlockGrafter:
+        """Return a grafter with scratch memory of its own."""
+        return BlockGrafter(
+            self.scale,
+            self.instruct_scale,
+            rounding=self.rounding,
+            seed=self.seed,
+            base_dtype=self.base_dtype,
+            stats=self.stats,
+        )
+
+
+def stream(
+    files: Sequence[OutputFile],
+    folder: Path,
+    arithmetic: Arithmetic,
+    progress: Callable[[int], None] | None = None,
+) -> Outcome:
+    """Compute and write every file into `folder`.
+
+    Args:
+        files: what to write.
+        folder: where; must exist.
+        arithmetic: how to sum.
+        progress: called with the number of bytes written since the last call, from several threads.
+
+    Returns:
+        the sums of each weight, and the weights with values that are not finite; with any of these the files are not
+        complete.
+    """
+    outcome = Outcome()
+    writers = [ShardWriter(folder / file.name, file.size) for file in files]
+    left = [-(-file.size // CHUNK) for file in files]
+    chunks = [(number, low) for number, file in enumerate(files) for low in range(0, file.size, CHUNK)]
+    found: dict[tuple[int, int], list[tuple[str, Sums]]] = {}
+    lock = threading.Lock()
+
+    def make_worker() -> Callable[[tuple[int, int]], None]:
+        torch.set_num_threads(1)  # of this thread; the others are beside it
+        worker = _Worker(arithmetic, outcome, lock)
+
+        def work(chunk: tuple[int, int]) -> None:
+            number, low = chunk
+            with lock:
+                if not writers[number].opened:
+                    writers[number].open()
+            length = min(CHUNK, files[number].size - low)
+            found[chunk] = worker.fill(files[number], low, low + length)
+            if not outcome.bad:
+                writers[number].write(low, worker.buffer, length)
+            with lock:
+                left[number] -= 1
+                last = not left[number]
+            if last:
+                writers[number].close()
+            if progress is not None:
+                progress(length)
+
+        return work
+
+    torch_threads = torch.get_num_threads()
+    try:
+        run_threads(chunks, make_worker)
+    finally:
+        torch.set_num_threads(torch_threads)
+        for writer in writers:
+            writer.abandon()
+    for chunk in chunks:  # in order, so that the sums do not depend on the threads
+        for name, sums in found[chunk]:
+            outcome.sums.setdefault(name, Sums()).__iadd__(sums)
+    return outcome
+
+
+class _Worker:
+    """The buffer and scratch memory of one thread."""
+
+    def __init__(self, arithmetic: Arithmetic, outcome: Outcome, lock: threading.Lock) -> None:
+        self.arithmetic = arithmetic
+        self.outcome = outcome
+        self.lock = lock
+        self.buffer = mmap.mmap(-1, CHUNK)
+        self.bytes = torch.frombuffer(self.buffer, dtype=torch.uint8)
+        self.grafter = arithmetic.grafter()
+        self.spare = torch.empty(BLOCK, dtype=torch.float64).view(torch.uint8)
+        self.factors: dict[str, tuple[LowRank, Tensor]] = {}
+
+    def fill(self, file: OutputFile, low: int, high: int) -> list[tuple[str, Sums]]:
+        """Compute bytes `low` to `high` of `file` into the buffer."""
+        if low < len(file.header):
+            head = file.header[low:high]
+            self.buffer[: len(head)] = head
+        found = []
+        for job, begin in file.parts(low, high):
+            size = dtype_of(job.code).itemsize
+            first = max(low - begin, 0) // size
+            last = min(-(-(high - begin) // size), math.prod(job.shape))
+            if first >= last:
+                continue
+            sums = Sums()
+            for start, stop, delta in blocks_of(job, first, last):
+                sums += self._block(job, start, stop, delta, begin + start * size - low)
+            found.append((job.name, sums))
+            for place in (job.instruct, job.base, job.tuned):
+                if place is not None:
+                    place.release(first, last)
+        return found
+
+    def _block(self, job: WeightJob, start: int, stop: int, delta: bool, at: int) -> Sums:
+        """Compute one block; `at` is the byte of the buffer at which it goes, negative for a cut first element."""
+        dtype = dtype_of(job.code)
+        nbytes = (stop - start) * dtype.itemsize
+        whole = at >= 0 and at % dtype.itemsize == 0 and at + nbytes <= CHUNK
+        target = self.bytes[at : at + nbytes] if whole else self.spare[:nbytes]
+        out = target.view(dtype)
+        if delta:
+            sums = self._graft(job, out, start, stop)
+        else:
+            out.copy_(job.instruct.block(start, stop))
+            sums = Sums()
+            if dtype.is_floating_point:
+                sums.finite = math.isfinite(out.sum()) or is_finite(out)
+        if not sums.finite:
+            self._blame(job, out, start, stop, delta)
+        if not whole:
+            skip = max(-at, 0)
+            room = min(nbytes - skip, CHUNK - max(at, 0))
+            self.bytes[max(at, 0) : max(at, 0) + room] = target[skip : skip + room]
+        return sums
+
+    def _graft(self, job: WeightJob, out: Tensor, start: int, stop: int) -> Sums:
+        instruct = job.instruct.block(start, stop)
+        base = job.base.block(start, stop) if job.base is not None else None
+        if job.tuned is not None and base is not None:
+            return self.grafter.graft(
+                out, instruct, base, job.tuned.block(start, stop), name=job.instruct.name, index=start
+            )
+        assert job.low_rank is not None
+        row, skip = divmod(start, job.low_rank.columns)
+        rows = -(-stop // job.low_rank.columns) - row
+        left, right = self._factors(job.low_rank, row, rows)
+        return self.grafter.add_low_rank(
+            out, instruct, left, right, skip, factor=job.low_rank.factor, base=base, name=job.instruct.name, index=start
+        )
+
+    def _factors(self, low_rank: LowRank, row: int, rows: int) -> tuple[Tensor, Tensor]:
+        """Return copies of some rows of the left factor and of the right factor, fp32; the right one stays for more."""
+        left, right = low_rank.left, low_rank.right
+        cached = self.factors.get("right")
+        if cached is None or cached[0] is not low_rank:
+            whole = right.checkpoint.tensor(right.name)
+            whole = whole.T if low_rank.transposed else whole
+            cached = (low_rank, whole.to(torch.float32, copy=True, memory_format=torch.contiguous_format))
+            self.factors["right"] = cached
+            right.release(0, whole.numel())
+        matrix = left.checkpoint.tensor(left.name)
+        matrix = matrix.T if low_rank.transposed else matrix
+        wanted = matrix[row : row + rows].to(torch.float32, copy=True)
+        rank = matrix.shape[1]
+        first, last = (0, matrix.numel()) if low_rank.transposed else (row * rank, (row + rows) * rank)
+        left.release(first, last)
+        return wanted, cached[1]
+
+    def _blame(self, job: WeightJob, out: Tensor, start: int, stop: int, delta: bool) -> None:
+        sides = []
+        places = {"instruct": job.instruct, **({"base": job.base, "tuned": job.tuned} if delta else {})}
+        for side, place in places.items():
+            if place is not None and not is_finite(place.block(start, stop)):
+                sides.append(f"{side} {place.checkpoint}")
+        for factor in (job.low_rank.left, job.low_rank.right) if delta and job.low_rank is not None else ():
+            if not is_finite(factor.checkpoint.tensor(factor.name)):
+                sides.append(f"tuned {factor.checkpoint}")
+        with self.lock:
+            known = self.outcome.bad.setdefault(job.name, [])
+            known.extend(
+                side for side in sides or [f"result in {str(out.dtype).removeprefix('torch.')}"] if side not in known
+            )

@@ -1,0 +1,1 @@
+"""Which weight of BASE and TUNED belongs to which weight of INSTRUCT."""

@@ -1,0 +1,225 @@
+"""Match the weights of BASE and TUNED to those of INSTRUCT under names that already mean the same on every side.
+
+Three things stand between equal names and a plan: a head that shares the weight of the embedding and may or may not be
+on disk; vocabularies with another number of rows; weights that one side lacks.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+
+from ..checkpoints.checkpoint import Checkpoint
+from ..checkpoints.header import TensorSpec
+from ..errors import PairMismatchError, list_names
+
+HEAD_NAMES = ("lm_head.weight", "embed_out.weight")
+EMBEDDING_NAMES = tuple(f"{name}.weight" for name in ("embed_tokens", "wte", "embed_in", "word_embeddings"))
+TOKEN_NAMES = (*HEAD_NAMES, *EMBEDDING_NAMES, "embed_tokens_per_layer.weight", "lm_head.bias", "embed_out.bias")
+"""Weights with one row for each token id."""
+COMPUTED_ON_LOAD = re.compile(r"rotary_emb\.inv_freq$|(^|\.)position_ids$")
+"""Buffers that old checkpoints store and transformers computes anew."""
+BLOCK = 2**22
+"""Elements that are compared at a time."""
+
+
+@dataclass(frozen=True, eq=False)
+class Side:
+    """One checkpoint under keys that mean the same weight on every side.
+
+    Args:
+        role: "base", "instruct" or "tuned".
+        checkpoint: where the values are.
+        names: key -> name on disk, in the order of the files.
+        specs: key -> shape and dtype.
+        readable: False where names and shapes are only predicted and no values can be compared yet.
+    """
+
+    role: str
+    checkpoint: Checkpoint
+    names: Mapping[str, str]
+    specs: Mapping[str, TensorSpec]
+    readable: bool = True
+
+    @property
+    def says_untied(self) -> bool:
+        """Whether config.json states that head and embedding are two weights; False where it says nothing."""
+        config = self.checkpoint.config
+        parts = [config, *(value for value in config.values() if isinstance(value, dict))]
+        tied = any(part.get("tie_word_embeddings") is True for part in parts)
+        return config.get("tie_word_embeddings") is False and not tied
+
+
+@dataclass
+class Sides:
+    """The checkpoints of a graft and which keys are two names of one weight.
+
+    Args:
+        instruct: receives the delta.
+        tuned: BASE after training, or a delta when there is no base.
+        base: BASE before training, or None.
+        ties: key of a head -> key of the embedding whose weight it may share.
+        ignores: says of a key that transformers drops it on load.
+    """
+
+    instruct: Side
+    tuned: Side
+    base: Side | None
+    ties: Mapping[str, str]
+    ignores: Callable[[str], bool] = lambda key: False
+
+    def __post_init__(self) -> None:
+        self._partners: dict[str, list[str]] = {}
+        for alias, source in self.ties.items():
+            self._partners.setdefault(alias, []).append(source)
+            self._partners.setdefault(source, []).append(alias)
+
+    @property
+    def trained(self) -> list[Side]:
+        """The sides that make the delta."""
+        return [self.tuned] if self.base is None else [self.base, self.tuned]
+
+    def find(self, side: Side, key: str) -> str | None:
+        """Return the key under which `side` stores the weight `key`: itself, else one that it is tied to, else None."""
+        if key in side.names:
+            return key
+        return next((name for name in self._partners.get(key, ()) if name in side.names), None)
+
+    def dropped(self, key: str) -> bool:
+        """Whether loading drops `key`, so that a trained checkpoint need not have it."""
+        return bool(COMPUTED_ON_LOAD.search(key)) or self.ignores(key)
+
+    def counts_rows(self, key: str) -> bool:
+        """Whether the weight has one row for each token id."""
+        return key in self._partners or key.endswith(TOKEN_NAMES)
+
+
+@dataclass
+class Problems:
+    """Weights that do not match; empty when the names of all sides fit together."""
+
+    missing: list[str] = field(default_factory=list)
+    extra: list[str] = field(default_factory=list)
+    shapes: list[str] = field(default_factory=list)
+    kinds: list[str] = field(default_factory=list)
+
+    def __bool__(self) -> bool:
+        return bool(self.missing or self.extra or self.shapes or self.kinds)
+
+    def error(self, also: str = "") -> PairMismatchError:
+        """Return the error that lists every name; `also` is one more line of explanation."""
+        parts = [
+            ("without a counterpart on another side", self.missing),
+            ("of base or tuned that would land nowhere on instruct", self.extra),
+            ("of different shapes", self.shapes),
+            ("of whole numbers that training changed", self.kinds),
+        ]
+        lines = [
+            f"{len(rows)} weight{'s' if len(rows) > 1 else ''} {what}.\n{list_names(rows)}"
+            for what, rows in parts
+            if rows
+        ]
+        ways_out = (
+            "Give base, instruct and tuned of one architecture, or leave these weights as they are in instruct with "
+            "--modules. Nothing was written."
+        )
+        return PairMismatchError("cannot graft: " + "\n".join([*lines, *([also] if also else []), ways_out]))
+
+
+def embedding_ties(names: Iterable[str]) -> dict[str, str]:
+    """Return {head: input embedding} as their usual names tell, {} when there is not exactly one of each."""
+    names = list(dict.fromkeys(names))
+    heads = [name for name in names if name.endswith(HEAD_NAMES)]
+    inputs = [name for name in names if name.endswith(EMBEDDING_NAMES)]
+    return {heads[0]: inputs[0]} if len(heads) == 1 and len(inputs) == 1 else {}
+
+
+def mismatches(sides: Sides, wanted: Callable[[str], bool]) -> Problems:
+    """Compare keys and shapes; values are read only for a weight that INSTRUCT lacks, to see whether it has a delta."""
+    problems = Problems()
+    instruct = sides.instruct
+    for key, name in instruct.names.items():
+        if not wanted(name):
+            continue
+        specs = found_specs(sides, key)
+        lacking = [side.role for side in sides.trained if side.role not in specs]
+        if lacking:
+            if not sides.dropped(key):
+                problems.missing.append(f"{name}\n    instruct only, not in {' and '.join(lacking)}")
+        elif not _shapes_fit(specs, sides.counts_rows(key)):
+            problems.shapes.append(side_rows(sides, key, "shape"))
+        elif not (all(spec.is_float for spec in specs.values()) or untouched(sides, key)):
+            problems.kinds.append(side_rows(sides, key, "code"))
+    if not problems:
+        problems.extra += [f"{name}\n    {role} only" for role, name in unplaced(sides, wanted) if name]
+    return problems
+
+
+def unplaced(sides: Sides, wanted: Callable[[str], bool]) -> list[tuple[str, str]]:
+    """Return (role, name on disk) of the weights of BASE and TUNED that carry a delta which lands nowhere."""
+    found = []
+    for side in sides.trained:
+        other = sides.base if side is sides.tuned else sides.tuned
+        for key in left_out(sides, side):
+            if other is not None and key in other.names:
+                harmless = same_values(side, key, other, key)
+            else:
+                harmless = sides.dropped(key)
+            if not harmless and wanted(side.names[key]):
+                found.append((side.role, side.names[key]))
+    return found
+
+
+def left_out(sides: Sides, side: Side) -> list[str]:
+    """Return the keys of BASE or TUNED that INSTRUCT lacks under any name."""
+    return [key for key in side.names if sides.find(sides.instruct, key) is None]
+
+
+def found_specs(sides: Sides, key: str) -> dict[str, TensorSpec]:
+    """Return role -> spec of the weight `key` on every side that has it."""
+    found = [(side, sides.find(side, key)) for side in [*sides.trained, sides.instruct]]
+    return {side.role: side.specs[name] for side, name in found if name is not None}
+
+
+def untouched(sides: Sides, key: str) -> bool:
+    """Whether BASE and TUNED hold the same values of a weight that both have; of a delta it is taken for granted."""
+    if sides.base is None:
+        return True
+    base, tuned = sides.find(sides.base, key), sides.find(sides.tuned, key)
+    return base is not None and tuned is not None and same_values(sides.base, base, sides.tuned, tuned)
+
+
+def side_rows(sides: Sides, key: str, what: str) -> str:
+    """Return a row for `list_names`: the name, under it each side's shape or dtype."""
+    values = [f"    {role:<9} {getattr(spec, what)}" for role, spec in found_specs(sides, key).items()]
+    return "\n".join([sides.instruct.names[key], *values])
+
+
+def _shapes_fit(specs: Mapping[str, TensorSpec], counts_rows: bool) -> bool:
+    shapes = {spec.shape for spec in specs.values()}
+    return len(shapes) == 1 or (counts_rows and len({(len(shape), shape[1:]) for shape in shapes}) == 1)
+
+
+def same_values(side: Side, key: str, other: Side, other_key: str) -> bool:
+    """Whether two weights hold equal numbers, whatever their dtypes; True where values cannot be read yet."""
+    if not (side.readable and other.readable):
+        return True
+    size = side.specs[key].numel
+    if side.specs[key].shape != other.specs[other_key].shape:
+        return False
+    return all(
+        _same_block((side, side.names[key]), (other, other.names[other_key]), at, min(at + BLOCK, size))
+        for at in range(0, size, BLOCK)
+    )
+
+
+def _same_block(one: tuple[Side, str], two: tuple[Side, str], start: int, stop: int) -> bool:
+    import torch
+
+    first, second = (side.checkpoint.block(name, start, stop) for side, name in (one, two))
+    dtype = torch.promote_types(first.dtype, second.dtype)
+    same = torch.equal(first.to(dtype), second.to(dtype))
+    for side, name in (one, two):
+        side.checkpoint.release(name, start, stop)
+    return same

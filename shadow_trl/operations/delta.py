@@ -1,0 +1,214 @@
+"""The delta on its own: `delta = tuned - base`, streamed into a folder that `graft(delta=...)` applies.
+
+The engine of a graft does the work, with zeros where INSTRUCT would be.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from ..adapters.lora import base_model_of
+from ..checkpoints.checkpoint import Checkpoint, Place
+from ..checkpoints.delta import BASE_CONFIG, INDEX, WEIGHTS, Zeros, refuse_deltas
+from ..checkpoints.header import FLOATS, nbytes_of
+from ..checkpoints.manifest import write_delta_card, write_manifest
+from ..errors import AdapterError, ConfigError
+from ..grafting.files import copied_files, copy_files, main_dtype, plan_files
+from ..grafting.inputs import Digests, Inputs, Source, other_base
+from ..grafting.jobs import Jobs
+from ..grafting.options import DTYPES, GraftOptions
+from ..grafting.pieces import OutputFile, WeightJob
+from ..grafting.reports import DeltaReport, graft_figures
+from ..grafting.stream import stream
+from ..grafting.tuned import one_tuned
+from ..results.folder import OutputFolder, check_free, check_place, check_space, recover
+from ..runtime.progress import Progress
+from .delta_lora import write_low_rank
+from .graft import arithmetic, check_finite, dense_jobs
+
+
+def extract_delta(
+    *,
+    base: Source | None = None,
+    tuned: Source,
+    output: Source,
+    rank: int | None = None,
+    dtype: Any = "float32",
+    base_dtype: Any = None,
+    max_shard_size: int | str | None = None,
+    overwrite: bool = False,
+    digest: str = "sha256",
+    stats: bool = True,
+    progress: bool = True,
+) -> DeltaReport:
+    """Write what training added to BASE, `delta = tuned - base`, to a folder of its own.
+
+    `graft(delta=...)` adds it to any INSTRUCT of that BASE. The folder is no model and does not load as one.
+
+    Args:
+        base: folder or hub id of BASE, either with `@revision` if wished. May be left out for an adapter that names it.
+        tuned: BASE after training: a full checkpoint, or an adapter, whose dense delta is written then.
+        output: folder of the result; must not exist.
+        rank: writes a LoRA adapter for BASE with this rank in the place of the dense delta, by truncated singular value
+            decomposition of each linear module; needs a full TUNED. Default none.
+        dtype: `float32` (default), in which deltas of 16-bit checkpoints are exact, `bfloat16` or `float16`; each value
+            is rounded once, to the nearest.
+        base_dtype: as for `graft`.
+        max_shard_size: as for `graft`. Default: as BASE's files.
+        overwrite: whether an existing delta at `output` may be replaced. Default False.
+        digest: `sha256` (default) of the input files goes into the manifest, or `none`.
+        stats: whether to measure the delta's norm and what storing it lost. Default True.
+        progress: whether to show a bar on a terminal. Default True.
+
+    Returns:
+        counts, figures and warnings; see `DeltaReport`.
+
+    Raises:
+        InputError: bad input, found before anything was written.
+        GraftError: values that are not finite, or a full disk; nothing is left at `output`.
+
+    """
+    settings = _options(dtype, rank, base_dtype=base_dtype, max_shard_size=max_shard_size, overwrite=overwrite,
+                        digest=digest, stats=stats)  # fmt: skip
+    target = Path(output)
+    recover(target)
+    check_free(target, overwrite, "delta")
+    with _opened(base, tuned, target, settings) as inputs:
+        check_place(target, inputs.folders)
+        if rank is not None and inputs.tuned.is_adapter:
+            raise AdapterError(
+                f"tuned {inputs.tuned} is an adapter already: rank is for full checkpoints. Leave rank out for its "
+                "dense delta. Nothing was written."
+            )
+        with OutputFolder(target, overwrite, "delta") as place:
+            if rank is None:
+                report = _write_dense(inputs, place.part, target, settings, progress)
+            else:
+                report = _write_adapter(inputs, place.part, target, settings, rank, progress)
+            place.commit()
+    return report
+
+
+def _options(dtype: Any, rank: int | None, **options: Any) -> GraftOptions:
+    if str(dtype) == "auto":
+        raise ConfigError(f"dtype of a delta must be one of {', '.join(DTYPES[1:])}. Nothing was written.")
+    if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
+        raise ConfigError(f"rank must be a whole number of at least 1, got {rank!r}. Nothing was written.")
+    # A head that only TUNED has of its own is part of the delta; whether INSTRUCT can take it is asked at the graft.
+    return GraftOptions(format="model", dtype=dtype, untie=True, **options)
+
+
+class _Sides(Inputs):
+    """BASE and TUNED; BASE is the receiver as well, so that the plan is one of BASE's own weights."""
+
+    @property
+    def sides(self) -> dict[str, Checkpoint]:
+        return {role: side for role, side in super().sides.items() if role != "instruct"}
+
+
+@contextmanager
+def _opened(base: Source | None, tuned: Source, target: Path, options: GraftOptions) -> Iterator[Inputs]:
+    refuse_deltas(base=base, tuned=tuned)
+    with one_tuned(base, [(tuned, 1.0)], target, options.base_dtype) as (origin, learnt, stages):
+        home = origin if origin is not None else _base_of(learnt)
+        yield _Sides.open(home, home, learnt, options, stages, check_pair=False)
+
+
+def _base_of(tuned: Checkpoint) -> Source:
+    base = base_model_of(tuned) if tuned.is_adapter else None
+    if base is None:
+        raise ConfigError("base is missing: only an adapter that names its own may leave it out. Nothing was written.")
+    return base
+
+
+def _write_dense(inputs: Inputs, part: Path, target: Path, options: GraftOptions, progress: bool) -> DeltaReport:
+    scratch = part / ".converted"
+    jobs = dense_jobs(inputs, options, scratch)
+    weights = _from_zeros(jobs, adapter=inputs.tuned.is_adapter)
+    files = [file for file in plan_files(weights, jobs.layout, options.max_shard_size) if file.jobs]  # type: ignore[arg-type]
+    for file in files:
+        file.name = WEIGHTS if len(files) == 1 else file.name.replace("model", "delta", 1)
+    small = copied_files(inputs.instruct, adapter=True)
+    check_space(target, sum(file.size for file in files) + sum(path.stat().st_size for path in small))
+    with Digests(inputs, [], options) as digests, Progress(sum(f.size for f in files), progress) as bar:
+        outcome = stream(files, part, arithmetic(inputs, options), bar.add)
+        check_finite(outcome, target)
+        shutil.rmtree(scratch, ignore_errors=True)
+        figures = graft_figures(outcome.sums, options.stats, sigma=False)
+        figures.pop("sigma", None)
+        known = options.stats and not inputs.tuned.is_adapter
+        exact = all(found.ee == 0.0 for found in outcome.sums.values()) if known else None
+        warnings = [text for text in jobs.warnings if not text.startswith("untie changes nothing")]
+        if figures.get("delta_norm") == 0.0:
+            warnings.append("the delta is zero: tuned and base hold the same weights.")
+        report = DeltaReport(
+            target, "delta", len(weights), main_dtype(weights) or "", exact=exact, warnings=warnings, **figures
+        )
+        _write_index(files, part)
+        _finish(part, inputs, report, options, digests=digests.collect(), small=small, left_out=jobs.left_out)
+    return report
+
+
+def _from_zeros(jobs: Jobs, *, adapter: bool) -> list[WeightJob]:
+    """Put zeros in INSTRUCT's place. What an adapter leaves alone has a delta of zero; buffers have none."""
+    zeros = Zeros.like(jobs.layout)
+    chosen = [job for job in jobs.weights if job.grafted or (adapter and job.code in FLOATS)]
+    return [replace(job, instruct=Place(zeros, job.instruct.name)) for job in chosen]
+
+
+def _write_index(files: list[OutputFile], part: Path) -> None:
+    if len(files) == 1:
+        return
+    weight_map = {job.name: file.name for file in files for job in file.jobs}
+    total = sum(nbytes_of(job.code, job.shape) for file in files for job in file.jobs)
+    content = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (part / INDEX).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def _write_adapter(
+    inputs: Inputs, part: Path, target: Path, options: GraftOptions, rank: int, progress: bool
+) -> DeltaReport:
+    scratch = part / ".converted"
+    jobs = dense_jobs(inputs, options, scratch)
+    small = copied_files(inputs.instruct, adapter=True)
+    with Digests(inputs, [], options) as digests:
+        loaded = replace(options, base_dtype=arithmetic(inputs, options).base_dtype)
+        report = write_low_rank(jobs, inputs.instruct, part, target, loaded, rank, progress)
+        shutil.rmtree(scratch, ignore_errors=True)
+        _finish(part, inputs, report, options, digests=digests.collect(), small=small, left_out=jobs.left_out)
+    return report
+
+
+def _finish(
+    part: Path,
+    inputs: Inputs,
+    report: DeltaReport,
+    options: GraftOptions,
+    *,
+    digests: dict[str, Any],
+    small: list[Path],
+    left_out: list[str],
+) -> None:
+    """Write what lies beside the weights: BASE's config and tokenizer, manifest and card."""
+    copy_files(small, inputs.instruct, part)
+    if report.form == "delta":
+        config = inputs.instruct.path / "config.json"
+        if config.is_file():
+            shutil.copyfile(config, part / BASE_CONFIG)
+    report.warnings.extend(other_base(inputs, digests))
+    sides = {
+        role: {"source": side.source, "revision": side.revision, "digests": digests.get(role)}
+        for role, side in inputs.sides.items()
+    }
+    found = report.to_dict()
+    del found["output"]
+    chosen = {"dtype": options.dtype, "base_dtype": options.base_dtype, "rank": report.rank}
+    content = {"kind": "delta", **sides, "options": chosen, "left_out": left_out, **found}
+    write_manifest(part, content)
+    write_delta_card(part, content)

@@ -1,0 +1,76 @@
+"""How far INSTRUCT lies from BASE: sigma, streamed over the weights that both have."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+
+from ..checkpoints.checkpoint import Checkpoint, Place
+from ..checkpoints.delta import refuse_deltas
+from ..checkpoints.distance import measure_gap
+from ..errors import AdapterError, GraftError, PairMismatchError, list_names
+from ..grafting.reports import GapReport, gap_report
+from ..layouts.plan import resolve
+from ..pair.architectures import compare_architectures
+from ..runtime.progress import Progress
+
+Source = str | os.PathLike[str]
+
+
+def gap(base: Source, instruct: Source, tuned: Source | None = None, *, progress: bool = True) -> GapReport:
+    """Measure how far INSTRUCT lies from BASE: `sigma = sum|B - I| / (sum|B| + sum|I|)`.
+
+    Args:
+        base: folder or hub id of BASE, either with `@revision` if wished.
+        instruct: the same for INSTRUCT.
+        tuned: BASE after training, a full checkpoint; its delta is then set against the gap. Default none.
+        progress: whether to show a bar on a terminal. Default True.
+
+    Returns:
+        sigma overall, by kind of weight and by layer; see `GapReport`. About 0.7 for unrelated models.
+
+    Raises:
+        InputError: bad input.
+        GraftError: weights that are not finite.
+
+    Source: Shadow-FT (arXiv 2505.12716), equation 1.
+
+    """
+    refuse_deltas(base=base, instruct=instruct, tuned=tuned)
+    sides = {"base": Checkpoint.open(base), "instruct": Checkpoint.open(instruct)}
+    if tuned is not None:
+        sides["tuned"] = Checkpoint.open(tuned)
+    for role, side in sides.items():
+        if side.is_adapter:
+            raise AdapterError(f"{role} {side} is an adapter; gap compares full checkpoints. Merge it first.")
+        side.check_not_quantised(role)
+    findings = compare_architectures(sides["base"].config, sides["instruct"].config)
+    if findings.errors:
+        raise PairMismatchError("\n".join(findings.errors))
+    return _measure(sides["base"], sides["instruct"], sides.get("tuned"), progress)
+
+
+def _measure(base: Checkpoint, instruct: Checkpoint, tuned: Checkpoint | None, progress: bool) -> GapReport:
+    """Measure every weight of INSTRUCT against BASE and, with TUNED, TUNED against BASE under the same names."""
+    with tempfile.TemporaryDirectory(prefix="shadow-trl-") as scratch:
+        # A head that only one side has of its own is measured as one. Without TUNED, BASE takes its place in the plan.
+        origin, learnt = (base, tuned) if tuned is not None else (None, base)
+        layout, sides = resolve(origin, instruct, learnt, scratch=Path(scratch), untie=True)
+        gaps, deltas = [], []
+        for weight in layout.weights:
+            if weight.tuned is None:
+                continue
+            end = Place(sides["tuned"], weight.tuned)
+            start = end if weight.base is None else Place(sides["base"], weight.base)
+            gaps.append((weight.name, start, Place(sides["instruct"], weight.instruct)))
+            deltas.append((weight.name, start, end))
+        measured = [gaps, deltas] if tuned is not None else [gaps]
+        size = sum(place.spec.nbytes for part in measured for _, *two in part for place in two)
+        with Progress(size, progress) as bar:
+            sums = [measure_gap(part, bar.add) for part in measured]
+    bad = sorted({name for part in sums for name, found in part.items() if not found.finite})
+    if bad:
+        named = " or ".join(str(side) for side in (base, instruct, tuned) if side is not None)
+        raise GraftError(f"{len(bad)} weights of {named} have values that are not finite.\n{list_names(bad)}")
+    return gap_report(sums[0], sums[1] if tuned is not None else None, layout.warnings)

@@ -1,0 +1,308 @@
+"""From a pair and a tuned BASE to a grafted folder: `grafted = instruct + scale * (tuned - base)`.
+
+Works on what any tool trained: a full checkpoint in any layout, or a PEFT adapter. Everything that can be found wrong
+without the weights is found before anything is written.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from ..adapters.kinds import kind_of
+from ..adapters.lora import place_on
+from ..checkpoints.checkpoint import Checkpoint
+from ..checkpoints.delta import refuse_deltas
+from ..checkpoints.header import TORCH_NAMES
+from ..checkpoints.manifest import write_manifest, write_model_card
+from ..errors import ConfigError, GraftError, list_names
+from ..grafting.delta_inputs import open_delta
+from ..grafting.files import copied_files, copy_files, main_dtype, plan_files, write_config, write_index
+from ..grafting.inputs import Digests, Inputs, Source, is_local, no_adapter_form, other_base
+from ..grafting.jobs import Jobs, check_rounding, full_jobs, low_rank_jobs, without_unchanged
+from ..grafting.options import GraftOptions, parse_size
+from ..grafting.reports import GraftReport, graft_figures, graft_warnings
+from ..grafting.stream import Arithmetic, Outcome, stream
+from ..grafting.tuned import merged_checkpoint, one_tuned, subtracted_dtype, truncated
+from ..grafting.weighted import weighted_sources
+from ..results.folder import OutputFolder, check_free, check_place, check_space, recover
+from ..runtime.progress import Progress
+
+
+def graft(
+    *,
+    base: Source | None = None,
+    instruct: Source,
+    tuned: Source | Sequence[Any] | None = None,
+    delta: Source | None = None,
+    output: Source,
+    scale: float = 1.0,
+    instruct_scale: float = 1.0,
+    modules: str | Sequence[str] = "all",
+    format: str = "auto",
+    dtype: Any = "auto",
+    rounding: str = "nearest",
+    seed: int = 0,
+    vocab: str = "strict",
+    max_shard_size: int | str | None = None,
+    overwrite: bool = False,
+    untie: bool = False,
+    digest: str = "sha256",
+    stats: bool = True,
+    base_dtype: Any = None,
+    rank: int | None = None,
+    progress: bool = True,
+) -> GraftReport:
+    """Add to INSTRUCT what training added to BASE and write the result to a folder that stands alone.
+
+    `grafted = instruct + scale * (tuned - base)`; with another `instruct_scale` b,
+    `grafted = scale * tuned + b * instruct + (1 - scale - b) * base`. Each sum is rounded once.
+
+    Args:
+        base: folder or hub id of BASE, either with `@revision` if wished. May be left out for an adapter that names it,
+            and for a delta, against whose digests it is then only checked.
+        instruct: the same for INSTRUCT.
+        tuned: BASE after training: a full checkpoint, or a PEFT adapter of any type that changes weights. Several are
+            summed: a list of these, each with its weight as `source:0.5` or `(source, 0.5)`.
+        delta: in the place of `tuned`: a delta of this BASE as `extract_delta` writes it. In fp32 and exact, as it is
+            for 16-bit checkpoints, it gives the bits that `tuned` gives (exponents within 2^16, as everywhere).
+        output: folder of the result; must not exist.
+        scale: multiplier of the delta. Default 1.
+        instruct_scale: the multiplier b of INSTRUCT. Default 1.
+        modules: weights that receive the delta: `all` (default), `linear` (the weights of the q, k, v, o, gate, up and
+            down projections), a regular expression searched in the names of INSTRUCT's weights, or a list of these.
+        format: `model` (dense weights), `adapter` (a PEFT adapter for INSTRUCT), or `auto` (default): the adapter
+            where an exact one exists and INSTRUCT is a hub id.
+        dtype: `auto` (default, the dtype of each INSTRUCT weight), `float32`, `bfloat16` or `float16`.
+        rounding: `nearest` (default) or `stochastic`.
+        seed: of stochastic rounding. Default 0.
+        vocab: `strict` (default) refuses sides with different token rows; `shared` grafts the rows that all have.
+        max_shard_size: bytes of a file of the result, such as `5GB`. Default: INSTRUCT's own files.
+        overwrite: whether an existing graft at `output` may be replaced. Default False.
+        untie: whether a tied INSTRUCT may receive a head of its own. Default False.
+        digest: `sha256` (default) of the input files goes into the manifest, or `none`.
+        stats: whether to measure sigma, realised and noise. Default True.
+        base_dtype: dtype in which training loaded BASE, which is rounded to it before subtracting; `tuned` for the
+            dtype of each weight of TUNED. Default: as on disk. Of an adapter on the full model of an earlier run: dtype
+            in which its training loaded that model, whose own weights tell in which dtype BASE was loaded for them.
+        rank: write the nearest LoRA of this rank for an adapter that has no exact form; the report has its error.
+        progress: whether to show a bar on a terminal. Default True.
+
+    Returns:
+        counts, figures and warnings; see `GraftReport`.
+
+    Raises:
+        InputError: bad input, found before anything was written.
+        GraftError: the graft failed (values that are not finite, full disk); nothing is left at `output`.
+
+    Source: Shadow-FT (arXiv 2505.12716), equation 2; RE-Adapt (arXiv 2405.15007) for `instruct_scale`.
+
+    """
+    given = locals()
+    settings = GraftOptions(**{item.name: given[item.name] for item in fields(GraftOptions)})
+    target = Path(output)
+    recover(target)
+    check_free(target, settings.overwrite)
+    with _opened(base, instruct, tuned, delta, target, settings) as inputs:
+        check_place(target, inputs.folders)
+        with OutputFolder(target, settings.overwrite) as place:
+            if inputs.form == "adapter":
+                report = _write_adapter_form(inputs, place.part, target, settings)
+            else:
+                report = _write_dense_form(inputs, place.part, target, settings, progress)
+            place.commit()
+    return report
+
+
+@contextmanager
+def _opened(
+    base: Source | None,
+    instruct: Source,
+    tuned: Source | Sequence[Any] | None,
+    delta: Source | None,
+    target: Path,
+    options: GraftOptions,
+) -> Iterator[Inputs]:
+    """Open the sides of a graft of TUNED or of a delta."""
+    if (tuned is None) == (delta is None):
+        raise ConfigError("give either tuned or delta: what BASE learnt is one of them. Nothing was written.")
+    if delta is not None:
+        yield open_delta(base, instruct, delta, options)
+        return
+    with one_tuned(base, tuned, target, options.base_dtype) as (origin, learnt, stages):
+        inputs = Inputs.open(origin, instruct, learnt, options, stages)
+        inputs.weights = [weight for _, weight in weighted_sources(tuned)]
+        inputs.made |= inputs.weights != [1.0]
+        yield inputs
+
+
+def check_graft(
+    *,
+    base: Source | None = None,
+    instruct: Source,
+    output: Source,
+    adapter: bool,
+    adapter_config: Mapping[str, Any] | None = None,
+    **options: Any,
+) -> None:
+    """Check before training all that would keep `graft` from succeeding after it.
+
+    Args:
+        base: as for `graft`.
+        instruct: as for `graft`.
+        output: as for `graft`.
+        adapter: whether TUNED will be an adapter.
+        adapter_config: its settings, as PEFT stores them. Default: those of a plain LoRA.
+        **options: as for `graft`.
+
+    Raises:
+        InputError: an option, the pair, the output folder or the form does not allow the graft.
+        GraftError: the disk has no room for the result.
+
+    """
+    settings = _options(options)
+    target = Path(output)
+    recover(target)
+    check_free(target, settings.overwrite)
+    refuse_deltas(base=base, instruct=instruct)
+    receiver = Checkpoint.open(instruct)
+    receiver.check_not_quantised("instruct")
+    folders = [("instruct", receiver.path)]
+    if base is not None:
+        kind = kind_of(adapter_config or {"peft_type": "LORA"})
+        origin = Checkpoint.open(base, weights=not (adapter and (kind.streams or kind.subtracted)))
+        folders.append(("base", origin.path))
+        if not adapter:
+            origin.check_not_quantised("base")
+            # BASE stands in for TUNED, which will have its names and shapes.
+            full_jobs(origin, receiver, origin, settings, None)
+    check_place(target, folders)
+    if settings.format == "adapter" and not adapter:
+        raise no_adapter_form(["tuned will be a full checkpoint"], rank=False)
+    if settings.format == "adapter" and adapter_config is not None and kind_of(adapter_config).obstacles:
+        raise no_adapter_form(list(kind_of(adapter_config).obstacles), rank=False)
+    if settings.format == "model" or not adapter:
+        check_space(target, _size(receiver, settings))
+
+
+def _options(options: dict[str, Any]) -> GraftOptions:
+    try:
+        return GraftOptions(**options)
+    except TypeError as error:
+        raise ConfigError(f"{str(error).partition('__init__() ')[2] or error}. Nothing was written.") from error
+
+
+def _write_dense_form(inputs: Inputs, part: Path, target: Path, options: GraftOptions, progress: bool) -> GraftReport:
+    scratch = part / ".converted"
+    jobs = dense_jobs(inputs, options, scratch)
+    check_rounding(jobs, options)
+    files = plan_files(jobs.weights, jobs.layout, parse_size(options.max_shard_size))
+    small = copied_files(inputs.instruct)
+    check_space(target, sum(file.size for file in files) + sum(path.stat().st_size for path in small))
+    with Digests(inputs, small, options) as digests, Progress(sum(f.size for f in files), progress) as bar:
+        outcome = stream(files, part, arithmetic(inputs, options), bar.add)
+        check_finite(outcome, target)
+        write_index(files, jobs.layout, part)
+        shutil.rmtree(scratch, ignore_errors=True)
+        copy_files(small, inputs.instruct, part)
+        dtype = main_dtype(jobs.weights)
+        write_config(inputs.instruct, part, dtype, jobs.config_edits)
+        figures = graft_figures(outcome.sums, options.stats, sigma=not inputs.recorded)
+        notes = [*inputs.warnings, *jobs.warnings, *graft_warnings(figures, dtype or "", options.rounding)]
+        report = GraftReport(
+            target, "model", jobs.grafted, len(jobs.weights) - jobs.grafted, dtype or "", options.scale,
+            options.instruct_scale, **figures, warnings=notes, dense_because=inputs.reasons,
+        )  # fmt: skip
+        _write_provenance(part, inputs, report, options, digests=digests.collect(), left_out=jobs.left_out)
+    return report
+
+
+def dense_jobs(inputs: Inputs, options: GraftOptions, scratch: Path) -> Jobs:
+    """Plan the weights of a dense result; merged adapters and copies in another layout go to `scratch`."""
+    if inputs.modules:
+        return low_rank_jobs(inputs.base, inputs.instruct, inputs.tuned, inputs.modules, options, scratch=scratch)
+    learnt = inputs.tuned
+    if learnt.is_adapter:
+        learnt, _ = merged_checkpoint(inputs.base, learnt, scratch / "merged", base_dtype=options.base_dtype)
+    jobs = full_jobs(inputs.base, inputs.instruct, learnt, options, scratch)
+    return without_unchanged(jobs, options) if inputs.made else jobs
+
+
+def _write_adapter_form(inputs: Inputs, part: Path, target: Path, options: GraftOptions) -> GraftReport:
+    from ..adapters.repoint import write_adapter
+
+    scratch, notes, adapter = part / ".truncated", list(inputs.warnings), inputs.tuned
+    if options.rank is not None:
+        adapter, note = truncated(inputs.base, adapter, options.rank, scratch, base_dtype=options.base_dtype)
+        notes.append(note)
+    elif inputs.modules:
+        place_on(inputs.modules, adapter, inputs.instruct)
+    small = copied_files(inputs.instruct, adapter=True)
+    check_space(target, 2 * sum(path.stat().st_size for path in (*small, *adapter.files)))
+    with Digests(inputs, small, options) as digests:
+        modules = write_adapter(
+            adapter, inputs.base, inputs.instruct, options.scale, part, base_dtype=options.base_dtype
+        )
+        shutil.rmtree(scratch, ignore_errors=True)
+        copy_files(small, inputs.instruct, part)
+        if is_local(inputs.instruct):
+            notes.append(
+                f"the adapter names the local folder {inputs.instruct.source} as its model: it loads only where that "
+                "path leads there."
+            )
+        code = next(iter(adapter.specs.values())).code
+        report = GraftReport(target, "adapter", modules, 0, TORCH_NAMES[code], options.scale, warnings=notes)
+        _write_provenance(part, inputs, report, options, digests=digests.collect(), left_out=[])
+    return report
+
+
+def _write_provenance(
+    part: Path,
+    inputs: Inputs,
+    report: GraftReport,
+    options: GraftOptions,
+    *,
+    digests: dict[str, Any],
+    left_out: list[str],
+) -> None:
+    report.warnings.extend(other_base(inputs, digests))
+    sides = {
+        role: {"source": side.source, "revision": side.revision, "digests": digests.get(role)}
+        for role, side in inputs.sides.items()
+    }
+    found = report.to_dict()
+    del found["output"], found["scale"], found["instruct_scale"]
+    content = {"kind": "graft", **inputs.recorded, **sides, "options": options.to_dict(), "left_out": left_out, **found}
+    if inputs.weights not in ([], [1.0]):
+        content["tuned_weights"] = inputs.weights
+    write_manifest(part, content)
+    write_model_card(part, content, adapter=report.form == "adapter")
+
+
+def arithmetic(inputs: Inputs, options: GraftOptions) -> Arithmetic:
+    """Return how to sum."""
+    base_dtype = None if inputs.made else subtracted_dtype(options.base_dtype, inputs.stages)
+    return Arithmetic(options.scale, options.instruct_scale, options.rounding, options.seed, base_dtype, options.stats)
+
+
+def check_finite(outcome: Outcome, target: Path) -> None:
+    """Raise GraftError if a weight has values that are not finite."""
+    if not outcome.bad:
+        return
+    lines = [f"{name}  not finite in {', '.join(sides)}" for name, sides in outcome.bad.items()]
+    hint = " A sum beyond the largest number of the output dtype: write --dtype float32 or bfloat16."
+    overflow = any("result" in side for sides in outcome.bad.values() for side in sides)
+    raise GraftError(
+        f"{len(lines)} weight{'s have' if len(lines) > 1 else ' has'} values that are infinite or not a number.\n"
+        f"{list_names(lines)}\n"
+        f"Repair or replace the checkpoint.{hint if overflow else ''} Nothing was written to {target}."
+    )
+
+
+def _size(instruct: Checkpoint, options: GraftOptions) -> int:
+    width = {"float32": 4, "bfloat16": 2, "float16": 2}.get(options.dtype)
+    return sum(spec.numel * width if width and spec.is_float else spec.nbytes for spec in instruct.specs.values())

@@ -1,0 +1,257 @@
+"""Is a folder the graft that its `shadow.json` says it is? It is made again beside the folder and compared.
+
+The weights are compared by name, whatever files they are in, block by block; the other files byte by byte.
+"""
+
+from __future__ import annotations
+
+import filecmp
+import json
+import math
+import os
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..arithmetic.grafter import BLOCK
+from ..checkpoints.checkpoint import Checkpoint
+from ..checkpoints.delta import refuse_deltas
+from ..checkpoints.manifest import MANIFEST_NAME, file_digest, read_manifest
+from ..errors import CheckpointError, ConfigError, list_names
+from ..grafting.inputs import Source
+from ..grafting.origins import with_revision
+from ..grafting.weighted import weighted_sources
+from ..results.folder import check_space
+from .graft import graft
+
+_ROLES = ("base", "instruct", "tuned", "delta", "start")
+_OUR_OWN = (MANIFEST_NAME, "README.md")
+
+
+@dataclass(frozen=True)
+class VerifyReport:
+    """Whether a folder is the graft that its manifest says.
+
+    Args:
+        folder: as the user gave it.
+        compared: number of weights of the graft.
+        weights: name -> what is different about it.
+        files: other files that are missing, changed or not of the graft.
+        digests: `role: file` of inputs that are not those named in the manifest.
+        warnings: of the graft that was made to compare with.
+    """
+
+    folder: str
+    compared: int
+    weights: dict[str, str] = field(default_factory=dict)
+    files: list[str] = field(default_factory=list)
+    digests: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+    @property
+    def same(self) -> bool:
+        """Whether nothing differs."""
+        return not (self.weights or self.files or self.digests)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything in types that JSON knows."""
+        return {"same": self.same, **asdict(self)}
+
+    def text(self) -> str:
+        """Return one line when the folder is the graft, else what differs."""
+        if self.same:
+            return f"{self.folder} is that graft: {self.compared} weights and all other files are equal."
+        lines = [f"{self.folder} is not that graft."]
+        named = (
+            (f"{len(self.weights)} of {self.compared} weights differ", [f"{k}  {v}" for k, v in self.weights.items()]),
+            (f"{len(self.files)} other files differ", self.files),
+            (f"{len(self.digests)} input files are not those of the manifest", self.digests),
+        )
+        for title, rows in named:
+            if rows:
+                lines += [title, list_names(rows)]
+        return "\n".join(lines)
+
+
+def verify(
+    folder: Source,
+    *,
+    base: Source | None = None,
+    instruct: Source | None = None,
+    tuned: Source | Sequence[Any] | None = None,
+    delta: Source | None = None,
+    progress: bool = True,
+) -> VerifyReport:
+    """Make the graft in `folder` again, with the options in its `shadow.json`, and say whether it is that graft.
+
+    Compared are every weight, bit by bit, the config, tokenizer and other files that a graft has, and the digests in
+    `shadow.json` with those of the inputs. The graft is made again in a temporary folder beside `folder`, which needs
+    its size on the disk; memory does not grow with it.
+
+    Args:
+        folder: of a graft, in dense or adapter form, or a hub id.
+        base: as for `graft`. Default: the one that `shadow.json` names, from here or from `folder`.
+        instruct: the same for INSTRUCT.
+        tuned: the same for TUNED; of several each, with its weight.
+        delta: in the place of `tuned`, as for `graft`.
+        progress: whether to show a bar on a terminal. Default True.
+
+    Returns:
+        what differs; `same` is True when nothing does.
+
+    Raises:
+        InputError: `folder` holds no graft, an input is not to be found, or the inputs cannot be grafted.
+        GraftError: the graft failed (values that are not finite, full disk).
+
+    """
+    refuse_deltas(folder=folder)
+    there = Checkpoint.open(folder)
+    manifest = read_manifest(there.path)
+    if manifest is None or manifest["kind"] != "graft":
+        kind = f"its {MANIFEST_NAME} is of kind {manifest['kind']}" if manifest else f"it has no {MANIFEST_NAME}"
+        raise CheckpointError(f"{there} is no graft: {kind}. Give the folder that `graft` wrote.")
+    given = {"base": base, "instruct": instruct, "tuned": tuned, "delta": delta}
+    sides = _sides(given, manifest, there.path)
+    wrong = _other_digests(sides, manifest)
+    if tuned is None and delta is None and "start" in manifest:
+        wrong += _other_digests({"start": _found("start", manifest, there.path)}, manifest)
+    scratch_home = there.path.absolute().parent
+    if not os.access(scratch_home, os.W_OK):
+        scratch_home = Path(tempfile.gettempdir())
+    check_space(scratch_home, sum(spec.nbytes for spec in there.specs.values()))
+    with tempfile.TemporaryDirectory(prefix=".shadow-verify-", dir=scratch_home) as scratch:
+        made = Path(scratch) / "graft"
+        options = _options(manifest)
+        report = graft(**sides, output=made, **options, digest="none", stats=False, progress=progress)
+        again = Checkpoint.open(made)
+        weights = _other_weights(there, again)
+        files = _other_files(there, again)
+    return VerifyReport(str(folder), len(again.specs), weights, files, wrong, report.warnings)
+
+
+def _sides(given: Mapping[str, Any], manifest: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """Return the inputs of the graft, by role: what was given, else what the manifest names."""
+    learnt = [role for role in ("tuned", "delta") if given[role] is not None]
+    if len(learnt) > 1:
+        raise ConfigError("give either tuned or delta. Nothing was written.")
+    role = learnt[0] if learnt else ("delta" if "delta" in manifest else "tuned")
+    # BASE of a delta is only checked, and where an adapter needs none the manifest still names it.
+    wanted = [role, "instruct", *(["base"] if role == "tuned" or given["base"] is not None else [])]
+    found: dict[str, Any] = {}
+    for name in wanted:
+        source = given[name]
+        found[name] = source if source is not None else _found(name, manifest, folder)
+    if role == "tuned" and given["tuned"] is None and manifest.get("tuned_weights"):
+        names = ["tuned", *(f"tuned_{number}" for number in range(2, len(manifest["tuned_weights"]) + 1))]
+        sources = [_found(name, manifest, folder) for name in names]
+        found["tuned"] = list(zip(sources, manifest["tuned_weights"], strict=True))
+    return found
+
+
+def _found(role: str, manifest: Mapping[str, Any], folder: Path) -> Source:
+    """Return the source that the manifest of `folder` names: from the current folder, else from `folder`."""
+    entry = manifest.get(role)
+    if not entry:
+        raise ConfigError(f"{MANIFEST_NAME} of {folder} names no {role}. Give it with --{role}. Nothing was written.")
+    source = str(entry["source"])
+    if not Path(source).expanduser().is_dir() and (folder / source).is_dir():
+        return str(folder / source)
+    return with_revision(source, entry.get("revision"))
+
+
+def _options(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    known = ("scale", "instruct_scale", "dtype", "rounding", "seed", "vocab", "untie", "base_dtype", "modules", "rank")
+    options = {name: manifest["options"][name] for name in known if name in manifest["options"]}
+    return {**options, "format": manifest["form"]}
+
+
+def _other_digests(sides: Mapping[str, Any], manifest: Mapping[str, Any]) -> list[str]:
+    """Return `role: file` of the inputs whose digest is not the one in the manifest."""
+    from ..checkpoints.hub import locate
+
+    wrong = []
+    single: dict[str, Source] = {}
+    for role, source in sides.items():
+        parts = weighted_sources(source) if role == "tuned" else [(source, 1.0)]
+        single |= {role if number == 1 else f"{role}_{number}": part for number, (part, _) in enumerate(parts, 1)}
+    for role, source in single.items():
+        recorded = (manifest.get(role) or {}).get("digests") or {}
+        path = locate(source)[2] if recorded else Path()
+        wrong += [
+            f"{role}: {name}"
+            for name, digest in recorded.items()
+            if not (path / name).is_file() or file_digest(path / name) != digest
+        ]
+    return wrong
+
+
+def _other_weights(there: Checkpoint, again: Checkpoint) -> dict[str, str]:
+    """Return name -> what is different about it, for each weight of either folder."""
+    found = {name: "not in the graft" for name in there.specs if name not in again.specs}
+    for name, spec in again.specs.items():
+        other = there.specs.get(name)
+        if other is None:
+            found[name] = "missing in the folder"
+        elif (other.shape, other.code) != (spec.shape, spec.code):
+            found[name] = f"{other.code} {list(other.shape)} instead of {spec.code} {list(spec.shape)}"
+        else:
+            count, largest = _difference(there, again, name)
+            if count:
+                found[name] = f"{count} of {spec.numel} values, by at most {largest:.3g}"
+    return found
+
+
+def _difference(there: Checkpoint, again: Checkpoint, name: str) -> tuple[int, float]:
+    """Return how many values have other bits, and the largest difference between two of them."""
+    count, largest = 0, 0.0
+    for start in range(0, again.specs[name].numel, BLOCK):
+        stop = min(start + BLOCK, again.specs[name].numel)
+        ours, theirs = (side.block(name, start, stop) for side in (there, again))
+        unequal = _bits(ours) != _bits(theirs)
+        if unequal.any():
+            count += int(unequal.sum())
+            # NaN against a number is as different as can be.
+            apart = (ours[unequal].double() - theirs[unequal].double()).abs().nan_to_num(nan=math.inf, posinf=math.inf)
+            largest = max(largest, float(apart.max()))
+        for side in (there, again):
+            side.release(name, start, stop)
+    return count, largest
+
+
+def _bits(values: torch.Tensor) -> torch.Tensor:
+    return values.view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[values.dtype.itemsize])
+
+
+def _other_files(there: Checkpoint, again: Checkpoint) -> list[str]:
+    """Return the files beside the weights that are missing, changed or not of the graft."""
+    ours, theirs = set(_small_files(there)), set(_small_files(again))
+    changed = sorted(name for name in ours & theirs if not _same_file(there.path / name, again.path / name))
+    return [
+        *(f"{name}  missing" for name in sorted(theirs - ours)),
+        *(f"{name}  changed" for name in changed),
+        *(f"{name}  not of the graft" for name in sorted(ours - theirs)),
+    ]
+
+
+def _small_files(side: Checkpoint) -> Iterator[str]:
+    weights: Iterable[str] = {path.name for path in side.files} | {side.index or ""}
+    for path in sorted(side.path.rglob("*")):
+        name = path.relative_to(side.path)
+        hidden = any(part.startswith(".") for part in name.parts)
+        if path.is_file() and not hidden and str(name) not in weights and str(name) not in _OUR_OWN:
+            yield str(name)
+
+
+def _same_file(ours: Path, theirs: Path) -> bool:
+    if filecmp.cmp(ours, theirs, shallow=False):
+        return True
+    if ours.name != "adapter_config.json":
+        return False
+    # The model's name in it is as the user gave it; a path may lead there from another folder by another name.
+    one, two = (json.loads(path.read_text(encoding="utf-8")) for path in (ours, theirs))
+    named = ("base_model_name_or_path", "revision")
+    return bool({k: v for k, v in one.items() if k not in named} == {k: v for k, v in two.items() if k not in named})

@@ -1,0 +1,1 @@
+"""Do BASE and INSTRUCT belong together?"""

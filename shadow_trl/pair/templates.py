@@ -1,0 +1,134 @@
+"""Chat templates of a model folder, and the special tokens that they put into a conversation."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from ..checkpoints.checkpoint import read_json
+from ..errors import CheckpointError, ConfigError
+
+_SYSTEM = {"role": "system", "content": "a"}
+_TURNS = [{"role": "user", "content": "b"}, {"role": "assistant", "content": "c"}, {"role": "user", "content": "d"}]
+_GENERATION_TAG = re.compile(r"\{%-?\s*(?:end)?generation\s*-?%\}")
+
+
+def read_templates(folder: Path) -> dict[str, str]:
+    """Return the chat templates of a model folder by name ("default" is the one used unasked), {} when there is none.
+
+    Read as transformers reads them: chat_template.jinja and additional_chat_templates/*.jinja go before
+    tokenizer_config.json, and the old chat_template.json of processors fills in when there is nothing else.
+    """
+    templates: dict[str, str] = {}
+    single = folder / "chat_template.jinja"
+    files = {"default": single} if single.is_file() else {}
+    files.update({file.stem: file for file in sorted((folder / "additional_chat_templates").glob("*.jinja"))})
+    for name, file in files.items():
+        try:
+            templates[name] = file.read_text(encoding="utf-8")
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"cannot read the chat template {file}: {error}.") from error
+    for file in (folder / "tokenizer_config.json", folder / "chat_template.json"):
+        if not templates:
+            templates = _templates_of(read_json(file).get("chat_template"))
+    return {name: text for name, text in templates.items() if text.strip()}
+
+
+def _templates_of(value: object) -> dict[str, str]:
+    """Return the templates in a JSON value: a string, a list of {"name", "template"}, or an object name -> template."""
+    if isinstance(value, str):
+        return {"default": value}
+    if isinstance(value, list):
+        records = [record for record in value if isinstance(record, dict)]
+        value = {record.get("name"): record.get("template") for record in records}
+    if isinstance(value, dict):
+        return {name: text for name, text in value.items() if isinstance(name, str) and isinstance(text, str)}
+    return {}
+
+
+def template_tokens(templates: dict[str, str], added: Iterable[str], named: dict[str, str]) -> dict[str, bool]:
+    """Find the added tokens that INSTRUCT's chat templates use.
+
+    Args:
+        templates: chat templates by name, as `read_templates` returns them.
+        added: texts of the added tokens of INSTRUCT's vocabulary.
+        named: special tokens by role ("bos_token", "eos_token", ...), which templates may ask for by that name.
+
+    Returns:
+        Token -> True when a plain conversation contains it, False when it only stands in the template's text (tools,
+        images, reasoning). A template that cannot be rendered here counts by its text alone.
+
+    """
+    plain = templates.get("default") or next(iter(templates.values()), "")
+    rendered = _render(plain, named)
+    literal = "\0".join(templates.values())
+    found: dict[str, bool] = {}
+    # longest first and cut out, so that a token inside another token's text is not counted
+    for token in sorted({token for token in added if len(token.strip()) > 2}, key=len, reverse=True):
+        if token in rendered:
+            found[token] = True
+        elif token in literal:
+            found[token] = not rendered
+        rendered, literal = rendered.replace(token, "\0"), literal.replace(token, "\0")
+    return found
+
+
+def _render(template: str, named: dict[str, str]) -> str:
+    """Return short conversations as `template` writes them, joined by NUL; "" when it cannot be rendered."""
+    from jinja2 import TemplateError
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    def raise_exception(message: str) -> None:
+        raise TemplateError(message)
+
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+    )
+    environment.filters["tojson"] = lambda value, **options: json.dumps(value, ensure_ascii=False)
+    environment.globals.update(raise_exception=raise_exception, strftime_now=lambda form: datetime.now().strftime(form))
+    rendered = []
+    for messages in ([_SYSTEM, *_TURNS], _TURNS):
+        for parts in (False, True):
+            given: list[Any] = [
+                {**message, "content": [{"type": "text", "text": message["content"]}]} if parts else message
+                for message in messages
+            ]
+            try:
+                compiled = environment.from_string(_GENERATION_TAG.sub("", template))
+                rendered.append(compiled.render(messages=given, add_generation_prompt=True, **named))
+            except Exception:  # templates refuse roles and forms in many ways; their text is searched as well
+                continue
+    return "\0".join(rendered)
+
+
+def check_processing_class(
+    processing_class: Any, dataset_is_conversational: bool, *, instruct: str | None = None
+) -> None:
+    """Refuse conversational data for a tokenizer or processor that has no chat template.
+
+    Args:
+        processing_class: the tokenizer or processor that training would use.
+        dataset_is_conversational: True when the rows are lists of messages.
+        instruct: name of INSTRUCT, for the message.
+
+    Raises:
+        ConfigError: `dataset_is_conversational`, and neither `processing_class` nor its tokenizer has a chat template.
+
+    """
+    if not dataset_is_conversational:
+        return
+    sides = (processing_class, getattr(processing_class, "tokenizer", None))
+    if any(getattr(side, "chat_template", None) for side in sides):
+        return
+    name = getattr(processing_class, "name_or_path", None) or getattr(sides[1], "name_or_path", None)
+    where = f" ({name})" if name else ""
+    load = f"AutoTokenizer.from_pretrained({instruct!r})" if instruct else "the tokenizer of INSTRUCT"
+    raise ConfigError(
+        f"the data are conversations, but the given processing_class {type(processing_class).__name__}{where} has no "
+        f"chat template.\nLeave processing_class out, so that INSTRUCT's own, which has one, is used; or pass {load}. "
+        "Nothing was trained and nothing was written."
+    )

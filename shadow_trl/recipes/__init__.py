@@ -1,0 +1,1 @@
+"""What people launch: data, options, comparison, report, the pipeline of two stages."""

@@ -1,0 +1,107 @@
+"""Data sets of the recipes: hub ids, local folders and local files, loaded with the `datasets` library."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import InputError
+
+if TYPE_CHECKING:
+    from datasets import Dataset, IterableDataset
+    from trl import ScriptArguments
+
+BUILDERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
+"""Builder of `datasets` for each suffix of a local file."""
+
+ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant", "system": "system"}
+"""Names of the speakers in ShareGPT's format and what chat templates call them."""
+
+
+def load_data(script: ScriptArguments, training: Any, *, train_rows: int | None = None) -> dict[str, Any]:
+    """Load the data sets of a run as keyword arguments of a trainer.
+
+    Args:
+        script: TRL's arguments of the data; `dataset_name` is a hub id, a local folder or a local file.
+        training: the trainer's config: with an `eval_strategy` other than "no" the test split is loaded too.
+        train_rows: train on so many rows, drawn with the run's seed. Default: all.
+
+    Returns:
+        `train_dataset`, and `eval_dataset` where there is an evaluation.
+
+    Raises:
+        InputError: a data set or split that cannot be loaded.
+
+    """
+    train = load_split(script, script.dataset_train_split)
+    if train_rows is not None and train_rows < len(train):
+        train = train.shuffle(seed=training.seed).select(range(train_rows))
+    data = {"train_dataset": train}
+    if training.eval_strategy != "no":
+        data["eval_dataset"] = load_split(script, script.dataset_test_split)
+    return data
+
+
+def load_split(script: ScriptArguments, split: str) -> Dataset | IterableDataset:
+    """Load one split, which may be a slice as `train[:1000]`.
+
+    Raises:
+        InputError: there is no such data set or split; with what `datasets` says about it.
+
+    """
+    from datasets import load_dataset
+    from trl.data_utils import is_conversational_from_value
+
+    name = script.dataset_name
+    assert name is not None
+    builder = BUILDERS.get(Path(name).suffix)
+    source: dict[str, Any] = {"path": name, "name": script.dataset_config}
+    if builder is not None:
+        if not Path(name).is_file():
+            raise InputError(f"the data file {name} does not exist. Nothing was written.")
+        if split.partition("[")[0] != "train":
+            raise InputError(
+                f"{name} is one file, which has the split train only, not {split}. Put train.jsonl and test.jsonl into "
+                "a folder and give that, or set eval_strategy to 'no'. Nothing was written."
+            )
+        source = {"path": builder, "data_files": {"train": name}}
+    try:
+        data = load_dataset(**source, split=split, streaming=script.dataset_streaming)
+        first = next(iter(data), None)
+    # Bad JSON, no such id, split or config, no connection: `datasets` has an exception of its own for each.
+    except Exception as reason:
+        cause = f"{reason} ({reason.__cause__})" if reason.__cause__ else str(reason)
+        raise InputError(f"cannot load the split {split} of {name}: {cause} Nothing was written.") from reason
+    if first is None:
+        raise InputError(f"the split {split} of {name} has no rows. Nothing was written.")
+    if is_conversational_from_value(first):
+        return _as_messages(data)
+    return data.remove_columns("prompt") if _repeats_prompt(first) else data
+
+
+def _repeats_prompt(row: dict[str, Any]) -> bool:
+    """Whether `prompt` is a plain string beside whole conversations that begin with it.
+
+    So in UltraChat, UltraFeedback and Tulu 3's preferences. TRL would take it for the prompt of a row that is not
+    conversational; without it, TRL finds the prompt in the conversations.
+    """
+    whole = (row.get(name) for name in ("messages", "chosen"))
+    return isinstance(row.get("prompt"), str) and any(isinstance(turns, list) and len(turns) > 1 for turns in whole)
+
+
+def _as_messages(data: Any) -> Any:
+    """Turn ShareGPT's `conversations` of {"from", "value"} into `messages` of {"role", "content"}.
+
+    TRL converts the keys too, but keeps the names of the speakers, which no chat template knows.
+    """
+
+    def convert(row: dict[str, Any]) -> dict[str, Any]:
+        unknown = sorted({turn["from"] for turn in row["conversations"]} - set(ROLES))
+        if unknown:
+            raise InputError(
+                f"unknown speakers in `conversations`: {', '.join(unknown)}; known are {', '.join(ROLES)}. "
+                "Nothing was written."
+            )
+        return {"messages": [{"role": ROLES[turn["from"]], "content": turn["value"]} for turn in row["conversations"]]}
+
+    return data.map(convert, remove_columns="conversations")

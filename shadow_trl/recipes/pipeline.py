@@ -1,0 +1,201 @@
+"""The pipeline: Shadow-SFT on BASE, then Shadow-DPO from its folder, and one graft that carries both deltas.
+
+    grafted = instruct + scale * (tuned after SFT and DPO - base)
+
+Each stage is a run of its own in `output_dir/sft` and `output_dir/dpo`. A stage that is done stays as it is, so that
+the same command goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+
+from ..checkpoints.manifest import read_manifest, write_manifest
+from ..errors import InputError
+from ..evaluation.report import TITLES, Arm, RunReport
+from ..evaluation.scoring import read_rows
+from ..grafting.origins import Origins, resolve_origins
+from ..runtime.processes import run_on_main
+from ..training.loading import load_adapter, load_model
+from ..training.preflight import GRAFTED_FOLDER
+from .compare import graft_figures, score_model
+from .data import load_data
+from .options import Options
+from .pipeline_options import STAGES, Plan, is_done, read_plan
+from .run import end_processes, exit_code, own_folder, say, set_model_options, train_stage
+
+HELP = """\
+usage: shadow-trl sft-dpo --config FILE.yaml [--stages sft,dpo] [--output_dir DIR] [--KEY VALUE ...]
+
+Shadow-SFT on BASE, then Shadow-DPO from its folder: grafted = instruct + scale * (tuned - base).
+
+  --config FILE.yaml    sections `sft:` and `dpo:` with the keys of the two recipes; keys of both at the top level
+  --stages sft,dpo      which stages to run (default: both); one that is done is left as it is
+  --output_dir DIR      the stages go into DIR/sft and DIR/dpo (default: a new folder below outputs/); the same command
+                        again goes on at the stage that is not done
+  --KEY VALUE           overrides a key for both stages, --sft.KEY or --dpo.KEY for one of them
+
+Keys: shadow-trl sft --help, shadow-trl dpo --help."""
+
+MERGED_FOLDER = "merged"
+
+_TITLES = {**TITLES, "sft": "graft after SFT"}
+
+
+def main_sft_dpo(argv: Sequence[str] | None = None, *, default_config: str | Path | None = None) -> int:
+    """Run Shadow-SFT, then Shadow-DPO; return the exit code: 0, 2 for bad input, 1 for a failed graft."""
+    words = sys.argv[1:] if argv is None else list(argv)
+    if "-h" in words or "--help" in words:
+        print(HELP)
+        return 0
+    return exit_code(lambda: run_pipeline(words, default_config))
+
+
+def run_pipeline(argv: Sequence[str], default_config: str | Path | None = None) -> RunReport | None:
+    """Run the stages that are not done, and report on the last graft.
+
+    Args:
+        argv: options as for `accelerate launch recipes/shadow_sft_dpo.py`, without the program's name.
+        default_config: YAML file that is used when `argv` names neither `--config` nor `--model_name_or_path`.
+
+    Returns:
+        The report, on the main process; None on every other. It is in `output_dir/report.json` as well.
+
+    Raises:
+        InputError: options, data or models cannot be worked with.
+        GraftError: a graft failed after training; the tuned BASE of the stage is saved.
+
+    """
+    plan = read_plan(argv, default_config)
+    recipe = plan.options[plan.stages[-1]].recipe
+    if recipe.torch_threads is not None:
+        torch.set_num_threads(recipe.torch_threads)
+    rows = read_rows(recipe.score_rows) if recipe.score_rows else None
+    data = {stage: _load(plan, stage) for stage in plan.left}
+    state = PartialState()
+    # No process may begin to write before all of them have seen what is done.
+    state.wait_for_everyone()
+    seconds: dict[str, float] = {}
+    with _folder(plan, state) as root:
+        for stage in plan.stages:
+            if stage in plan.left:
+                started = time.perf_counter()
+                _run_stage(plan, stage, root, data.pop(stage))
+                seconds[stage.upper()] = time.perf_counter() - started
+            else:
+                say(f"{stage.upper()} is done: {root / stage / GRAFTED_FOLDER}. Remove {root / stage} to run it again.")
+    is_main = state.is_main_process
+    state.wait_for_everyone()
+    end_processes(state)
+    if not is_main:
+        return None
+    report = _make_report(plan, root, rows, seconds)
+    report.write(root)
+    return report
+
+
+def _load(plan: Plan, stage: str) -> dict[str, Any]:
+    """Load the data of a stage before the first one starts: what is wrong with it must not come up after hours."""
+    options = plan.options[stage]
+    return load_data(options.script, options.training, train_rows=options.recipe.train_rows)
+
+
+@contextmanager
+def _folder(plan: Plan, state: PartialState) -> Iterator[Path]:
+    """Give the folder of the pipeline; say how to go on in it when a stage fails after another is done."""
+    if plan.output is not None:
+        yield plan.output
+        return
+    with own_folder("shadow_sft_dpo", state) as name:
+        root = Path(name)
+        try:
+            yield root
+        except BaseException:
+            if is_done(root / STAGES[0]):
+                say(f"SFT is done. The same command with --output_dir {root} goes on from there.")
+            raise
+
+
+def _run_stage(plan: Plan, stage: str, root: Path, data: dict[str, Any]) -> None:
+    """Train and graft one stage; DPO starts from the folder of SFT."""
+    options, checkpoint = plan.options[stage], plan.left[stage]
+    options.training.output_dir = str(root / stage)
+    options.training.resume_from_checkpoint = checkpoint
+    set_model_options(options)
+    if stage != STAGES[0]:
+        start = root / STAGES[0]
+        if options.recipe.merge_adapter:
+            start = run_on_main(PartialState(), lambda: _merge(root, options), what="merging the adapter")
+        options.model.model_name_or_path = str(start)
+    say(f"Stage {stage.upper()} in {root / stage}" + (f", from {checkpoint}" if checkpoint else ""))
+    train_stage(stage, options, data)
+
+
+def _merge(root: Path, options: Options) -> Path:
+    """Merge the adapter of the SFT stage into BASE, in the dtype that the DPO stage trains in; return the folder.
+
+    The folder is a run of its own with the origins of the SFT stage, so that the graft after DPO carries both deltas.
+    """
+    merged, run, training = root / MERGED_FOLDER, root / STAGES[0], options.training
+    if merged.is_dir():  # renamed when it was whole
+        return merged
+    origins = resolve_origins(str(run), base=training.base_model, instruct=training.instruct_model)
+    if origins.adapter is None or origins.policy is None:
+        raise InputError(f"merge_adapter: {run} holds no adapter to merge. Leave merge_adapter out.")
+    below = load_model(origins.policy, args=training, revision=origins.policy_revision)
+    model = load_adapter(origins.adapter, below, trainable=False).merge_and_unload()
+    unfinished = root / f".{MERGED_FOLDER}-unfinished"
+    shutil.rmtree(unfinished, ignore_errors=True)
+    model.save_pretrained(unfinished)
+    manifest = read_manifest(run) or {}
+    write_manifest(unfinished, {**manifest, "adapter": None})
+    unfinished.rename(merged)
+    return merged
+
+
+def _make_report(plan: Plan, root: Path, rows: list[dict[str, Any]] | None, seconds: dict[str, float]) -> RunReport:
+    """Score INSTRUCT and the graft of each stage up to the last selected one, and put all figures together."""
+    last = plan.stages[-1]
+    options, run = plan.options[last], root / last
+    training = options.training
+    origins = resolve_origins(str(run), base=training.base_model, instruct=training.instruct_model)
+    assert origins.instruct is not None  # there is a graft
+    sources = {"instruct": origins.instruct}
+    if last != STAGES[0]:
+        sources["sft"] = str(root / STAGES[0] / GRAFTED_FOLDER)
+    sources["grafted"] = str(run / GRAFTED_FOLDER)
+    titles = {**_TITLES, "grafted": f"graft after {last.upper()}"}
+    started, scores = time.perf_counter(), {}
+    if rows:
+        say(f"Scoring the models on {len(rows)} rows of {options.recipe.score_rows}")
+        for name, source in sources.items():
+            scores[name] = score_model(options, origins, source, rows, title=titles[name])
+        seconds["score"] = time.perf_counter() - started
+    return RunReport(
+        # The tuned BASE is named, not scored: it is what more training goes on from.
+        arms=[*(Arm(name, source, scores.get(name)) for name, source in sources.items()), Arm("tuned", str(run))],
+        output=str(root),
+        graft=_figures(run, origins, scored=bool(rows)),
+        rows=options.recipe.score_rows,
+        seconds={name: round(value, 1) for name, value in seconds.items()},
+        titles=titles,
+    )
+
+
+def _figures(run: Path, origins: Origins, *, scored: bool) -> dict[str, Any]:
+    """Return the figures of the graft of `run` from its manifest, as the recipes show them."""
+    manifest = read_manifest(run / GRAFTED_FOLDER) or {}
+    names = ("form", "grafted", "copied", "dtype", "sigma", "delta_norm", "realised", "noise", "by_kind", "warnings")
+    figures: dict[str, Any] = {name: manifest.get(name) for name in names}
+    figures.update({name: manifest["options"][name] for name in ("scale", "instruct_scale")})
+    figures.update(output=str(run / GRAFTED_FOLDER), warnings=figures["warnings"] or [])
+    return graft_figures(str(run), origins, figures, scored=scored)

@@ -1,0 +1,246 @@
+"""Writing results: whole or not at all, and past the page cache where the file system allows it.
+
+A result is written to a hidden sibling of its folder, synced, and renamed when it is complete. A kill at any moment
+leaves either no result or a complete one, and at most siblings that the next run for the same folder removes or
+restores.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import shutil
+import threading
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+
+from ..checkpoints.manifest import MANIFEST_NAME, read_manifest
+from ..errors import CheckpointError, ConfigError, GraftError, OutputExistsError
+
+_PART = "shadow-part"
+_OLD = "shadow-old"
+
+
+class OutputFolder:
+    """The folder of a result while it is made: `with OutputFolder(path) as part: ...` and `commit()` at its end.
+
+    Args:
+        path: where the result goes.
+        overwrite: whether a result of the same kind may be replaced. It stays as a hidden sibling until the new one is
+        there.
+        kind: of the result, as its manifest names it. Default `graft`.
+
+    Raises:
+        OutputExistsError: something is at `path` and `overwrite` is off, or what is there is of another kind.
+    """
+
+    def __init__(self, path: Path, overwrite: bool = False, kind: str = "graft") -> None:
+        self.path = Path(os.path.abspath(path))
+        self.overwrite = overwrite
+        self.kind = kind
+        self.part = self.path.with_name(f".{self.path.name}.{_PART}-{os.getpid()}-{threading.get_ident():x}")
+        self._made: list[Path] = []
+        self._lock = -1
+        self._entered = False
+
+    def __enter__(self) -> OutputFolder:
+        recover(self.path)
+        check_free(self.path, self.overwrite, self.kind)
+        try:
+            self._made = make_parents(self.path.parent)
+            self.part.mkdir()
+            self._entered = True
+            self._lock = _lock(self.part)
+        except OSError as error:
+            self._discard()
+            raise GraftError(f"cannot write to {self.path}: {error.strerror}. Nothing was written.") from error
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._entered and self.part.exists():  # not committed
+            self._discard()
+        if self._lock >= 0:
+            os.close(self._lock)
+        self._lock, self._entered = -1, False
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise GraftError(
+                f"the disk of {self.path} is full ({free_bytes(self.path):,} bytes free). Make room or choose another "
+                f"output. Nothing was written to {self.path}."
+            ) from error
+
+    def commit(self) -> None:
+        """Sync everything and move the result to its place; an older result is removed after that."""
+        for folder, _, files in os.walk(self.part, topdown=False):
+            for name in files:
+                sync(Path(folder, name))
+            sync(Path(folder))
+        old = _old(self.path)
+        if self.path.exists():
+            os.rename(self.path, old)
+        try:
+            os.rename(self.part, self.path)
+        except OSError:
+            if old.exists():
+                os.rename(old, self.path)
+            raise
+        sync(self.path.parent)
+        if old.exists():
+            _remove(old)
+
+    def _discard(self) -> None:
+        shutil.rmtree(self.part, ignore_errors=True)
+        remove_empty(self._made)
+
+
+def remove_empty(folders: list[Path]) -> None:
+    """Remove folders that `make_parents` made, as far as nothing lies in them by now."""
+    for folder in reversed(folders):
+        with suppress(OSError):
+            folder.rmdir()
+
+
+def check_free(path: Path, overwrite: bool, kind: str = "graft") -> None:
+    """Raise OutputExistsError unless a result of this kind can be put at `path`."""
+    old = _old(path)
+    if not os.path.lexists(path) and not old.exists():
+        return
+    if not overwrite:
+        raise OutputExistsError(
+            f"{path} exists. Choose another output, remove it, or overwrite it (--overwrite; in training "
+            "graft_overwrite). Nothing was written."
+        )
+    there = path if os.path.lexists(path) else old
+    manifest = _manifest(there)
+    if there.is_symlink() or not there.is_dir() or manifest is None or manifest.get("kind") != kind:
+        raise OutputExistsError(
+            f"{path} exists and is no {kind} (it has no {MANIFEST_NAME} of kind {kind}), so it is not overwritten. "
+            "Choose another output or remove it yourself. Nothing was written."
+        )
+
+
+def check_place(path: Path, inputs: Iterable[tuple[str, Path]], *, room_in: str = "tuned") -> None:
+    """Raise ConfigError if the output lies at, in or around the folder of an input.
+
+    Args:
+        path: the output.
+        inputs: (role, folder) of each input.
+        room_in: the role whose folder may hold the output, as the folder of a run holds its graft.
+    """
+    place = _real(path)
+    for role, folder in inputs:
+        home = folder.resolve()
+        if place == home:
+            how = "is"
+        elif home in place.parents and role != room_in:
+            how = "lies in"
+        elif place in home.parents:
+            how = "lies around"
+        else:
+            continue
+        raise ConfigError(
+            f"the output {path} {how} the folder of {role} ({folder}): the input would be changed or replaced. Choose "
+            "another output. Nothing was written."
+        )
+
+
+def check_space(path: Path, needed: int) -> None:
+    """Raise GraftError if the disk of `path` has not `needed` bytes free."""
+    free = free_bytes(path)
+    if needed > free:
+        raise GraftError(
+            f"the result needs {needed:,} bytes and the disk of {path} has {free:,} free. Make room or choose another "
+            "output. Nothing was written."
+        )
+
+
+def free_bytes(path: Path) -> int:
+    """Return the bytes free for this user on the disk on which `path` is or would be."""
+    folder = Path(os.path.abspath(path))
+    while not folder.exists():
+        folder = folder.parent
+    return shutil.disk_usage(folder).free
+
+
+def recover(path: Path) -> None:
+    """Clean up after a killed run for the same folder: restore or remove the old result, remove unfinished parts."""
+    path = Path(os.path.abspath(path))
+    if not path.parent.is_dir():
+        return
+    for part in path.parent.glob(f".{_glob_safe(path.name)}.{_PART}-*"):
+        lock = _lock(part)
+        if lock >= 0:
+            _remove(part)
+            os.close(lock)
+    old = _old(path)
+    if old.exists() and path.exists():
+        _remove(old)
+    elif old.exists():
+        os.rename(old, path)
+        sync(path.parent)
+
+
+def sync(path: Path) -> None:
+    """Wait until a file or folder is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _real(path: Path) -> Path:
+    return Path(os.path.realpath(path))
+
+
+def _old(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{_OLD}")
+
+
+def _manifest(folder: Path) -> dict[str, object] | None:
+    try:
+        return read_manifest(folder)
+    except CheckpointError:
+        return None
+
+
+def _glob_safe(name: str) -> str:
+    return "".join(f"[{letter}]" if letter in "*?[" else letter for letter in name)
+
+
+def make_parents(folder: Path) -> list[Path]:
+    """Make a folder with the folders above it; return those that were not there, outermost first."""
+    missing = []
+    while not folder.exists():
+        missing.append(folder)
+        folder = folder.parent
+    for path in reversed(missing):
+        path.mkdir(exist_ok=True)
+    return missing[::-1]
+
+
+def _lock(folder: Path) -> int:
+    """Return a descriptor that holds the lock of `folder`, -1 if it is gone or another process may hold the lock."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except FileNotFoundError:
+        return -1
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        return -1
+    return descriptor
+
+
+def _remove(folder: Path) -> None:
+    shutil.rmtree(folder, onerror=_ignore_missing)
+
+
+def _ignore_missing(function: Callable[..., object], path: str, info: tuple[object, BaseException, object]) -> None:
+    if not isinstance(info[1], FileNotFoundError):
+        raise info[1]

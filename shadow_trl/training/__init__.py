@@ -1,0 +1,1 @@
+"""TRL's trainers on BASE that end in a graft."""

@@ -1,0 +1,89 @@
+"""Keep an adapter as it was before training, where the delta is what it became less what it was (PiSSA, CorDA, ...).
+
+Such an initialisation takes the start of the product out of the weights under it (LoftQ: about that, by rounding
+them). With the start beside the adapter the graft needs no weight of BASE and has an exact adapter form.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from accelerate.utils import is_peft_model
+from torch import Tensor
+
+from ..adapters.kinds import START_FOLDER, is_subtracted, lost_start, more_than_a_product, start_setting
+from ..adapters.lora import no_factors
+from .loading import is_adapted
+
+
+def start_of(model: Any) -> dict[str, Tensor] | None:
+    """Return a copy of the adapter of `model`, which was not trained yet; None where its start is not needed.
+
+    Args:
+        model: with or without an adapter.
+
+    Raises:
+        AdapterError: the delta would be more than the product less its start, and could not be found in another way.
+    """
+    if not is_peft_model(model):
+        return None
+    name = model.active_adapters[0]
+    start = start_setting(model.peft_config[name].to_dict())
+    if not is_subtracted(start):
+        return None
+    from peft import get_peft_model_state_dict
+
+    tensors = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+    others = no_factors(tensors)
+    if others and lost_start(start) is not None:
+        raise more_than_a_product(start, others)
+    return {key: value.detach().to("cpu", copy=True) for key, value in tensors.items()}
+
+
+@contextmanager
+def without_second_start(model: Any) -> Iterator[None]:
+    """Keep a trainer from changing the weights under a loaded adapter again when it adds a copy of it (TRL's `ref`).
+
+    PEFT takes the start of a PiSSA adapter out of the weights for each adapter that is added with its config.
+
+    Args:
+        model: name, or loaded model that may have an adapter.
+    """
+    config = model.peft_config[model.active_adapters[0]] if is_adapted(model) else None
+    start = getattr(config, "init_lora_weights", None)
+    if config is None or not is_subtracted(start):
+        yield
+        return
+    config.init_lora_weights = True
+    try:
+        yield
+    finally:
+        config.init_lora_weights = start
+
+
+def write_start(folder: Path, model: Any, start: dict[str, Tensor] | None, earlier: str | None) -> None:
+    """Write the start of an adapter below the folder that the trained one will be saved to; one of a run before goes.
+
+    Args:
+        folder: of the run.
+        model: with the adapter.
+        start: what `start_of` returned; None writes none.
+        earlier: folder of the adapter that goes on, whose start is this one's too; None for a new adapter.
+    """
+    target = folder / START_FOLDER
+    shutil.rmtree(target, ignore_errors=True)
+    if start is None:
+        return
+    if earlier is not None:
+        if (Path(earlier) / START_FOLDER).is_dir():
+            shutil.copytree(Path(earlier) / START_FOLDER, target)
+        return
+    from safetensors.torch import save_file
+
+    target.mkdir(parents=True)
+    model.peft_config[model.active_adapters[0]].save_pretrained(str(target))
+    save_file({key: value.contiguous() for key, value in start.items()}, target / "adapter_model.safetensors")

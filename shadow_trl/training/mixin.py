@@ -1,0 +1,309 @@
+"""What turns a TRL trainer into a Shadow trainer, whichever it is.
+
+`ShadowMixin` changes three things of a TRL trainer: where the tokenizer comes from (INSTRUCT), what is checked before
+training, and what `train()` does at its end. The loss, the data and the loop are TRL's.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from accelerate.logging import get_logger
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from trl.trainer.utils import get_config_model_id
+
+from ..adapters.kinds import is_subtracted, start_setting
+from ..checkpoints.manifest import write_manifest
+from ..errors import ConfigError, OutputExistsError
+from ..grafting.options import BASE_DTYPES
+from ..grafting.origins import check_unchanged, describe, require_base, require_instruct, resolve_origins, with_revision
+from ..grafting.reports import GraftReport
+from ..operations.graft import check_graft, graft
+from ..pair.pairs import ModelPair, check_processing_class
+from ..runtime.processes import run_on_main
+from .adapter_start import start_of, without_second_start, write_start
+from .config import ShadowArguments
+from .evaluation import GraftedEvaluation
+from .loading import adapter_settings, bare_model, check_same_adapter, is_adapted, load_adapter, load_model
+from .preflight import (
+    GRAFTED_FOLDER,
+    SHARDED,
+    check_adapter,
+    check_folders,
+    is_conversational,
+    refuse_unsupported,
+)
+from .reference import without_reference_adapter
+from .resuming import reload_converted
+
+if TYPE_CHECKING:
+    from transformers.trainer_utils import TrainOutput
+
+logger = get_logger(__name__)
+
+
+class ShadowMixin(GraftedEvaluation):
+    """Makes a TRL trainer tune BASE and graft the delta onto INSTRUCT: `grafted = instruct + scale * (tuned - base)`.
+
+    Put before a TRL trainer in the list of bases. Every argument is that trainer's own, and two more.
+
+    Args:
+        model: BASE (folder, hub id or loaded model), or the folder of an earlier shadow run (model or adapter).
+        instruct_model: folder or hub id of INSTRUCT. Left out when `model` came from a shadow run or the config names
+            it.
+        base_model: folder or hub id of the origin of the delta. Default: `model`, or what the earlier run started from.
+        processing_class: default INSTRUCT's tokenizer or processor, not BASE's.
+
+    Raises:
+        ConfigError: options that contradict each other, no INSTRUCT, or sharded training (FSDP, DeepSpeed).
+        PairMismatchError: BASE and INSTRUCT do not belong together.
+        OutputExistsError: `output_dir` already holds a graft, or is an input of the run.
+    """
+
+    _config_class: ClassVar[type[ShadowArguments]]
+    _name: ClassVar[str]
+    args: Any
+
+    def __init__(
+        self, *args: Any, instruct_model: str | None = None, base_model: str | None = None, **kwargs: Any
+    ) -> None:
+        call = inspect.signature(super().__init__).bind(*args, **kwargs)
+        given = call.arguments
+        if isinstance(given["model"], os.PathLike):
+            given["model"] = os.fspath(given["model"])
+        config = self._read_config(given)
+        refuse_unsupported(config)
+        model = given["model"]
+        name = model if isinstance(model, str) else get_config_model_id(bare_model(model).config)
+        self.origins = resolve_origins(
+            name or None,
+            base=base_model or config.base_model,
+            instruct=instruct_model or config.instruct_model,
+            policy_revision=(config.model_init_kwargs or {}).get("revision"),
+            base_revision=config.base_revision,
+            instruct_revision=config.instruct_revision,
+        )
+        self.graft_report: GraftReport | None = None
+        adapter = adapter_settings(given.get("peft_config"), model, self.origins.adapter)
+        self._trains_adapter = adapter is not None
+        # Without its adapter, the model is then BASE less the adapter's start.
+        self._adapter_changes_base = adapter is not None and is_subtracted(start_setting(adapter))
+        if adapter is not None:
+            goes_on, loaded = self.origins.adapter is not None, is_adapted(model)
+            check_adapter(adapter, grafts=config.graft, goes_on=goes_on, loaded=loaded)
+        if config.graft:
+            self._check_before_training(config, given, adapter)
+        self._choose_processing_class(config, given)
+        # A copy: `model_init_kwargs` is taken from the run's config where the model is loaded here.
+        self._loading_args = copy.copy(config)
+        in_memory = not isinstance(model, str)
+        # An object whose origin was named may hold anything; one without is checked to hold what its name says.
+        self._start_is_free = in_memory and bool(base_model or config.base_model)
+        self._choose_reference(config, given)
+        if config.graft and in_memory and not (self._trains_adapter or base_model or config.base_model):
+            check_unchanged(model, require_base(self.origins), self.origins.policy_revision)
+        if self.origins.adapter is not None and not in_memory:
+            self._go_on_with_adapter(config, given)
+        with without_second_start(given["model"]):
+            super().__init__(*call.args, **call.kwargs)
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            raise ConfigError(SHARDED.format("FSDP" if self.is_fsdp_enabled else "DeepSpeed"))
+        self._check_grafted_evaluation()
+        # The adapter as it is before training: the delta of some is what it becomes less this.
+        self._adapter_start = start_of(self.model) if config.graft else None
+
+    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        """Train BASE as TRL does; then save TUNED to `output_dir` and the graft to `output_dir/grafted`.
+
+        Arguments and return value are those of `transformers.Trainer.train`. With `graft=False`, and within a
+        hyperparameter search, nothing is saved or grafted at the end. The report of the graft is in `graft_report`.
+        """
+        given = inspect.signature(super().train).bind(*args, **kwargs).arguments
+        in_search = given.get("trial") is not None
+        if self.args.graft and not in_search:
+            self._check_output()
+            run_on_main(self.accelerator, self._start_manifest, what="writing the manifest")
+        elif not in_search and not given.get("resume_from_checkpoint"):
+            run_on_main(self.accelerator, self._write_start, what="removing the start of an adapter before")
+        output = super().train(*args, **kwargs)
+        if self.args.graft and not in_search:
+            self.graft()
+        return output
+
+    def graft(self, output: str | os.PathLike[str] | None = None) -> GraftReport:
+        """Save TUNED to `output_dir` and write INSTRUCT + scale * (TUNED - BASE) to `output`. All processes call it.
+
+        Args:
+            output: folder of the result. Default `output_dir/grafted`.
+
+        Returns:
+            the report of the graft, the same on every process.
+
+        Raises:
+            InputError: the pair, the options or the output folder do not allow the graft.
+            GraftError: the graft failed; nothing half-done is left, TUNED is saved.
+        """
+        self.save_model()
+        self.graft_report = self._write_graft(self.args.output_dir, Path(output or self._grafted_folder))
+        for warning in self.graft_report.warnings:
+            logger.warning(warning)
+        logger.info("The grafted model is in %s.", self.graft_report.output)
+        return self.graft_report
+
+    def _write_graft(self, tuned: str, output: Path, **changes: Any) -> GraftReport:
+        instruct = require_instruct(self.origins)
+        self.accelerator.wait_for_everyone()
+
+        def write() -> GraftReport:
+            return graft(
+                base=with_revision(require_base(self.origins), self.origins.base_revision),
+                instruct=with_revision(instruct, self.origins.instruct_revision),
+                tuned=tuned,
+                output=output,
+                base_dtype=self._loaded_dtype,
+                progress=not self.args.disable_tqdm,
+                **{**self.args.graft_options(), **changes},
+            )
+
+        return run_on_main(self.accelerator, write, what="the graft")
+
+    @property
+    def _loaded_dtype(self) -> str:
+        """The dtype the model under training was loaded in: a cast on loading is no part of the delta.
+
+        Full weights are saved in it; an adapter's own values are fp32 whatever lies under them.
+        """
+        dtype = str(bare_model(self.model).dtype).removeprefix("torch.")
+        return dtype if self._trains_adapter and dtype in BASE_DTYPES else "tuned"
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)
+        if self.args.graft and self.args.graft_every_save:
+            folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+            # Two deep: a folder with an adapter right inside a checkpoint is taken for one of its adapters on resume.
+            self._write_graft(str(folder), folder / "shadow" / GRAFTED_FOLDER, overwrite=True)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        reload_converted(self.model, resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        reload_converted(self.model, str(self.state.best_model_checkpoint))
+
+    # Both files of a run, weights and manifest, pass through here: at the end and in every checkpoint.
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        with without_reference_adapter(self.model):
+            super()._save(output_dir, state_dict)
+        if self.args.should_save:
+            write_manifest(output_dir or self.args.output_dir, self._manifest)
+
+    @property
+    def _grafted_folder(self) -> Path:
+        return Path(self.args.output_dir) / GRAFTED_FOLDER
+
+    def _read_config(self, given: dict[str, Any]) -> Any:
+        args = given.get("args")
+        if args is None:
+            name = given["model"] if isinstance(given["model"], str) else get_config_model_id(given["model"].config)
+            args = self._config_class(f"{Path(name).name}-Shadow-{self._name}")
+        # A copy: what is decided here must not reach a config that the user may use again.
+        given["args"] = copy.copy(self._config_class.upgrade(args))
+        return given["args"]
+
+    def _check_before_training(self, config: Any, given: Mapping[str, Any], adapter: Mapping[str, Any] | None) -> None:
+        """Find before training everything that could keep the graft from being written after it."""
+        instruct = require_instruct(self.origins)
+        base = with_revision(require_base(self.origins), self.origins.base_revision)
+        instruct = with_revision(instruct, self.origins.instruct_revision)
+        check_folders(Path(config.output_dir), self.origins, self._trains_adapter)
+        pair = ModelPair.open(base, instruct)
+        for warning in pair.check(
+            level=config.pair_check or ("headers" if self._trains_adapter else "weights"),
+            need_template=given.get("processing_class") is None and is_conversational(given.get("train_dataset")),
+            allow_wide_gap=config.allow_wide_gap,
+            vocab=config.graft_vocab,
+        ):
+            logger.warning(warning)
+        check_graft(
+            base=base,
+            instruct=instruct,
+            output=Path(config.output_dir) / GRAFTED_FOLDER,
+            # An adapter on the full model of an earlier run is grafted as one full model.
+            adapter=self._trains_adapter and self.origins.policy == self.origins.base,
+            adapter_config=adapter,
+            **config.graft_options(),
+        )
+
+    def _check_output(self) -> None:
+        if self._grafted_folder.exists() and not self.args.graft_overwrite:
+            raise OutputExistsError(
+                f"{self._grafted_folder} already holds a result. Pass graft_overwrite=True to replace it, or choose "
+                "another output_dir. Nothing was written."
+            )
+
+    def _choose_processing_class(self, config: Any, given: dict[str, Any]) -> None:
+        if given.get("processing_class") is None and self.origins.instruct is not None:
+            from transformers import AutoProcessor
+
+            given["processing_class"] = AutoProcessor.from_pretrained(
+                self.origins.instruct,
+                revision=self.origins.instruct_revision,
+                trust_remote_code=config.trust_remote_code,
+            )
+        if given.get("processing_class") is not None and not getattr(config, "chat_template_path", None):
+            conversational = is_conversational(given.get("train_dataset"))
+            check_processing_class(given["processing_class"], conversational, instruct=self.origins.instruct)
+
+    def _choose_reference(self, config: Any, given: dict[str, Any]) -> None:
+        """Set what the reference policy is; only preference trainers have one."""
+
+    def _go_on_with_adapter(self, config: Any, given: dict[str, Any]) -> None:
+        """Make the adapter of the earlier run, on the model it was trained on, the model of this one."""
+        assert self.origins.adapter is not None
+        assert self.origins.policy is not None
+        if given.get("peft_config") is not None:
+            check_same_adapter(given.pop("peft_config"), self.origins.adapter)
+        below = load_model(
+            self.origins.policy,
+            args=config,
+            revision=self.origins.policy_revision,
+            quantization_config=given.pop("quantization_config", None),
+        )
+        given["model"] = load_adapter(self.origins.adapter, below, trainable=True)
+        # Used up: TRL would say that it ignores them.
+        given["args"].model_init_kwargs = None
+
+    def _start_manifest(self) -> None:
+        os.makedirs(self.args.output_dir, exist_ok=True)
+        write_manifest(self.args.output_dir, self._manifest)
+        self._write_start()
+
+    def _write_start(self) -> None:
+        write_start(Path(self.args.output_dir), self.model, self._adapter_start, self.origins.adapter)
+
+    @property
+    def _manifest(self) -> dict[str, Any]:
+        # Digests of whole models are worked out once a run.
+        if not hasattr(self, "_run_manifest"):
+            origins = self.origins
+            base = describe(origins.base, origins.base_revision)
+            self._run_manifest = {
+                "kind": "run",
+                "trainer": type(self).__name__,
+                "base": base,
+                "instruct": describe(origins.instruct, origins.instruct_revision),
+                "policy": base if origins.policy == origins.base else describe(origins.policy, origins.policy_revision),
+                "adapter": {"source": origins.adapter} if origins.adapter else None,
+                "ref_policy": getattr(self.args, "ref_policy", None),
+                "options": self.args.graft_options(),
+            }
+            method = getattr(bare_model(self.model), "quantization_method", None)
+            if method is not None:
+                self._run_manifest["quantised"] = str(getattr(method, "value", method))
+        return self._run_manifest

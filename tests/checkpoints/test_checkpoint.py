@@ -1,0 +1,209 @@
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from families import CONFIG, family, load, lora, tensors, write
+from safetensors.torch import save_file
+
+from shadow_trl.checkpoints.checkpoint import Checkpoint
+from shadow_trl.errors import CheckpointError
+
+
+@pytest.fixture
+def model(tmp_path):
+    return write(tmp_path / "model", tensors(0))
+
+
+def raw_file(path, header: dict, data: bytes = b"", length: int | None = None):
+    text = json.dumps(header).encode()
+    path.write_bytes((length if length is not None else len(text)).to_bytes(8, "little") + text + data)
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+def test_tensors_are_those_of_the_files(tmp_path, shards):
+    weights = tensors(3, torch.float16)
+    folder = write(tmp_path / "model", weights, shards=shards)
+    checkpoint = Checkpoint.open(folder)
+    assert set(checkpoint.specs) == set(weights)
+    assert len(checkpoint.files) == shards
+    for name, value in weights.items():
+        assert torch.equal(checkpoint.tensor(name), value)
+        assert checkpoint.specs[name].dtype == torch.float16
+        assert torch.equal(checkpoint.block(name, 3, 7), value.flatten()[3:7])
+        checkpoint.release(name, 0, value.numel())
+        assert torch.equal(checkpoint.tensor(name), value)
+    assert checkpoint.config["model_type"] == "llama"
+    assert not checkpoint.is_adapter
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_bin_files_are_read_through_weights_only(tmp_path, legacy):
+    weights = tensors(3)
+    folder = write(tmp_path / "model", weights)
+    (folder / "model.safetensors").unlink()
+    torch.save(weights, folder / "pytorch_model.bin", _use_new_zipfile_serialization=not legacy)
+    checkpoint = Checkpoint.open(folder)
+    assert all(torch.equal(checkpoint.tensor(name), value) for name, value in weights.items())
+
+
+def test_a_pickle_that_runs_code_is_refused(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return os.system, (f"touch {tmp_path}/ran",)
+
+    folder = write(tmp_path / "model", tensors(3))
+    (folder / "model.safetensors").unlink()
+    (folder / "pytorch_model.bin").write_bytes(pickle.dumps({"x": Evil()}))
+    with pytest.raises(CheckpointError, match="weights_only"):
+        Checkpoint.open(folder)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_an_adapter_is_told_from_a_model(tmp_path, model):
+    adapter = Checkpoint.open(lora(tmp_path / "adapter"))
+    assert adapter.is_adapter
+    assert adapter.adapter_config["r"] == 2
+    (model / "adapter_config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="both a model and an adapter"):
+        Checkpoint.open(model)
+
+
+def test_missing_folder_and_missing_weights(tmp_path, monkeypatch):
+    with pytest.raises(CheckpointError, match="there is no folder"):
+        Checkpoint.open(tmp_path / "nothing")
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    with pytest.raises(CheckpointError, match="has no weights"):
+        Checkpoint.open(empty)
+    (empty / "consolidated.safetensors").write_bytes(b"")
+    with pytest.raises(CheckpointError, match=r"It holds consolidated\.safetensors"):
+        Checkpoint.open(empty)
+    assert Checkpoint.open(empty, weights=False).specs == {}
+
+
+def test_a_hub_id_that_cannot_be_fetched_says_so(monkeypatch):
+    with pytest.raises(CheckpointError, match=r"nobody/nothing@v1 is neither a folder here nor a repository"):
+        Checkpoint.open("nobody/nothing@v1")
+    with pytest.raises(CheckpointError, match="two revisions"):
+        Checkpoint.open("nobody/nothing@v1", "v2")
+
+
+def test_a_local_folder_has_no_revision(model):
+    with pytest.raises(CheckpointError, match="has no revision"):
+        Checkpoint.open(f"{model}@main")
+
+
+def test_a_folder_with_an_at_sign_is_a_folder(tmp_path):
+    folder = write(tmp_path / "model@home", tensors(0))
+    assert Checkpoint.open(folder).revision is None
+
+
+@pytest.mark.parametrize(
+    ("header", "data", "length", "reason"),
+    [
+        ({"w": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}, b"1234", None, "end at byte"),
+        ({"w": {"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}}, b"1234", None, "cannot take 4 bytes"),
+        ({"w": {"dtype": "F32", "shape": [-1], "data_offsets": [0, 4]}}, b"1234", None, "shape"),
+        ({"w": {"dtype": "X9", "shape": [1], "data_offsets": [0, 4]}}, b"1234", None, "unknown dtype"),
+        ({"w": {"dtype": "F32", "shape": [1], "data_offsets": [4, 8]}}, b"12345678", None, "begins at byte"),
+        ({"w": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}, b"1234", 10**9, "header should have"),
+        ({"w": 3}, b"", None, "not subscriptable"),
+    ],
+)
+def test_damaged_headers_are_refused(tmp_path, header, data, length, reason):
+    raw_file(tmp_path / "model.safetensors", header, data, length)
+    with pytest.raises(CheckpointError, match=f"no complete safetensors file.*{reason}"):
+        Checkpoint.open(tmp_path)
+
+
+def test_a_cut_file_is_refused(model):
+    with open(model / "model.safetensors", "r+b") as file:
+        file.truncate(1000)
+    with pytest.raises(CheckpointError, match="no complete safetensors file"):
+        Checkpoint.open(model)
+
+
+@pytest.mark.parametrize("entry", ["../outside.safetensors", "/etc/passwd", "sub/model.safetensors", ".."])
+def test_an_index_cannot_lead_out_of_the_folder(tmp_path, entry):
+    save_file({"w": torch.ones(2)}, tmp_path / "outside.safetensors")
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"w": entry}}))
+    with pytest.raises(CheckpointError, match="lies outside"):
+        Checkpoint.open(folder)
+
+
+def test_links_lead_out_only_within_the_hub_cache(tmp_path):
+    repository = tmp_path / "models--a--b"
+    blobs, snapshot = repository / "blobs", repository / "snapshots" / "0123"
+    blobs.mkdir(parents=True)
+    snapshot.mkdir(parents=True)
+    save_file({"w": torch.ones(2)}, blobs / "abc")
+    (snapshot / "model.safetensors").symlink_to("../../blobs/abc")
+    assert set(Checkpoint.open(snapshot).specs) == {"w"}
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "model.safetensors").symlink_to(blobs / "abc")
+    with pytest.raises(CheckpointError, match="link to a file outside"):
+        Checkpoint.open(folder)
+
+
+def test_an_index_that_names_wrong_files_is_refused(tmp_path):
+    folder = write(tmp_path / "model", tensors(0), shards=2)
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    first = next(iter(index["weight_map"]))
+    index["weight_map"][first] = "model-00002-of-00002.safetensors"
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match=r"1 weights") as caught:
+        Checkpoint.open(folder)
+    assert first in str(caught.value)
+    (folder / "model-00001-of-00002.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"lacks the weight file model-00001"):
+        Checkpoint.open(folder)
+
+
+@pytest.mark.parametrize(
+    ("config", "names"),
+    [
+        ({"quantization_config": {"quant_method": "fp8"}}, {}),
+        ({"text_config": {"quantization_config": {"quant_method": "gptq"}}}, {}),
+        ({}, {"model.layers.0.mlp.up_proj.qweight": torch.int32}),
+        ({}, {"model.layers.0.mlp.up_proj.weight": torch.float8_e4m3fn}),
+    ],
+)
+def test_quantised_checkpoints_are_refused_with_advice(tmp_path, config, names):
+    weights = tensors(0) | {name: torch.ones(8, 8).to(dtype) for name, dtype in names.items()}
+    folder = write(tmp_path / "model", weights, config={**CONFIG, **config})
+    with pytest.raises(CheckpointError, match=r"base .* is quantised(.|\n)*Give the 16-bit or 32-bit checkpoint"):
+        Checkpoint.open(folder).check_not_quantised("base")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_a_plain_checkpoint_is_not_quantised(tmp_path, dtype):
+    for folder in family(tmp_path, dtypes=(dtype,) * 3).values():
+        Checkpoint.open(folder).check_not_quantised("base")
+        assert set(load(folder)) == set(Checkpoint.open(folder).specs)
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="needs Linux's list of mapped pages")
+def test_released_blocks_leave_no_page_behind(tmp_path):
+    elements, step = 2**20, 2**18
+    save_file({"a": torch.zeros(2**13), "weight": torch.randn(elements)}, tmp_path / "model.safetensors")
+    checkpoint = Checkpoint.open(tmp_path)
+
+    def resident() -> int:
+        entries = Path("/proc/self/smaps").read_text().split("VmFlags")
+        ours = [entry for entry in entries if str(tmp_path) in entry]
+        return sum(int(re.search(r"\nRss: +(\d+) kB", entry)[1]) for entry in ours)
+
+    for start in range(0, elements, step):  # each block begins in the neighbourhood of one that is released already
+        assert checkpoint.block("weight", start, start + step).sum().isfinite()
+        assert resident() >= step * 4 // 1024
+        checkpoint.release("weight", start, start + step)
+    assert resident() == 0

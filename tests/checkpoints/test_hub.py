@@ -1,0 +1,171 @@
+"""Hub ids: a cache as huggingface_hub lays it out, a repository behind a stand-in for the download, offline mode."""
+
+from __future__ import annotations
+
+import fnmatch
+import hashlib
+import shutil
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+import torch
+from families import family, load, moved, write
+
+from shadow_trl import extract_delta, graft, verify
+from shadow_trl.checkpoints import manifest as manifest_room
+from shadow_trl.checkpoints.checkpoint import Checkpoint
+from shadow_trl.checkpoints.hub import locate
+from shadow_trl.checkpoints.manifest import read_manifest
+from shadow_trl.errors import CheckpointError
+
+
+def into_cache(cache, name, commit, folder, *, branch):
+    """Put a checkpoint into a hub cache: blobs by digest, links in the snapshot, the branch in refs."""
+    repository = cache / f"models--{name.replace('/', '--')}"
+    snapshot = repository / "snapshots" / commit
+    for place in (repository / "blobs", repository / "refs", snapshot):
+        place.mkdir(parents=True, exist_ok=True)
+    (repository / "refs" / branch).write_text(commit)
+    for path in folder.iterdir():
+        content = path.read_bytes()
+        # As the hub does: SHA-256 for large files, 40 digits of git for small ones.
+        kind = hashlib.sha256 if path.suffix == ".safetensors" else hashlib.sha1
+        blob = repository / "blobs" / kind(content).hexdigest()
+        blob.write_bytes(content)
+        (snapshot / path.name).symlink_to(Path("../../blobs") / blob.name)
+    return snapshot
+
+
+@pytest.fixture
+def cached(tmp_path, monkeypatch):
+    """BASE, INSTRUCT and TUNED in a hub cache, INSTRUCT in two revisions; their folders by name."""
+    sides = family(tmp_path / "local")
+    newer = write(tmp_path / "local" / "newer", moved(load(sides["instruct"]), 9, 1e-3))
+    cache = tmp_path / "cache"
+    for number, (role, folder) in enumerate(sides.items()):
+        into_cache(cache, f"nano/{role}", f"{number}" * 40, folder, branch="main")
+    into_cache(cache, "nano/instruct", "9" * 40, newer, branch="v2")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(cache))
+    assert huggingface_hub.constants.HF_HUB_OFFLINE
+    return {**sides, "newer": newer}
+
+
+def same(one, other):
+    first, second = load(one), load(other)
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_all_sides_by_hub_id_and_revision(tmp_path, cached):
+    hub = {"base": "nano/base", "instruct": "nano/instruct@v2", "tuned": f"nano/tuned@{'2' * 40}"}
+    graft(**hub, output=tmp_path / "a", progress=False)
+    local = {"base": cached["base"], "instruct": cached["newer"], "tuned": cached["tuned"]}
+    graft(**local, output=tmp_path / "b", progress=False)
+    assert same(tmp_path / "a", tmp_path / "b")
+    graft(**{**hub, "instruct": "nano/instruct"}, output=tmp_path / "c", progress=False)
+    assert not same(tmp_path / "a", tmp_path / "c")
+    found = read_manifest(tmp_path / "a")
+    assert (found["instruct"]["source"], found["instruct"]["revision"]) == ("nano/instruct", "v2")
+    assert (found["base"]["source"], found["base"]["revision"]) == ("nano/base", None)
+    card = (tmp_path / "a" / "README.md").read_text()
+    assert "base_model:\n- nano/instruct\n- nano/base\n" in card
+    assert verify(tmp_path / "a", progress=False).same
+    assert verify(tmp_path / "a", instruct="nano/instruct", progress=False).digests == ["instruct: model.safetensors"]
+
+
+def test_the_digest_of_a_cached_weight_file_is_its_blob_name(tmp_path, cached, monkeypatch):
+    read = []
+    digest = hashlib.file_digest
+    monkeypatch.setattr(manifest_room.hashlib, "file_digest", lambda *words: (read.append(1), digest(*words))[1])
+    graft(base="nano/base", instruct="nano/instruct", tuned="nano/tuned", output=tmp_path / "a", progress=False)
+    found = read_manifest(tmp_path / "a")
+    for role in ("base", "instruct", "tuned"):
+        content = (cached[role] / "model.safetensors").read_bytes()
+        assert found[role]["digests"]["model.safetensors"] == f"sha256:{hashlib.sha256(content).hexdigest()}"
+    assert len(read) == len([name for name in found["instruct"]["digests"] if name != "model.safetensors"])
+
+
+def test_a_delta_of_hub_ids(tmp_path, cached):
+    extract_delta(base="nano/base", tuned="nano/tuned", output=tmp_path / "delta", progress=False)
+    assert "base_model:\n- nano/base\n" in (tmp_path / "delta" / "README.md").read_text()
+    graft(instruct="nano/instruct@v2", delta=tmp_path / "delta", output=tmp_path / "a", progress=False)
+    graft(base="nano/base", instruct=cached["newer"], tuned="nano/tuned", output=tmp_path / "b", progress=False)
+    assert same(tmp_path / "a", tmp_path / "b")
+
+
+def test_offline_mode_is_respected(cached, monkeypatch):
+    """What is not in the cache is an error; nothing is asked of the network."""
+
+    def ask(*arguments, **options):
+        raise AssertionError("the network was asked")
+
+    monkeypatch.setattr("socket.socket.connect", ask)
+    assert locate("nano/base")[2].is_dir()
+    for missing in ("nano/nothing", "nano/base@v7"):
+        with pytest.raises(CheckpointError, match="offline mode"):
+            Checkpoint.open(missing)
+
+
+REPOSITORY = {
+    "wanted": (
+        "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model",
+        "chat_template.jinja", "preprocessor_config.json", "LICENSE", "model-00001-of-00002.safetensors",
+        "model-00002-of-00002.safetensors", "model.safetensors.index.json", "additional_chat_templates/tool.jinja",
+    ),
+    "not wanted": (
+        "pytorch_model.bin", "consolidated.safetensors", "model.gguf", "optimizer.pt", "tf_model.h5", "onnx/model.onnx",
+        "original/consolidated.00.pth", "fp32/model.safetensors", "training_args.bin", "figure.png",
+    ),
+}  # fmt: skip
+
+
+@pytest.fixture
+def remote(tmp_path, monkeypatch):
+    """A repository behind a stand-in for `snapshot_download`: what was asked for is copied."""
+    source, copied = tmp_path / "remote", tmp_path / "copied"
+
+    def download(name, *, revision=None, allow_patterns=(), ignore_patterns=()):
+        for path in source.rglob("*"):
+            relative = str(path.relative_to(source))
+            ours = any(fnmatch.fnmatch(relative, pattern) for pattern in allow_patterns)
+            if path.is_file() and ours and not any(fnmatch.fnmatch(relative, pattern) for pattern in ignore_patterns):
+                (copied / relative).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(path, copied / relative)
+        return str(copied)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+
+    def put(*names):
+        for name in names:
+            (source / name).parent.mkdir(parents=True, exist_ok=True)
+            (source / name).write_text("x")
+        return lambda: {str(path.relative_to(copied)) for path in copied.rglob("*") if path.is_file()}
+
+    return put
+
+
+def test_only_weights_configs_and_tokenizer_are_downloaded(remote):
+    found = remote(*REPOSITORY["wanted"], *REPOSITORY["not wanted"])
+    locate("owner/name", weights=True)
+    assert found() == set(REPOSITORY["wanted"])
+
+
+def test_without_weights_no_weight_is_downloaded(remote):
+    found = remote(*REPOSITORY["wanted"], *REPOSITORY["not wanted"])
+    locate("owner/name", weights=False)
+    assert found() == {name for name in REPOSITORY["wanted"] if not name.endswith(".safetensors")}
+
+
+@pytest.mark.parametrize(
+    "weights",
+    [
+        ("pytorch_model.bin",),
+        ("pytorch_model-00001-of-00002.bin", "pytorch_model-00002-of-00002.bin", "pytorch_model.bin.index.json"),
+        ("adapter_model.safetensors", "adapter_config.json"),
+        ("delta-00001-of-00002.safetensors", "delta-00002-of-00002.safetensors", "delta.safetensors.index.json"),
+    ],
+)
+def test_other_forms_of_weights_are_found(remote, weights):
+    found = remote("config.json", "other.gguf", *weights)
+    locate("owner/name")
+    assert found() == {"config.json", *weights}

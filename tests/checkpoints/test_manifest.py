@@ -1,0 +1,104 @@
+"""What is written beside a graft: the manifest in full, and the model card."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+
+import pytest
+import torch
+from families import family, lora, shapes
+from huggingface_hub import ModelCard
+
+from shadow_trl import graft
+from shadow_trl.checkpoints.manifest import FORMAT, read_manifest, write_model_card
+from shadow_trl.errors import CheckpointError
+
+
+def test_the_manifest_has_everything_that_a_second_graft_needs(tmp_path):
+    sides = family(tmp_path, generation_config_DOT_json="{}")
+    options = {"scale": 0.5, "instruct_scale": 0.9, "modules": "linear", "dtype": "float16", "rounding": "stochastic"}
+    report = graft(**sides, output=tmp_path / "out", seed=11, base_dtype="bfloat16", progress=False, **options)
+    found = read_manifest(tmp_path / "out")
+    assert (found["kind"], found["format"], found["form"], found["dtype"]) == ("graft", FORMAT, "model", "float16")
+    assert found["options"] == {
+        **options, "seed": 11, "vocab": "strict", "untie": False, "base_dtype": "bfloat16",
+    }  # fmt: skip
+    for role, folder in sides.items():
+        assert (found[role]["source"], found[role]["revision"]) == (str(folder), None)
+        files = ["model.safetensors", *(["config.json", "generation_config.json"] if role == "instruct" else [])]
+        wanted = {name: f"sha256:{hashlib.sha256((folder / name).read_bytes()).hexdigest()}" for name in files}
+        assert found[role]["digests"] == wanted
+    assert (found["grafted"], found["copied"]) == (14, len(shapes()) - 14)
+    for figure in ("sigma", "delta_norm", "realised", "noise"):
+        assert found[figure] == getattr(report, figure) is not None
+    assert found["by_kind"] == report.by_kind
+    for package in ("torch", "transformers", "trl", "peft", "accelerate", "safetensors"):
+        assert found["versions"][package] == importlib.metadata.version(package)
+    assert found["warnings"] == report.warnings
+    assert found["left_out"] == []
+
+
+def card_of(manifest, tmp_path, **options):
+    return ModelCard.load(write_model_card(tmp_path, manifest, **options))
+
+
+def test_the_card_of_a_graft_of_hub_models(tmp_path):
+    sides = {"base": "Qwen/Qwen3-0.6B-Base", "instruct": "Qwen/Qwen3-0.6B@v1", "tuned": "me/tuned"}
+    manifest = {role: {"source": source} for role, source in sides.items()} | {"options": {"scale": 0.5}}
+    card = card_of(manifest, tmp_path)
+    assert card.data.base_model == ["Qwen/Qwen3-0.6B", "Qwen/Qwen3-0.6B-Base"]
+    assert card.data.to_dict()["base_model_relation"] == "merge"
+    assert card.data.library_name == "transformers"
+    assert {"shadow-trl", "shadow-ft"} <= set(card.data.tags)
+    assert "`grafted = instruct + scale * (tuned - base)`" in card.text
+    assert "| scale | 0.5 |" in card.text
+    assert "eprint" in card.text or "arXiv:2505.12716" in card.text
+    assert "@article{shadowft2025" in card.text
+    assert "Shadow-FT: Tuning Instruct Model via Training on Paired Base Model" in card.text
+
+
+def test_the_card_of_an_adapter_and_of_another_instruct_scale(tmp_path):
+    manifest = {role: {"source": f"owner/{role}"} for role in ("base", "instruct", "tuned")}
+    card = card_of(manifest, tmp_path, adapter=True)
+    assert (card.data.library_name, card.data.to_dict()["base_model_relation"]) == ("peft", "adapter")
+    assert "lora" in card.data.tags
+    card = card_of({**manifest, "options": {"scale": 1.0, "instruct_scale": 0.5}}, tmp_path)
+    assert "base + scale * (tuned - base) + instruct_scale * (instruct - base)" in card.text
+
+
+def test_a_card_tells_no_path_of_this_machine(tmp_path):
+    sides = family(tmp_path)
+    adapter = lora(tmp_path / "lora", base_model_name_or_path=str(sides["base"]))
+    graft(**sides, output=tmp_path / "out", progress=False)
+    graft(**{**sides, "tuned": adapter}, output=tmp_path / "adapter", format="adapter", progress=False)
+    for folder in ("out", "adapter"):
+        text = (tmp_path / folder / "README.md").read_text()
+        assert str(tmp_path) not in text
+        assert ModelCard(text).data.base_model is None
+        assert "| instruct | instruct |" in text
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "cannot read"),
+        ("[]", "its `kind` is none of run, graft, delta"),
+        ('{"kind": "soup"}', "its `kind` is none of run, graft, delta"),
+        (json.dumps({"kind": "delta", "format": FORMAT + 1}), "newer shadow_trl"),
+    ],
+)
+def test_a_manifest_that_cannot_be_read_is_an_error(tmp_path, content, message):
+    assert read_manifest(tmp_path) is None
+    (tmp_path / "shadow.json").write_text(content)
+    with pytest.raises(CheckpointError, match=message):
+        read_manifest(tmp_path)
+
+
+def test_figures_are_null_where_nothing_was_measured(tmp_path):
+    graft(**family(tmp_path), output=tmp_path / "out", digest="none", stats=False, progress=False)
+    found = read_manifest(tmp_path / "out")
+    assert [found[name] for name in ("sigma", "delta_norm", "realised", "noise")] == [None] * 4
+    assert all(found[role]["digests"] is None for role in ("base", "instruct", "tuned"))
+    assert torch.__version__.startswith(found["versions"]["torch"].split("+")[0])

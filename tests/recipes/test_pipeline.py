@@ -1,0 +1,348 @@
+"""The pipeline recipe: what is done stays, what is not done goes on, and bad input ends before anything is written."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from repository import ROOT
+from rows import SETTINGS, write_rows
+from stages import tuned_weights, weights
+from tiny import preference_data, sft_data
+from trl import ScriptArguments
+
+from shadow_trl.cli import main as shadow_trl
+from shadow_trl.errors import ConfigError
+from shadow_trl.recipes import pipeline
+from shadow_trl.recipes.data import load_split
+from shadow_trl.recipes.pipeline import main_sft_dpo
+from shadow_trl.recipes.pipeline_options import is_done, last_checkpoint
+
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning:transformers")
+
+LORA = {"use_peft": True, "lora_r": 4, "lora_alpha": 8, "lora_target_modules": ["q_proj", "v_proj"]}
+SHARED = {"model_name_or_path": "base", "instruct_model": "instruct", **SETTINGS, "max_steps": 2}
+
+
+def write_config(**changes: object) -> None:
+    """Write `pipeline.yaml`; a change of the name of a stage is added to its section."""
+    sections = {stage: {"dataset_name": f"{stage}.jsonl", **changes.pop(stage, {})} for stage in ("sft", "dpo")}
+    Path("pipeline.yaml").write_text(yaml.safe_dump({**SHARED, **sections, **changes}))
+
+
+def fill(folder: Path, pair: tuple[Path, Path]) -> None:
+    """Make `folder`, the current one, hold links to the pair, data, rows to score and a configuration."""
+    for name, model in zip(("base", "instruct"), pair, strict=True):
+        (folder / name).symlink_to(model)
+    write_rows(folder / "sft.jsonl", list(sft_data()))
+    write_rows(folder / "dpo.jsonl", list(preference_data()))
+    row = {"prompt": [{"role": "user", "content": "1"}], "answer": "1", "kind": "target"}
+    write_rows(folder / "rows.jsonl", [row, row])
+    write_config()
+
+
+@pytest.fixture
+def workspace(tmp_path: Path, pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    fill(tmp_path, pair)
+    return tmp_path
+
+
+SAVING = ["--save_strategy", "steps", "--save_steps", "1", "--output_dir", "out"]
+
+
+@pytest.fixture(scope="module")
+def whole_run(tmp_path_factory: pytest.TempPathFactory, pair: tuple[Path, Path]) -> Path:
+    """A pipeline that ran through without a stop, with a checkpoint at each step."""
+    folder = tmp_path_factory.mktemp("whole")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        fill(folder, pair)
+        assert run(*SAVING) == 0
+    return folder / "out"
+
+
+@pytest.fixture
+def ended(workspace: Path, whole_run: Path) -> dict[str, bytes]:
+    """The folder `out` of a pipeline that has ended; its files."""
+    shutil.copytree(whole_run, workspace / "out")
+    return files(whole_run)
+
+
+def run(*words: str) -> int:
+    return main_sft_dpo(["--config", "pipeline.yaml", *words])
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    """Bytes of everything that a run keeps; manifests and arguments name folders and times."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*.safetensors"))}
+
+
+def test_without_output_dir_both_stages_and_the_table(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("--score_rows", "rows.jsonl", "--score_max_new_tokens", "2") == 0
+    (root,) = (workspace / "outputs").iterdir()
+    assert root.name.startswith("shadow_sft_dpo-")
+    assert is_done(root / "sft")
+    assert is_done(root / "dpo")
+    manifest = json.loads((root / "dpo/shadow.json").read_text())
+    # Nothing was said twice: BASE and INSTRUCT come from the manifest of the first stage.
+    assert (manifest["base"]["source"], manifest["instruct"]["source"]) == ("base", "instruct")
+    assert manifest["policy"]["source"] == str(root.relative_to(workspace) / "sft")
+    report = json.loads((root / "report.json").read_text())
+    assert list(report["arms"]) == ["instruct", "sft", "grafted", "tuned"]
+    assert set(report["seconds"]) == {"SFT", "DPO", "score"}
+    assert report["graft"]["delta_to_gap"] > 0
+    shown = capsys.readouterr().out
+    table = [line.split("  ")[0] for line in shown.splitlines()]
+    for title in ("INSTRUCT untouched", "graft after SFT", "graft after DPO"):
+        assert title in table
+    assert f"result {root.relative_to(workspace)}/dpo/grafted  (graft after DPO)" in shown
+
+
+def test_one_by_one_is_the_same(ended: dict[str, bytes]) -> None:
+    for stages in ("sft", "dpo"):
+        assert run("--output_dir", "parts", "--stages", stages) == 0
+    parts = files(Path("parts"))
+    assert "dpo/grafted/model.safetensors" in parts
+    assert parts == {name: data for name, data in ended.items() if "checkpoint-" not in name}
+
+
+def test_what_is_done_stays(
+    ended: dict[str, bytes], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is trained; the report is made once more."""
+    monkeypatch.setattr(pipeline, "train_stage", None)
+    assert run("--output_dir", "out", "--stages", "dpo,sft") == 0
+    shown = capsys.readouterr().out
+    assert "SFT is done: out/sft/grafted" in shown
+    assert "DPO is done: out/dpo/grafted" in shown
+    assert "result out/dpo/grafted  (graft after DPO)" in shown
+    assert files(Path("out")) == ended
+
+
+def test_it_goes_on_at_the_stage_that_is_not_done(ended: dict[str, bytes], capsys: pytest.CaptureFixture[str]) -> None:
+    """A DPO stage that saved TUNED and could not graft it is no more done than one that only began."""
+    shutil.rmtree("out/dpo/grafted")
+    for checkpoint in Path("out/dpo").glob("checkpoint-*"):
+        shutil.rmtree(checkpoint)
+    assert not is_done(Path("out/dpo"))
+    assert run("--output_dir", "out") == 0
+    assert "SFT is done" in capsys.readouterr().out
+    found = files(Path("out"))
+    assert found == {name: ended[name] for name in ended if not name.startswith("dpo/checkpoint-")}
+
+
+@pytest.mark.parametrize("stage", [pytest.param("sft", marks=pytest.mark.slow), "dpo"])
+def test_a_stage_goes_on_from_its_last_whole_checkpoint(
+    ended: dict[str, bytes], stage: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if stage == "sft":
+        shutil.rmtree("out/dpo")
+    shutil.rmtree(f"out/{stage}/grafted")
+    Path(f"out/{stage}/checkpoint-2/trainer_state.json").unlink()  # cut off while it was written
+    assert last_checkpoint(Path("out", stage)) == f"out/{stage}/checkpoint-1"
+    assert run(*SAVING, "--stages", stage) == 0
+    assert f"in out/{stage}, from out/{stage}/checkpoint-1" in capsys.readouterr().out
+    found = files(Path("out"))
+    assert found == {name: ended[name] for name in ended if stage == "dpo" or not name.startswith("dpo/")}
+
+
+@pytest.mark.slow
+def test_one_adapter_through_both_stages(workspace: Path) -> None:
+    write_config(sft=LORA)
+    assert run("--output_dir", "left-out") == 0
+    shutil.copytree("left-out/sft", "equal/sft")
+    write_config(**LORA)
+    assert run("--output_dir", "equal") == 0
+    found = files(workspace / "equal")
+    assert files(workspace / "left-out") == found
+    assert {name for name in found if name.endswith("adapter_model.safetensors")} == {
+        "sft/adapter_model.safetensors", "dpo/adapter_model.safetensors"
+    }  # fmt: skip
+    manifest = json.loads((workspace / "equal/dpo/shadow.json").read_text())
+    assert manifest["adapter"]["source"] == "equal/sft"
+
+
+@pytest.mark.slow
+def test_an_adapter_after_full_fine_tuning(workspace: Path) -> None:
+    write_config(dpo=LORA)
+    assert run("--output_dir", "out") == 0
+    assert Path("out/sft/model.safetensors").is_file()
+    assert Path("out/dpo/adapter_model.safetensors").is_file()
+    assert Path("out/dpo/grafted/model.safetensors").is_file()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("then", [{"use_peft": False}, {**LORA, "lora_r": 2}], ids=["full", "new adapter"])
+def test_full_or_a_new_adapter_after_a_merged_one(workspace: Path, pair: tuple[Path, Path], then: dict) -> None:
+    """The graft is INSTRUCT + (TUNED after DPO - BASE), from the files in float64; a second call changes nothing."""
+    write_config(sft=LORA, dpo={**then, "merge_adapter": True}, graft_dtype="float32")
+    assert run("--output_dir", "out") == 0
+    assert Path("out/sft/adapter_model.safetensors").is_file()
+    base, instruct = weights(pair[0]), weights(pair[1])
+    merged = tuned_weights(pair[0], Path("out/sft"))
+    tuned = weights(Path("out/dpo")) if not then["use_peft"] else tuned_weights(Path("out/merged"), Path("out/dpo"))
+    grafted = weights(Path("out/dpo/grafted"))
+    assert max((tuned[name] - merged[name]).abs().max().item() for name in tuned) > 1e-3
+    assert max((merged[name] - base[name]).abs().max().item() for name in tuned) > 1e-3
+    for name, tensor in grafted.items():
+        expected = instruct[name] + (tuned[name] - base[name])
+        torch.testing.assert_close(tensor, expected, rtol=1e-6, atol=1e-8)
+    before = files(Path("out"))
+    assert run("--output_dir", "out") == 0
+    assert files(Path("out")) == before
+    assert not list(Path("out").glob(".*"))
+
+
+def test_a_stage_has_its_own_overrides(workspace: Path) -> None:
+    with pytest.raises(ConfigError, match="mixed_precision differs"):
+        pipeline.read_plan(["--config", "pipeline.yaml", "--dpo.bf16", "true"])
+    pipeline.read_plan(["--config", "pipeline.yaml", "--dpo.bf16", "true", "--stages", "sft"])
+    words = ["--output_dir", "out", "--config", "pipeline.yaml", "--learning_rate", "2e-3", "--dpo.learning-rate=1e-4"]
+    plan = pipeline.read_plan([*words, "--sft.max_steps", "1", "--graft_overwrite"])
+    sft, dpo = (plan.options[stage].training for stage in ("sft", "dpo"))
+    assert (sft.learning_rate, sft.max_steps, dpo.learning_rate, dpo.max_steps) == (2e-3, 1, 1e-4, 2)
+    assert sft.graft_overwrite
+    assert dpo.graft_overwrite
+
+
+@pytest.mark.parametrize(
+    ("words", "changes", "message"),
+    [
+        (["--stages", "sft,ppo"], {}, "'ppo'; known are sft, dpo"),
+        (["--stages", ""], {}, "unknown stages"),
+        (["--stages"], {}, "--stages needs one value"),
+        (["--stages", "dpo"], {}, "needs the output_dir"),
+        (["--stages", "dpo", "--output_dir", "out"], {}, "holds no run with its graft"),
+        ([], {"sft": {"learnin_rate": 1}}, "stage sft: pipeline.yaml has 1 unknown keys"),
+        ([], {"dpo": {"packing": True}}, "stage dpo: pipeline.yaml has 1 unknown keys"),
+        ([], {"sftt": {}}, "sftt"),
+        ([], {"beta": 0.1}, "belongs into its section"),
+        (["--dpo.bet", "1"], {}, "--bet"),
+        (["--ppo.beta", "1"], {}, "--ppo.beta"),
+        ([], {"dpo": {"model_name_or_path": "x"}}, "goes on from the folder of the SFT stage"),
+        (["--dpo.model_name_or_path", "x"], {}, "goes on from the folder of the SFT stage"),
+        ([], {"dpo": {"output_dir": "x"}}, "output_dir in dpo belongs to the whole pipeline"),
+        (["--sft.score_rows", "x"], {}, "score_rows in sft belongs to the whole pipeline"),
+        (["--compare_direct"], {}, "compare_direct in sft"),
+        (["--dpo.graft", "false"], {}, "graft: false in dpo"),
+        (["--resume_from_checkpoint", "x"], {}, "resumes by itself"),
+        (["--dpo.bf16", "true"], {}, "mixed_precision differs: no in sft, bf16 in dpo"),
+        ([], {"sft": LORA, "dpo": {**LORA, "lora_r": 8}}, "r: 4 in sft, 8 in dpo"),
+        (["--dpo.dataset_name", "nothing.jsonl"], {}, "nothing.jsonl does not exist"),
+        (["--sft.merge_adapter"], {"sft": LORA}, "merge_adapter in sft"),
+        (["--dpo.merge_adapter"], {}, "the stage sft trains no adapter"),
+        (["--score_rows", "nothing.jsonl"], {}, "nothing.jsonl"),
+        (["--instruct_model", "nothing"], {}, "nothing"),
+        (["--config", "other.yaml"], {}, "--config was given more than once"),
+    ],
+)
+def test_bad_input_ends_with_one_error_and_nothing_written(
+    workspace: Path, capsys: pytest.CaptureFixture[str], words: list[str], changes: dict, message: str
+) -> None:
+    write_config(**changes)
+    before = sorted(str(path) for path in workspace.rglob("*"))
+    assert run(*words) == 2
+    error = capsys.readouterr().err
+    assert "Error: " in error
+    assert message in error
+    assert "Traceback" not in error
+    assert sorted(str(path) for path in workspace.rglob("*")) == before
+
+
+def test_missing_sections_and_missing_configuration(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("pipeline.yaml").write_text(yaml.safe_dump({**SHARED, "sft": {"dataset_name": "sft.jsonl"}, "dpo": 3}))
+    assert run() == 2
+    assert "the section dpo of the configuration is a int" in capsys.readouterr().err
+    Path("pipeline.yaml").write_text(yaml.safe_dump({**SHARED, "sft": {"dataset_name": "sft.jsonl"}}))
+    assert run() == 2
+    assert "the section dpo of the configuration is missing" in capsys.readouterr().err
+    assert main_sft_dpo([]) == 2
+    assert "no configuration" in capsys.readouterr().err
+
+
+def test_a_folder_of_other_runs_is_left_alone(ended: dict[str, bytes], capsys: pytest.CaptureFixture[str]) -> None:
+    # BASE and INSTRUCT exchanged: not the models of the stage that is done
+    assert run("--output_dir", "out", "--model_name_or_path", "instruct", "--instruct_model", "base") == 2
+    assert "was run with another base: base there, instruct in the configuration" in capsys.readouterr().err
+    shutil.rmtree("out/sft/grafted")
+    assert run("--output_dir", "out") == 2
+    assert "the SFT stage before it is not done" in capsys.readouterr().err
+    assert files(Path("out")) == {name: ended[name] for name in ended if not name.startswith("sft/grafted")}
+
+
+@pytest.mark.slow
+def test_the_stages_may_be_run_from_different_folders(
+    workspace: Path, ended: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The pair has another name from there, but the same weights: the DPO stage gets it under that name."""
+    shutil.rmtree("out/dpo")
+    (workspace / "elsewhere").mkdir()
+    monkeypatch.chdir(workspace / "elsewhere")
+    models = ["--model_name_or_path", "../base", "--instruct_model", "../instruct"]
+    data = ["--sft.dataset_name", "../sft.jsonl", "--dpo.dataset_name", "../dpo.jsonl"]
+    assert main_sft_dpo(["--config", "../pipeline.yaml", "--output_dir", "../out", *models, *data]) == 0
+    assert is_done(workspace / "out/dpo")
+
+
+@pytest.mark.slow
+def test_a_failed_second_stage_says_how_to_go_on(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    faulty = ["--dpo.loss_type", "apo_zero", "--dpo.f_divergence_type", "forward_kl"]
+    assert run(*faulty) == 2
+    (root,) = (workspace / "outputs").iterdir()
+    shown = capsys.readouterr()
+    assert "the trainer refuses this run" in shown.err
+    assert f"--output_dir {root.relative_to(workspace)} goes on from there" in shown.out
+    assert run("--output_dir", str(root.relative_to(workspace))) == 0
+    assert is_done(root / "dpo")
+
+
+def test_the_command_line_has_it_too(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert shadow_trl(["sft-dpo", "--help"]) == 0
+    assert "--stages sft,dpo" in capsys.readouterr().out
+    assert shadow_trl(["sft-dpo", "--config", "pipeline.yaml", "--stages", "rest"]) == 2
+
+
+def test_a_prompt_beside_whole_conversations_is_left_out(tmp_path: Path) -> None:
+    """UltraChat and UltraFeedback repeat the first question as a string, which TRL would take for a plain prompt."""
+    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    for name, row in (
+        ("messages", {"prompt": "q", "messages": turns}),
+        ("chosen", {"prompt": "q", "chosen": turns, "rejected": turns}),
+    ):
+        write_rows(tmp_path / f"{name}.jsonl", [row])
+        data = load_split(ScriptArguments(dataset_name=str(tmp_path / f"{name}.jsonl")), "train")
+        assert "prompt" not in data.column_names
+    write_rows(tmp_path / "plain.jsonl", [{"prompt": "q", "chosen": "a", "rejected": "b"}])
+    assert "prompt" in load_split(ScriptArguments(dataset_name=str(tmp_path / "plain.jsonl")), "train").column_names
+
+
+@pytest.mark.slow
+def test_the_embedded_pipeline_needs_no_argument(tmp_path: Path) -> None:
+    """`accelerate launch recipes/shadow_sft_dpo.py` from another folder, twice, as a user starts it."""
+    launch = [sys.executable, "-m", "accelerate.commands.launch", str(ROOT / "recipes/shadow_sft_dpo.py")]
+    for number in (1, 2):
+        done = subprocess.run(launch, capture_output=True, text=True, timeout=600, cwd=tmp_path, check=False)
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert len(list((tmp_path / "outputs").iterdir())) == number
+    for root in (tmp_path / "outputs").iterdir():
+        scored = [arm for arm in json.loads((root / "report.json").read_text())["arms"].values() if arm["scores"]]
+        assert len(scored) == 3
+
+
+@pytest.mark.distributed
+@pytest.mark.slow
+def test_two_processes_make_one_pipeline(workspace: Path) -> None:
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    script = [str(ROOT / "recipes/shadow_sft_dpo.py"), "--config", "pipeline.yaml", "--score_rows", "rows.jsonl"]
+    done = subprocess.run([*launch, *script], capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    (root,) = (workspace / "outputs").iterdir()
+    assert is_done(root / "dpo")
+    assert done.stdout.count("INSTRUCT untouched") == 1

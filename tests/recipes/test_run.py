@@ -1,0 +1,241 @@
+"""The mains of the recipes on tiny models: what a run leaves, that the comparison is fair, and how bad input ends."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from repository import ROOT
+from rows import SETTINGS, write_rows
+from tiny import preference_data, sft_data
+
+from shadow_trl.errors import InputError
+from shadow_trl.evaluation.report import TITLES
+from shadow_trl.recipes.data import load_split
+from shadow_trl.recipes.run import _claim_folder, main_dpo, main_sft
+
+MAINS = {"sft": main_sft, "dpo": main_dpo}
+
+
+@pytest.fixture
+def workspace(tmp_path: Path, pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A current folder with links to the pair, data, rows to score and a config for each recipe."""
+    monkeypatch.chdir(tmp_path)
+    for name, folder in zip(("base", "instruct"), pair, strict=True):
+        (tmp_path / name).symlink_to(folder)
+    for kind, data in (("sft", sft_data()), ("dpo", preference_data())):
+        write_rows(tmp_path / f"{kind}.jsonl", list(data))
+        models = {"model_name_or_path": "base", "instruct_model": "instruct"}
+        values = {**models, "dataset_name": f"{kind}.jsonl", **SETTINGS}
+        (tmp_path / f"{kind}.yaml").write_text(yaml.safe_dump(values))
+    rows = [(str(number), kind) for kind in ("target", "rule") for number in range(3)]
+    write_rows(
+        tmp_path / "rows.jsonl",
+        [{"prompt": [{"role": "user", "content": text}], "answer": text, "kind": kind} for text, kind in rows],
+    )
+    return tmp_path
+
+
+COMPARE = ["--compare_direct", "--score_rows", "rows.jsonl", "--score_max_new_tokens", "3"]
+
+
+def made(workspace: Path) -> list[Path]:
+    return sorted((workspace / "outputs").iterdir()) if (workspace / "outputs").exists() else []
+
+
+def test_sft_leaves_the_run_the_graft_the_direct_model_and_the_report(
+    workspace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main_sft(["--config", "sft.yaml", *COMPARE]) == 0
+    (run,) = made(workspace)
+    assert run.name.startswith("shadow_sft-")
+    for folder in (run, run / "grafted", run / "direct"):
+        assert (folder / "model.safetensors").is_file()
+    assert json.loads((run / "shadow.json").read_text())["base"]["source"] == "base"
+    shown = capsys.readouterr().out
+    for words in (*TITLES.values(), "sigma", "realised"):
+        assert words in shown
+    assert f"result {run.relative_to(workspace)}/grafted" in shown
+    report = json.loads((run / "report.json").read_text())
+    assert list(report["arms"]) == ["instruct", "direct", "tuned", "grafted"]
+    assert report["arms"]["direct"]["scores"]["kinds"]["rule"]["rows"] == 3
+    assert report["graft"]["delta_to_gap"] > 0
+    assert set(report["seconds"]) == {"train and graft", "tune INSTRUCT directly", "score"}
+    assert len(report["goals"]) == 2
+
+
+@pytest.mark.slow
+def test_the_direct_model_is_what_plain_trl_makes_of_instruct(workspace: Path) -> None:
+    """Same data, seed and settings, byte for byte; the Shadow run before it must not leak into it."""
+    from datasets import load_dataset
+    from trl import SFTConfig, SFTTrainer
+
+    assert main_sft(["--config", "sft.yaml", "--output_dir", "out", *COMPARE[:1]]) == 0
+    plain = SFTTrainer(
+        model="instruct",
+        args=SFTConfig(output_dir="plain", **SETTINGS),
+        train_dataset=load_dataset("json", data_files={"train": "sft.jsonl"}, split="train"),
+    )
+    plain.train()
+    plain.save_model()
+    for name in ("model.safetensors", "config.json", "generation_config.json"):
+        assert Path("out/direct", name).read_bytes() == Path("plain", name).read_bytes()
+    assert Path("out/model.safetensors").read_bytes() != Path("plain/model.safetensors").read_bytes()
+
+
+@pytest.mark.slow
+def test_direct_dpo_has_instruct_as_its_reference(workspace: Path) -> None:
+    from datasets import load_dataset
+    from trl import DPOConfig, DPOTrainer
+
+    assert main_dpo(["--config", "dpo.yaml", "--output_dir", "out", "--ref_policy", "grafted", *COMPARE[:1]]) == 0
+    plain = DPOTrainer(
+        model="instruct",
+        args=DPOConfig(output_dir="plain", precompute_ref_log_probs=True, **SETTINGS),
+        train_dataset=load_dataset("json", data_files={"train": "dpo.jsonl"}, split="train"),
+    )
+    plain.train()
+    plain.save_model()
+    assert Path("out/direct/model.safetensors").read_bytes() == Path("plain/model.safetensors").read_bytes()
+
+
+@pytest.mark.slow
+def test_dpo_with_lora_twice_in_a_row(workspace: Path) -> None:
+    words = ["--config", "dpo.yaml", "--use_peft", "--lora_r", "2", "--lora_target_modules", "all-linear", *COMPARE]
+    assert main_dpo(words) == 0
+    assert main_dpo(words) == 0
+    runs = made(workspace)
+    assert len(runs) == 2
+    for run in runs:
+        assert (run / "adapter_model.safetensors").is_file()
+        assert (run / "direct/adapter_model.safetensors").is_file()
+        assert (run / "grafted/model.safetensors").is_file()
+        report = json.loads((run / "report.json").read_text())
+        assert all(arm["scores"] for arm in report["arms"].values())
+        assert report["graft"]["sigma"] > 0
+
+
+def test_without_comparison_it_trains_grafts_and_says_where(
+    workspace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main_dpo(["--config", "dpo.yaml", "--output_dir", "out", "--train_rows", "8"]) == 0
+    assert not Path("out/direct").exists()
+    assert "result out/grafted" in capsys.readouterr().out
+    assert list(json.loads(Path("out/report.json").read_text())["arms"]) == ["instruct", "tuned", "grafted"]
+
+
+def test_without_a_graft_tuned_is_saved_all_the_same(workspace: Path) -> None:
+    assert main_sft(["--config", "sft.yaml", "--output_dir", "out", "--graft", "false"]) == 0
+    assert Path("out/model.safetensors").is_file()
+    assert not Path("out/grafted").exists()
+
+
+@pytest.mark.parametrize(
+    ("kind", "words", "message"),
+    [
+        ("sft", ["--graft_sc", "0.5"], "unknown arguments"),
+        ("dpo", ["--graft_scale", "inf"], "finite"),
+        ("sft", ["--score_rows", "nothing.jsonl"], "nothing.jsonl"),
+        ("dpo", ["--dataset_name", "nothing.jsonl"], "nothing.jsonl does not exist"),
+        ("sft", ["--eval_strategy", "steps"], "split train only"),
+        ("dpo", ["--dataset_train_split", "validation"], "split train only"),
+        ("sft", ["--model_name_or_path", "nothing"], "nothing"),
+        ("dpo", ["--instruct_model", "nothing"], "nothing"),
+        ("dpo", ["--loss_type", "apo_zero", "--f_divergence_type", "forward_kl"], "the trainer refuses this run"),
+        ("sft", ["--output_dir", "base"], "base"),
+    ],
+)
+def test_bad_input_ends_with_one_error_and_nothing_written(
+    workspace: Path, capsys: pytest.CaptureFixture[str], kind: str, words: list[str], message: str
+) -> None:
+    before = sorted(path.name for path in workspace.rglob("*"))
+    assert MAINS[kind](["--config", f"{kind}.yaml", *words]) == 2
+    error = capsys.readouterr().err.strip().splitlines()
+    assert any("Error: " in line and message in "\n".join(error) for line in error)
+    assert "Traceback" not in "\n".join(error)
+    assert sorted(path.name for path in workspace.rglob("*")) == before
+
+
+def test_an_existing_result_is_not_overwritten(workspace: Path) -> None:
+    words = ["--config", "sft.yaml", "--output_dir", "out", *COMPARE]
+    (workspace / "out/direct").mkdir(parents=True)
+    assert main_sft(words) == 2
+    assert sorted(path.name for path in (workspace / "out").rglob("*")) == ["direct"]
+    assert main_sft([*words, "--graft_overwrite"]) == 0
+
+
+def test_runs_of_the_same_second_get_folders_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(time, "strftime", lambda form: "20260102-030405")
+    folders = [_claim_folder("shadow_dpo") for _ in range(3)]
+    stem = f"outputs{os.sep}shadow_dpo-20260102-030405"
+    assert folders == [stem, f"{stem}-2", f"{stem}-3"]
+    assert all(Path(folder).is_dir() for folder in folders)
+
+
+def test_sharegpt_rows_become_messages(tmp_path: Path) -> None:
+    """The format of Infinity-Instruct: TRL alone would keep the speakers' names `human` and `gpt`."""
+    from trl import ScriptArguments
+
+    turns = [{"from": "system", "value": "s"}, {"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]
+    write_rows(tmp_path / "share.jsonl", [{"id": 1, "conversations": turns}])
+    data = load_split(ScriptArguments(dataset_name=str(tmp_path / "share.jsonl")), "train")
+    roles = [(message["role"], message["content"]) for message in data[0]["messages"]]
+    assert roles == [("system", "s"), ("user", "q"), ("assistant", "a")]
+    write_rows(tmp_path / "odd.jsonl", [{"conversations": [{"from": "narrator", "value": "q"}]}])
+    with pytest.raises(InputError, match="narrator"):
+        load_split(ScriptArguments(dataset_name=str(tmp_path / "odd.jsonl")), "train")
+
+
+def test_a_folder_of_files_has_a_split_for_each(workspace: Path) -> None:
+    data = workspace / "data"
+    data.mkdir()
+    for name in ("train", "test"):
+        (data / f"{name}.jsonl").write_bytes((workspace / "sft.jsonl").read_bytes())
+    evaluation = ["--eval_strategy", "steps", "--eval_steps", "3"]
+    assert main_sft(["--config", "sft.yaml", "--dataset_name", "data", *evaluation]) == 0
+
+
+def launch_two(*words: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    script = [str(ROOT / "recipes/shadow_dpo.py"), "--config", "dpo.yaml", *words]
+    return subprocess.run([*command, *script], capture_output=True, text=True, timeout=240, check=False)
+
+
+@pytest.mark.distributed
+@pytest.mark.slow
+def test_two_processes_make_one_run(workspace: Path) -> None:
+    done = launch_two("--ref_policy", "grafted", *COMPARE)
+    assert done.returncode == 0, done.stderr[-3000:]
+    (run,) = made(workspace)
+    assert done.stdout.count("INSTRUCT untouched") == 1
+    for name in ("report.json", "grafted/model.safetensors", "direct/model.safetensors"):
+        assert (run / name).is_file()
+
+
+@pytest.mark.distributed
+@pytest.mark.slow
+def test_bad_input_ends_both_processes(workspace: Path) -> None:
+    done = launch_two("--instruct_model", "nothing")
+    assert done.returncode != 0
+    assert "CheckpointError: " in done.stderr
+    assert made(workspace) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["sft", "dpo"])
+def test_the_embedded_run_needs_no_argument(kind: str, tmp_path: Path) -> None:
+    """`accelerate launch recipes/shadow_dpo.py` from another folder, as a user starts it."""
+    launch = [sys.executable, "-m", "accelerate.commands.launch", str(ROOT / f"recipes/shadow_{kind}.py")]
+    done = subprocess.run(launch, capture_output=True, text=True, timeout=600, cwd=tmp_path, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    (run,) = (tmp_path / "outputs").iterdir()
+    report = json.loads((run / "report.json").read_text())
+    assert list(report["arms"]["grafted"]["scores"]["kinds"]) == ["target", "t_rule", "rule", "skill", "refuse"]
+    assert done.stdout.rstrip().splitlines()[-1].startswith(("  reached", "  NOT reached"))

@@ -1,0 +1,208 @@
+from __future__ import annotations
+
+import errno
+import mmap
+import os
+import subprocess
+import sys
+
+import pytest
+
+from shadow_trl.checkpoints.manifest import write_manifest
+from shadow_trl.errors import ConfigError, GraftError, OutputExistsError
+from shadow_trl.results import folder as output
+from shadow_trl.results.folder import OutputFolder, check_place, check_space, recover
+from shadow_trl.results.shard_writer import ALIGNMENT, ShardWriter
+
+
+def make(path, text: str, **options):
+    with OutputFolder(path, **options) as place:
+        write_manifest(place.part, {"kind": "graft"})
+        (place.part / "file").write_text(text)
+        place.commit()
+
+
+def siblings(path):
+    return sorted(entry.name for entry in path.parent.iterdir())
+
+
+def test_a_result_appears_whole(tmp_path):
+    path = tmp_path / "new" / "deep" / "out"
+    with OutputFolder(path) as place:
+        (place.part / "file").write_text("1")
+        assert not path.exists()
+        place.commit()
+    assert (path / "file").read_text() == "1"
+    assert siblings(path) == ["out"]
+
+
+def test_a_failure_leaves_nothing(tmp_path):
+    path = tmp_path / "new" / "deep" / "out"
+
+    def fail():
+        with OutputFolder(path) as place:
+            (place.part / "file").write_text("1")
+            raise ValueError("boom")
+
+    with pytest.raises(ValueError, match="boom"):
+        fail()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_says_so(tmp_path):
+    with pytest.raises(GraftError, match=r"is full.*bytes free.*Nothing was written"), OutputFolder(tmp_path / "out"):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_existing_result_is_kept_unless_overwritten(tmp_path):
+    path = tmp_path / "out"
+    make(path, "old")
+    with pytest.raises(OutputExistsError, match="exists"):
+        make(path, "new")
+    make(path, "new", overwrite=True)
+    assert (path / "file").read_text() == "new"
+    assert siblings(path) == ["out"]
+
+
+def test_only_grafts_are_overwritten(tmp_path):
+    path = tmp_path / "out"
+    path.mkdir()
+    (path / "thesis.tex").write_text("years")
+    for kind in (None, "run"):
+        if kind:
+            write_manifest(path, {"kind": kind})
+        with pytest.raises(OutputExistsError, match="is no graft"):
+            make(path, "new", overwrite=True)
+    assert (path / "thesis.tex").read_text() == "years"
+    (tmp_path / "link").symlink_to(path)
+    with pytest.raises(OutputExistsError):
+        make(tmp_path / "link", "new", overwrite=True)
+
+
+def test_the_old_result_stays_until_the_new_one_is_in_place(tmp_path, monkeypatch):
+    """Every step of the commit may be the last: the next run finds the old result or the new one, whole."""
+    path = tmp_path / "out"
+    make(path, "old")
+    rename = os.rename
+    for allowed, expected in ((0, "old"), (1, "old"), (2, "new")):
+        count = iter(range(10))
+
+        def stop(source, target, count=count, allowed=allowed):
+            if next(count) >= allowed:
+                raise KeyboardInterrupt  # stands for a kill: nothing is put right on the way out
+            rename(source, target)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(output.os, "rename", stop)
+            patch.setattr(OutputFolder, "_discard", lambda self: None)
+            if allowed < 2:
+                with pytest.raises(KeyboardInterrupt):
+                    make(path, "new", overwrite=True)
+            else:
+                patch.setattr(output, "_remove", lambda folder: None)
+                make(path, "new", overwrite=True)
+        recover(path)
+        assert (path / "file").read_text() == expected
+        assert siblings(path) == ["out"]
+
+
+def test_files_are_synced_before_the_rename(tmp_path, monkeypatch):
+    events = []
+    sync, rename = output.sync, os.rename
+    monkeypatch.setattr(output, "sync", lambda path: (events.append(("sync", path.name)), sync(path)))
+    monkeypatch.setattr(output.os, "rename", lambda a, b: (events.append(("rename", b.name)), rename(a, b)))
+    make(tmp_path / "out", "1")
+    renamed = events.index(("rename", "out"))
+    assert {name for kind, name in events[:renamed] if kind == "sync"} >= {"file", "shadow.json"}
+    assert events[renamed - 1][1].startswith(".out.shadow-part")
+    assert events[renamed + 1] == ("sync", tmp_path.name)
+
+
+def test_parts_of_a_killed_run_are_removed_and_of_a_running_one_kept(tmp_path):
+    path = tmp_path / "out"
+    program = (
+        "import sys, time, pathlib\nfrom shadow_trl.results.folder import OutputFolder\n"
+        "place = OutputFolder(pathlib.Path(sys.argv[1])).__enter__()\n(place.part / 'x').write_text('1')\n"
+        "print('ready', flush=True)\ntime.sleep(60)\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", program, str(path)], stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout.readline() == "ready\n"
+        recover(path)
+        assert len(siblings(path)) == 1
+    finally:
+        process.kill()
+        process.wait()
+    make(path, "1")
+    assert siblings(path) == ["out"]
+
+
+def test_siblings_of_other_results_are_left_alone(tmp_path):
+    for name in (".out2.shadow-part-1-2", ".ou[t].shadow-part-1", "out.shadow-part-1-2"):
+        (tmp_path / name).mkdir()
+    (tmp_path / ".out.shadow-part-1-2").mkdir()
+    recover(tmp_path / "out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        ".ou[t].shadow-part-1",
+        ".out2.shadow-part-1-2",
+        "out.shadow-part-1-2",
+    ]
+    recover(tmp_path / "ou[t]")
+    assert not (tmp_path / ".ou[t].shadow-part-1").exists()
+
+
+def test_the_output_must_not_touch_an_input(tmp_path):
+    base = tmp_path / "models" / "base"
+    base.mkdir(parents=True)
+    (tmp_path / "link").symlink_to(base)
+    for place, how in (
+        ("models/base", "is"),
+        ("models/base/sub", "lies in"),
+        ("models", "lies around"),
+        ("link", "is"),
+    ):
+        with pytest.raises(ConfigError, match=f"the output .* {how} the folder of base"):
+            check_place(tmp_path / place, [("base", base)])
+    check_place(tmp_path / "models" / "base2", [("base", base)])
+    check_place(base / "grafted", [("tuned", base)])
+    with pytest.raises(ConfigError):
+        check_place(base, [("tuned", base)])
+
+
+def test_space_is_checked_before(tmp_path):
+    check_space(tmp_path / "not" / "there", 1)
+    with pytest.raises(GraftError, match=r"needs 1,000,000,000,000,000,000 bytes"):
+        check_space(tmp_path / "out", 10**18)
+
+
+@pytest.mark.parametrize("direct", [True, False])
+def test_shards_are_written_in_any_order(tmp_path, direct):
+    content = os.urandom(3 * ALIGNMENT + 777)
+    writer = ShardWriter(tmp_path / "shard", len(content), direct=direct)
+    writer.open()
+    buffer = mmap.mmap(-1, ALIGNMENT)
+    for start in (3 * ALIGNMENT, 0, 2 * ALIGNMENT, ALIGNMENT):
+        part = content[start : start + ALIGNMENT]
+        buffer[: len(part)] = part
+        writer.write(start, buffer, len(part))
+    writer.close()
+    assert (tmp_path / "shard").read_bytes() == content
+
+
+def test_a_file_system_without_direct_writes_is_written_through_the_cache(tmp_path, monkeypatch):
+    real = os.pwrite
+
+    def refuse(descriptor, data, offset):
+        if descriptor == writer._direct:
+            raise OSError(errno.EINVAL, "Invalid argument")
+        return real(descriptor, data, offset)
+
+    writer = ShardWriter(tmp_path / "shard", 100)
+    writer.open()
+    monkeypatch.setattr(os, "pwrite", refuse)
+    buffer = mmap.mmap(-1, ALIGNMENT)
+    buffer[:100] = bytes(range(100))
+    writer.write(0, buffer, 100)
+    writer.close()
+    assert (tmp_path / "shard").read_bytes() == bytes(range(100))

@@ -1,0 +1,240 @@
+"""Reference policies: where they are made, that they go again, and whose values are used for which rows."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import Dataset, IterableDataset
+from peft import PeftModel
+from runs import dpo, log_probability, lora, settings
+from tiny import preference_data, save_model
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl import DPOTrainer
+
+from shadow_trl import ShadowDPOConfig, ShadowDPOTrainer
+from shadow_trl.errors import ConfigError
+from shadow_trl.training import reference
+
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning:transformers")
+
+
+def second_stage(model, folder: Path, *, instruct=None, data=None, **changes) -> ShadowDPOTrainer:
+    return ShadowDPOTrainer(
+        model=model,
+        instruct_model=instruct,
+        args=ShadowDPOConfig(**settings(folder, graft=False, **changes)),
+        train_dataset=preference_data(4) if data is None else data,
+    )
+
+
+def values(trainer) -> torch.Tensor:
+    return torch.tensor([trainer.train_dataset[name][:] for name in ("ref_chosen_logps", "ref_rejected_logps")])
+
+
+def gains(pair, rows, name: str) -> dict[str, float]:
+    """Sums over the rows of the log probabilities of both answers, under BASE or INSTRUCT."""
+    model = AutoModelForCausalLM.from_pretrained(pair[("base", "instruct").index(name)], dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(pair[1])
+    return {
+        answer: sum(log_probability(model, tokenizer, row, answer) for row in rows) for answer in ("chosen", "rejected")
+    }
+
+
+def test_graft_of_a_lora_start_is_made_in_memory(lora_run, tmp_path, monkeypatch):
+    options = {"ref_policy": "grafted", "graft_scale": 0.5, "graft_modules": ["q_proj", "mlp"]}
+    with monkeypatch.context() as patch:
+        patch.setattr(reference, "_merges_in_memory", lambda *_: False)
+        written = values(second_stage(str(lora_run), tmp_path / "one", **options))
+    monkeypatch.setattr(reference, "graft", lambda **_: pytest.fail("wrote a graft"))
+    found = values(second_stage(str(lora_run), tmp_path / "two", **options))
+    assert not (tmp_path / "two").exists() or not list((tmp_path / "two").iterdir())
+    torch.testing.assert_close(found, written, rtol=0, atol=2e-5)
+    everything = values(second_stage(str(lora_run), tmp_path / "three", ref_policy="grafted"))
+    assert (everything - found).abs().max() > 1e-3  # or the selection of weights would not be seen
+
+
+def test_graft_of_a_full_start_lies_beside_the_results_while_it_is_loaded(full_run, tmp_path, monkeypatch):
+    seen = []
+
+    def load(source, **how):
+        seen.append(Path(source))
+        assert (seen[-1] / "model.safetensors").is_file()
+        return original(source, **how)
+
+    original = reference.load_reference
+    monkeypatch.setattr(reference, "load_reference", load)
+    second_stage(str(full_run), tmp_path, ref_policy="grafted")
+    assert [path.parent.parent for path in seen] == [tmp_path]
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("policy", [pytest.param("base", marks=pytest.mark.slow), "grafted"])
+def test_loaded_adapter_is_no_raw_base(fp32_pair, lora_run, tmp_path, policy):
+    below = AutoModelForCausalLM.from_pretrained(fp32_pair[0])
+    loaded = PeftModel.from_pretrained(below, lora_run, is_trainable=True)
+    trainer = second_stage(loaded, tmp_path / "object", instruct=str(fp32_pair[1]), ref_policy=policy)
+    named = second_stage(str(lora_run), tmp_path / "name", ref_policy=policy)
+    torch.testing.assert_close(values(trainer), values(named), rtol=0, atol=2e-5)
+    assert not list(tmp_path.glob("*/*"))
+    if policy == "grafted":
+        trainer.train()
+        with pytest.raises(ConfigError, match="no longer known"):
+            trainer.evaluate(preference_data(3))
+
+
+def test_start_changed_in_memory_is_the_reference(fp32_pair, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(fp32_pair[0])
+    with torch.no_grad():
+        model.model.norm.weight *= 1.5
+    trainer = ShadowDPOTrainer(
+        model=model,
+        instruct_model=str(fp32_pair[1]),
+        base_model=str(fp32_pair[0]),
+        args=ShadowDPOConfig(**settings(tmp_path, max_steps=1, graft=False)),
+        train_dataset=preference_data(4),
+    )
+    trainer.train()
+    # Against itself the margin of the first step is 0 and the loss log 2; against BASE on the disk they are not.
+    assert trainer.state.log_history[0]["rewards/margins"] == pytest.approx(0, abs=1e-5)
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(0.693147, abs=1e-5)
+
+
+@pytest.mark.parametrize("with_lora", [False, True], ids=["full", "lora"])
+def test_reference_is_released_and_comes_back_for_new_data(pair, tmp_path, with_lora, monkeypatch):
+    loaded = []
+
+    def load(*args, **how):
+        model = original(*args, **how)
+        loaded.append(weakref.ref(model))
+        return model
+
+    original = reference.load_reference
+    monkeypatch.setattr("shadow_trl.training.trainers.load_reference", load)
+    trainer = dpo(
+        pair, tmp_path, ref_policy="instruct", graft=False, peft_config=lora() if with_lora else None, max_steps=1,
+        learning_rate=0,
+    )  # fmt: skip
+    gc.collect()
+    assert [model() for model in loaded] == [None]
+    trainer.train()
+    rows = preference_data(3)
+    metrics = trainer.evaluate(rows)
+    # Untrained, the policy is BASE; against BASE the margin would be exactly 0.
+    base, instruct = (gains(pair, rows, name) for name in ("base", "instruct"))
+    difference = {answer: base[answer] - instruct[answer] for answer in base}
+    margin = trainer.beta * (difference["chosen"] - difference["rejected"]) / 3
+    assert abs(margin) > 1e-5
+    assert metrics["eval_rewards/margins"] == pytest.approx(margin, abs=1e-5)
+    gc.collect()
+    assert [model() for model in loaded] == [None, None]
+    assert trainer.ref_model is None
+
+
+def with_columns(rows: Dataset) -> Dataset:
+    count = len(rows)
+    return rows.add_column("ref_chosen_logps", [-1.0] * count).add_column("ref_rejected_logps", [-2.0] * count)
+
+
+def test_reference_columns_of_the_evaluation_rows_are_used(pair, tmp_path):
+    rows = preference_data(4)
+    trainer = dpo(
+        pair, tmp_path, eval_dataset=with_columns(rows), precompute_ref_log_probs=False, graft=False, beta=1.0
+    )
+    base = gains(pair, rows, "base")
+    margin = (base["chosen"] / 4 + 1.0) - (base["rejected"] / 4 + 2.0)
+    assert trainer.evaluate()["eval_loss"] is not None
+    assert trainer.state.log_history[-1]["eval_rewards/margins"] == pytest.approx(margin, abs=1e-4)
+
+
+@pytest.mark.parametrize("policy", ["init", pytest.param("instruct", marks=pytest.mark.slow)])
+def test_reference_columns_of_new_rows_are_used_after_the_release(pair, tmp_path, policy, monkeypatch):
+    rows = preference_data(4)
+    trainer = dpo(
+        pair, tmp_path, ref_policy=policy, precompute_ref_log_probs=True, graft=False, beta=1.0, learning_rate=0,
+        max_steps=1,
+    )  # fmt: skip
+    trainer.train()
+    monkeypatch.setattr(
+        "shadow_trl.training.trainers.load_reference", lambda *_, **__: pytest.fail("loaded a reference")
+    )
+    base = gains(pair, rows, "base")
+    margin = (base["chosen"] / 4 + 1.0) - (base["rejected"] / 4 + 2.0)
+    assert trainer.evaluate(with_columns(rows))["eval_loss"] > 0
+    assert trainer.state.log_history[-1]["eval_rewards/margins"] == pytest.approx(margin, abs=1e-4)
+    assert trainer.ref_model is None
+
+
+@pytest.mark.slow
+def test_full_fine_tuning_has_no_values_of_its_start_for_new_rows_after_training(pair, tmp_path):
+    trainer = dpo(pair, tmp_path, precompute_ref_log_probs=True, graft=False, max_steps=1)
+    trainer.train()
+    with pytest.raises(ValueError, match="Cannot compute reference log-probs"):
+        trainer.evaluate(preference_data(3))
+
+
+@pytest.mark.slow
+def test_reference_columns_of_a_stream_are_used(pair, tmp_path):
+    rows = preference_data(4)
+
+    def stream():
+        yield from with_columns(rows)
+
+    trainer = dpo(pair, tmp_path, data=IterableDataset.from_generator(stream), graft=False, beta=1.0, max_steps=1)
+    trainer.train()
+    base = gains(pair, rows, "base")
+    margin = (base["chosen"] / 4 + 1.0) - (base["rejected"] / 4 + 2.0)
+    assert trainer.state.log_history[0]["rewards/margins"] == pytest.approx(margin, abs=1e-4)
+
+
+@pytest.mark.slow
+def test_evaluation_on_a_stream_keeps_the_reference(pair, tmp_path, caplog):
+    def stream():
+        yield from preference_data(4)
+
+    trainer = dpo(
+        pair, tmp_path, ref_policy="instruct", graft=False, max_steps=1, eval_strategy="steps", eval_steps=1,
+        eval_dataset=IterableDataset.from_generator(stream),
+    )  # fmt: skip
+    assert trainer.ref_model is not None
+    assert "stays in memory" in caplog.text
+    trainer.train()
+    assert any("eval_rewards/margins" in line for line in trainer.state.log_history)
+
+
+def cached(pair, tmp_path: Path, output: str, **changes) -> list[float]:
+    """Reference log-probabilities of rows in a file, as a new run finds or computes them."""
+    file = tmp_path / "rows.jsonl"
+    if not file.exists():
+        preference_data(4).to_json(file)
+    data = Dataset.from_json(str(file), cache_dir=str(tmp_path / "cache"))
+    trainer = dpo(pair, tmp_path / output, data=data, graft=False, **changes)
+    return trainer.train_dataset["ref_rejected_logps"][:]
+
+
+def test_other_weights_and_another_template_are_no_hit(pair, tmp_path):
+    first = cached(pair, tmp_path, "one", ref_policy="instruct")
+    other = save_model(tmp_path / "other", seed=5, template=True, dtype=torch.bfloat16)
+    assert cached((pair[0], other), tmp_path, "two", ref_policy="instruct", allow_wide_gap=True) != first
+    tokenizer = AutoTokenizer.from_pretrained(pair[1])
+    tokenizer.chat_template = tokenizer.chat_template.replace("'<|end|>'", "'.<|end|>'")
+    assert cached(pair, tmp_path, "three", ref_policy="instruct", processing_class=tokenizer) != first
+
+
+def test_the_start_of_a_new_lora_is_no_miss(pair, tmp_path, monkeypatch):
+    """With `init` the reference is BASE below the adapter, whatever random start the adapter has."""
+    options = {"precompute_ref_log_probs": True, "max_length": 64}
+    first = cached(pair, tmp_path, "one", peft_config=lora(), seed=1, **options)
+    monkeypatch.setattr(DPOTrainer, "compute_ref_log_probs", lambda *_: pytest.fail("computed again"))
+    assert cached(pair, tmp_path, "two", peft_config=lora(), seed=2, **options) == first
+
+
+@pytest.mark.slow
+def test_an_adapter_that_goes_on_is_part_of_the_key(fp32_pair, lora_run, tmp_path):
+    options = {"precompute_ref_log_probs": True, "max_length": 64}
+    first = cached(fp32_pair, tmp_path, "one", peft_config=lora(), **options)
+    second = cached(fp32_pair, tmp_path, "two", model=str(lora_run), **options)
+    assert max(abs(one - other) for one, other in zip(first, second, strict=True)) > 1e-3

@@ -1,0 +1,85 @@
+"""Plain data parallelism in two real processes on the CPU."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from runs import log_probability
+from safetensors.torch import load_file
+from tiny import preference_data, save_model
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from shadow_trl import graft
+from shadow_trl.checkpoints.manifest import write_manifest
+
+pytestmark = pytest.mark.distributed
+SCRIPT = Path(__file__).with_name("ddp_script.py")
+
+
+def launch(pair: tuple[Path, Path], output: Path, mode: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"),
+            *(str(SCRIPT), str(pair[0]), str(pair[1]), str(output), mode),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["full", pytest.param("lora", marks=pytest.mark.slow)])
+def test_graft_is_written_once_with_the_bytes_of_a_graft_of_the_folder(pair, tmp_path, mode):
+    run = launch(pair, tmp_path / "out", mode)
+    assert run.returncode == 0, run.stderr[-3000:]
+    assert run.stdout.count("done") == 2
+    graft(
+        base=str(pair[0]),
+        instruct=str(pair[1]),
+        tuned=str(tmp_path / "out"),
+        output=str(tmp_path / "again"),
+        base_dtype="tuned",
+    )
+    written = {path.name: path.read_bytes() for path in (tmp_path / "out" / "grafted").glob("*.safetensors")}
+    assert written == {path.name: path.read_bytes() for path in (tmp_path / "again").glob("*.safetensors")}
+    assert written
+
+
+@pytest.mark.slow
+def test_error_on_the_writing_rank_ends_every_rank(pair, tmp_path):
+    run = launch(pair, tmp_path / "out", "blocked")
+    assert run.returncode != 0
+    assert "done" not in run.stdout
+    assert "OutputExistsError" in run.stderr
+    assert "the graft failed on the main process" in run.stderr
+    assert (tmp_path / "out" / "grafted" / "result.txt").read_text() == "somebody's"
+
+
+@pytest.mark.slow
+def test_graft_of_the_start_is_shared_by_the_ranks_and_gone_afterwards(pair, tmp_path):
+    """DPO from a full model of an earlier stage with `ref_policy="grafted"` and rows in memory."""
+    tuned = save_model(tmp_path / "tuned", seed=9, dtype=torch.float32)
+    write_manifest(tuned, {"kind": "run", "base": {"source": str(pair[0])}, "instruct": {"source": str(pair[1])}})
+    run = launch((tuned, pair[1]), tmp_path / "out", "second stage")
+    assert run.returncode == 0, run.stderr[-3000:]
+    shown = [json.loads(line.removeprefix("values ")) for line in run.stdout.splitlines() if line.startswith("values")]
+    assert len(shown) == 2
+    assert shown[0] == shown[1]
+    # By hand: INSTRUCT + (tuned - BASE), in float64.
+    states = [load_file(folder / "model.safetensors") for folder in (pair[0], pair[1], tuned)]
+    model = AutoModelForCausalLM.from_pretrained(pair[0], dtype=torch.float64)
+    model.load_state_dict(
+        {name: states[1][name].double() + states[2][name].double() - states[0][name].double() for name in states[0]},
+        strict=False,
+    )
+    model.tie_weights()
+    tokenizer = AutoTokenizer.from_pretrained(pair[1])
+    expected = [log_probability(model, tokenizer, row, "chosen") for row in preference_data()]
+    assert shown[0] == pytest.approx(expected, abs=1e-3)

@@ -1,0 +1,129 @@
+"""Do the tests notice? Each fault is put into a copy of the package, and the tests named beside it must fail there.
+
+A fault that no longer finds its line says so: the code moved on, and the fault has to be put where it moved to.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+
+import pytest
+from repository import ROOT
+
+pytestmark = pytest.mark.slow
+
+
+@dataclass(frozen=True)
+class Fault:
+    """`old` becomes `new` in a module of the package; `test` must fail then."""
+
+    room: str
+    old: str
+    new: str
+    test: str
+
+
+FAULTS = {
+    "sum: bf16 without the last bit of the delta": Fault(
+        "arithmetic/grafter", "minus.sub_(spare.copy_(tuned))\n", "minus.sub_(spare.copy_(tuned)).mul_(1 + 2**-20)\n",
+        "arithmetic/test_grafter.py::test_16_bit_inputs_within_2_to_16_are_rounded_correctly",
+    ),
+    "sum: the sign of the delta": Fault(
+        "arithmetic/grafter", "return total.sub_(minus), minus", "return total.add_(minus), minus",
+        "operations/test_graft.py::test_every_weight_is_the_sum",
+    ),
+    "sum: the scale is forgotten": Fault(
+        "arithmetic/grafter", "if self.scale != 1.0:", "if self.scale > 1e9:",
+        "operations/test_graft.py::test_every_weight_is_the_sum",
+    ),
+    "sum: -0.0 becomes 0.0": Fault(
+        "arithmetic/grafter", "            minus.add_(0.0)\n        return", "            pass\n        return",
+        "arithmetic/test_grafter.py::test_equal_tuned_and_base_give_instruct_bit_by_bit",
+    ),
+    "rounding: twice, by way of fp32": Fault(
+        "arithmetic/rounding", "low.add_(cut).bitwise_or_(bits).bitwise_and_(~cut)\n    return spare.float()",
+        "return value.float()",
+        "arithmetic/test_grafter.py::test_fp32_tuned_that_lies_next_to_a_tie_is_rounded_once",
+    ),
+    "rounding: the draws do not depend on the index": Fault(
+        "arithmetic/rounding", "torch.arange(index + 1, index + state.numel() + 1", "torch.arange(1, state.numel() + 1",
+        "arithmetic/test_grafter.py::test_draws_depend_on_seed_name_and_index_alone",
+    ),
+    "rounding: stochastic rounding is biased": Fault(
+        "arithmetic/rounding", ".add_(draws.bitwise_left_shift_(13))", ".add_(draws.bitwise_left_shift_(12))",
+        "arithmetic/test_grafter.py::test_stochastic_rounding_keeps_the_mean",
+    ),
+    "commit: the old result goes before the new one is there": Fault(
+        "results/folder", "            os.rename(self.path, old)\n", "            _remove(self.path)\n",
+        "results/test_folder.py::test_the_old_result_stays_until_the_new_one_is_in_place",
+    ),
+    "commit: renamed before it is synced": Fault(
+        "results/folder",
+        "        for folder, _, files in os.walk(self.part, topdown=False):\n",
+        "        for folder, _, files in ():\n",
+        "results/test_folder.py::test_files_are_synced_before_the_rename",
+    ),
+    "count: copied weights count as grafted": Fault(
+        "grafting/jobs", "grafted = [job for job in weights if job.grafted]", "grafted = list(weights)",
+        "operations/test_graft.py::test_linear_selects_the_weights_of_seven_projections",
+    ),
+    "count: one too few": Fault(
+        "grafting/jobs", "warnings, len(grafted), layout.left_out)", "warnings, len(grafted) - 1, layout.left_out)",
+        "operations/test_graft.py::test_every_weight_is_the_sum",
+    ),
+    "delta: zeros are not zero": Fault(
+        "checkpoints/delta", "torch.zeros(stop - start)", "torch.ones(stop - start)",
+        "operations/test_delta.py::test_the_delta_is_the_difference_in_fp32",
+    ),
+    "verify: only what is not a number is compared": Fault(
+        "operations/verify", "unequal = _bits(ours) != _bits(theirs)", "unequal = ours.isnan() != theirs.isnan()",
+        "operations/test_verify.py::test_a_flipped_bit_is_named",
+    ),
+    "low rank: the smallest values are kept": Fault(
+        "arithmetic/low_rank", "u[:, :rank], s[:rank], vt[:rank]", "u[:, -rank:], s[-rank:], vt[-rank:]",
+        "arithmetic/test_low_rank.py::test_the_error_is_that_of_the_values_left_out",
+    ),
+}  # fmt: skip
+
+
+def run_tests(folder, *names: str) -> subprocess.CompletedProcess[str]:
+    words = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *(f"tests/{name}" for name in names)]
+    return subprocess.run(words, cwd=folder, check=False, capture_output=True, text=True, env=environment(folder))
+
+
+def environment(folder) -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1"}
+
+
+@pytest.fixture
+def copy(tmp_path):
+    shutil.copytree(ROOT / "shadow_trl", tmp_path / "shadow_trl", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(ROOT / "tests", tmp_path / "tests", ignore=shutil.ignore_patterns("__pycache__", "faults"))
+    shutil.copyfile(ROOT / "pyproject.toml", tmp_path / "pyproject.toml")
+    return tmp_path
+
+
+def test_without_a_fault_all_of_these_tests_pass(copy):
+    """Else a failure below would prove nothing. The copy is what is tested, not the package beside it."""
+    (copy / "tests" / "test_place.py").write_text(
+        "import pathlib\nimport shadow_trl\n\n\ndef test_place():\n"
+        "    assert pathlib.Path(shadow_trl.__file__).parts[:-2] == pathlib.Path(__file__).parts[:-2]\n"
+    )
+    done = run_tests(copy, "test_place.py", *sorted({fault.test for fault in FAULTS.values()}))
+    assert done.returncode == 0, done.stdout[-3000:]
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_fault_is_noticed(copy, name):
+    fault = FAULTS[name]
+    path = copy / "shadow_trl" / f"{fault.room}.py"
+    text = path.read_text()
+    assert text.count(fault.old) == 1, f"{fault.room}.py has no such line any more: {fault.old!r}"
+    path.write_text(text.replace(fault.old, fault.new))
+    done = run_tests(copy, fault.test)
+    assert done.returncode == 1, f"nobody noticed: {name}\n{done.stdout[-3000:]}"
+    assert "FAILED tests/" in done.stdout
