@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 
 from . import __version__
 from .errors import ConfigError, ShadowError
-from .grafting.options import DIGESTS, DTYPES, FORMATS, ROUNDINGS, VOCABS
+from .grafting.options import DTYPES, declared
 from .runtime.startup import collector_paused
 
 
@@ -54,6 +54,11 @@ class _Parser(argparse.ArgumentParser):
         raise ConfigError(f"{message}. See `{self.prog} --help`. Nothing was written.")
 
 
+class _Switch(argparse.Action):
+    def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: Any = None) -> None:
+        setattr(namespace, self.dest, values == "on")
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="shadow-trl",
@@ -89,34 +94,27 @@ def _add_graft(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     learnt.add_argument("--delta", metavar="D", help="in its place: what `shadow-trl delta` wrote; needs no BASE")
     need.add_argument("--output", metavar="O", required=True, help="folder of the result; must not exist")
-    sums = parser.add_argument_group("arithmetic")
-    sums.add_argument("--scale", type=float, default=1.0, metavar="A", help="multiplier of the delta (default 1)")
-    sums.add_argument(
-        "--instruct-scale", type=float, default=1.0, metavar="B", help="b of a*T + b*I + (1-a-b)*B (default 1)"
-    )
-    sums.add_argument("--modules", nargs="+", default=["all"], metavar="M", help="all, linear, or regular expressions")
-    sums.add_argument("--dtype", choices=DTYPES, default="auto", help="dtype of the result (default: INSTRUCT's)")
-    sums.add_argument("--base-dtype", choices=("tuned", *DTYPES[1:]), help="dtype in which training loaded BASE")
-    sums.add_argument("--rounding", choices=ROUNDINGS, default="nearest", help="how sums are rounded (default nearest)")
-    sums.add_argument("--seed", type=int, default=0, help="of stochastic rounding (default 0)")
-    sums.add_argument(
-        "--vocab", choices=VOCABS, default="strict", help="token rows that only one side has (default strict)"
-    )
-    sums.add_argument("--untie", action="store_true", help="let a tied INSTRUCT receive a head of its own")
-    form = parser.add_argument_group("result")
-    form.add_argument("--format", choices=FORMATS, default="auto", help="dense weights or an adapter (default auto)")
-    form.add_argument("--rank", type=int, metavar="R", help="an adapter of this rank near a delta without an exact one")
-    form.add_argument("--max-shard-size", metavar="SIZE", help="such as 5GB (default: INSTRUCT's files)")
-    form.add_argument("--overwrite", action="store_true", help="replace an existing graft")
-    form.add_argument(
-        "--digest", choices=DIGESTS, default="sha256", help="of the inputs, for the manifest (default sha256)"
-    )
-    form.add_argument(
-        "--stats", choices=("on", "off"), default="on", help="measure sigma, realised, noise (default on)"
-    )
+    sums, form = parser.add_argument_group("arithmetic"), parser.add_argument_group("result")
+    for name, option in declared().items():
+        _add_option(sums if option.recorded else form, name)
     form.add_argument("--quiet", action="store_true", help="print nothing but errors and warnings")
     form.add_argument("--json", action="store_true", help="print the report as JSON on stdout")
     parser.set_defaults(run=_graft)
+
+
+def _add_option(parser: argparse._ActionsContainer, name: str, **changes: Any) -> None:
+    """Add an option of the graft as it is declared, but for `changes` that another command makes."""
+    known = {**vars(declared()[name]), **changes}
+    default, text, more = known["default"], known["help"], dict(known["flags"])
+    if default is False:
+        more["action"] = "store_true"
+    elif default is True:
+        text += " (default on)"
+        more |= {"action": _Switch, "choices": ("on", "off")}
+    else:
+        text += f" (default {default})" if default is not None else ""
+        more["choices"] = known["choices"]
+    parser.add_argument(f"--{name.replace('_', '-')}", default=default, help=text, **more)
 
 
 def _add_gap(parser: argparse.ArgumentParser) -> None:
@@ -137,13 +135,13 @@ def _add_delta(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--base", metavar="B", help="BASE, before training; an adapter names it itself")
     parser.add_argument("--tuned", metavar="T", required=True, help="BASE after training")
     parser.add_argument("--output", metavar="D", required=True, help="folder of the result; must not exist")
-    parser.add_argument("--rank", type=int, metavar="R", help="write a LoRA adapter for BASE of this rank instead")
-    parser.add_argument("--dtype", choices=DTYPES[1:], default="float32", help="of the result (default float32)")
-    parser.add_argument("--base-dtype", choices=("tuned", *DTYPES[1:]), help="dtype in which training loaded BASE")
-    parser.add_argument("--max-shard-size", metavar="SIZE", help="such as 5GB (default: BASE's files)")
-    parser.add_argument("--overwrite", action="store_true", help="replace an existing delta")
-    parser.add_argument("--digest", choices=DIGESTS, default="sha256", help="of the inputs (default sha256)")
-    parser.add_argument("--stats", choices=("on", "off"), default="on", help="measure the delta (default on)")
+    _add_option(parser, "rank", help="write a LoRA adapter for BASE of this rank instead")
+    _add_option(parser, "dtype", help="dtype of the result", default="float32", choices=DTYPES[1:])
+    _add_option(parser, "base_dtype")
+    _add_option(parser, "max_shard_size", help="largest file of the result, such as 5GB; left out: BASE's files")
+    _add_option(parser, "overwrite", help="replace an existing delta")
+    _add_option(parser, "digest")
+    _add_option(parser, "stats", help="measure the delta")
     parser.add_argument("--quiet", action="store_true", help="print nothing but errors and warnings")
     parser.add_argument("--json", action="store_true", help="print the report as JSON on stdout, with every module")
     parser.set_defaults(run=_delta)
@@ -169,15 +167,8 @@ def _graft(options: argparse.Namespace) -> None:
     with collector_paused():
         from .operations.graft import graft
 
-    given = vars(options)
-    named = {name: given[name] for name in given if name not in ("run", "command", "quiet", "json", "stats", "modules")}
-    modules = options.modules[0] if len(options.modules) == 1 else options.modules
-    report = graft(**named, modules=modules, stats=options.stats == "on", progress=not options.quiet)
-    _warn(report.warnings)
-    if options.json:
-        print(json.dumps(report.to_dict(), indent=2))
-    elif not options.quiet:
-        print(report.text())
+    report = graft(**_named(options), progress=not options.quiet)
+    _show(report, options)
 
 
 def _gap(options: argparse.Namespace) -> None:
@@ -206,14 +197,8 @@ def _delta(options: argparse.Namespace) -> None:
     with collector_paused():
         from .operations.delta import extract_delta
 
-    given = vars(options)
-    named = {name: given[name] for name in given if name not in ("run", "command", "quiet", "json", "stats")}
-    report = extract_delta(**named, stats=options.stats == "on", progress=not options.quiet)
-    _warn(report.warnings)
-    if options.json:
-        print(json.dumps(report.to_dict(), indent=2))
-    elif not options.quiet:
-        print(report.text())
+    report = extract_delta(**_named(options), progress=not options.quiet)
+    _show(report, options)
 
 
 def _verify(options: argparse.Namespace) -> int:
@@ -249,6 +234,19 @@ def _sft_dpo(argv: list[str]) -> int | None:
 
 
 _RECIPES: dict[str, Callable[[list[str]], int | None]] = {"sft": _sft, "dpo": _dpo, "sft-dpo": _sft_dpo}
+
+
+def _named(options: argparse.Namespace) -> dict[str, Any]:
+    """Return what the command's function is called with."""
+    return {name: value for name, value in vars(options).items() if name not in ("run", "command", "quiet", "json")}
+
+
+def _show(report: Any, options: argparse.Namespace) -> None:
+    _warn(report.warnings)
+    if options.json:
+        print(json.dumps(report.to_dict(), indent=2))
+    elif not options.quiet:
+        print(report.text())
 
 
 def _warn(warnings: Sequence[str]) -> None:

@@ -23,6 +23,7 @@ from ..checkpoints.delta import refuse_deltas
 from ..checkpoints.manifest import MANIFEST_NAME, file_digest, read_manifest
 from ..errors import CheckpointError, ConfigError, list_names
 from ..grafting.inputs import Source
+from ..grafting.options import declared
 from ..grafting.origins import with_revision
 from ..grafting.weighted import weighted_sources
 from ..results.folder import check_space
@@ -164,8 +165,8 @@ def _found(role: str, manifest: Mapping[str, Any], folder: Path) -> Source:
 
 
 def _options(manifest: Mapping[str, Any]) -> dict[str, Any]:
-    known = ("scale", "instruct_scale", "dtype", "rounding", "seed", "vocab", "untie", "base_dtype", "modules", "rank")
-    options = {name: manifest["options"][name] for name in known if name in manifest["options"]}
+    recorded = manifest["options"]
+    options = {name: recorded[name] for name, option in declared().items() if option.recorded and name in recorded}
     return {**options, "format": manifest["form"]}
 
 

@@ -17,7 +17,7 @@ import torch
 from ..arithmetic.sums import Sums
 from ..checkpoints.checkpoint import Checkpoint, Place
 from ..checkpoints.distance import measure_gap
-from ..errors import ConfigError, Findings, PairMismatchError, both_sides, list_names
+from ..errors import Findings, PairMismatchError, both_sides, list_names, one_of
 from .architectures import compare_architectures, compare_processors
 from .templates import check_processing_class, read_templates
 from .token_rows import (
@@ -107,8 +107,8 @@ class ModelPair:
             PairMismatchError: the two do not belong together; its text names everything that is wrong.
 
         """
-        _one_of("level", level, ("configs", "headers", "weights"))
-        _one_of("vocab", vocab, ("strict", "shared"))
+        one_of("level", level, ("configs", "headers", "weights"))
+        one_of("vocab", vocab, ("strict", "shared"))
         adapters = [str(side) for side in (self.base, self.instruct) if side.is_adapter]
         if adapters:
             text = (
@@ -244,13 +244,6 @@ class ModelPair:
         listed = [f"\n{number}. {text}" for number, text in enumerate(errors, 1)] if many else []
         sides = f"\n  base      {self.base}\n  instruct  {self.instruct}\n"
         return head + "".join(listed) + sides + "Nothing was trained and nothing was written."
-
-
-def _one_of(option: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ConfigError(
-            f"{option} is {value!r}; it can be {', '.join(choices[:-1])} or {choices[-1]}. Nothing was written."
-        )
 
 
 def _same_start(base: torch.Tensor, instruct: torch.Tensor) -> bool:

@@ -19,7 +19,8 @@ from typing import Any, NoReturn
 import yaml
 from trl import ModelConfig, ScriptArguments, TrlParser
 
-from ..errors import ConfigError, InputError, ShadowError, list_names
+from ..errors import ConfigError, InputError, ShadowError, list_names, one_of
+from ..grafting.options import DTYPES
 from ..training.config import ShadowDPOConfig, ShadowSFTConfig
 
 CONFIGS: dict[str, type[ShadowSFTConfig] | type[ShadowDPOConfig]] = {"sft": ShadowSFTConfig, "dpo": ShadowDPOConfig}
@@ -61,7 +62,7 @@ class RecipeArguments:
         default="float32",
         metadata={
             "help": "Dtype in which all models answer; auto: that of their files.",
-            "choices": ["auto", "float32", "bfloat16", "float16"],
+            "choices": DTYPES,
         },
     )
     train_rows: int | None = field(default=None, metadata={"help": "Train on so many rows, drawn with the seed."})
@@ -76,9 +77,7 @@ class RecipeArguments:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{name} must be at least 1, not {value}.")
-        choices = ("auto", "float32", "bfloat16", "float16")
-        if self.score_dtype not in choices:
-            raise ConfigError(f"score_dtype must be one of {', '.join(choices)}, not {self.score_dtype!r}.")
+        one_of("score_dtype", self.score_dtype, DTYPES)
 
 
 @dataclass(frozen=True)
