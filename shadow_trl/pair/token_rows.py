@@ -250,8 +250,8 @@ def shared_rows(base: Checkpoint, instruct: Checkpoint) -> SharedRows:
         raise PairMismatchError("\n".join(findings.errors) + " Nothing was written.")
     base_rows, instruct_rows = int(counts[0] or 0), int(counts[1] or 0)
     difference = vocabulary_difference(ours, theirs)
-    other = {index for index, _, _ in difference.renamed}
-    other |= {index for _, index in (*difference.base_only, *difference.instruct_only)}
+    other = {one.id for one in difference.renamed}
+    other |= {one.id for one in (*difference.base_only, *difference.instruct_only)}
     longer = theirs if instruct_rows > base_rows else ours
     low, high = sorted((base_rows, instruct_rows))
     with_token = sum(low <= index < high for index in longer.ids.values()) if high > low else 0
@@ -259,9 +259,10 @@ def shared_rows(base: Checkpoint, instruct: Checkpoint) -> SharedRows:
         ids=tuple(index for index in range(low) if index not in other),
         base_rows=base_rows,
         instruct_rows=instruct_rows,
-        base_only=tuple([token for _, token, _ in difference.renamed] + [token for token, _ in difference.base_only]),
-        instruct_only=tuple(
-            [token for _, _, token in difference.renamed] + [token for token, _ in difference.instruct_only]
+        base_only=(*(one.base_token for one in difference.renamed), *(one.token for one in difference.base_only)),
+        instruct_only=(
+            *(one.instruct_token for one in difference.renamed),
+            *(one.token for one in difference.instruct_only),
         ),
         padding=high - low - with_token,
     )

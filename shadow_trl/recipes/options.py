@@ -29,6 +29,10 @@ PATH_KEYS = ("model_name_or_path", "instruct_model", "base_model", "dataset_name
 """Keys whose value may be a path inside the repository of a shipped config."""
 
 
+class UnknownKeysError(ConfigError):
+    """Keys of the YAML file or words of the command line that the recipe does not have."""
+
+
 @dataclass
 class RecipeArguments:
     """Arguments of a recipe beside those of the trainer, the model and the data.
@@ -124,9 +128,8 @@ def parse(
 
     """
     words = [word for given in argv for word in (given.split("=", 1) if given.startswith("--config=") else [given])]
-    names_model = any(word.split("=")[0] in ("--model_name_or_path", "--model-name-or-path") for word in words)
     wants_help = "-h" in words or "--help" in words
-    if "--config" not in words and not names_model and not wants_help:
+    if "--config" not in words and not names_model(words) and not wants_help:
         if default_config is None or not Path(default_config).is_file():
             raise ConfigError(
                 "no configuration: pass --config FILE.yaml, or at least --model_name_or_path, --instruct_model and "
@@ -140,6 +143,11 @@ def parse(
     options = Options(script, training, model, recipe, parser.output_given)
     _check_together(options)
     return options
+
+
+def names_model(words: Sequence[str]) -> bool:
+    """Whether the command line names BASE, so that no default configuration is looked for."""
+    return any(word.partition("=")[0] in ("--model_name_or_path", "--model-name-or-path") for word in words)
 
 
 def _check_together(options: Options) -> None:
@@ -190,7 +198,7 @@ class RecipeParser(TrlParser):
         known = {action.dest for action in self._actions}
         unknown = [_with_guess(key, known) for key in values if key not in known]
         if unknown:
-            raise ConfigError(f"{self.config_path} has {len(unknown)} unknown keys:\n{list_names(unknown)}")
+            raise UnknownKeysError(f"{self.config_path} has {len(unknown)} unknown keys:\n{list_names(unknown)}")
         hints = {name: hint for kind in self.dataclass_types for name, hint in typing.get_type_hints(kind).items()}
         wrong = [fault for key, value in values.items() if (fault := _type_fault(key, value, hints[key]))]
         if wrong:
@@ -204,7 +212,7 @@ class RecipeParser(TrlParser):
         if rest:
             known = {option for action in self._actions for option in action.option_strings}
             listed = [_with_guess(word, known) for word in rest]
-            raise ConfigError(
+            raise UnknownKeysError(
                 f"{len(rest)} unknown arguments (abbreviated options are not accepted):\n{list_names(listed)}"
             )
         self.output_given = getattr(namespace, "output_dir", None) is not None

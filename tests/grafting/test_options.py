@@ -84,7 +84,7 @@ def test_the_trainers_hand_each_option_to_the_graft(tmp_path):
 
 @pytest.mark.parametrize("empty", ["", [], None])
 def test_modules_that_select_nothing_are_refused(empty):
-    with pytest.raises(ConfigError, match="^modules is an empty list or text"):
+    with pytest.raises(ConfigError, match=r"^modules is an empty list or text"):
         GraftOptions(modules=empty)
 
 
