@@ -19,18 +19,10 @@ from ..checkpoints.checkpoint import Checkpoint, Place
 from ..checkpoints.distance import measure_gap
 from ..errors import Findings, PairMismatchError, both_sides, list_names, one_of
 from .architectures import compare_architectures, compare_processors
-from .templates import check_processing_class, read_templates
-from .token_rows import (
-    SharedRows,
-    check_special_ids,
-    check_template_rows,
-    row_count,
-    shared_rows,
-    vocabulary_of,
-)
+from .special_tokens import check_special_ids, check_template_rows
+from .templates import read_templates
+from .token_rows import row_count, shared_rows, vocabulary_of
 from .vocabulary_checks import SHARED_ADVICE, compare_vocabularies
-
-__all__ = ["GAP_LIMIT", "GAP_WARNING", "ModelPair", "SharedRows", "check_processing_class", "shared_rows"]
 
 GAP_WARNING = 0.1
 """sigma above which the paper's pairs no longer lie: grafts get worse as it grows."""

@@ -22,7 +22,8 @@ from transformers import (
 from shadow_trl.errors import CheckpointError, ConfigError, InputError, PairMismatchError
 from shadow_trl.pair.architectures import compare_architectures, compare_processors
 from shadow_trl.pair.pairs import ModelPair
-from shadow_trl.pair.token_rows import shared_rows, special_ids, vocabulary_of
+from shadow_trl.pair.special_tokens import special_ids
+from shadow_trl.pair.token_rows import shared_rows, vocabulary_of
 
 EMBEDDING = "model.embed_tokens.weight"
 NANO = ROOT / "data" / "nano-base", ROOT / "data" / "nano-instruct"
