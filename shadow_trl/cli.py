@@ -15,6 +15,12 @@ from .errors import ConfigError, ShadowError
 from .grafting.options import DTYPES, declared
 from .runtime.startup import collector_paused
 
+_RECIPES = {
+    "sft": "train BASE with SFT, then graft",
+    "dpo": "train BASE with DPO, then graft",
+    "sft-dpo": "train BASE with SFT, then with DPO, then graft",
+}
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `shadow-trl` with `argv` (default: the process's) and return its exit code.
@@ -24,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
         if arguments[:1] and arguments[0] in _RECIPES:
-            return _RECIPES[arguments[0]](arguments[1:]) or 0
+            return _recipe(arguments[0], arguments[1:]) or 0
         options = _parser().parse_args(arguments)
         run: Callable[[argparse.Namespace], int | None] = options.run
         return run(options) or 0
@@ -68,14 +74,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"shadow-trl {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
     _add_graft(commands.add_parser("graft", help="add the delta of TUNED to INSTRUCT", allow_abbrev=False))
-    _add_gap(commands.add_parser("gap", help="how far INSTRUCT lies from BASE", allow_abbrev=False))
+    _add_gap(commands.add_parser("gap", help="how far INSTRUCT is from BASE", allow_abbrev=False))
     _add_delta(commands.add_parser("delta", help="write TUNED - BASE on its own, or as a LoRA", allow_abbrev=False))
     _add_verify(commands.add_parser("verify", help="is a folder the graft it says it is?", allow_abbrev=False))
-    for name, text in (
-        ("sft", "train BASE with SFT, then graft"),
-        ("dpo", "train BASE with DPO, then graft"),
-        ("sft-dpo", "train BASE with SFT, then with DPO, then graft"),
-    ):
+    for name, text in _RECIPES.items():
         commands.add_parser(name, help=f"{text} (`shadow-trl {name} --help`)", add_help=False)
     return parser
 
@@ -215,25 +217,14 @@ def _verify(options: argparse.Namespace) -> int:
     return 0 if report.same else 1
 
 
-def _sft(argv: list[str]) -> int | None:
-    from .recipes.run import main_sft
+def _recipe(name: str, argv: list[str]) -> int | None:
+    if name == "sft-dpo":
+        from .recipes.pipeline import main_sft_dpo
 
-    return main_sft(argv)
+        return main_sft_dpo(argv)
+    from .recipes.run import main_dpo, main_sft
 
-
-def _dpo(argv: list[str]) -> int | None:
-    from .recipes.run import main_dpo
-
-    return main_dpo(argv)
-
-
-def _sft_dpo(argv: list[str]) -> int | None:
-    from .recipes.pipeline import main_sft_dpo
-
-    return main_sft_dpo(argv)
-
-
-_RECIPES: dict[str, Callable[[list[str]], int | None]] = {"sft": _sft, "dpo": _dpo, "sft-dpo": _sft_dpo}
+    return main_sft(argv) if name == "sft" else main_dpo(argv)
 
 
 def _named(options: argparse.Namespace) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from functools import partial
 from typing import Any
 
 from ..errors import ConfigError, one_of
@@ -64,9 +65,7 @@ def parse_size(name: str, value: int | str) -> int:
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?i?B?)\s*", str(value), re.IGNORECASE)
     unit = match.group(2).upper() if match else None
     if match is None or unit not in _UNITS or float(match.group(1)) * _UNITS[unit] < 1:
-        raise ConfigError(
-            f"{name}: {value!r} is not a valid size. Write for example 5GB or 500MB. Nothing was written."
-        )
+        raise ConfigError(f"{name}: {value!r} is not a valid size. Write it like 5GB or 500MB. Nothing was written.")
     return int(float(match.group(1)) * _UNITS[unit])
 
 
@@ -80,15 +79,10 @@ def _finite(name: str, value: Any) -> float:
     return number
 
 
-def _integer(name: str, value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise ConfigError(f"{name} must be an integer, got {value!r}. Nothing was written.")
-    return value
-
-
-def _positive(name: str, value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ConfigError(f"{name} must be a whole number of at least 1, got {value!r}. Nothing was written.")
+def _integer(name: str, value: Any, least: float = -math.inf) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        wanted = "an integer" if least == -math.inf else f"a whole number of at least {least}"
+        raise ConfigError(f"{name} must be {wanted}, got {value!r}. Nothing was written.")
     return value
 
 
@@ -163,7 +157,7 @@ class GraftOptions:
     base_dtype: str | None = _option(None, "dtype in which training loaded BASE", choices=BASE_DTYPES, recorded=True)
     rank: int | None = _option(
         None, "an adapter of this rank near a delta that has no exact one",
-        check=_positive, flags={"type": int, "metavar": "R"}, recorded=True,
+        check=partial(_integer, least=1), flags={"type": int, "metavar": "R"}, recorded=True,
     )  # fmt: skip
 
     def __post_init__(self) -> None:
@@ -181,12 +175,8 @@ class GraftOptions:
                 "rank takes the whole delta of an adapter; modules would leave a part of it out. Leave one of them "
                 "out. Nothing was written."
             )
-        if self.format == "adapter" or self.rank is not None:
-            self._check_adapter_form()
-
-    def _check_adapter_form(self) -> None:
         wrong = [f"{name}={getattr(self, name)!r}" for name in self.dense_only()]
-        if wrong:
+        if wrong and (self.format == "adapter" or self.rank is not None):
             raise ConfigError(
                 f"format='adapter' has no room for {', '.join(wrong)}: the adapter's own values are stored, not summed "
                 "weights. Use format='model', or leave the option out. Nothing was written."

@@ -114,7 +114,7 @@ def verify(
     manifest = read_manifest(there.path)
     if manifest is None or manifest["kind"] != "graft":
         kind = f"its {MANIFEST_NAME} is of kind {manifest['kind']}" if manifest else f"it has no {MANIFEST_NAME}"
-        raise CheckpointError(f"{there} is no graft: {kind}. Give the folder that `graft` wrote.")
+        raise CheckpointError(f"{there} is not a graft: {kind}. Give the folder that `graft` wrote.")
     given = {"base": base, "instruct": instruct, "tuned": tuned, "delta": delta}
     sides = _sides(given, manifest, there.path)
     wrong = _other_digests(sides, manifest)

@@ -73,7 +73,7 @@ def check_template_rows(base: Checkpoint, instruct: Checkpoint) -> Findings:
 
     A row is named when it is far smaller than ordinary rows, equal to another template token's row, equal to the
     unused rows behind the vocabulary, or a copy of the mean row. BASE has then never seen that token: what training
-    does to it has to be learnt from nothing, and grafts made so were worse than the untouched INSTRUCT.
+    does to it has to be learnt from scratch, and grafts made like that were worse than the untouched INSTRUCT.
     """
     name, vocabulary = embedding_name(base), vocabulary_of(instruct)
     if name is None or not vocabulary.exists or not base.specs[name].is_float:
@@ -153,8 +153,8 @@ def _untrained(rows: torch.Tensor, names: list[str], ordinary: torch.Tensor, unu
 def _like_unused(row: torch.Tensor, unused: torch.Tensor, ordinary: torch.Tensor) -> bool:
     """True when `row` points where the unused rows point and ordinary rows do not.
 
-    Unused rows of a trained model all went the same way (weight decay, and the softmax of a tied head), so that their
-    mean is a direction which tells them from trained rows; where it does not tell, nothing is said.
+    Unused rows of a trained model all moved the same way (weight decay, and the softmax of a tied head), so their
+    mean is a direction that separates them from trained rows; where it does not, no row is named.
     """
     if len(unused) < 4 or not bool(unused.any()):
         return False

@@ -56,11 +56,6 @@ class VocabularyDifference:
     base_only: list[OneSided] = field(default_factory=list)
     instruct_only: list[OneSided] = field(default_factory=list)
 
-    @property
-    def empty(self) -> bool:
-        """True when the same tokens have the same ids."""
-        return not (self.moved or self.renamed or self.base_only or self.instruct_only)
-
     def rows(self) -> Iterator[str]:
         """Yield one row for each token that differs, with both sides' values."""
         for token, base_id, instruct_id in self.moved:
@@ -72,8 +67,8 @@ class VocabularyDifference:
         for token, index in self.base_only:
             yield both_sides(f"token {token!r}", f"id {index}", "no such token")
 
-    def count(self) -> int:
-        """Return the number of tokens and ids that differ."""
+    def __len__(self) -> int:
+        """Return the number of tokens and ids that differ; 0 when the same tokens have the same ids."""
         return len(self.moved) + len(self.renamed) + len(self.base_only) + len(self.instruct_only)
 
 
@@ -121,7 +116,7 @@ def compare_vocabularies(base: Vocabulary, instruct: Vocabulary, *, shared: bool
             lacks, and reserved tokens that INSTRUCT renamed, are then a warning.
 
     Returns:
-        Findings: one error for all tokens that differ and one for all probe texts that are encoded otherwise.
+        Findings: one error for all tokens that differ and one for all probe texts that are encoded differently.
 
     """
     missing = [side.label for side in (base, instruct) if not side.exists]
@@ -130,9 +125,9 @@ def compare_vocabularies(base: Vocabulary, instruct: Vocabulary, *, shared: bool
         return Findings(warnings=[text])
     difference = vocabulary_difference(base, instruct)
     findings = Findings()
-    if not difference.empty:
+    if difference:
         findings.add(_explain(base, instruct, difference, shared=shared))
-    other = [] if same_tokenizer_files(base, instruct) else _encoded_otherwise(base, instruct)
+    other = [] if same_tokenizer_files(base, instruct) else _encoded_differently(base, instruct)
     if other:
         headline = f"{len(other)} of {len(PROBE_TEXTS)} probe texts become other token ids in base than in instruct."
         message = (
@@ -140,12 +135,12 @@ def compare_vocabularies(base: Vocabulary, instruct: Vocabulary, *, shared: bool
             "The tokenizers split text differently, so base would be trained on ids that it never saw together. Give "
             "the base that instruct was made from."
         )
-        (findings.warnings if shared and not difference.empty else findings.errors).append(message)
+        (findings.warnings if shared and difference else findings.errors).append(message)
     return findings
 
 
-def _encoded_otherwise(base: Vocabulary, instruct: Vocabulary) -> list[str]:
-    """Return a row with both sides' ids for each probe text that they encode otherwise."""
+def _encoded_differently(base: Vocabulary, instruct: Vocabulary) -> list[str]:
+    """Return a row with both sides' ids for each probe text that they encode differently."""
     encodings = zip(PROBE_TEXTS, base.encode(PROBE_TEXTS), instruct.encode(PROBE_TEXTS), strict=True)
     return [both_sides(repr(text), ours, theirs) for text, ours, theirs in encodings if ours != theirs]
 
@@ -155,7 +150,7 @@ def _explain(base: Vocabulary, instruct: Vocabulary, difference: VocabularyDiffe
     added = base.added.keys() | instruct.added.keys()
     other_words = [one for one in difference.renamed if not {one.base_token, one.instruct_token} <= added]
     foreign = bool(difference.moved or other_words)
-    count, rows = difference.count(), list_names(difference.rows())
+    count, rows = len(difference), list_names(difference.rows())
     verb = "token differs" if count == 1 else "tokens differ"
     message = f"{count} {verb} between the vocabularies of base and instruct.\n{rows}\n"
     if foreign:

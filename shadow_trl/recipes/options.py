@@ -48,7 +48,7 @@ class RecipeArguments:
             `float16`, or `auto` (that of their files). Default `float32`.
         train_rows: train on so many rows, drawn with the run's seed. Default: all.
         merge_adapter: in the DPO stage of the pipeline: merge the adapter of the SFT stage into BASE, and train the
-            result in full, or with a new adapter. Default False: the adapter goes on.
+            result in full, or with a new adapter. Default False: that adapter is trained further.
         torch_threads: threads of PyTorch on the CPU. Default: PyTorch's own choice, one a core; models of a few million
             parameters are faster with one.
 
@@ -72,7 +72,9 @@ class RecipeArguments:
     train_rows: int | None = field(default=None, metadata={"help": "Train on so many rows, drawn with the seed."})
     merge_adapter: bool = field(
         default=False,
-        metadata={"help": "Pipeline, DPO stage: merge the adapter of the SFT stage first instead of going on with it."},
+        metadata={
+            "help": "Pipeline, DPO stage: merge the adapter of the SFT stage first instead of training it further."
+        },
     )
     torch_threads: int | None = field(default=None, metadata={"help": "Threads of PyTorch on the CPU."})
 
@@ -86,7 +88,7 @@ class RecipeArguments:
 
 @dataclass(frozen=True)
 class Options:
-    """Everything a recipe was told.
+    """Everything that a recipe is given.
 
     Args:
         script: TRL's arguments of the data.
@@ -161,7 +163,7 @@ def _check_together(options: Options) -> None:
     recipe, training = options.recipe, options.training
     if recipe.compare_direct and training.resume_from_checkpoint:
         raise ConfigError(
-            "compare_direct cannot go on from resume_from_checkpoint: that checkpoint is of BASE. Resume without "
+            "compare_direct cannot resume from resume_from_checkpoint: that checkpoint is of BASE. Resume without "
             "compare_direct."
         )
     if recipe.train_rows is not None and options.script.dataset_streaming:
@@ -246,7 +248,7 @@ def resolve_paths(values: Mapping[str, Any], config_path: Path) -> dict[str, Any
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
-    """YAML's safe loader, but a repeated key is an error: YAML would keep the last one without a word."""
+    """YAML's safe loader, but a repeated key is an error: YAML would silently keep the last one."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
@@ -291,7 +293,7 @@ def _type_fault(key: str, value: Any, hint: Any) -> str | None:
 
 
 def _is_of(value: Any, kind: Any) -> bool:
-    """Whether a YAML value may stand for the type; bool is no number, a whole number is a float as well."""
+    """Whether a YAML value may stand for the type; a bool is not a number, a whole number is a float too."""
     if isinstance(value, bool):
         return kind is bool
     if kind is float:
