@@ -17,9 +17,9 @@ from ..adapters.lora import base_model_of
 from ..checkpoints.checkpoint import Checkpoint, Place
 from ..checkpoints.delta import BASE_CONFIG, INDEX, WEIGHTS, Zeros, refuse_deltas
 from ..checkpoints.header import FLOATS, nbytes_of
-from ..checkpoints.manifest import write_delta_card, write_manifest
+from ..checkpoints.manifest import write_manifest
 from ..errors import AdapterError, ConfigError
-from ..grafting.files import copied_files, copy_files, main_dtype, plan_files
+from ..grafting.files import main_dtype, plan_files
 from ..grafting.inputs import Digests, Inputs, Source, other_base
 from ..grafting.jobs import Jobs
 from ..grafting.options import DTYPES, GraftOptions
@@ -27,6 +27,8 @@ from ..grafting.pieces import OutputFile, WeightJob
 from ..grafting.reports import DeltaReport, graft_figures
 from ..grafting.stream import stream
 from ..grafting.tuned import one_tuned
+from ..results.cards import write_delta_card
+from ..results.copied import copied_files, copy_files
 from ..results.folder import OutputFolder, check_free, check_place, check_space, recover
 from ..runtime.progress import Progress
 from .delta_lora import write_low_rank

@@ -18,10 +18,10 @@ from ..adapters.lora import place_on
 from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.delta import refuse_deltas
 from ..checkpoints.header import TORCH_NAMES
-from ..checkpoints.manifest import write_manifest, write_model_card
+from ..checkpoints.manifest import write_manifest
 from ..errors import ConfigError, GraftError, list_names
 from ..grafting.delta_inputs import open_delta
-from ..grafting.files import copied_files, copy_files, main_dtype, plan_files, write_config, write_index
+from ..grafting.files import main_dtype, plan_files, write_index
 from ..grafting.inputs import Digests, Inputs, Source, is_local, no_adapter_form, other_base
 from ..grafting.jobs import Jobs, check_rounding, full_jobs, low_rank_jobs, without_unchanged
 from ..grafting.options import GraftOptions, parse_size
@@ -29,6 +29,8 @@ from ..grafting.reports import GraftReport, graft_figures, graft_warnings
 from ..grafting.stream import Arithmetic, Outcome, stream
 from ..grafting.tuned import merged_checkpoint, one_tuned, subtracted_dtype, truncated
 from ..grafting.weighted import weighted_sources
+from ..results.cards import write_model_card
+from ..results.copied import copied_files, copy_files, write_config
 from ..results.folder import OutputFolder, check_free, check_place, check_space, recover
 from ..runtime.progress import Progress
 

@@ -21,9 +21,9 @@ from ..arithmetic.grafter import BLOCK
 from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.delta import refuse_deltas
 from ..checkpoints.manifest import MANIFEST_NAME, file_digest, read_manifest
+from ..checkpoints.sources import with_revision
 from ..errors import CheckpointError, ConfigError, list_names
 from ..grafting.inputs import Source
-from ..grafting.origins import with_revision
 from ..grafting.weighted import weighted_sources
 from ..results.folder import check_space
 from .graft import graft

@@ -14,8 +14,8 @@ from typing import Any
 from trl import get_peft_config
 
 from ..checkpoints.manifest import read_manifest
+from ..checkpoints.sources import weight_digests
 from ..errors import ConfigError, InputError, OutputExistsError, list_names
-from ..grafting.origins import weight_digests
 from ..training.preflight import GRAFTED_FOLDER
 from .options import Options, parse, read_yaml
 

@@ -1,0 +1,98 @@
+"""What a manifest or a user names as a side of a run: where it is found, whether it changed, how it is recorded."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ..errors import InputError
+from .manifest import MANIFEST_NAME, file_digest, read_manifest
+
+logger = logging.getLogger(__name__)
+
+
+def stage_below(tuned: str | os.PathLike[str], base: str | None = None) -> tuple[str, str] | None:
+    """Return (start, base) of an adapter that was trained on the full model of an earlier run, else None.
+
+    Args:
+        tuned: folder of what was trained; a folder without a manifest, or a full model, is no such adapter.
+        base: BASE as the user named it; wins over the manifest.
+
+    Raises:
+        InputError: the manifest names a folder that is not to be found or has changed.
+    """
+    folder = Path(tuned)
+    manifest = read_manifest(folder) if (folder / "adapter_config.json").is_file() else None
+    if manifest is None or manifest["kind"] != "run" or source_of(manifest, "policy") == source_of(manifest, "base"):
+        return None
+    start, start_revision = from_manifest("policy", manifest, folder, (None, None))
+    origin, origin_revision = from_manifest("base", manifest, folder, (base, None))
+    assert start is not None
+    assert origin is not None
+    return with_revision(start, start_revision), with_revision(origin, origin_revision)
+
+
+def describe(source: str | None, revision: str | None) -> dict[str, Any] | None:
+    """Return the manifest's entry of a source: name, revision and, for a local folder, digests of its weights."""
+    if source is None:
+        return None
+    digests = weight_digests(source) if Path(source).is_dir() else None
+    return {"source": source, "revision": revision, "digests": digests}
+
+
+def weight_digests(folder: str | Path) -> dict[str, str]:
+    """Return `{file name: digest}` of the weight files of a local folder."""
+    return {path.name: file_digest(path) for path in sorted(Path(folder).glob("*.safetensors"))}
+
+
+def with_revision(source: str, revision: str | None) -> str:
+    """Return `source@revision`, the form in which a graft takes its inputs, or `source` where there is no revision."""
+    return f"{source}@{revision}" if revision else source
+
+
+def from_manifest(
+    role: str, manifest: Mapping[str, Any], folder: Path, given: tuple[str | None, str | None]
+) -> tuple[str | None, str | None]:
+    """Return (source, revision) of `role`: what the user gave, else what the manifest of `folder` says."""
+    entry = manifest.get(role) or {}
+    if given[0] is not None:
+        if entry and given[0] != entry["source"]:
+            logger.warning("%s is %s as given; %s names %s.", role, given[0], folder / MANIFEST_NAME, entry["source"])
+        return given
+    if not entry:
+        return None, None
+    source = entry["source"]
+    if entry.get("digests") is None:
+        return source, entry.get("revision")
+    found = next((place for place in (Path(source), folder / source) if place.is_dir()), None)
+    if found is None:
+        raise InputError(
+            f"{role} of the run in {folder} is gone: {source} is neither a folder here nor in {folder}. "
+            f"{_way_out(role, 'where it is')} Nothing was written."
+        )
+    changed = {
+        name: digest
+        for name, digest in entry["digests"].items()
+        if not (found / name).is_file() or file_digest(found / name) != digest
+    }
+    if changed:
+        raise InputError(
+            f"{role} of the run in {folder} has changed since: {len(changed)} of {len(entry['digests'])} weight files "
+            f"of {found} are missing or differ ({', '.join(sorted(changed))}). The delta would be measured from other "
+            f"weights than the run started from. {_way_out(role, 'which weights to use')} Nothing was written."
+        )
+    return str(found), entry.get("revision")
+
+
+def _way_out(role: str, what: str) -> str:
+    if role == "policy":
+        return "Restore it, or merge the adapter into the right model and start from that."
+    return f"Restore it, or say {what} with {role}_model=..."
+
+
+def source_of(manifest: Mapping[str, Any], role: str) -> str | None:
+    """Return the name that a manifest has for `role`, None where it has none."""
+    return (manifest.get(role) or {}).get("source")
