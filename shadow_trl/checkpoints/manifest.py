@@ -64,13 +64,14 @@ class Entry:
     def __str__(self) -> str:
         return f"{self.source}@{self.revision}" if self.revision else self.source
 
-    def find(self, home: Path) -> Entry:
+    def find(self, home: Path, role: str) -> Entry:
         """Return the entry with the name under which the side is found now: from the current folder, else from `home`.
 
         What was a folder is never looked up on the hub, and what came from there is never taken from a folder.
 
         Args:
             home: the folder of the manifest.
+            role: of the side, for the message.
 
         Raises:
             CheckpointError: it was a folder, which is at neither place.
@@ -79,7 +80,9 @@ class Entry:
         if place is not None:
             return replace(self, source=str(place), revision=None)
         if self.folder:
-            raise CheckpointError(f"{self.source} is neither a folder here nor in {home}.")
+            raise CheckpointError(
+                f"{role} of {home} is gone: {self.source} is neither a folder here nor in {home}. {way_out(role)}"
+            )
         return self
 
     def changed(self, folder: Path) -> list[str]:
@@ -94,6 +97,13 @@ class Entry:
 
     def _places(self, home: Path) -> list[Path]:
         return [] if self.folder is False else [Path(self.source).expanduser(), home / self.source]
+
+
+def way_out(role: str) -> str:
+    """Return what helps where the side that a manifest names for `role` is gone or has changed."""
+    if role == "policy":
+        return "Restore it, or merge the adapter into the right model and start from that. Nothing was written."
+    return f"Restore it, or name it: --{role}, in training {role}_model=... Nothing was written."
 
 
 def read_manifest(folder: str | os.PathLike[str]) -> dict[str, Any] | None:

@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..errors import CheckpointError, InputError
-from .manifest import MANIFEST_NAME, Entry, file_digest, read_manifest
+from ..errors import InputError
+from .manifest import MANIFEST_NAME, Entry, file_digest, read_manifest, way_out
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +46,7 @@ def adapter_base(config: Mapping[str, Any], folder: Path) -> Entry | None:
         its name and revision; None where the adapter names none.
     """
     name = config.get("base_model_name_or_path")
-    return Entry(str(name), config.get("revision")).find(folder) if name else None
+    return Entry(str(name), config.get("revision")).find(folder, "base") if name else None
 
 
 def describe(source: str | None, revision: str | None) -> dict[str, Any] | None:
@@ -80,23 +80,12 @@ def from_manifest(
         return given
     if entry is None:
         return None, None
-    try:
-        found = entry.find(folder)
-    except CheckpointError as error:
-        raise InputError(
-            f"{role} of the run in {folder} is gone: {error} {_way_out(role, 'where it is')} Nothing was written."
-        ) from error
+    found = entry.find(folder, role)
     changed = found.changed(Path(found.source))
     if changed:
         raise InputError(
             f"{role} of the run in {folder} has changed since: {len(changed)} of {len(found.digests or {})} weight "
             f"files of {found} are missing or differ ({', '.join(sorted(changed))}). The delta would be measured from "
-            f"other weights than the run started from. {_way_out(role, 'which weights to use')} Nothing was written."
+            f"other weights than the run started from. {way_out(role)}"
         )
     return found.source, found.revision
-
-
-def _way_out(role: str, what: str) -> str:
-    if role == "policy":
-        return "Restore it, or merge the adapter into the right model and start from that."
-    return f"Restore it, or say {what} with {role}_model=..."

@@ -70,7 +70,7 @@ def _named_base(delta: DeltaCheckpoint) -> Checkpoint | None:
     """Return BASE where the delta's manifest names a local folder that is still there, with the same shapes."""
     entry = Entry.read(delta.manifest, "base")
     try:
-        source = entry.find(delta.path).source if entry is not None else ""
+        source = entry.find(delta.path, "base").source if entry is not None else ""
         found = Checkpoint.open(source) if Path(source).is_dir() else None
     except CheckpointError:  # no longer what it was; it is not needed
         return None

@@ -20,6 +20,7 @@ import torch
 from ..arithmetic.grafter import BLOCK
 from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.delta import refuse_deltas
+from ..checkpoints.hub import locate
 from ..checkpoints.manifest import MANIFEST_NAME, Entry, read_manifest
 from ..errors import CheckpointError, ConfigError, list_names
 from ..grafting.inputs import Source
@@ -156,12 +157,7 @@ def _found(role: str, manifest: Mapping[str, Any], folder: Path) -> Source:
     entry = Entry.read(manifest, role)
     if entry is None:
         raise ConfigError(f"{MANIFEST_NAME} of {folder} names no {role}. Give it with --{role}. Nothing was written.")
-    try:
-        return str(entry.find(folder))
-    except CheckpointError as error:
-        raise CheckpointError(
-            f"{role} of the graft in {folder} is gone: {error} Give it with --{role}. Nothing was written."
-        ) from error
+    return str(entry.find(folder, role))
 
 
 def _options(manifest: Mapping[str, Any]) -> dict[str, Any]:
@@ -172,8 +168,6 @@ def _options(manifest: Mapping[str, Any]) -> dict[str, Any]:
 
 def _other_digests(sides: Mapping[str, Any], manifest: Mapping[str, Any]) -> list[str]:
     """Return `role: file` of the inputs whose digest is not the one in the manifest."""
-    from ..checkpoints.hub import locate
-
     wrong = []
     single: dict[str, Source] = {}
     for role, source in sides.items():
