@@ -66,7 +66,7 @@ def weight_digests(source: str) -> dict[str, str] | None:
 
 def with_revision(source: str, revision: str | None) -> str:
     """Return `source@revision`, the form in which a graft takes its inputs, or `source` where there is no revision."""
-    return f"{source}@{revision}" if revision else source
+    return str(Entry(source, revision))
 
 
 def from_manifest(
@@ -75,8 +75,9 @@ def from_manifest(
     """Return (source, revision) of `role`: what the user gave, else what the manifest of `folder` says."""
     entry = Entry.read(manifest, role)
     if given[0] is not None:
-        if entry and given[0] != entry.source:
-            logger.warning("%s is %s as given; %s names %s.", role, given[0], folder / MANIFEST_NAME, entry.source)
+        name = with_revision(given[0], given[1])
+        if entry and name != str(entry):
+            logger.warning("%s is %s as given; %s names %s.", role, name, folder / MANIFEST_NAME, entry)
         return given
     if entry is None:
         return None, None
