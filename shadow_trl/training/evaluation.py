@@ -13,10 +13,10 @@ from ..checkpoints.checkpoint import Checkpoint
 from ..errors import ConfigError, GraftError, list_names
 from ..grafting.jobs import selector
 from ..grafting.options import GraftOptions
-from ..grafting.origins import Origins, require_base, require_instruct
 from ..layouts.model_names import ModelNames
 from .exchange import GraftExchange, check_exchangeable
 from .loading import bare_model, is_adapted, load_model
+from .origins import Origins, require_base, require_instruct
 
 if TYPE_CHECKING:
     from transformers import Trainer as _Trainer

@@ -1,3 +1,5 @@
+"""A tiny pair whose folders a test may change."""
+
 from __future__ import annotations
 
 import shutil

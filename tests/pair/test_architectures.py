@@ -1,9 +1,17 @@
+"""Configs and processors: sizes that differ are errors, other behaviour is a warning, other spellings are nothing."""
+
 from __future__ import annotations
 
 import json
 
 import pytest
-from transformers import Gemma3TextConfig, LlamaConfig, Qwen2_5_VLConfig, Qwen2Config, Qwen3Config
+from transformers import (
+    Gemma3TextConfig,
+    LlamaConfig,
+    Qwen2_5_VLConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
 
 from shadow_trl.pair.architectures import compare_architectures, compare_processors
 from shadow_trl.pair.pairs import ModelPair
@@ -17,6 +25,7 @@ TINY = {
     "head_dim": 8,
     "vocab_size": 49,
 }
+
 CONFIGS = {"llama": LlamaConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config, "gemma3_text": Gemma3TextConfig}
 
 

@@ -1,3 +1,5 @@
+"""The whole check of a pair, its shapes, and its gap."""
+
 from __future__ import annotations
 
 import json
@@ -7,7 +9,7 @@ import sys
 
 import pytest
 import torch
-from pairs import EMBEDDING, edit_json, edit_weights, refusal
+from pair_cases import EMBEDDING, edit_json, edit_weights, refusal
 from repository import ROOT
 from safetensors.torch import load_file, save_file
 from tiny import make_tokenizer

@@ -1,10 +1,12 @@
+"""The chat template and the special tokens: whether BASE has trained rows for what INSTRUCT's template uses."""
+
 from __future__ import annotations
 
 from pathlib import Path
 
 import pytest
 import torch
-from pairs import EMBEDDING, add_rows, add_tokens, edit_json, edit_weights, refusal, set_rows
+from pair_cases import EMBEDDING, add_rows, add_tokens, edit_json, edit_weights, refusal, set_rows
 from safetensors.torch import load_file
 
 from shadow_trl.pair.pairs import ModelPair

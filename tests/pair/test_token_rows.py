@@ -1,9 +1,11 @@
+"""Token rows: which of them both sides share, and which tokens are only one side's."""
+
 from __future__ import annotations
 
 import json
 
 import pytest
-from pairs import EMBEDDING, add_rows, add_tokens, refusal
+from pair_cases import EMBEDDING, add_rows, add_tokens, refusal
 
 from shadow_trl.errors import PairMismatchError
 from shadow_trl.pair.pairs import ModelPair

@@ -1,4 +1,4 @@
-"""A pair on the disk that a test changes: its files, weights, rows and tokens."""
+"""Changes to the folders of a pair, and the text of its refusal."""
 
 from __future__ import annotations
 
