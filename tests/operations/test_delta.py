@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import shutil
-import time
 
 import pytest
 import torch
@@ -23,7 +21,6 @@ from shadow_trl.checkpoints.manifest import file_digest, read_manifest
 from shadow_trl.cli import main
 from shadow_trl.errors import AdapterError, CheckpointError, ConfigError, GraftError, InputError, OutputExistsError
 from shadow_trl.grafting.origins import resolve_origins
-from shadow_trl.results.folder import recover
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 QUIET = {"progress": False}
@@ -391,27 +388,6 @@ def test_values_that_are_not_finite_are_named_and_nothing_is_left(tmp_path, rank
     with pytest.raises(GraftError, match=r"model\.layers\.1\.mlp\.up_proj\.weight"):
         extract(sides, tmp_path / "delta", rank=rank)
     assert sorted(tmp_path.iterdir()) == before
-
-
-def test_kill_leaves_nothing_or_everything(tmp_path):
-    """kill -9 at several moments, with overwrite: a whole delta, old or new, and the next run needs no cleaning."""
-    sides = family(tmp_path / "models")
-    extract(sides, tmp_path / "out", dtype="float16")
-    extract(sides, tmp_path / "new")
-    results = [(tmp_path / name / "delta.safetensors").read_bytes() for name in ("out", "new")]
-    fork = multiprocessing.get_context("fork")
-    for moment in range(6):
-        process = fork.Process(target=extract, args=(sides, tmp_path / "out"), kwargs={"overwrite": True})
-        process.start()
-        time.sleep(moment * 0.008)
-        process.kill()
-        process.join()
-        recover(tmp_path / "out")
-        assert (tmp_path / "out" / "delta.safetensors").read_bytes() in results
-        assert read_manifest(tmp_path / "out")["kind"] == "delta"
-        assert sorted(path.name for path in tmp_path.iterdir()) == ["models", "new", "out"]
-    extract(sides, tmp_path / "out", overwrite=True)
-    assert (tmp_path / "out" / "delta.safetensors").read_bytes() == results[1]
 
 
 # --- the low-rank form ---------------------------------------------------------------------------------------------

@@ -13,9 +13,8 @@ from safetensors.torch import save_file
 
 from shadow_trl import extract_delta, graft
 from shadow_trl.checkpoints.manifest import write_manifest
-from shadow_trl.errors import CheckpointError, ConfigError, GraftError, PairMismatchError
+from shadow_trl.errors import CheckpointError, ConfigError, GraftError
 from shadow_trl.grafting.origins import describe
-from shadow_trl.operations.gap import gap
 from shadow_trl.operations.graft import check_graft
 from shadow_trl.results import folder as output
 
@@ -186,10 +185,3 @@ def test_the_missing_base_of_an_adapter_is_told_with_a_way_out(tmp_path):
     with pytest.raises(CheckpointError, match=r"names /gone/base as the model that it was trained on(.|\n)*--base B"):
         graft(instruct=sides["instruct"], tuned=adapter, output=tmp_path / "a", progress=False)
     assert not (tmp_path / "a").exists()
-
-
-def test_gap_of_two_networks_says_so(tmp_path):
-    sides = family(tmp_path)
-    other = write(tmp_path / "other", load(sides["instruct"]), config={**CONFIG, "num_hidden_layers": 7})
-    with pytest.raises(PairMismatchError, match=r"different networks(.|\n)*num_hidden_layers"):
-        gap(sides["base"], other, progress=False)
