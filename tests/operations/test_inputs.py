@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,7 +18,6 @@ from shadow_trl.checkpoints.manifest import write_manifest
 from shadow_trl.errors import CheckpointError, ConfigError, GraftError
 from shadow_trl.grafting.origins import describe
 from shadow_trl.operations.graft import check_graft
-from shadow_trl.results import folder as output
 
 WEIGHT = "model.layers.0.mlp.up_proj.weight"
 STEM = WEIGHT.removesuffix(".weight")
@@ -79,9 +80,10 @@ def test_a_disk_without_room_is_told_before_the_work_starts(tmp_path, monkeypatc
     sides = family(tmp_path)
     elements = sum(torch.Size(shape).numel() for shape in shapes().values())
     before = sorted(tmp_path.iterdir())
-    monkeypatch.setattr(output, "free_bytes", lambda path: 1000)
-    monkeypatch.setattr("shadow_trl.operations.graft.stream", lambda *arguments: pytest.fail("the work has started"))
-    monkeypatch.setattr("shadow_trl.operations.delta.stream", lambda *arguments: pytest.fail("the work has started"))
+    weights = load(sides["tuned"])
+    weights[WEIGHT][0, 0] = float("nan")  # which the work would find
+    save_file(weights, sides["tuned"] / "model.safetensors", metadata={"format": "pt"})
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=1000))
     for work in (
         lambda: graft(**sides, output=tmp_path / "out", dtype="float32", progress=False),
         lambda: extract_delta(base=sides["base"], tuned=sides["tuned"], output=tmp_path / "out", progress=False),
