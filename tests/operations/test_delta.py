@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 
@@ -17,7 +18,7 @@ from tiny import make_pair, make_tokenizer
 from shadow_trl import extract_delta, gap, graft
 from shadow_trl.adapters.lora import base_model_of
 from shadow_trl.checkpoints.checkpoint import Checkpoint
-from shadow_trl.checkpoints.manifest import file_digest, read_manifest
+from shadow_trl.checkpoints.manifest import read_manifest
 from shadow_trl.cli import main
 from shadow_trl.errors import AdapterError, CheckpointError, ConfigError, GraftError, InputError, OutputExistsError
 from shadow_trl.grafting.origins import resolve_origins
@@ -96,7 +97,8 @@ def test_manifest_and_card_say_what_it_is(tmp_path):
     assert (manifest["kind"], manifest["form"], manifest["exact"]) == ("delta", "delta", True)
     for role in ("base", "tuned"):
         assert manifest[role]["source"] == str(sides[role])
-        assert manifest[role]["digests"] == {"model.safetensors": file_digest(sides[role] / "model.safetensors")}
+        digest = hashlib.sha256((sides[role] / "model.safetensors").read_bytes()).hexdigest()
+        assert manifest[role]["digests"] == {"model.safetensors": f"sha256:{digest}"}
     assert {"torch", "shadow-trl"} <= manifest["versions"].keys()
     assert "instruct" not in manifest
     card = (tmp_path / "delta" / "README.md").read_text()
