@@ -19,6 +19,7 @@ from ..errors import AdapterError, CheckpointError, ConfigError, list_names
 from ..pair.pairs import ModelPair
 from .jobs import selector
 from .options import GraftOptions
+from .tuned import as_subtracted
 
 Source = str | os.PathLike[str]
 
@@ -28,6 +29,7 @@ class Inputs:
     """The opened sides of a graft and the form that its result takes."""
 
     base: Checkpoint
+    """As training loaded it."""
     instruct: Checkpoint
     tuned: Checkpoint
     form: str
@@ -41,7 +43,7 @@ class Inputs:
     weights: list[float] = field(default_factory=list)
     """Weight of each delta that TUNED is the sum of."""
     made: bool = False
-    """Whether TUNED is made here, BASE as it lies plus deltas: `base_dtype` went into these."""
+    """Whether TUNED is made here, of BASE as stored plus deltas."""
     recorded: dict[str, Any] = field(default_factory=dict)
     """Manifest entries of sides that are not read: BASE and TUNED of a delta, as its own manifest names them."""
 
@@ -96,6 +98,7 @@ class Inputs:
         warnings = ModelPair(origin, receiver).check(vocab=options.vocab) if check_pair else []  # type: ignore[arg-type]
         warnings += _check_trained(origin, receiver, learnt) if check_pair else []
         form, reasons = form_of(learnt, receiver, modules, options, made=bool(stages))
+        origin = as_subtracted(origin.loaded(options.base_dtype), stages or {})
         inputs = cls(origin, receiver, learnt, form, modules, warnings, reasons, stages or {}, made=learnt.is_adapter)
         inputs.warnings += _adapter_warnings(inputs)
         return inputs

@@ -43,8 +43,8 @@ def full_jobs(
 ) -> Jobs:
     """Plan the graft of a full checkpoint, or of a delta: zeros then stand where BASE's weights would.
 
-    Layouts that must be converted are converted in the folder `scratch`; with None only the checks are made for them,
-    and the plan has no weights.
+    BASE is subtracted as training loaded it. Layouts that must be converted are converted in the folder `scratch`; with
+    None only the checks are made for them, and the plan has no weights.
 
     Raises:
         InputError: a weight that cannot be grafted, or nothing that is selected.
@@ -71,14 +71,13 @@ def full_jobs(
         spec = home.specs[plan.instruct]
         job = WeightJob(plan.name, _code(spec.code, options), spec.shape, Place(home, plan.instruct))
         if plan.tuned is not None:
-            job = WeightJob(
-                job.name, job.code, job.shape, job.instruct, Place(origin, plan.base or plan.tuned),
-                Place(sides["tuned"], plan.tuned), runs=_runs(plan, spec.shape),
-            )  # fmt: skip
+            end = Place(sides["tuned"], plan.tuned)
+            start = Place(origin, plan.base or plan.tuned, base.cast(end.spec))
+            job = replace(job, base=start, tuned=end, runs=_runs(plan, spec.shape))
         weights.append(job)
     grafted = [job for job in weights if job.grafted]
     edits, warnings = dict(layout.config_edits), list(layout.warnings)
-    warnings += _narrower(grafted, options)
+    warnings += _narrower(grafted)
     if options.untie and not edits:
         warnings.append("untie changes nothing: no head has a delta of its own on a tied embedding.")
     return Jobs(_without_scale(weights, options), home, edits, warnings, len(grafted), layout.left_out)
@@ -210,17 +209,14 @@ def _check_selection(options: GraftOptions, grafted: list[str], known: list[str]
     )
 
 
-def _narrower(grafted: list[WeightJob], options: GraftOptions) -> list[str]:
-    """Warn when TUNED holds fewer digits than BASE: the cast is then part of the delta."""
-    if options.base_dtype is not None:
-        return []
+def _narrower(grafted: list[WeightJob]) -> list[str]:
+    """Warn when TUNED holds fewer digits than BASE as stored: the cast is then part of the delta."""
     digits = {"F64": 53, "F32": 24, "F16": 11, "BF16": 8}
     names = []
     for job in grafted:
-        if job.base is None or job.tuned is None:
+        if job.base is None or job.tuned is None or job.base.cast is not None:
             continue
-        ours = job.base.checkpoint.specs[job.base.name].code
-        theirs = job.tuned.checkpoint.specs[job.tuned.name].code
+        ours, theirs = job.base.spec.code, job.tuned.spec.code
         if digits[theirs] < digits[ours]:
             names.append(f"{job.name}  base {ours}, tuned {theirs}")
     if not names:

@@ -7,11 +7,9 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-import torch
-
 from ..arithmetic.grafter import BLOCK
 from ..checkpoints.checkpoint import Place
-from ..checkpoints.header import TORCH_NAMES
+from ..checkpoints.header import dtype_of
 
 
 @dataclass(frozen=True)
@@ -116,8 +114,3 @@ def blocks_of(job: WeightJob, first: int, last: int) -> Iterator[tuple[int, int,
             at = end
     for low in range(at, last, BLOCK):
         yield low, min(low + BLOCK, last), False
-
-
-def dtype_of(code: str) -> torch.dtype:
-    """Return the torch dtype of a safetensors code such as `BF16`."""
-    return getattr(torch, TORCH_NAMES[code])

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..adapters.kinds import kind_of
 from ..adapters.lora import base_model_of, is_plain, open_tuned, place_on, read_lora
-from ..checkpoints.checkpoint import Checkpoint
+from ..checkpoints.checkpoint import Checkpoint, Place
 from ..checkpoints.delta import refuse_deltas
 from ..checkpoints.header import read_header
 from ..errors import AdapterError, ConfigError, list_names
@@ -26,7 +26,6 @@ from .weighted import Source, weighted_sources
 if TYPE_CHECKING:
     from torch import Tensor
 
-Weighted = tuple[Any, float]
 Stages = dict[str, Checkpoint]
 
 
@@ -68,26 +67,22 @@ def one_tuned(
         if len(found) == 1 and sources[0][1] == 1.0:
             yield origin, single, stages
         else:
-            sides = [(side, weight) for (_, side, _), (_, weight) in zip(found, sources, strict=True)]
-            loaded = [subtracted_dtype(base_dtype, parts) for _, _, parts in found]
-            yield origin, _summed(origin, sides, scratch / "sum", base_dtype, loaded), stages
+            sides = [(side, weight, parts) for (_, side, parts), (_, weight) in zip(found, sources, strict=True)]
+            yield origin, _summed(origin, sides, scratch / "sum", base_dtype), stages
 
 
-def merged_checkpoint(
-    base: Checkpoint, adapter: Checkpoint, folder: Path, *, base_dtype: str | None = None
-) -> tuple[Checkpoint, list[str]]:
+def merged_checkpoint(base: Checkpoint, adapter: Checkpoint, folder: Path) -> tuple[Checkpoint, list[str]]:
     """Return BASE with an adapter merged, in fp32 or wider, and the names of the weights that it changes.
 
     Args:
-        base: what the adapter was trained on.
+        base: what the adapter was trained on, as in `merge_into_base`.
         adapter: of any type.
         folder: for the changed weights; removed by the caller.
-        base_dtype: as in `peft_deltas.merge_into_base`.
     """
     if not is_plain(adapter):
         from ..adapters.peft_layers import merge_into_base
 
-        return merge_into_base(base, adapter, folder, base_dtype=base_dtype)
+        return merge_into_base(base, adapter, folder)
     placed = place_on(read_lora(adapter), adapter, base)
 
     def merge(name: str) -> Tensor:
@@ -150,13 +145,13 @@ def _needs_scratch(source: Source, base: Source | None) -> bool:
     return stage_below(learnt.path, None if base is None else str(base)) is not None
 
 
-def subtracted_dtype(base_dtype: str | None, stages: Stages) -> str | None:
-    """Return the dtype in which BASE is subtracted from a TUNED that is made of `stages`.
+def as_subtracted(base: Checkpoint, stages: Stages) -> Checkpoint:
+    """Return BASE as it is subtracted from a TUNED that is made of `stages`.
 
     An adapter's training loaded the full model of the run before, not BASE: that run saved its weights in the dtype
     that it had loaded BASE in.
     """
-    return "tuned" if base_dtype is not None and "start" in stages else base_dtype
+    return base.loaded("tuned") if base.loaded_in is not None and "start" in stages else base
 
 
 def _on_base(
@@ -175,8 +170,8 @@ def _on_base(
     below = stage_below(learnt.path, None if base is None else str(base))
     if below is None:
         return base if base is not None else base_model_of(learnt), tuned, {"tuned": learnt}
-    first = Checkpoint.open(below[0])
-    merged, _ = merged_checkpoint(first, tuned, scratch / "merged", base_dtype=base_dtype)
+    first = Checkpoint.open(below[0]).loaded(base_dtype)
+    merged, _ = merged_checkpoint(first, tuned, scratch / "merged")
     if base_dtype is not None:
         from ..adapters.stored import without_cast
 
@@ -187,64 +182,56 @@ def _on_base(
 
 def _summed(
     origin: Source | None,
-    parts: Sequence[Weighted],
+    parts: Sequence[tuple[Checkpoint, float, Stages]],
     scratch: Path,
     base_dtype: str | None,
-    loaded: Sequence[str | None],
 ) -> Checkpoint:
-    if all(side.is_adapter and is_plain(side) for side, _ in parts):
+    if all(side.is_adapter and is_plain(side) for side, _, _ in parts):
         from ..adapters.repoint import concatenated
 
-        return concatenated(list(parts), scratch)
+        return concatenated([(side, weight) for side, weight, _ in parts], scratch)
     if origin is None:
         raise ConfigError("base is missing: the deltas of full checkpoints are measured from it. Nothing was written.")
-    from ..adapters.stored import as_loaded
-
-    base = Checkpoint.open(origin)
-    full = [
-        (merged_checkpoint(base, side, scratch / str(number), base_dtype=base_dtype)[0] if side.is_adapter else side,
-         weight)
-        for number, (side, weight) in enumerate(parts)
-    ]  # fmt: skip
-    strange = [f"{name}  {side}" for side, _ in full for name in side.specs.keys() ^ base.specs.keys()]
+    base = Checkpoint.open(origin).loaded(base_dtype)
+    full = []
+    for number, (side, weight, stages) in enumerate(parts):
+        if side.is_adapter:  # what a merged adapter adds, it adds to BASE as stored
+            full.append((merged_checkpoint(base, side, scratch / str(number))[0], base.loaded(None), weight))
+        else:
+            full.append((side, as_subtracted(base, stages), weight))
+    strange = [f"{name}  {side}" for side, _, _ in full for name in side.specs.keys() ^ base.specs.keys()]
     if strange:
         raise AdapterError(
             f"the tuned models cannot be added: {len(strange)} weights are not both in base {base} and in each of "
             f"them.\n{list_names(strange)}\nGraft them one after the other. Nothing was written."
         )
-    changed = [name for name in base.specs if any(side.specs[name] != base.specs[name] for side, _ in full)]
+    changed = [name for name in base.specs if any(side.specs[name] != base.specs[name] for side, _, _ in full)]
 
     def total(name: str) -> Tensor:
-        start = base.tensor(name)
-        value = start.double()
-        for (made, weight), (side, _), dtype in zip(full, parts, loaded, strict=True):
-            tuned = made.tensor(name)
-            # What a merged adapter adds, it adds to BASE as it lies.
-            origin = as_loaded(start, tuned, None if side.is_adapter else dtype)
-            value = value + weight * (tuned.double() - origin)
+        value = base.tensor(name).double()
+        for side, loaded, weight in full:
+            start = Place(loaded, name, loaded.cast(side.specs[name])).tensor().double()
+            value = value + weight * (side.tensor(name).double() - start)
         return value
 
     return with_changes(base, ((name, total(name)) for name in changed), scratch / "changed", full[0][0])
 
 
-def truncated(
-    base: Checkpoint, adapter: Checkpoint, rank: int, folder: Path, *, base_dtype: str | None = None
-) -> tuple[Checkpoint, str]:
+def truncated(base: Checkpoint, adapter: Checkpoint, rank: int, folder: Path) -> tuple[Checkpoint, str]:
     """Return the plain LoRA of a rank that is nearest to an adapter's delta, and what it loses in words.
 
     Args:
-        base: what the adapter was trained on.
+        base: what the adapter was trained on, as in `merged_checkpoint`.
         adapter: of any type.
         rank: of the LoRA.
         folder: made here, removed by the caller.
-        base_dtype: as in `merged_checkpoint`.
     """
     from ..adapters.repoint import write_factors
     from ..adapters.stored import MemoryWeights
     from ..arithmetic.low_rank import truncate
     from ..layouts.model_names import ModelNames
 
-    merged, _ = merged_checkpoint(base, adapter, folder / "merged", base_dtype=base_dtype)
+    merged, _ = merged_checkpoint(base, adapter, folder / "merged")
     names = ModelNames(base)
     before, after = MemoryWeights(base, names), MemoryWeights(merged, names)
     factors, without, lost, total = {}, [], 0.0, 0.0

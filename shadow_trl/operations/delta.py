@@ -30,7 +30,7 @@ from ..grafting.tuned import one_tuned
 from ..results.folder import OutputFolder, check_free, check_place, check_space, recover
 from ..runtime.progress import Progress
 from .delta_lora import write_low_rank
-from .graft import arithmetic, check_finite, dense_jobs
+from .graft import check_finite, dense_jobs
 
 
 def extract_delta(
@@ -137,7 +137,7 @@ def _write_dense(inputs: Inputs, part: Path, target: Path, options: GraftOptions
     small = copied_files(inputs.instruct, adapter=True)
     check_space(target, sum(file.size for file in files) + sum(path.stat().st_size for path in small))
     with Digests(inputs, [], options) as digests, Progress(sum(f.size for f in files), progress) as bar:
-        outcome = stream(files, part, arithmetic(inputs, options), bar.add)
+        outcome = stream(files, part, options, bar.add)
         check_finite(outcome, target)
         shutil.rmtree(scratch, ignore_errors=True)
         figures = graft_figures(outcome.sums, options.stats, sigma=False)
@@ -178,8 +178,7 @@ def _write_adapter(
     jobs = dense_jobs(inputs, options, scratch)
     small = copied_files(inputs.instruct, adapter=True)
     with Digests(inputs, [], options) as digests:
-        loaded = replace(options, base_dtype=arithmetic(inputs, options).base_dtype)
-        report = write_low_rank(jobs, inputs.instruct, part, target, loaded, rank, progress)
+        report = write_low_rank(jobs, inputs.instruct, part, target, options, rank, progress)
         shutil.rmtree(scratch, ignore_errors=True)
         _finish(part, inputs, report, options, digests=digests.collect(), small=small, left_out=jobs.left_out)
     return report

@@ -36,7 +36,7 @@ def write_low_rank(
         base: BASE, as the adapter's config is to name it.
         part: folder to write into.
         target: where the result will be, for messages.
-        options: dtype and base_dtype.
+        options: has the dtype.
         rank: of every module.
         progress: whether to show a bar.
 
@@ -58,7 +58,7 @@ def write_low_rank(
         for job in weights:
             module = modules.get(job.name)
             delta = buffer[: math.prod(job.shape)] if module else None
-            squares[job.name] = _measure(job, options.base_dtype, delta)
+            squares[job.name] = _measure(job, delta)
             bar.add(math.prod(job.shape))
             if not math.isfinite(squares[job.name]):
                 bad.append(job.name)
@@ -114,7 +114,7 @@ def _report(
     )  # fmt: skip
 
 
-def _measure(job: WeightJob, base_dtype: str | None, out: Tensor | None) -> float:
+def _measure(job: WeightJob, out: Tensor | None) -> float:
     """Return the sum of squares of a weight's delta; write the delta, fp32, flattened, into `out` where it is given."""
     assert job.base is not None
     assert job.tuned is not None
@@ -122,8 +122,6 @@ def _measure(job: WeightJob, base_dtype: str | None, out: Tensor | None) -> floa
     for start in range(0, math.prod(job.shape), BLOCK):
         stop = min(start + BLOCK, math.prod(job.shape))
         base, tuned = job.base.block(start, stop), job.tuned.block(start, stop)
-        if base_dtype is not None:
-            base = base.to(tuned.dtype if base_dtype == "tuned" else getattr(torch, base_dtype))
         delta = tuned.double() - base.double()
         total += float(torch.dot(delta, delta))
         if out is not None:

@@ -26,8 +26,8 @@ from ..grafting.inputs import Digests, Inputs, Source, is_local, no_adapter_form
 from ..grafting.jobs import Jobs, check_rounding, full_jobs, low_rank_jobs, without_unchanged
 from ..grafting.options import GraftOptions, parse_size
 from ..grafting.reports import GraftReport, graft_figures, graft_warnings
-from ..grafting.stream import Arithmetic, Outcome, stream
-from ..grafting.tuned import merged_checkpoint, one_tuned, subtracted_dtype, truncated
+from ..grafting.stream import Outcome, stream
+from ..grafting.tuned import merged_checkpoint, one_tuned, truncated
 from ..grafting.weighted import weighted_sources
 from ..results.folder import OutputFolder, check_free, check_place, check_space, recover
 from ..runtime.progress import Progress
@@ -204,7 +204,7 @@ def _write_dense_form(inputs: Inputs, part: Path, target: Path, options: GraftOp
     small = copied_files(inputs.instruct)
     check_space(target, sum(file.size for file in files) + sum(path.stat().st_size for path in small))
     with Digests(inputs, small, options) as digests, Progress(sum(f.size for f in files), progress) as bar:
-        outcome = stream(files, part, arithmetic(inputs, options), bar.add)
+        outcome = stream(files, part, options, bar.add)
         check_finite(outcome, target)
         write_index(files, jobs.layout, part)
         shutil.rmtree(scratch, ignore_errors=True)
@@ -223,12 +223,13 @@ def _write_dense_form(inputs: Inputs, part: Path, target: Path, options: GraftOp
 
 def dense_jobs(inputs: Inputs, options: GraftOptions, scratch: Path) -> Jobs:
     """Plan the weights of a dense result; merged adapters and copies in another layout go to `scratch`."""
+    base = inputs.base.loaded(None) if inputs.made else inputs.base
     if inputs.modules:
-        return low_rank_jobs(inputs.base, inputs.instruct, inputs.tuned, inputs.modules, options, scratch=scratch)
+        return low_rank_jobs(base, inputs.instruct, inputs.tuned, inputs.modules, options, scratch=scratch)
     learnt = inputs.tuned
     if learnt.is_adapter:
-        learnt, _ = merged_checkpoint(inputs.base, learnt, scratch / "merged", base_dtype=options.base_dtype)
-    jobs = full_jobs(inputs.base, inputs.instruct, learnt, options, scratch)
+        learnt, _ = merged_checkpoint(inputs.base, learnt, scratch / "merged")
+    jobs = full_jobs(base, inputs.instruct, learnt, options, scratch)
     return without_unchanged(jobs, options) if inputs.made else jobs
 
 
@@ -237,16 +238,14 @@ def _write_adapter_form(inputs: Inputs, part: Path, target: Path, options: Graft
 
     scratch, notes, adapter = part / ".truncated", list(inputs.warnings), inputs.tuned
     if options.rank is not None:
-        adapter, note = truncated(inputs.base, adapter, options.rank, scratch, base_dtype=options.base_dtype)
+        adapter, note = truncated(inputs.base, adapter, options.rank, scratch)
         notes.append(note)
     elif inputs.modules:
         place_on(inputs.modules, adapter, inputs.instruct)
     small = copied_files(inputs.instruct, adapter=True)
     check_space(target, 2 * sum(path.stat().st_size for path in (*small, *adapter.files)))
     with Digests(inputs, small, options) as digests:
-        modules = write_adapter(
-            adapter, inputs.base, inputs.instruct, options.scale, part, base_dtype=options.base_dtype
-        )
+        modules = write_adapter(adapter, inputs.base, inputs.instruct, options.scale, part)
         shutil.rmtree(scratch, ignore_errors=True)
         copy_files(small, inputs.instruct, part)
         if is_local(inputs.instruct):
@@ -281,12 +280,6 @@ def _write_provenance(
         content["tuned_weights"] = inputs.weights
     write_manifest(part, content)
     write_model_card(part, content, adapter=report.form == "adapter")
-
-
-def arithmetic(inputs: Inputs, options: GraftOptions) -> Arithmetic:
-    """Return how to sum."""
-    base_dtype = None if inputs.made else subtracted_dtype(options.base_dtype, inputs.stages)
-    return Arithmetic(options.scale, options.instruct_scale, options.rounding, options.seed, base_dtype, options.stats)
 
 
 def check_finite(outcome: Outcome, target: Path) -> None:
