@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -107,6 +107,13 @@ class GraftOptions:
                     "expressions that are searched in the names of weights. Nothing was written."
                 ) from error
         return compiled
+
+    def selector(self) -> Callable[[str], bool]:
+        """Return the test whether a weight's name is selected by `modules`."""
+        patterns = self.patterns()
+        if patterns is None:
+            return lambda name: True
+        return lambda name: any(pattern.search(name) for pattern in patterns)
 
     def to_dict(self) -> dict[str, Any]:
         """Return what changes the numbers, for the manifest."""

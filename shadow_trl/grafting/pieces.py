@@ -59,6 +59,10 @@ class WeightJob:
         """Whether the weight receives a delta."""
         return self.tuned is not None or self.low_rank is not None
 
+    def copied(self) -> WeightJob:
+        """Return the job that writes INSTRUCT's weight as it is."""
+        return WeightJob(self.name, self.code, self.shape, self.instruct)
+
 
 @dataclass
 class OutputFile:

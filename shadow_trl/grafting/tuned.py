@@ -10,6 +10,7 @@ import math
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,46 +30,54 @@ if TYPE_CHECKING:
 Stages = dict[str, Checkpoint]
 
 
+@dataclass(frozen=True)
+class SingleTuned:
+    """TUNED as one checkpoint, and what its delta is measured from.
+
+    Args:
+        base: BASE; None where it was not given and only an adapter's config can name it.
+        checkpoint: TUNED.
+        stages: what it was made of, by role (`start`, `tuned`, `tuned_2`); empty where it is one as stored.
+        weights: weight of each delta that it is the sum of.
+    """
+
+    base: Source | None
+    checkpoint: Checkpoint
+    stages: Stages = field(default_factory=dict)
+    weights: tuple[float, ...] = (1.0,)
+
+
 @contextmanager
-def one_tuned(
-    base: Source | None, tuned: Any, target: Path, base_dtype: str | None = None
-) -> Iterator[tuple[Source | None, Checkpoint, Stages]]:
-    """Give BASE and TUNED of a graft as single checkpoints.
+def one_tuned(base: Source | None, tuned: Any, target: Path, base_dtype: str | None = None) -> Iterator[SingleTuned]:
+    """Give TUNED of a graft as a single checkpoint.
 
     An adapter trained on the full model of an earlier run is merged into that first: its delta is
     (start - base) + B @ A, the adapter alone would lose what the earlier stage learnt. Several sources are summed,
     plain LoRAs as one of higher rank, others as BASE + sum of weight * (tuned - base). A PiSSA or OLoRA whose start was
     kept becomes a plain LoRA.
-
-    Yields:
-        base, tuned, and the checkpoints that TUNED is made of, by role; empty where it is one as it lies.
     """
     sources = weighted_sources(tuned)
     for source, _ in sources:
         refuse_deltas(tuned=source)
     if len(sources) == 1 and sources[0][1] == 1.0 and not _needs_scratch(sources[0][0], base):
-        yield base, open_tuned(sources[0][0]), {}
+        yield SingleTuned(base, open_tuned(sources[0][0]))
         return
     with _scratch_beside(target) as scratch:
         found = [
-            _on_base(base, source, scratch / str(number), base_dtype) for number, (source, _) in enumerate(sources)
+            _on_base(base, source, weight, scratch / str(number), base_dtype)
+            for number, (source, weight) in enumerate(sources)
         ]
-        origins = {str(origin or "not known, since a full checkpoint names none: give base") for origin, _, _ in found}
+        unknown = "not known, since a full checkpoint names none: give base"
+        origins = {str(part.base or unknown) for part in found}
         if len(origins) > 1:
             raise ConfigError(
                 f"the {len(found)} tuned models start from {len(origins)} bases.\n{list_names(sorted(origins))}\n"
                 "Deltas from one base only can be added. Nothing was written."
             )
-        stages: Stages = {}
-        for number, (_, _, parts) in enumerate(found, start=1):
-            for role, part in parts.items():
-                stages[role if number == 1 else f"{role}_{number}"] = part
-        origin, single, _ = found[0]
-        if len(found) == 1 and sources[0][1] == 1.0:
-            yield origin, single, stages
+        if len(found) == 1 and found[0].weights == (1.0,):
+            yield found[0]
         else:
-            sides = [(side, weight, parts) for (_, side, parts), (_, weight) in zip(found, sources, strict=True)]
-            yield origin, _summed(origin, sides, scratch / "sum", base_dtype), stages
+            yield _summed(found, scratch / "sum", base_dtype)
 
 
 def merged_checkpoint(base: Checkpoint, adapter: Checkpoint, folder: Path) -> tuple[Checkpoint, list[str]]:
@@ -154,13 +163,11 @@ def as_subtracted(base: Checkpoint, stages: Stages) -> Checkpoint:
     return base.loaded("tuned") if base.loaded_in is not None and "start" in stages else base
 
 
-def _on_base(
-    base: Source | None, source: Source, scratch: Path, base_dtype: str | None
-) -> tuple[Source | None, Checkpoint, Stages]:
-    """Return BASE, TUNED and its stages of one source: merged into its start, less its start, or as it is."""
+def _on_base(base: Source | None, source: Source, weight: float, scratch: Path, base_dtype: str | None) -> SingleTuned:
+    """Return one source: merged into its start, less its start, or as it is."""
     learnt = open_tuned(source)
     if not learnt.is_adapter:
-        return base, learnt, {"tuned": learnt}
+        return SingleTuned(base, learnt, {"tuned": learnt}, (weight,))
     tuned = learnt
     if kind_of(learnt.adapter_config).subtracted:
         from ..adapters.repoint import less_start, read_start
@@ -169,7 +176,7 @@ def _on_base(
         tuned = learnt if start is None else less_start(learnt, start, scratch / "less-start")
     below = stage_below(learnt.path, None if base is None else str(base))
     if below is None:
-        return base if base is not None else base_model_of(learnt), tuned, {"tuned": learnt}
+        return SingleTuned(base if base is not None else base_model_of(learnt), tuned, {"tuned": learnt}, (weight,))
     first = Checkpoint.open(below[0]).loaded(base_dtype)
     merged, _ = merged_checkpoint(first, tuned, scratch / "merged")
     if base_dtype is not None:
@@ -177,28 +184,36 @@ def _on_base(
 
         # Merged weights are wider than the start's, and no longer tell in which dtype BASE was loaded for them.
         merged = with_changes(merged, without_cast(merged, first, Checkpoint.open(below[1])), scratch / "plain", learnt)
-    return below[1], merged, {"start": first, "tuned": learnt}
+    return SingleTuned(below[1], merged, {"start": first, "tuned": learnt}, (weight,))
 
 
-def _summed(
-    origin: Source | None,
-    parts: Sequence[tuple[Checkpoint, float, Stages]],
-    scratch: Path,
-    base_dtype: str | None,
-) -> Checkpoint:
-    if all(side.is_adapter and is_plain(side) for side, _, _ in parts):
+def _summed(parts: Sequence[SingleTuned], scratch: Path, base_dtype: str | None) -> SingleTuned:
+    """Return the weighted sum of several: plain LoRAs as one of higher rank, others as BASE with changed weights."""
+    origin = parts[0].base
+    stages = {
+        role if number == 1 else f"{role}_{number}": side
+        for number, part in enumerate(parts, start=1)
+        for role, side in part.stages.items()
+    }
+    if all(part.checkpoint.is_adapter and is_plain(part.checkpoint) for part in parts):
         from ..adapters.repoint import concatenated
 
-        return concatenated([(side, weight) for side, weight, _ in parts], scratch)
-    if origin is None:
+        total = concatenated([(part.checkpoint, part.weights[0]) for part in parts], scratch)
+    elif origin is None:
         raise ConfigError("base is missing: the deltas of full checkpoints are measured from it. Nothing was written.")
-    base = Checkpoint.open(origin).loaded(base_dtype)
+    else:
+        total = _summed_on(Checkpoint.open(origin).loaded(base_dtype), parts, scratch)
+    return SingleTuned(origin, total, stages, tuple(part.weights[0] for part in parts))
+
+
+def _summed_on(base: Checkpoint, parts: Sequence[SingleTuned], scratch: Path) -> Checkpoint:
+    """Return `base + sum of weight * (tuned - base)`; an adapter's delta is to BASE as training loaded it."""
     full = []
-    for number, (side, weight, stages) in enumerate(parts):
+    for number, part in enumerate(parts):
+        side, start = part.checkpoint, as_subtracted(base, part.stages)
         if side.is_adapter:  # what a merged adapter adds, it adds to BASE as stored
-            full.append((merged_checkpoint(base, side, scratch / str(number))[0], base.loaded(None), weight))
-        else:
-            full.append((side, as_subtracted(base, stages), weight))
+            side, start = merged_checkpoint(base, side, scratch / str(number))[0], base.loaded(None)
+        full.append((side, start, part.weights[0]))
     strange = [f"{name}  {side}" for side, _, _ in full for name in side.specs.keys() ^ base.specs.keys()]
     if strange:
         raise AdapterError(

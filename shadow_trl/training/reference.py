@@ -19,7 +19,6 @@ from accelerate.utils import is_peft_model
 from ..adapters.lora import unsupported_features
 from ..checkpoints.checkpoint import Checkpoint
 from ..errors import ConfigError
-from ..grafting.jobs import selector
 from ..grafting.options import GraftOptions
 from ..grafting.origins import Origins, require_base, require_instruct, with_revision
 from ..operations.graft import graft
@@ -143,7 +142,7 @@ def _merge_on_instruct(origins: Origins, how: Mapping[str, Any]) -> PreTrainedMo
     instruct = load_model(require_instruct(origins), revision=origins.instruct_revision, **how)
     adapted = load_adapter(str(origins.adapter), instruct, trainable=False)
     options = GraftOptions(**how["args"].graft_options())
-    receives = selector(options)
+    receives = options.selector()
     with torch.no_grad():
         for name, module in adapted.get_base_model().named_modules():
             if hasattr(module, "lora_A") and receives(f"{name}.weight"):
