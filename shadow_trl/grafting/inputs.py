@@ -14,6 +14,7 @@ from ..adapters.lora import base_model_of, is_plain, read_lora
 from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.delta import DeltaCheckpoint, refuse_deltas
 from ..checkpoints.manifest import file_digest, read_manifest
+from ..checkpoints.weight_names import is_tied
 from ..errors import AdapterError, CheckpointError, ConfigError, list_names
 from ..pair.pairs import ModelPair
 from .form import adapter_warnings, form_of, no_adapter_form
@@ -207,7 +208,7 @@ def other_base(tuned: Full | PlainLora | Delta, digests: Mapping[str, Mapping[st
 
 def _streams(adapter: Checkpoint, instruct: Checkpoint) -> bool:
     """Whether an adapter is added without BASE's weights: a plain LoRA that leaves a shared head alone."""
-    tied = instruct.config.get("tie_word_embeddings") and any(".lm_head." in name for name in adapter.specs)
+    tied = is_tied(instruct.config) and any(".lm_head." in name for name in adapter.specs)
     return is_plain(adapter) and not tied
 
 

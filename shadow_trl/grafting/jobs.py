@@ -12,7 +12,58 @@ from ..checkpoints.header import CODES
 from ..errors import ConfigError, list_names
 from ..layouts.plan import WeightPlan, resolve
 from .options import GraftOptions
-from .pieces import WeightJob
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """A delta `factor * left @ right` of rank r.
+
+    Args:
+        left: lora_B, (rows, r) on disk; lora_A, (r, rows), when `transposed`.
+        right: lora_A, (r, columns) on disk; lora_B, (columns, r), when `transposed`.
+        factor: what the product is multiplied with.
+        columns: columns of the weight.
+        transposed: whether the weight is stored as (in, out), as GPT-2 does.
+    """
+
+    left: Place
+    right: Place
+    factor: float
+    columns: int
+    transposed: bool = False
+
+
+@dataclass(frozen=True)
+class WeightJob:
+    """What to write for one tensor of the result.
+
+    Args:
+        name: name in the result.
+        code: dtype in the result, in the words of safetensors.
+        shape: its shape.
+        instruct: where INSTRUCT's weight lies.
+        base, tuned: where the delta comes from; None where there is none.
+        low_rank: the delta as a product, in the place of `tuned`.
+        runs: ranges of elements that receive the delta, the others are copied; None for all.
+    """
+
+    name: str
+    code: str
+    shape: tuple[int, ...]
+    instruct: Place
+    base: Place | None = None
+    tuned: Place | None = None
+    low_rank: LowRank | None = None
+    runs: tuple[tuple[int, int], ...] | None = None
+
+    @property
+    def grafted(self) -> bool:
+        """Whether the weight receives a delta."""
+        return self.tuned is not None or self.low_rank is not None
+
+    def copied(self) -> WeightJob:
+        """Return the job that writes INSTRUCT's weight as it is."""
+        return WeightJob(self.name, self.code, self.shape, self.instruct)
 
 
 @dataclass

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ..checkpoints.weight_names import LINEAR
 from ..errors import ConfigError
 
 FORMATS = ("auto", "model", "adapter")
@@ -16,9 +17,6 @@ ROUNDINGS = ("nearest", "stochastic")
 VOCABS = ("strict", "shared")
 DIGESTS = ("sha256", "none")
 BASE_DTYPES = ("tuned", "float64", *DTYPES[1:])
-
-# The official code adapts these seven projections; it takes their biases too, by accident of a substring match.
-LINEAR = r"(?:^|[._])(?:q|k|v|o|gate|up|down)_proj\.weight$"
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import mmap
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -22,8 +22,9 @@ from ..arithmetic.sums import Sums
 from ..checkpoints.header import dtype_of
 from ..results.shard_writer import ShardWriter
 from ..runtime.threads import run_threads
+from .files import OutputFile
+from .jobs import LowRank, WeightJob
 from .options import GraftOptions
-from .pieces import LowRank, OutputFile, WeightJob, blocks_of
 
 CHUNK = 4 * 2**20
 """Bytes of a chunk."""
@@ -211,3 +212,25 @@ class _Worker:
             known.extend(
                 side for side in sides or [f"result in {str(out.dtype).removeprefix('torch.')}"] if side not in known
             )
+
+
+def blocks_of(job: WeightJob, first: int, last: int) -> Iterator[tuple[int, int, bool]]:
+    """Cut elements `first` to `last` into blocks: (start, stop, whether the delta is added)."""
+    runs = job.runs if job.runs is not None else ((0, last),)
+    at = first
+    for run_start, run_stop in runs if job.grafted else ():
+        start, stop = max(run_start, at), min(run_stop, last)
+        if start >= stop:
+            continue
+        for low in range(at, start, BLOCK):
+            yield low, min(low + BLOCK, start), False
+        at = start
+        while at < stop:
+            end = min(at + BLOCK, stop)
+            if job.low_rank is not None and end < stop:  # whole rows, where a block has room for one
+                end = max(end // job.low_rank.columns * job.low_rank.columns, 0) or end
+                end = end if end > at else min(at + BLOCK, stop)
+            yield at, end, True
+            at = end
+    for low in range(at, last, BLOCK):
+        yield low, min(low + BLOCK, last), False

@@ -14,9 +14,8 @@ from ..adapters.lora import LoraModule, place_on
 from ..checkpoints.checkpoint import Checkpoint, Place
 from ..checkpoints.delta import DeltaCheckpoint
 from ..errors import ConfigError
-from .jobs import Jobs, check_selection, full_jobs, output_code
+from .jobs import Jobs, LowRank, WeightJob, check_selection, full_jobs, output_code
 from .options import GraftOptions
-from .pieces import LowRank, WeightJob
 from .tuned import merged_checkpoint
 
 

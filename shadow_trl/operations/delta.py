@@ -19,11 +19,10 @@ from ..checkpoints.delta import BASE_CONFIG, INDEX, WEIGHTS, Zeros, refuse_delta
 from ..checkpoints.header import FLOATS, nbytes_of
 from ..checkpoints.manifest import write_delta_card, write_manifest
 from ..errors import AdapterError, ConfigError
-from ..grafting.files import copied_files, copy_files, main_dtype, plan_files
+from ..grafting.files import OutputFile, copied_files, copy_files, main_dtype, plan_files
 from ..grafting.inputs import Digests, Inputs, Source, open_tuned_inputs, other_base
-from ..grafting.jobs import Jobs
+from ..grafting.jobs import Jobs, WeightJob
 from ..grafting.options import DTYPES, GraftOptions
-from ..grafting.pieces import OutputFile, WeightJob
 from ..grafting.reports import DeltaReport, graft_figures
 from ..grafting.stream import stream
 from ..grafting.tuned import one_tuned

@@ -15,10 +15,10 @@ from ..adapters.lora import WEIGHTS as ADAPTER_WEIGHTS
 from ..arithmetic.grafter import BLOCK, is_finite
 from ..arithmetic.low_rank import truncate
 from ..checkpoints.checkpoint import ADAPTER_CONFIG, Checkpoint
+from ..checkpoints.weight_names import is_tied
 from ..errors import ConfigError, GraftError, list_names
-from ..grafting.jobs import Jobs
+from ..grafting.jobs import Jobs, WeightJob
 from ..grafting.options import GraftOptions
-from ..grafting.pieces import WeightJob
 from ..grafting.reports import DeltaReport
 from ..results.folder import check_space
 from ..runtime.progress import Progress
@@ -140,7 +140,7 @@ def _linear_modules(layout: Checkpoint, base: Checkpoint) -> dict[str, str]:
     from ..layouts.model_names import ModelNames
 
     names = ModelNames(base)
-    tied = set(names.ties) if _is_tied(base) else set()
+    tied = set(names.ties) if is_tied(base.config) else set()
     linear = {
         f"{name}.weight": name
         for name, module in names.model.named_modules()
@@ -148,11 +148,6 @@ def _linear_modules(layout: Checkpoint, base: Checkpoint) -> dict[str, str]:
     }
     keys = {key: name for key, name in names.keys(layout.specs).items() if len(layout.specs[name].shape) == 2}
     return {name: linear[key] for key, name in keys.items() if key in linear}
-
-
-def _is_tied(base: Checkpoint) -> bool:
-    sections = [base.config, base.config.get("text_config") or {}]
-    return any(section.get("tie_word_embeddings") for section in sections)
 
 
 def _padded(factor: Tensor, rank: int, axis: int) -> Tensor:

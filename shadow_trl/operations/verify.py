@@ -24,7 +24,7 @@ from ..checkpoints.manifest import MANIFEST_NAME, file_digest, read_manifest
 from ..errors import CheckpointError, ConfigError, list_names
 from ..grafting.inputs import Source
 from ..grafting.origins import with_revision
-from ..grafting.weighted import weighted_sources
+from ..grafting.tuned import weighted_sources
 from ..results.folder import check_space
 from .graft import graft
 

@@ -22,7 +22,7 @@ from shadow_trl.adapters.kinds import check_has_delta, kind_of
 from shadow_trl.checkpoints.manifest import read_manifest, write_manifest
 from shadow_trl.cli import main
 from shadow_trl.errors import AdapterError, CheckpointError, ConfigError
-from shadow_trl.grafting.weighted import weighted_sources
+from shadow_trl.grafting.tuned import weighted_sources
 
 FP32 = torch.float32
 pytestmark = [
