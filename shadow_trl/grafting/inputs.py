@@ -7,13 +7,14 @@ from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from ..adapters.kinds import check_has_delta
 from ..adapters.lora import base_model_of, is_plain, read_lora
 from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.delta import DeltaCheckpoint, refuse_deltas
-from ..checkpoints.manifest import file_digest, read_manifest
+from ..checkpoints.manifest import Entry, file_digest, read_manifest
+from ..checkpoints.sources import adapter_base
 from ..checkpoints.weight_names import is_tied
 from ..errors import AdapterError, CheckpointError, ConfigError, list_names
 from ..pair.pairs import ModelPair
@@ -158,8 +159,10 @@ def _check_trained(base: Checkpoint, instruct: Checkpoint, tuned: Checkpoint) ->
         a warning where TUNED is INSTRUCT itself.
     """
     manifest = read_manifest(tuned.path) or {}
-    if manifest.get("kind") == "graft" and _is(base, manifest, "base") and not _is(base, manifest, "instruct"):
-        run = (manifest.get("tuned") or {}).get("source", "what was trained")
+    entries = {role: Entry.read(manifest, role) for role in ("base", "instruct")}
+    ours = [role for role, entry in entries.items() if entry is not None and entry.names(base, tuned.path)]
+    if manifest.get("kind") == "graft" and ours == ["base"]:
+        run = Entry.read(manifest, "tuned") or "what was trained"
         raise ConfigError(
             f"tuned {tuned} is a graft of this base, not what training made of it: instruct - base is in it already "
             f"and would be added twice. Give what was trained: {run}. Nothing was written."
@@ -171,33 +174,25 @@ def _check_trained(base: Checkpoint, instruct: Checkpoint, tuned: Checkpoint) ->
     return []
 
 
-def _is(side: Checkpoint, manifest: Mapping[str, Any], role: str) -> bool:
-    """Whether a manifest names `side` in a role."""
-    return _is_called(side, str((manifest.get(role) or {}).get("source")))
-
-
-def _is_called(side: Checkpoint, name: str) -> bool:
-    """Whether `name` is `side`, by the same word or as another path of the same folder."""
-    folder = Path(name).expanduser()
-    return name in (side.source, str(side)) or (folder.is_dir() and side.path.is_dir() and folder.samefile(side.path))
-
-
-def other_base(tuned: Full | PlainLora | Delta, digests: Mapping[str, Mapping[str, str]]) -> list[str]:
+def other_base(tuned: Full | PlainLora | Delta, sides: Mapping[str, Entry]) -> list[str]:
     """Return a warning for each part of TUNED that says it was trained on something else than BASE.
 
     Args:
         tuned: what is grafted.
-        digests: role -> file -> digest; they decide where the run recorded its own, else the names do.
+        sides: of the graft, by role; their digests decide where the run recorded its own, else the names do.
     """
     found = []
     for side in (side for role, side in tuned.sides.items() if role.startswith("tuned")):
         manifest = read_manifest(side.path) or {}
-        entry = (manifest.get("base") or {}) if manifest.get("kind") == "run" else {}
-        named = entry.get("source") or (base_model_of(side) if side.is_adapter else None)
-        recorded, ours = entry.get("digests") or {}, digests.get("base", {})
+        named = Entry.read(manifest, "base") if manifest.get("kind") == "run" else None
+        if named is None:
+            named = adapter_base(side.adapter_config, side.path)
+        if named is None:
+            continue
+        recorded, ours = named.digests or {}, sides["base"].digests or {}
         common = recorded.keys() & ours.keys()
-        same = all(recorded[name] == ours[name] for name in common) if common else _is_called(tuned.base, str(named))
-        if named is not None and not same:
+        same = all(recorded[name] == ours[name] for name in common) if common else named.names(tuned.base, side.path)
+        if not same:
             what = "with other weights" if common else "by its name"
             found.append(
                 f"tuned {side} was trained on another base {what}: {named}, and not {tuned.base}. What these two "
@@ -229,33 +224,28 @@ def _check_delta_options(options: GraftOptions) -> None:
 
 def _named_base(delta: DeltaCheckpoint) -> Checkpoint | None:
     """Return BASE where the delta's manifest names a local folder that is still there, with the same shapes."""
-    source = Path(str(delta.manifest["base"]["source"])).expanduser()
-    for place in (source, delta.path / source):
-        if place.is_dir():
-            try:
-                found = Checkpoint.open(place)
-            except CheckpointError:  # no longer what it was; it is not needed
-                return None
-            shapes = {name: spec.shape for name, spec in found.specs.items()}
-            same = all(shapes.get(name, spec.shape) == spec.shape for name, spec in delta.specs.items())
-            return found if same else None
-    return None
+    entry = Entry.read(delta.manifest, "base")
+    try:
+        source = entry.find(delta.path, "base").source if entry is not None else ""
+        found = Checkpoint.open(source) if Path(source).is_dir() else None
+    except CheckpointError:  # no longer what it was; it is not needed
+        return None
+    shapes = {name: spec.shape for name, spec in found.specs.items()} if found is not None else {}
+    same = all(shapes.get(name, spec.shape) == spec.shape for name, spec in delta.specs.items())
+    return found if same else None
 
 
 def _check_base(base: Checkpoint, delta: DeltaCheckpoint, options: GraftOptions) -> list[str]:
     """Check a BASE that was given against the digests in the delta's manifest."""
-    digests: dict[str, Any] = delta.manifest["base"].get("digests") or {}
-    if not digests or options.digest == "none":
+    entry = Entry.read(delta.manifest, "base")
+    if entry is None or not entry.digests or options.digest == "none":
         return [f"it was not checked that {base} is the base of delta {delta}: there are no digests to compare."]
-    wrong = [
-        name for name, digest in digests.items()
-        if not (base.path / name).is_file() or file_digest(base.path / name) != digest
-    ]  # fmt: skip
+    wrong = entry.changed(base.path)
     if wrong:
         raise ConfigError(
-            f"base {base} is not what delta {delta} was taken from: {len(wrong)} of {len(digests)} files are missing "
-            f"or differ from the digests in its manifest.\n{list_names(wrong)}\nGive the base named there "
-            f"({delta.manifest['base']['source']}), or leave base out. Nothing was written."
+            f"base {base} is not what delta {delta} was taken from: {len(wrong)} of {len(entry.digests)} files are "
+            f"missing or differ from the digests in its manifest.\n{list_names(wrong)}\nGive the base named there "
+            f"({entry}), or leave base out. Nothing was written."
         )
     return []
 
@@ -264,6 +254,7 @@ class Digests:
     """SHA-256 of the inputs, worked out while the graft streams."""
 
     def __init__(self, sides: Mapping[str, Checkpoint], small: list[Path], options: GraftOptions) -> None:
+        self._sides = sides
         self._found: dict[str, dict[str, Future[str]]] = {}
         self._pool = ThreadPoolExecutor(2, thread_name_prefix="digest")
         if options.digest == "none":
@@ -280,12 +271,13 @@ class Digests:
     def __exit__(self, *error: object) -> None:
         self._pool.shutdown(cancel_futures=True)
 
-    def collect(self) -> dict[str, dict[str, str]]:
-        """Return role -> file name -> digest."""
+    def collect(self) -> dict[str, Entry]:
+        """Return what the manifest says of each side, by role."""
         try:
-            return {
+            digests = {
                 role: {name: found.result() for name, found in files.items()} for role, files in self._found.items()
             }
+            return {role: Entry.of(side.source, side.revision, digests.get(role)) for role, side in self._sides.items()}
         except OSError as error:
             raise CheckpointError(
                 f"cannot read an input again for its digest: {error}. Nothing was written."

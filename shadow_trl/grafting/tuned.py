@@ -20,9 +20,9 @@ from ..adapters.lora import base_model_of, is_plain, open_tuned, place_on, read_
 from ..checkpoints.checkpoint import Checkpoint, Place
 from ..checkpoints.delta import refuse_deltas
 from ..checkpoints.header import read_header
+from ..checkpoints.sources import stage_below
 from ..errors import AdapterError, ConfigError, list_names
 from ..results.folder import make_parents, remove_empty
-from .origins import stage_below
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -17,15 +17,17 @@ from ..adapters.lora import base_model_of
 from ..checkpoints.checkpoint import Checkpoint, Place
 from ..checkpoints.delta import BASE_CONFIG, INDEX, WEIGHTS, Zeros, refuse_deltas
 from ..checkpoints.header import FLOATS, nbytes_of
-from ..checkpoints.manifest import write_delta_card, write_manifest
+from ..checkpoints.manifest import Entry, write_manifest
 from ..errors import AdapterError, ConfigError
-from ..grafting.files import OutputFile, copied_files, copy_files, main_dtype, plan_files
+from ..grafting.files import OutputFile, main_dtype, plan_files
 from ..grafting.inputs import Digests, Inputs, Source, open_tuned_inputs, other_base
 from ..grafting.jobs import Jobs, WeightJob
 from ..grafting.options import DTYPES, GraftOptions
 from ..grafting.reports import DeltaReport, graft_figures
 from ..grafting.stream import stream
 from ..grafting.tuned import one_tuned
+from ..results.cards import write_delta_card
+from ..results.copied import copied_files, copy_files
 from ..results.folder import OutputFolder, check_free, check_place, check_space, recover
 from ..runtime.progress import Progress
 from .delta_lora import write_low_rank
@@ -143,7 +145,7 @@ def _write_dense(inputs: Inputs, part: Path, target: Path, options: GraftOptions
             target, "delta", len(weights), main_dtype(weights) or "", exact=exact, warnings=warnings, **figures
         )
         _write_index(files, part)
-        _finish(part, inputs, report, options, digests=digests.collect(), small=small, left_out=jobs.left_out)
+        _finish(part, inputs, report, options, sides=digests.collect(), small=small, left_out=jobs.left_out)
     return report
 
 
@@ -172,7 +174,7 @@ def _write_adapter(
     with Digests(inputs.tuned.sides, [], options) as digests:
         report = write_low_rank(jobs, inputs.instruct, part, target, options, rank, progress)
         shutil.rmtree(scratch, ignore_errors=True)
-        _finish(part, inputs, report, options, digests=digests.collect(), small=small, left_out=jobs.left_out)
+        _finish(part, inputs, report, options, sides=digests.collect(), small=small, left_out=jobs.left_out)
     return report
 
 
@@ -182,7 +184,7 @@ def _finish(
     report: DeltaReport,
     options: GraftOptions,
     *,
-    digests: dict[str, Any],
+    sides: Mapping[str, Entry],
     small: list[Path],
     left_out: list[str],
 ) -> None:
@@ -192,14 +194,11 @@ def _finish(
         config = inputs.instruct.path / "config.json"
         if config.is_file():
             shutil.copyfile(config, part / BASE_CONFIG)
-    report.warnings.extend(other_base(inputs.tuned, digests))
-    sides = {
-        role: {"source": side.source, "revision": side.revision, "digests": digests.get(role)}
-        for role, side in inputs.tuned.sides.items()
-    }
+    report.warnings.extend(other_base(inputs.tuned, sides))
     found = report.to_dict()
     del found["output"]
     chosen = {"dtype": options.dtype, "base_dtype": options.base_dtype, "rank": report.rank}
-    content = {"kind": "delta", **sides, "options": chosen, "left_out": left_out, **found}
+    named = {role: vars(entry) for role, entry in sides.items()}
+    content = {"kind": "delta", **named, "options": chosen, "left_out": left_out, **found}
     write_manifest(part, content)
     write_delta_card(part, content)

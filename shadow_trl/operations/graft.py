@@ -18,9 +18,9 @@ from ..adapters.lora import place_on
 from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.delta import refuse_deltas
 from ..checkpoints.header import TORCH_NAMES
-from ..checkpoints.manifest import write_manifest, write_model_card
+from ..checkpoints.manifest import Entry, write_manifest
 from ..errors import ConfigError, GraftError, list_names
-from ..grafting.files import copied_files, copy_files, main_dtype, plan_files, write_config, write_index
+from ..grafting.files import main_dtype, plan_files, write_index
 from ..grafting.form import is_local, no_adapter_form
 from ..grafting.inputs import Digests, Inputs, Source, open_delta, open_tuned_inputs, other_base
 from ..grafting.jobs import check_rounding, full_jobs
@@ -29,6 +29,8 @@ from ..grafting.reports import GraftReport, graft_figures, graft_warnings
 from ..grafting.stream import Outcome, stream
 from ..grafting.trained import PlainLora
 from ..grafting.tuned import one_tuned, truncated
+from ..results.cards import write_model_card
+from ..results.copied import copied_files, copy_files, write_config
 from ..results.folder import OutputFolder, check_free, check_place, check_space, recover
 from ..runtime.progress import Progress
 
@@ -214,7 +216,7 @@ def _write_dense_form(inputs: Inputs, part: Path, target: Path, options: GraftOp
             target, "model", jobs.grafted, len(jobs.weights) - jobs.grafted, dtype or "", options.scale,
             options.instruct_scale, **figures, warnings=notes, dense_because=inputs.reasons,
         )  # fmt: skip
-        _write_provenance(part, inputs, report, options, digests=digests.collect(), left_out=jobs.left_out)
+        _write_provenance(part, inputs, report, options, sides=digests.collect(), left_out=jobs.left_out)
     return report
 
 
@@ -245,7 +247,7 @@ def _write_adapter_form(inputs: Inputs, part: Path, target: Path, options: Graft
             )
         code = next(iter(adapter.specs.values())).code
         report = GraftReport(target, "adapter", modules, 0, TORCH_NAMES[code], options.scale, warnings=notes)
-        _write_provenance(part, inputs, report, options, digests=digests.collect(), left_out=[])
+        _write_provenance(part, inputs, report, options, sides=digests.collect(), left_out=[])
     return report
 
 
@@ -255,18 +257,15 @@ def _write_provenance(
     report: GraftReport,
     options: GraftOptions,
     *,
-    digests: dict[str, Any],
+    sides: Mapping[str, Entry],
     left_out: list[str],
 ) -> None:
-    report.warnings.extend(other_base(inputs.tuned, digests))
-    sides = {
-        role: {"source": side.source, "revision": side.revision, "digests": digests.get(role)}
-        for role, side in inputs.sides.items()
-    }
+    report.warnings.extend(other_base(inputs.tuned, sides))
     found = report.to_dict()
     del found["output"], found["scale"], found["instruct_scale"]
-    recorded = inputs.tuned.recorded
-    content = {"kind": "graft", **recorded, **sides, "options": options.to_dict(), "left_out": left_out, **found}
+    named = {role: vars(entry) for role, entry in sides.items()}
+    facts = {"options": options.to_dict(), "left_out": left_out, **found}
+    content = {"kind": "graft", **inputs.tuned.recorded, **named, **facts}
     write_manifest(part, content)
     write_model_card(part, content, adapter=report.form == "adapter")
 

@@ -12,10 +12,10 @@ import torch
 from ..checkpoints.checkpoint import Checkpoint
 from ..errors import ConfigError, GraftError, list_names
 from ..grafting.options import GraftOptions
-from ..grafting.origins import Origins, require_base, require_instruct
 from ..layouts.model_names import ModelNames
 from .exchange import GraftExchange, check_exchangeable
 from .loading import bare_model, is_adapted, load_model
+from .origins import Origins, require_base, require_instruct
 
 if TYPE_CHECKING:
     from transformers import Trainer as _Trainer

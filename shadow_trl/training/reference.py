@@ -18,12 +18,13 @@ from accelerate.utils import is_peft_model
 
 from ..adapters.lora import unsupported_features
 from ..checkpoints.checkpoint import Checkpoint
+from ..checkpoints.sources import with_revision
 from ..errors import ConfigError
 from ..grafting.options import GraftOptions
-from ..grafting.origins import Origins, require_base, require_instruct, with_revision
 from ..operations.graft import graft
 from ..runtime.processes import run_on_main
 from .loading import adapter_settings, is_adapted, load_adapter, load_model
+from .origins import Origins, require_base, require_instruct
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

@@ -22,8 +22,8 @@ from shadow_trl.checkpoints.checkpoint import Checkpoint
 from shadow_trl.checkpoints.manifest import file_digest, read_manifest
 from shadow_trl.cli import main
 from shadow_trl.errors import AdapterError, CheckpointError, ConfigError, GraftError, InputError, OutputExistsError
-from shadow_trl.grafting.origins import resolve_origins
 from shadow_trl.results.folder import recover
+from shadow_trl.training.origins import resolve_origins
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 QUIET = {"progress": False}
