@@ -20,7 +20,6 @@ from ..adapters.lora import unsupported_features
 from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.sources import with_revision
 from ..errors import ConfigError
-from ..grafting.jobs import selector
 from ..grafting.options import GraftOptions
 from ..operations.graft import graft
 from ..runtime.processes import run_on_main
@@ -144,7 +143,7 @@ def _merge_on_instruct(origins: Origins, how: Mapping[str, Any]) -> PreTrainedMo
     instruct = load_model(require_instruct(origins), revision=origins.instruct_revision, **how)
     adapted = load_adapter(str(origins.adapter), instruct, trainable=False)
     options = GraftOptions(**how["args"].graft_options())
-    receives = selector(options)
+    receives = options.selector()
     with torch.no_grad():
         for name, module in adapted.get_base_model().named_modules():
             if hasattr(module, "lora_A") and receives(f"{name}.weight"):
