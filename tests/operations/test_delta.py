@@ -355,7 +355,7 @@ def test_another_architecture_is_refused_by_what_the_delta_keeps(tmp_path):
         ({"rank": 0}, "rank must be a whole number"),
         ({"rank": 2.0}, "rank must be a whole number"),
         ({"digest": "md5"}, "digest must be one of"),
-        ({"max_shard_size": "x"}, "is no size"),
+        ({"max_shard_size": "x"}, "is not a valid size"),
     ],
 )
 def test_wrong_options_are_refused(tmp_path, options, message):

@@ -252,7 +252,7 @@ def test_regular_expressions_select(tmp_path):
     assert run(sides, tmp_path / "b", modules=["q_proj", r"^model\.norm"]).grafted == 5
     with pytest.raises(ConfigError, match=r"1 of 2 expressions of modules match no weight(.|\n)*w_proj"):
         run(sides, tmp_path / "c", modules=["q_proj", "w_proj"])
-    with pytest.raises(ConfigError, match="no regular expression"):
+    with pytest.raises(ConfigError, match="is not a regular expression"):
         run(sides, tmp_path / "c", modules="(")
     assert not (tmp_path / "c").exists()
 
@@ -332,7 +332,7 @@ def test_a_narrower_tuned_is_told(tmp_path):
         ({"rounding": "stochastic", "dtype": "float32"}, "no meaning with dtype"),
         ({"format": "adapter"}, "there is no exact adapter form"),
         ({"format": "adapter", "dtype": "float16"}, "has no room for dtype"),
-        ({"max_shard_size": "5 apples"}, "is no size"),
+        ({"max_shard_size": "5 apples"}, "is not a valid size"),
         ({"modules": []}, "empty list"),
         ({"seed": 1.5}, "seed must be an integer"),
         ({"vocab": "any"}, "vocab must be one of"),

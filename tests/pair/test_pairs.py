@@ -54,9 +54,9 @@ def test_everything_that_is_wrong_is_in_one_error(sides):
 
 def test_bad_options_are_refused(sides):
     pair = ModelPair.open(*sides)
-    with pytest.raises(ConfigError, match="level is 'all'; it can be configs, headers or weights"):
+    with pytest.raises(ConfigError, match="level must be one of configs, headers, weights; got 'all'"):
         pair.check(level="all")
-    with pytest.raises(ConfigError, match="vocab is 'some'; it can be strict or shared"):
+    with pytest.raises(ConfigError, match="vocab must be one of strict, shared; got 'some'"):
         pair.check(vocab="some")
 
 
