@@ -51,11 +51,11 @@ FAULTS = {
     ),
     "rounding: the draws do not depend on the index": Fault(
         "arithmetic/rounding", "torch.arange(index + 1, index + state.numel() + 1", "torch.arange(1, state.numel() + 1",
-        "arithmetic/test_grafter.py::test_draws_depend_on_seed_name_and_index_alone",
+        "arithmetic/test_rounding.py::test_draws_depend_on_seed_name_and_index_alone",
     ),
     "rounding: stochastic rounding is biased": Fault(
         "arithmetic/rounding", ".add_(draws.bitwise_left_shift_(13))", ".add_(draws.bitwise_left_shift_(12))",
-        "arithmetic/test_grafter.py::test_stochastic_rounding_keeps_the_mean",
+        "arithmetic/test_rounding.py::test_stochastic_rounding_keeps_the_mean",
     ),
     "commit: the old result goes before the new one is there": Fault(
         "results/folder", "            os.rename(self.path, old)\n", "            _remove(self.path)\n",
