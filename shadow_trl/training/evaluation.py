@@ -139,8 +139,7 @@ class GraftedEvaluation(_Trainer):
                 self.model,
                 weights(require_instruct(self.origins), self.origins.instruct_revision),
                 {} if on_base else weights(require_base(self.origins), self.origins.base_revision),
-                scale=options.scale,
-                instruct_scale=options.instruct_scale,
+                options=options,
                 receives=receiver(options, require_instruct(self.origins), self.origins.instruct_revision),
             )
         return self._graft_exchange

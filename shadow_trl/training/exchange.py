@@ -16,22 +16,23 @@ from accelerate.utils import is_peft_model
 from torch import nn
 
 from ..adapters.kinds import unsupported_features
+from ..arithmetic.grafter import graft_tensor
 from ..errors import ConfigError, list_names
+from ..grafting.options import GraftOptions
 
 
 class GraftExchange:
     """Exchanges the weights of a model in training for `instruct + scale * (current - base)`, and back.
 
     Under a LoRA on BASE the frozen weights become INSTRUCT's and the adapter, which is the delta, stays. In full
-    fine-tuning, and below a LoRA on something else than BASE, each weight becomes the sum, worked out in fp32 and
-    rounded to the model's dtype.
+    fine-tuning, and below a LoRA on something else than BASE, each weight becomes the sum as the graft is written, in
+    the model's dtype.
 
     Args:
         model: the model in training.
         instruct: INSTRUCT's weights by the names of the model in memory, in host memory.
         base: BASE's, the same; empty under a LoRA on BASE.
-        scale: multiplier of the delta.
-        instruct_scale: multiplier b of INSTRUCT in `a*T + b*I + (1-a-b)*B`; 1.0 under LoRA.
+        options: of the graft; under LoRA the scale alone counts.
         receives: whether the weight of a name receives the delta.
 
     Raises:
@@ -44,15 +45,13 @@ class GraftExchange:
         instruct: Mapping[str, torch.Tensor],
         base: Mapping[str, torch.Tensor],
         *,
-        scale: float,
-        instruct_scale: float,
+        options: GraftOptions,
         receives: Callable[[str], bool],
     ) -> None:
         self.model = model
         self.instruct = instruct
         self.base = base
-        self.scale = scale
-        self.instruct_scale = instruct_scale
+        self.options = options
         self.receives = receives
         # By the names of the plain model: PEFT puts its own parts between them.
         self.weights = {
@@ -90,14 +89,13 @@ class GraftExchange:
                 yield
 
     def _grafted(self, name: str, current: torch.Tensor) -> torch.Tensor:
-        instruct = self.instruct[name]
         if not self.base or not self.receives(name):
-            return instruct
-        base = self.base[name].to(current.dtype).float()
-        delta = current.float() - base
-        if self.instruct_scale == 1.0:
-            return instruct.float() + self.scale * delta
-        return base + self.scale * delta + self.instruct_scale * (instruct.float() - base)
+            return self.instruct[name]
+        options = self.options
+        return graft_tensor(
+            self.instruct[name], self.base[name].to(current.dtype), current, scale=options.scale,
+            instruct_scale=options.instruct_scale, rounding=options.rounding, seed=options.seed, name=name,
+        )  # fmt: skip
 
     @contextmanager
     def _scaled_adapter(self) -> Iterator[None]:
@@ -107,7 +105,7 @@ class GraftExchange:
             scaling = getattr(module, "scaling", None)
             if isinstance(scaling, dict) and hasattr(module, "lora_A"):
                 before.append((scaling, dict(scaling)))
-                factor = self.scale if self.receives(f"{_plain_name(name)}.weight") else 0.0
+                factor = self.options.scale if self.receives(f"{_plain_name(name)}.weight") else 0.0
                 scaling.update({adapter: value * factor for adapter, value in scaling.items()})
         try:
             yield

@@ -16,15 +16,17 @@ import torch
 from accelerate.logging import get_logger
 from accelerate.utils import is_peft_model
 
-from ..adapters.lora import unsupported_features
+from ..adapters.lora import LoraModule, is_plain, place_on, read_lora
+from ..arithmetic.grafter import graft_low_rank
 from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.sources import with_revision
 from ..errors import ConfigError
 from ..grafting.jobs import selector
 from ..grafting.options import GraftOptions
+from ..layouts.model_names import ModelNames
 from ..operations.graft import graft
 from ..runtime.processes import run_on_main
-from .loading import adapter_settings, is_adapted, load_adapter, load_model
+from .loading import is_adapted, load_model
 from .origins import Origins, require_base, require_instruct
 
 if TYPE_CHECKING:
@@ -82,8 +84,9 @@ def graft_of_start(
         how: further keyword arguments of `load_model`.
     """
     how = {"args": args, "policy": policy, **how}
-    if start is None and _merges_in_memory(origins, args, how.get("quantization_config")):
-        return frozen(_merge_on_instruct(origins, how), args)
+    modules = _modules_in_memory(origins, args, how.get("quantization_config")) if start is None else None
+    if modules is not None:
+        return frozen(_merge_on_instruct(origins, modules, how), args)
     from accelerate import PartialState
 
     state = PartialState()
@@ -103,6 +106,8 @@ def _write_graft_of_start(origins: Origins, args: Any, policy: Mapping[str, Any]
     parent.mkdir(parents=True, exist_ok=True)
     folder = tempfile.mkdtemp(prefix=".shadow-reference-", dir=parent)
     options = {**args.graft_options(), "format": "model", "dtype": str(policy["dtype"]).removeprefix("torch.")}
+    if options["dtype"] == "float32":
+        options["rounding"] = "nearest"  # nothing is rounded to 16 bits
     try:
         tuned = origins.adapter or with_revision(origins.policy or "", origins.policy_revision)
         if start is not None:
@@ -126,31 +131,40 @@ def _write_graft_of_start(origins: Origins, args: Any, policy: Mapping[str, Any]
     return folder
 
 
-def _merges_in_memory(origins: Origins, args: Any, quantization_config: Any) -> bool:
-    """Return whether the start is a plain LoRA on BASE, so that its graft needs INSTRUCT and the adapter alone."""
-    settings = adapter_settings(None, "", origins.adapter)
-    if settings is None or origins.policy != origins.base or quantization_config is not None:
-        return False
+def _modules_in_memory(origins: Origins, args: Any, quantization_config: Any) -> dict[str, LoraModule] | None:
+    """Return name of INSTRUCT's weight -> module of the start, where it is a plain LoRA on BASE; else None."""
+    if origins.adapter is None or origins.policy != origins.base or quantization_config is not None:
+        return None
     if args.instruct_scale != 1.0 or args.graft_vocab != "strict":
-        return False
-    names = Checkpoint.open(str(origins.adapter)).specs
-    return not unsupported_features(settings) and all(
-        name.endswith((".lora_A.weight", ".lora_B.weight")) for name in names
-    )
+        return None
+    adapter = Checkpoint.open(origins.adapter)
+    if not is_plain(adapter):
+        return None
+    instruct = Checkpoint.open(require_instruct(origins), origins.instruct_revision)
+    placed = place_on(read_lora(adapter), adapter, instruct)
+    known = ModelNames(instruct).memory
+    return placed if all(f"{lora.module}.weight" in known for lora in placed.values()) else None
 
 
-def _merge_on_instruct(origins: Origins, how: Mapping[str, Any]) -> PreTrainedModel:
-    """Load INSTRUCT and add the scaled delta of the start's LoRA to its weights, in fp32 and rounded once."""
-    instruct = load_model(require_instruct(origins), revision=origins.instruct_revision, **how)
-    adapted = load_adapter(str(origins.adapter), instruct, trainable=False)
+def _merge_on_instruct(origins: Origins, modules: Mapping[str, LoraModule], how: Mapping[str, Any]) -> PreTrainedModel:
+    """Load INSTRUCT and add the scaled delta of the start's LoRA to its weights, as the graft of it is written."""
+    model = load_model(require_instruct(origins), revision=origins.instruct_revision, **how)
+    adapter = Checkpoint.open(str(origins.adapter))
     options = GraftOptions(**how["args"].graft_options())
     receives = selector(options)
-    with torch.no_grad():
-        for name, module in adapted.get_base_model().named_modules():
-            if hasattr(module, "lora_A") and receives(f"{name}.weight"):
-                weight = module.get_base_layer().weight
-                weight.copy_(weight.float() + options.scale * module.get_delta_weight("default").float())
-    return adapted.unload()
+    for name, lora in modules.items():
+        if receives(name):
+            left, right = adapter.tensor(lora.left), adapter.tensor(lora.right)
+            if lora.transposed:
+                left, right = right.T, left.T
+            weight = model.get_parameter(f"{lora.module}.weight").data
+            weight.copy_(
+                graft_low_rank(
+                    weight.cpu(), left, right, factor=lora.factor, scale=options.scale, rounding=options.rounding,
+                    seed=options.seed, name=name,
+                )
+            )  # fmt: skip
+    return model
 
 
 def frozen(model: PreTrainedModel, args: DPOConfig) -> PreTrainedModel:

@@ -10,12 +10,14 @@ import pytest
 import torch
 from datasets import Dataset, IterableDataset
 from peft import PeftModel
-from runs import dpo, log_probability, lora, settings
+from runs import dpo, log_probability, lora, settings, sft
+from safetensors.torch import load_file
+from stages import tuned_weights, weights
 from tiny import preference_data, save_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import DPOTrainer
 
-from shadow_trl import ShadowDPOConfig, ShadowDPOTrainer
+from shadow_trl import ShadowDPOConfig, ShadowDPOTrainer, graft
 from shadow_trl.errors import ConfigError
 from shadow_trl.training import reference
 
@@ -46,15 +48,59 @@ def gains(pair, rows, name: str) -> dict[str, float]:
 
 def test_graft_of_a_lora_start_is_made_in_memory(lora_run, tmp_path, monkeypatch):
     options = {"ref_policy": "grafted", "graft_scale": 0.5, "graft_modules": ["q_proj", "mlp"]}
-    with monkeypatch.context() as patch:
-        patch.setattr(reference, "_merges_in_memory", lambda *_: False)
-        written = values(second_stage(str(lora_run), tmp_path / "one", **options))
+    # `shared` has the same rows here, and is for the graft on the disk alone.
+    written = values(second_stage(str(lora_run), tmp_path / "one", graft_vocab="shared", **options))
     monkeypatch.setattr(reference, "graft", lambda **_: pytest.fail("wrote a graft"))
     found = values(second_stage(str(lora_run), tmp_path / "two", **options))
     assert not (tmp_path / "two").exists() or not list((tmp_path / "two").iterdir())
     torch.testing.assert_close(found, written, rtol=0, atol=2e-5)
     everything = values(second_stage(str(lora_run), tmp_path / "three", ref_policy="grafted"))
     assert (everything - found).abs().max() > 1e-3  # or the selection of weights would not be seen
+
+
+def reference_in_memory(run: Path, folder: Path, **changes) -> dict[str, torch.Tensor]:
+    """Weights of the reference `grafted` of a second stage that keeps it in memory."""
+    trainer = second_stage(str(run), folder, ref_policy="grafted", precompute_ref_log_probs=False, **changes)
+    return trainer.ref_model.state_dict()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_graft_of_a_lora_start_is_the_sum_in_float64(fp32_pair, lora_run, tmp_path, dtype):
+    changes = {"model_init_kwargs": {"dtype": dtype}, "graft_scale": 0.5, "graft_modules": ["q_proj", "mlp"]}
+    found = reference_in_memory(lora_run, tmp_path, **changes)
+    base, tuned, instruct = weights(fp32_pair[0]), tuned_weights(fp32_pair[0], lora_run), weights(fp32_pair[1])
+    moved = 0
+    for name, tensor in instruct.items():
+        chosen = "q_proj" in name or "mlp" in name
+        # INSTRUCT is loaded in the policy's dtype before anything is added to it.
+        expected = tensor.to(getattr(torch, dtype)).double() + chosen * 0.5 * (tuned[name] - base[name])
+        bound = expected.abs() * (2**-8 if dtype == "bfloat16" else 2**-23) + 2**-23 * tensor.abs() + 1e-9
+        assert found[name].dtype == getattr(torch, dtype)
+        assert ((found[name].double() - expected).abs() <= bound).all(), name
+        moved += int((found[name].double() != tensor.to(getattr(torch, dtype)).double()).sum())
+    assert moved > 1000
+
+
+def test_graft_of_a_start_in_memory_is_rounded_as_it_is_written(pair, tmp_path):
+    """INSTRUCT in bf16, at random: the bits depend on seed, name and index, and so does what would be shipped."""
+    sft(pair, tmp_path / "run", peft_config=lora()).train()
+    changes = {"model_init_kwargs": {"dtype": "bfloat16"}, "graft_rounding": "stochastic", "graft_seed": 7}
+    found = reference_in_memory(tmp_path / "run", tmp_path / "one", **changes)
+    graft(
+        base=pair[0], instruct=pair[1], tuned=tmp_path / "run", output=tmp_path / "two", format="model",
+        rounding="stochastic", seed=7,
+    )  # fmt: skip
+    shipped = load_file(tmp_path / "two" / "model.safetensors")
+    nearest = reference_in_memory(tmp_path / "run", tmp_path / "three", **{**changes, "graft_rounding": "nearest"})
+    assert all(torch.equal(found[name], tensor) for name, tensor in shipped.items())
+    assert any(not torch.equal(found[name], nearest[name]) for name in shipped)
+
+
+def test_stochastic_rounding_of_the_graft_asks_nothing_of_a_reference_in_fp32(full_run, tmp_path):
+    options = {"ref_policy": "grafted", "graft_dtype": "bfloat16"}
+    plain = values(second_stage(str(full_run), tmp_path / "one", **options))
+    found = values(second_stage(str(full_run), tmp_path / "two", graft_rounding="stochastic", **options))
+    assert torch.equal(found, plain)
 
 
 def test_graft_of_a_full_start_lies_beside_the_results_while_it_is_loaded(full_run, tmp_path, monkeypatch):
