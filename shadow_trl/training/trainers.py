@@ -23,7 +23,7 @@ from .reference import (
     load_reference,
     prepared,
 )
-from .reference_cache import policy_hash, reference_key, shared_on_disk, with_content_fingerprint
+from .reference_cache import reference_key, shared_on_disk
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -129,15 +129,15 @@ class ShadowDPOTrainer(ShadowMixin, DPOTrainer):
             return dataset
         if not hasattr(dataset, "select_columns") or not hasattr(dataset, "cache_files"):
             return super()._precompute_ref_logps(dataset, name, batch_size)  # TRL says why it cannot
-        dataset = with_content_fingerprint(shared_on_disk(dataset, self.accelerator))
+        dataset = shared_on_disk(dataset, self.accelerator)
         with ExitStack() as here:
             if self._reference is not None and self.ref_model is None:
                 self._hold_reference(self._initialising or here)
             here.callback(setattr, self, "_precompute_model_hash", self._precompute_model_hash)
-            model = self.ref_model
-            self._precompute_model_hash = reference_key(
-                policy_hash(self.model) if model is None else hash_module(model), self.args
-            )
+            model = self.accelerator.unwrap_model(self.ref_model or self.model)
+            # TRL's is of the policy as it starts, whatever it has become, or of the reference it was given.
+            weights = self._precompute_model_hash if self._reference is None else hash_module(model)
+            self._precompute_model_hash = reference_key(weights, model, self.args)
             return super()._precompute_ref_logps(dataset, name, batch_size)
 
     def _compute_loss(self, model: Any, inputs: Any, return_outputs: bool) -> Any:

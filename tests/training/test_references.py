@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import json
+import shutil
 import weakref
 from pathlib import Path
 
@@ -20,6 +22,7 @@ from trl import DPOTrainer
 from shadow_trl import ShadowDPOConfig, ShadowDPOTrainer, graft
 from shadow_trl.errors import ConfigError
 from shadow_trl.training import reference
+from shadow_trl.training.reference_cache import reference_key
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning:transformers")
 
@@ -270,12 +273,48 @@ def test_other_weights_and_another_template_are_no_hit(pair, tmp_path):
     assert cached(pair, tmp_path, "three", ref_policy="instruct", processing_class=tokenizer) != first
 
 
-def test_the_start_of_a_new_lora_is_no_miss(pair, tmp_path, monkeypatch):
-    """With `init` the reference is BASE below the adapter, whatever random start the adapter has."""
+def test_a_new_lora_in_the_same_run_again_is_no_miss(pair, tmp_path, monkeypatch):
     options = {"precompute_ref_log_probs": True, "max_length": 64}
     first = cached(pair, tmp_path, "one", peft_config=lora(), seed=1, **options)
     monkeypatch.setattr(DPOTrainer, "compute_ref_log_probs", lambda *_: pytest.fail("computed again"))
-    assert cached(pair, tmp_path, "two", peft_config=lora(), seed=2, **options) == first
+    assert cached(pair, tmp_path, "one", peft_config=lora(), seed=1, **options) == first
+
+
+def test_another_config_beside_the_same_weights_is_no_hit(pair, tmp_path):
+    instruct = shutil.copytree(pair[1], tmp_path / "instruct")
+    first = cached((pair[0], instruct), tmp_path, "one", ref_policy="instruct")
+    config = json.loads((instruct / "config.json").read_text())
+    (instruct / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 0.1}))
+    second = cached((pair[0], instruct), tmp_path, "one", ref_policy="instruct")
+    model = AutoModelForCausalLM.from_pretrained(instruct, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(instruct)
+    expected = [log_probability(model, tokenizer, row, "rejected") for row in preference_data(4)]
+    assert second == pytest.approx(expected, abs=1e-4)
+    assert max(abs(one - other) for one, other in zip(first, second, strict=True)) > 1e-3
+
+
+def test_another_alpha_beside_the_same_factors_is_no_hit(fp32_pair, lora_run, tmp_path):
+    """The scale of an adapter that goes on is in its config alone."""
+    run = shutil.copytree(lora_run, tmp_path / "run")
+    options = {"precompute_ref_log_probs": True, "model": str(run)}
+    first = cached(fp32_pair, tmp_path, "one", **options)
+    config = json.loads((run / "adapter_config.json").read_text())
+    (run / "adapter_config.json").write_text(json.dumps({**config, "lora_alpha": 4 * config["lora_alpha"]}))
+    second = cached(fp32_pair, tmp_path, "one", **options)
+    assert max(abs(one - other) for one, other in zip(first, second, strict=True)) > 1e-3
+
+
+def test_key_knows_the_kernels_of_attention_and_no_names(pair, tmp_path):
+    args = ShadowDPOConfig(**settings(tmp_path))
+    moved = shutil.copytree(pair[0], tmp_path / "moved")
+    keys = {
+        (folder, kernels): reference_key(
+            "weights", AutoModelForCausalLM.from_pretrained(folder, attn_implementation=kernels), args
+        )
+        for folder in (pair[0], moved)
+        for kernels in ("eager", "sdpa")
+    }
+    assert keys[pair[0], "eager"] == keys[moved, "eager"] != keys[pair[0], "sdpa"]
 
 
 @pytest.mark.slow
@@ -324,7 +363,9 @@ def test_no_stale_value_from_the_cache(pair, tmp_path, changes):
 
 
 def test_no_needless_miss_of_the_cache(pair, tmp_path, monkeypatch):
-    # With a length, TRL's filter closes over the whole config: its fingerprint changes with the output folder.
+    # With a length, TRL's filter closes over the whole config, the output folder included.
     first = cached_logps(pair, tmp_path, "one", max_length=64)
+    without = cached_logps(pair, tmp_path, "one")
     monkeypatch.setattr(DPOTrainer, "compute_ref_log_probs", lambda *_: pytest.fail("computed again"))
-    assert cached_logps(pair, tmp_path, "another", learning_rate=1.0, seed=9, max_length=64) == first
+    assert cached_logps(pair, tmp_path, "one", max_length=64) == first
+    assert cached_logps(pair, tmp_path, "another", learning_rate=1.0, seed=9) == without
