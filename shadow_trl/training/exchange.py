@@ -8,14 +8,12 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from typing import Any
 
 import numpy
 import torch
 from accelerate.utils import is_peft_model
 from torch import nn
 
-from ..adapters.kinds import unsupported_features
 from ..arithmetic.grafter import graft_tensor
 from ..errors import ConfigError, list_names
 from ..grafting.options import GraftOptions
@@ -44,7 +42,6 @@ class GraftExchange:
         model: nn.Module,
         instruct: Mapping[str, torch.Tensor],
         base: Mapping[str, torch.Tensor],
-        *,
         options: GraftOptions,
         receives: Callable[[str], bool],
     ) -> None:
@@ -116,32 +113,6 @@ class GraftExchange:
     def _restore(self, kept: Mapping[str, torch.Tensor]) -> None:
         for name, tensor in kept.items():
             self.weights[name].copy_(tensor)
-
-
-def check_exchangeable(model: Any, args: Any) -> None:
-    """Refuse `eval_grafted` where an exchange of weights would not give the graft.
-
-    Args:
-        model: the model in training.
-        args: a `ShadowSFTConfig` or `ShadowDPOConfig`.
-
-    Raises:
-        ConfigError: a quantised BASE, an adapter that is not the same delta on INSTRUCT, or an `instruct_scale`
-            that needs BASE's weights below an adapter.
-    """
-    reasons = []
-    if any(getattr(model, name, False) for name in ("is_quantized", "is_loaded_in_4bit", "is_loaded_in_8bit")):
-        reasons.append("BASE is quantised: its weights cannot be exchanged for INSTRUCT's")
-    if is_peft_model(model):
-        settings = model.peft_config[model.active_adapters[0]].to_dict()
-        reasons += [f"the adapter is more than a plain LoRA: {name}" for name in unsupported_features(settings)]
-        if args.instruct_scale != 1.0:
-            reasons.append("instruct_scale other than 1 needs BASE's weights beside the adapter")
-    if reasons:
-        raise ConfigError(
-            f"eval_grafted=True is not possible here.\n{list_names(reasons)}\nPass eval_grafted=False and score the "
-            "grafted folder after training. Nothing was written."
-        )
 
 
 def _below_adapter(model: nn.Module) -> nn.Module:

@@ -138,7 +138,7 @@ def test_the_graft_in_place_is_rounded_as_it_is_written(bf16_pair, tmp_path):
         eval_dataset=sft_data(4),
     )  # fmt: skip
     trainer.train()
-    with trainer._exchange().grafted():
+    with trainer._exchange.grafted():
         found = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
     shipped = load_file(tmp_path / "grafted" / "model.safetensors")
     assert all(torch.equal(found[name], tensor) for name, tensor in shipped.items())
@@ -305,7 +305,7 @@ def mixture(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 def test_modules_are_searched_in_the_names_on_disk(mixture, tmp_path):
     """As `graft` does: `experts.N.gate_proj` is a name on disk only, `experts.gate_up_proj` one in memory only."""
     trainer = dpo(mixture, tmp_path / "run", graft_modules=[r"experts\.\d+\.(gate|up)_proj"], eval_strategy="no")
-    exchange = trainer._exchange()
+    exchange = trainer._exchange
     with torch.no_grad():
         for parameter in trainer.model.parameters():
             parameter.add_(1.0)
