@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoints.checkpoint import ADAPTER_CONFIG, Checkpoint
+from ..checkpoints.sources import adapter_base
 from ..errors import AdapterError, PairMismatchError, list_names
 from ..layouts.plan import disk_names
 from .kinds import unsupported_features
@@ -78,14 +79,8 @@ def other_adapters(adapter: Checkpoint) -> list[str]:
 
 def base_model_of(adapter: Checkpoint) -> str | None:
     """Return the name of the model under the adapter with its revision, None where the adapter does not say."""
-    name = adapter.adapter_config.get("base_model_name_or_path")
-    revision = adapter.adapter_config.get("revision")
-    if not name:
-        return None
-    beside = adapter.path / str(name)
-    if not Path(name).is_dir() and str(name).startswith(".") and beside.is_dir():
-        return str(beside)
-    return f"{name}@{revision}" if revision and not Path(name).is_dir() else str(name)
+    found = adapter_base(adapter.adapter_config, adapter.path)
+    return None if found is None else str(found)
 
 
 def is_plain(adapter: Checkpoint) -> bool:

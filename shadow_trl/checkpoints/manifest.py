@@ -13,16 +13,97 @@ import json
 import os
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..errors import CheckpointError
+
+if TYPE_CHECKING:
+    from .checkpoint import Checkpoint
 
 MANIFEST_NAME = "shadow.json"
 FORMAT = 1
 KINDS = ("run", "graft", "delta")
 
 _PACKAGES = ("shadow-trl", "torch", "transformers", "trl", "peft", "accelerate", "safetensors")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What a manifest says of one side: `str()` is the name to open it by, `vars()` what is written.
+
+    Args:
+        source: folder or hub id, as the user gave it.
+        revision: on the hub; None where none was given.
+        digests: file -> `sha256:<hex>`; None where none were taken.
+        folder: whether it was a local folder; None where that is not recorded: then a folder of that name wins.
+    """
+
+    source: str
+    revision: str | None = None
+    digests: dict[str, str] | None = None
+    folder: bool | None = None
+
+    @classmethod
+    def of(cls, source: str, revision: str | None, digests: dict[str, str] | None) -> Entry:
+        """Return the entry of a side that is there now."""
+        return cls(source, revision, digests, Path(source).expanduser().is_dir())
+
+    @classmethod
+    def read(cls, manifest: Mapping[str, Any] | None, role: str) -> Entry | None:
+        """Return what `manifest` says of `role`, None where it says nothing."""
+        found = (manifest or {}).get(role)
+        if not manifest or not found:
+            return None
+        digests = found.get("digests")
+        # Version 0.1.0 did not record it; its runs took digests of every folder and of nothing else.
+        folder = found.get("folder", digests is not None if manifest.get("kind") == "run" else None)
+        return cls(str(found["source"]), found.get("revision"), digests, folder)
+
+    def __str__(self) -> str:
+        return f"{self.source}@{self.revision}" if self.revision else self.source
+
+    def find(self, home: Path, role: str) -> Entry:
+        """Return the entry with the name under which the side is found now: from the current folder, else from `home`.
+
+        What was a folder is never looked up on the hub, and what came from there is never taken from a folder.
+
+        Args:
+            home: the folder of the manifest.
+            role: of the side, for the message.
+
+        Raises:
+            CheckpointError: it was a folder, which is at neither place.
+        """
+        place = next((place for place in self._places(home) if place.is_dir()), None)
+        if place is not None:
+            return replace(self, source=str(place), revision=None)
+        if self.folder:
+            raise CheckpointError(
+                f"{role} of {home} is gone: {self.source} is neither a folder here nor in {home}. {way_out(role)}"
+            )
+        return self
+
+    def changed(self, folder: Path) -> list[str]:
+        """Return the names of the files whose digest is recorded and that `folder` lacks or has otherwise."""
+        digests = (self.digests or {}).items()
+        return [n for n, digest in digests if not (folder / n).is_file() or file_digest(folder / n) != digest]
+
+    def names(self, side: Checkpoint, home: Path) -> bool:
+        """Whether it is `side`, by the same name and revision or as another path of the same folder."""
+        places = [place for place in self._places(home) if place.is_dir()]
+        return str(self) == str(side) or any(place.samefile(side.path) for place in places if side.path.is_dir())
+
+    def _places(self, home: Path) -> list[Path]:
+        return [] if self.folder is False else [Path(self.source).expanduser(), home / self.source]
+
+
+def way_out(role: str) -> str:
+    """Return what helps where the side that a manifest names for `role` is gone or has changed."""
+    if role == "policy":
+        return "Restore it, or merge the adapter into the right model and start from that. Nothing was written."
+    return f"Restore it, or name it: --{role}, in training {role}_model=... Nothing was written."
 
 
 def read_manifest(folder: str | os.PathLike[str]) -> dict[str, Any] | None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError
-from .manifest import MANIFEST_NAME, file_digest, read_manifest
+from .manifest import MANIFEST_NAME, Entry, file_digest, read_manifest, way_out
 
 logger = logging.getLogger(__name__)
 
@@ -26,7 +26,7 @@ def stage_below(tuned: str | os.PathLike[str], base: str | None = None) -> tuple
     """
     folder = Path(tuned)
     manifest = read_manifest(folder) if (folder / "adapter_config.json").is_file() else None
-    if manifest is None or manifest["kind"] != "run" or source_of(manifest, "policy") == source_of(manifest, "base"):
+    if manifest is None or manifest["kind"] != "run" or Entry.read(manifest, "policy") == Entry.read(manifest, "base"):
         return None
     start, start_revision = from_manifest("policy", manifest, folder, (None, None))
     origin, origin_revision = from_manifest("base", manifest, folder, (base, None))
@@ -35,64 +35,58 @@ def stage_below(tuned: str | os.PathLike[str], base: str | None = None) -> tuple
     return with_revision(start, start_revision), with_revision(origin, origin_revision)
 
 
+def adapter_base(config: Mapping[str, Any], folder: Path) -> Entry | None:
+    """Return the model under an adapter, found from the current folder or else from the adapter's.
+
+    Args:
+        config: content of `adapter_config.json`.
+        folder: of the adapter.
+
+    Returns:
+        its name and revision; None where the adapter names none.
+    """
+    name = config.get("base_model_name_or_path")
+    return Entry(str(name), config.get("revision")).find(folder, "base") if name else None
+
+
 def describe(source: str | None, revision: str | None) -> dict[str, Any] | None:
     """Return the manifest's entry of a source: name, revision and, for a local folder, digests of its weights."""
     if source is None:
         return None
-    digests = weight_digests(source) if Path(source).is_dir() else None
-    return {"source": source, "revision": revision, "digests": digests}
+    return vars(Entry.of(source, revision, weight_digests(source)))
 
 
-def weight_digests(folder: str | Path) -> dict[str, str]:
-    """Return `{file name: digest}` of the weight files of a local folder."""
-    return {path.name: file_digest(path) for path in sorted(Path(folder).glob("*.safetensors"))}
+def weight_digests(source: str) -> dict[str, str] | None:
+    """Return `{file name: digest}` of the weight files of a local folder, None for a hub id."""
+    folder = Path(source).expanduser()
+    if not folder.is_dir():
+        return None
+    return {path.name: file_digest(path) for path in sorted(folder.glob("*.safetensors"))}
 
 
 def with_revision(source: str, revision: str | None) -> str:
     """Return `source@revision`, the form in which a graft takes its inputs, or `source` where there is no revision."""
-    return f"{source}@{revision}" if revision else source
+    return str(Entry(source, revision))
 
 
 def from_manifest(
     role: str, manifest: Mapping[str, Any], folder: Path, given: tuple[str | None, str | None]
 ) -> tuple[str | None, str | None]:
     """Return (source, revision) of `role`: what the user gave, else what the manifest of `folder` says."""
-    entry = manifest.get(role) or {}
+    entry = Entry.read(manifest, role)
     if given[0] is not None:
-        if entry and given[0] != entry["source"]:
-            logger.warning("%s is %s as given; %s names %s.", role, given[0], folder / MANIFEST_NAME, entry["source"])
+        name = with_revision(given[0], given[1])
+        if entry and name != str(entry):
+            logger.warning("%s is %s as given; %s names %s.", role, name, folder / MANIFEST_NAME, entry)
         return given
-    if not entry:
+    if entry is None:
         return None, None
-    source = entry["source"]
-    if entry.get("digests") is None:
-        return source, entry.get("revision")
-    found = next((place for place in (Path(source), folder / source) if place.is_dir()), None)
-    if found is None:
-        raise InputError(
-            f"{role} of the run in {folder} is gone: {source} is neither a folder here nor in {folder}. "
-            f"{_way_out(role, 'where it is')} Nothing was written."
-        )
-    changed = {
-        name: digest
-        for name, digest in entry["digests"].items()
-        if not (found / name).is_file() or file_digest(found / name) != digest
-    }
+    found = entry.find(folder, role)
+    changed = found.changed(Path(found.source))
     if changed:
         raise InputError(
-            f"{role} of the run in {folder} has changed since: {len(changed)} of {len(entry['digests'])} weight files "
-            f"of {found} are missing or differ ({', '.join(sorted(changed))}). The delta would be measured from other "
-            f"weights than the run started from. {_way_out(role, 'which weights to use')} Nothing was written."
+            f"{role} of the run in {folder} has changed since: {len(changed)} of {len(found.digests or {})} weight "
+            f"files of {found} are missing or differ ({', '.join(sorted(changed))}). The delta would be measured from "
+            f"other weights than the run started from. {way_out(role)}"
         )
-    return str(found), entry.get("revision")
-
-
-def _way_out(role: str, what: str) -> str:
-    if role == "policy":
-        return "Restore it, or merge the adapter into the right model and start from that."
-    return f"Restore it, or say {what} with {role}_model=..."
-
-
-def source_of(manifest: Mapping[str, Any], role: str) -> str | None:
-    """Return the name that a manifest has for `role`, None where it has none."""
-    return (manifest.get(role) or {}).get("source")
+    return found.source, found.revision

@@ -7,11 +7,11 @@ is there all the same, its weights are checked too.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.delta import DeltaCheckpoint, refuse_deltas
-from ..checkpoints.manifest import file_digest
+from ..checkpoints.manifest import Entry
 from ..errors import AdapterError, CheckpointError, ConfigError, list_names
 from ..pair.pairs import ModelPair
 from .inputs import Inputs, Source, no_adapter_form
@@ -68,32 +68,27 @@ def _check_options(options: GraftOptions) -> None:
 
 def _named_base(delta: DeltaCheckpoint) -> Checkpoint | None:
     """Return BASE where the delta's manifest names a local folder that is still there, with the same shapes."""
-    source = Path(str(delta.manifest["base"]["source"])).expanduser()
-    for place in (source, delta.path / source):
-        if place.is_dir():
-            try:
-                found = Checkpoint.open(place)
-            except CheckpointError:  # no longer what it was; it is not needed
-                return None
-            shapes = {name: spec.shape for name, spec in found.specs.items()}
-            same = all(shapes.get(name, spec.shape) == spec.shape for name, spec in delta.specs.items())
-            return found if same else None
-    return None
+    entry = Entry.read(delta.manifest, "base")
+    try:
+        source = entry.find(delta.path, "base").source if entry is not None else ""
+        found = Checkpoint.open(source) if Path(source).is_dir() else None
+    except CheckpointError:  # no longer what it was; it is not needed
+        return None
+    shapes = {name: spec.shape for name, spec in found.specs.items()} if found is not None else {}
+    same = all(shapes.get(name, spec.shape) == spec.shape for name, spec in delta.specs.items())
+    return found if same else None
 
 
 def _check_base(base: Checkpoint, delta: DeltaCheckpoint, options: GraftOptions) -> list[str]:
     """Check a BASE that was given against the digests in the delta's manifest."""
-    digests: dict[str, Any] = delta.manifest["base"].get("digests") or {}
-    if not digests or options.digest == "none":
+    entry = Entry.read(delta.manifest, "base")
+    if entry is None or not entry.digests or options.digest == "none":
         return [f"it was not checked that {base} is the base of delta {delta}: there are no digests to compare."]
-    wrong = [
-        name for name, digest in digests.items()
-        if not (base.path / name).is_file() or file_digest(base.path / name) != digest
-    ]  # fmt: skip
+    wrong = entry.changed(base.path)
     if wrong:
         raise ConfigError(
-            f"base {base} is not what delta {delta} was taken from: {len(wrong)} of {len(digests)} files are missing "
-            f"or differ from the digests in its manifest.\n{list_names(wrong)}\nGive the base named there "
-            f"({delta.manifest['base']['source']}), or leave base out. Nothing was written."
+            f"base {base} is not what delta {delta} was taken from: {len(wrong)} of {len(entry.digests)} files are "
+            f"missing or differ from the digests in its manifest.\n{list_names(wrong)}\nGive the base named there "
+            f"({entry}), or leave base out. Nothing was written."
         )
     return []

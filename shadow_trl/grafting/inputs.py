@@ -14,7 +14,8 @@ from ..adapters.lora import LoraModule, base_model_of, is_plain, no_factors, ope
 from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.delta import refuse_deltas
 from ..checkpoints.hub import is_hub_id
-from ..checkpoints.manifest import file_digest, read_manifest
+from ..checkpoints.manifest import Entry, file_digest, read_manifest
+from ..checkpoints.sources import adapter_base
 from ..errors import AdapterError, CheckpointError, ConfigError, list_names
 from ..pair.pairs import ModelPair
 from .jobs import selector
@@ -131,8 +132,10 @@ def _check_trained(base: Checkpoint, instruct: Checkpoint, tuned: Checkpoint) ->
         a warning where TUNED is INSTRUCT itself.
     """
     manifest = read_manifest(tuned.path) or {}
-    if manifest.get("kind") == "graft" and _is(base, manifest, "base") and not _is(base, manifest, "instruct"):
-        run = (manifest.get("tuned") or {}).get("source", "what was trained")
+    entries = {role: Entry.read(manifest, role) for role in ("base", "instruct")}
+    ours = [role for role, entry in entries.items() if entry is not None and entry.names(base, tuned.path)]
+    if manifest.get("kind") == "graft" and ours == ["base"]:
+        run = Entry.read(manifest, "tuned") or "what was trained"
         raise ConfigError(
             f"tuned {tuned} is a graft of this base, not what training made of it: instruct - base is in it already "
             f"and would be added twice. Give what was trained: {run}. Nothing was written."
@@ -144,34 +147,26 @@ def _check_trained(base: Checkpoint, instruct: Checkpoint, tuned: Checkpoint) ->
     return []
 
 
-def _is(side: Checkpoint, manifest: Mapping[str, Any], role: str) -> bool:
-    """Whether a manifest names `side` in a role."""
-    return _is_called(side, str((manifest.get(role) or {}).get("source")))
-
-
-def _is_called(side: Checkpoint, name: str) -> bool:
-    """Whether `name` is `side`, by the same word or as another path of the same folder."""
-    folder = Path(name).expanduser()
-    return name in (side.source, str(side)) or (folder.is_dir() and side.path.is_dir() and folder.samefile(side.path))
-
-
-def other_base(inputs: Inputs, digests: Mapping[str, Mapping[str, str]]) -> list[str]:
+def other_base(inputs: Inputs, sides: Mapping[str, Entry]) -> list[str]:
     """Return a warning for each TUNED that says it was trained on something else than BASE.
 
     Args:
         inputs: of the graft.
-        digests: role -> file -> digest; they decide where the run recorded its own, else the names do.
+        sides: of the graft, by role; their digests decide where the run recorded its own, else the names do.
     """
     found = []
     learnt = {role: side for role, side in inputs.stages.items() if role.startswith("tuned")} or {"": inputs.tuned}
     for tuned in learnt.values():
         manifest = read_manifest(tuned.path) or {}
-        entry = (manifest.get("base") or {}) if manifest.get("kind") == "run" else {}
-        named = entry.get("source") or (base_model_of(tuned) if tuned.is_adapter else None)
-        recorded, ours = entry.get("digests") or {}, digests.get("base", {})
+        named = Entry.read(manifest, "base") if manifest.get("kind") == "run" else None
+        if named is None:
+            named = adapter_base(tuned.adapter_config, tuned.path)
+        if named is None:
+            continue
+        recorded, ours = named.digests or {}, sides["base"].digests or {}
         common = recorded.keys() & ours.keys()
-        same = all(recorded[name] == ours[name] for name in common) if common else _is_called(inputs.base, str(named))
-        if named is not None and not same:
+        same = all(recorded[name] == ours[name] for name in common) if common else named.names(inputs.base, tuned.path)
+        if not same:
             what = "with other weights" if common else "by its name"
             found.append(
                 f"tuned {tuned} was trained on another base {what}: {named}, and not {inputs.base}. What these two "
@@ -270,11 +265,12 @@ class Digests:
     """SHA-256 of the inputs, worked out while the graft streams."""
 
     def __init__(self, inputs: Inputs, small: list[Path], options: GraftOptions) -> None:
+        self._sides = inputs.sides
         self._found: dict[str, dict[str, Future[str]]] = {}
         self._pool = ThreadPoolExecutor(2, thread_name_prefix="digest")
         if options.digest == "none":
             return
-        for role, side in inputs.sides.items():
+        for role, side in self._sides.items():
             files = [*side.files, *(small if role == "instruct" else [])]
             self._found[role] = {
                 str(path.relative_to(side.path)): self._pool.submit(file_digest, path) for path in files
@@ -286,12 +282,13 @@ class Digests:
     def __exit__(self, *error: object) -> None:
         self._pool.shutdown(cancel_futures=True)
 
-    def collect(self) -> dict[str, dict[str, str]]:
-        """Return role -> file name -> digest."""
+    def collect(self) -> dict[str, Entry]:
+        """Return what the manifest says of each side, by role."""
         try:
-            return {
+            digests = {
                 role: {name: found.result() for name, found in files.items()} for role, files in self._found.items()
             }
+            return {role: Entry.of(side.source, side.revision, digests.get(role)) for role, side in self._sides.items()}
         except OSError as error:
             raise CheckpointError(
                 f"cannot read an input again for its digest: {error}. Nothing was written."

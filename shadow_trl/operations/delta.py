@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +17,7 @@ from ..adapters.lora import base_model_of
 from ..checkpoints.checkpoint import Checkpoint, Place
 from ..checkpoints.delta import BASE_CONFIG, INDEX, WEIGHTS, Zeros, refuse_deltas
 from ..checkpoints.header import FLOATS, nbytes_of
-from ..checkpoints.manifest import write_manifest
+from ..checkpoints.manifest import Entry, write_manifest
 from ..errors import AdapterError, ConfigError
 from ..grafting.files import main_dtype, plan_files
 from ..grafting.inputs import Digests, Inputs, Source, other_base
@@ -153,7 +153,7 @@ def _write_dense(inputs: Inputs, part: Path, target: Path, options: GraftOptions
             target, "delta", len(weights), main_dtype(weights) or "", exact=exact, warnings=warnings, **figures
         )
         _write_index(files, part)
-        _finish(part, inputs, report, options, digests=digests.collect(), small=small, left_out=jobs.left_out)
+        _finish(part, inputs, report, options, sides=digests.collect(), small=small, left_out=jobs.left_out)
     return report
 
 
@@ -183,7 +183,7 @@ def _write_adapter(
         loaded = replace(options, base_dtype=arithmetic(inputs, options).base_dtype)
         report = write_low_rank(jobs, inputs.instruct, part, target, loaded, rank, progress)
         shutil.rmtree(scratch, ignore_errors=True)
-        _finish(part, inputs, report, options, digests=digests.collect(), small=small, left_out=jobs.left_out)
+        _finish(part, inputs, report, options, sides=digests.collect(), small=small, left_out=jobs.left_out)
     return report
 
 
@@ -193,7 +193,7 @@ def _finish(
     report: DeltaReport,
     options: GraftOptions,
     *,
-    digests: dict[str, Any],
+    sides: Mapping[str, Entry],
     small: list[Path],
     left_out: list[str],
 ) -> None:
@@ -203,14 +203,11 @@ def _finish(
         config = inputs.instruct.path / "config.json"
         if config.is_file():
             shutil.copyfile(config, part / BASE_CONFIG)
-    report.warnings.extend(other_base(inputs, digests))
-    sides = {
-        role: {"source": side.source, "revision": side.revision, "digests": digests.get(role)}
-        for role, side in inputs.sides.items()
-    }
+    report.warnings.extend(other_base(inputs, sides))
     found = report.to_dict()
     del found["output"]
     chosen = {"dtype": options.dtype, "base_dtype": options.base_dtype, "rank": report.rank}
-    content = {"kind": "delta", **sides, "options": chosen, "left_out": left_out, **found}
+    named = {role: vars(entry) for role, entry in sides.items()}
+    content = {"kind": "delta", **named, "options": chosen, "left_out": left_out, **found}
     write_manifest(part, content)
     write_delta_card(part, content)

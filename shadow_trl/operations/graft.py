@@ -18,7 +18,7 @@ from ..adapters.lora import place_on
 from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.delta import refuse_deltas
 from ..checkpoints.header import TORCH_NAMES
-from ..checkpoints.manifest import write_manifest
+from ..checkpoints.manifest import Entry, write_manifest
 from ..errors import ConfigError, GraftError, list_names
 from ..grafting.delta_inputs import open_delta
 from ..grafting.files import main_dtype, plan_files, write_index
@@ -219,7 +219,7 @@ def _write_dense_form(inputs: Inputs, part: Path, target: Path, options: GraftOp
             target, "model", jobs.grafted, len(jobs.weights) - jobs.grafted, dtype or "", options.scale,
             options.instruct_scale, **figures, warnings=notes, dense_because=inputs.reasons,
         )  # fmt: skip
-        _write_provenance(part, inputs, report, options, digests=digests.collect(), left_out=jobs.left_out)
+        _write_provenance(part, inputs, report, options, sides=digests.collect(), left_out=jobs.left_out)
     return report
 
 
@@ -258,7 +258,7 @@ def _write_adapter_form(inputs: Inputs, part: Path, target: Path, options: Graft
             )
         code = next(iter(adapter.specs.values())).code
         report = GraftReport(target, "adapter", modules, 0, TORCH_NAMES[code], options.scale, warnings=notes)
-        _write_provenance(part, inputs, report, options, digests=digests.collect(), left_out=[])
+        _write_provenance(part, inputs, report, options, sides=digests.collect(), left_out=[])
     return report
 
 
@@ -268,17 +268,14 @@ def _write_provenance(
     report: GraftReport,
     options: GraftOptions,
     *,
-    digests: dict[str, Any],
+    sides: Mapping[str, Entry],
     left_out: list[str],
 ) -> None:
-    report.warnings.extend(other_base(inputs, digests))
-    sides = {
-        role: {"source": side.source, "revision": side.revision, "digests": digests.get(role)}
-        for role, side in inputs.sides.items()
-    }
+    report.warnings.extend(other_base(inputs, sides))
     found = report.to_dict()
     del found["output"], found["scale"], found["instruct_scale"]
-    content = {"kind": "graft", **inputs.recorded, **sides, "options": options.to_dict(), "left_out": left_out, **found}
+    named = {role: vars(entry) for role, entry in sides.items()}
+    content = {"kind": "graft", **inputs.recorded, **named, "options": options.to_dict(), "left_out": left_out, **found}
     if inputs.weights not in ([], [1.0]):
         content["tuned_weights"] = inputs.weights
     write_manifest(part, content)

@@ -26,41 +26,21 @@ def write_model_card(folder: str | os.PathLike[str], manifest: Mapping[str, Any]
         manifest: the content of its `shadow.json`; `base`, `instruct`, `tuned` (each with `source`) and `options`.
         adapter: whether the folder holds an adapter.
     """
-    names = {role: _card_name(manifest[role]["source"]) for role in ("instruct", "base", "tuned") if manifest.get(role)}
+    names = _names(manifest, "instruct", "base", "tuned")
     options = manifest.get("options", {})
-    scale = options.get("scale", 1.0)
-    instruct_scale = options.get("instruct_scale", 1.0)
+    scales = {name: options.get(name, 1.0) for name in ("scale", "instruct_scale")}
     formula = "grafted = instruct + scale * (tuned - base)"
-    if instruct_scale != 1.0:
+    if scales["instruct_scale"] != 1.0:
         formula = "grafted = base + scale * (tuned - base) + instruct_scale * (instruct - base)"
-    lines = ["---"]
-    # Only a hub id is a valid `base_model`; a local folder would be a dead link on the hub.
-    hub_models = [
-        names[role] for role in ("instruct", "base") if role in names and _is_hub_id(manifest[role]["source"])
-    ]
-    if hub_models:
-        lines += ["base_model:", *[f"- {name}" for name in hub_models]]
-        lines += [f"base_model_relation: {'adapter' if adapter else 'merge'}"]
-    lines += ["library_name: " + ("peft" if adapter else "transformers")]
-    lines += ["tags:", "- shadow-trl", "- shadow-ft", "- trl", *(["- lora"] if adapter else []), "---", ""]
-    lines += [f"# {names['instruct']} with a grafted update", "", f"`{formula}`", ""]
-    lines += ["| | |", "|---|---|", *[f"| {role} | {name} |" for role, name in names.items()]]
-    lines += [f"| scale | {scale} |", f"| instruct_scale | {instruct_scale} |", ""]
+    lines = [f"# {names['instruct']} with a grafted update", "", f"`{formula}`", "", *_table({**names, **scales})]
     lines += [
         f"The update was learnt on the base model and added to the instruct model. `{MANIFEST_NAME}` beside this file "
         "says what was added, with digests and figures. Tokenizer, chat template and generation config are those of "
-        "the instruct model.",
-        "",
-        "## Citation",
-        "",
-        "```bibtex",
-        _CITATION,
-        "```",
-        "",
+        "the instruct model."
     ]
-    path = Path(folder) / "README.md"
-    path.write_text("\n".join(lines), encoding="utf-8")
-    return path
+    front = _base_models(manifest, "instruct", "base", relation="adapter" if adapter else "merge")
+    front += ["library_name: " + ("peft" if adapter else "transformers")]
+    return _write(folder, front, ["trl", *(["lora"] if adapter else [])], lines)
 
 
 def write_delta_card(folder: str | os.PathLike[str], manifest: Mapping[str, Any]) -> Path:
@@ -70,30 +50,44 @@ def write_delta_card(folder: str | os.PathLike[str], manifest: Mapping[str, Any]
         folder: the folder of the delta, not yet renamed into place.
         manifest: the content of its `shadow.json`; `base`, `tuned` (each with `source`) and `form`.
     """
-    names = {role: _card_name(manifest[role]["source"]) for role in ("base", "tuned")}
-    adapter = manifest["form"] == "adapter"
-    lines = ["---"]
-    if _is_hub_id(manifest["base"]["source"]):
-        lines += ["base_model:", f"- {names['base']}", *(["base_model_relation: adapter"] if adapter else [])]
-    lines += [*(["library_name: peft"] if adapter else []), "tags:", "- shadow-trl", "- shadow-ft"]
-    lines += [*(["- lora"] if adapter else []), "---", "", f"# What training added to {names['base']}", ""]
-    if adapter:
+    names = _names(manifest, "base", "tuned")
+    lines = [f"# What training added to {names['base']}", ""]
+    if manifest["form"] == "adapter":
+        front = [*_base_models(manifest, "base", relation="adapter"), "library_name: peft"]
         lines += ["`lora_B @ lora_A ~ tuned - base`, by truncated singular value decomposition.", ""]
     else:
+        front = _base_models(manifest, "base")
         lines += ["`delta = tuned - base`. This is no model. Add it to an instruct model of the base with", ""]
         lines += ["    shadow-trl graft --delta FOLDER --instruct INSTRUCT --output OUTPUT", ""]
-    lines += ["| | |", "|---|---|", *[f"| {role} | {name} |" for role, name in names.items()], ""]
-    lines += [f"`{MANIFEST_NAME}` beside this file has digests and figures.", ""]
-    lines += ["## Citation", "", "```bibtex", _CITATION, "```", ""]
+    lines += [*_table(names), f"`{MANIFEST_NAME}` beside this file has digests and figures."]
+    return _write(folder, front, ["lora"] if manifest["form"] == "adapter" else [], lines)
+
+
+def _write(folder: str | os.PathLike[str], front: list[str], tags: list[str], lines: list[str]) -> Path:
+    front = [*front, "tags:", *(f"- {tag}" for tag in ("shadow-trl", "shadow-ft", *tags))]
+    citation = ["## Citation", "", "```bibtex", _CITATION, "```", ""]
     path = Path(folder) / "README.md"
-    path.write_text("\n".join(lines), encoding="utf-8")
+    path.write_text("\n".join(["---", *front, "---", "", *lines, "", *citation]), encoding="utf-8")
     return path
+
+
+def _base_models(manifest: Mapping[str, Any], *roles: str, relation: str | None = None) -> list[str]:
+    # Only a hub id is a valid `base_model`; a local folder would be a dead link on the hub.
+    found = [f"- {name}" for role, name in _names(manifest, *roles).items() if _is_hub_id(manifest[role]["source"])]
+    return ["base_model:", *found, *([f"base_model_relation: {relation}"] if relation else [])] if found else []
+
+
+def _table(rows: Mapping[str, Any]) -> list[str]:
+    return ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items()), ""]
+
+
+def _names(manifest: Mapping[str, Any], *roles: str) -> dict[str, str]:
+    # A card is published: of a local path only the folder's name is told.
+    sources = {role: manifest[role]["source"] for role in roles if manifest.get(role)}
+    return {
+        role: source.partition("@")[0] if _is_hub_id(source) else Path(source).name for role, source in sources.items()
+    }
 
 
 def _is_hub_id(source: str) -> bool:
     return bool(re.fullmatch(r"[\w.\-]+/[\w.\-]+(@[\w.\-/]+)?", source)) and not Path(source.partition("@")[0]).exists()
-
-
-def _card_name(source: str) -> str:
-    # A card is published: of a local path only the folder's name is told.
-    return source.partition("@")[0] if _is_hub_id(source) else Path(source).name

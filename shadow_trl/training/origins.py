@@ -6,14 +6,14 @@ stage (DPO after SFT) repeats nothing.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..checkpoints.checkpoint import ADAPTER_CONFIG, read_json
 from ..checkpoints.delta import refuse_deltas
-from ..checkpoints.manifest import read_manifest
-from ..checkpoints.sources import from_manifest, source_of
+from ..checkpoints.manifest import Entry, read_manifest
+from ..checkpoints.sources import adapter_base, from_manifest
 from ..errors import AdapterError, ConfigError, InputError, list_names
 
 if TYPE_CHECKING:
@@ -95,27 +95,26 @@ def resolve_origins(
         (base, base_revision), (instruct, instruct_revision) = (
             from_manifest(role, manifest, Path(policy), given) for role, given in named.items()
         )
-        if adapter is not None and source_of(manifest, "policy") == source_of(manifest, "base"):
+        if adapter is not None and Entry.read(manifest, "policy") == Entry.read(manifest, "base"):
             policy, policy_revision = base, base_revision
         elif adapter is not None:
             # The adapter lies on something else than BASE: on the full model of a stage before.
             policy, policy_revision = from_manifest("policy", manifest, Path(adapter), (None, None))
     elif adapter is not None:
-        policy = base or _adapter_base(Path(adapter))
-        policy_revision = base_revision
+        policy, policy_revision = (base, base_revision) if base else _adapter_base(Path(adapter), base_revision)
     if base is None:
         base, base_revision = policy, base_revision or policy_revision
     return Origins(policy, base, instruct, adapter, policy_revision, base_revision, instruct_revision)
 
 
-def _adapter_base(adapter: Path) -> str:
-    name = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8")).get("base_model_name_or_path")
-    if not name:
+def _adapter_base(adapter: Path, revision: str | None) -> tuple[str, str | None]:
+    found = adapter_base(read_json(adapter / ADAPTER_CONFIG), adapter)
+    if found is None:
         raise AdapterError(
             f"the adapter in {adapter} does not say what it was trained on (base_model_name_or_path is empty). "
             "Name it with base_model=... Nothing was written."
         )
-    return str(name)
+    return found.source, revision or found.revision
 
 
 def check_unchanged(model: PreTrainedModel, source: str, revision: str | None) -> None:
