@@ -24,7 +24,7 @@ from ..checkpoints.hub import locate
 from ..checkpoints.manifest import MANIFEST_NAME, Entry, read_manifest
 from ..errors import CheckpointError, ConfigError, list_names
 from ..grafting.inputs import Source
-from ..grafting.weighted import weighted_sources
+from ..grafting.tuned import weighted_sources
 from ..results.folder import check_space
 from .graft import graft
 

@@ -12,7 +12,6 @@ import torch
 
 from ..checkpoints.checkpoint import Checkpoint
 from ..errors import ConfigError, GraftError, list_names
-from ..grafting.jobs import selector
 from ..grafting.options import GraftOptions
 from ..layouts.model_names import ModelNames
 from .exchange import GraftExchange
@@ -124,7 +123,7 @@ def receiver(options: GraftOptions, instruct: str, revision: str | None) -> Call
     Raises:
         ConfigError: `modules` selects a part only of what is one weight in memory, as single experts are.
     """
-    chosen = selector(options)
+    chosen = options.selector()
     if options.patterns() is None:
         return chosen
     checkpoint = Checkpoint.open(instruct, revision)

@@ -19,7 +19,6 @@ from ..adapters.lora import LoraModule, is_plain, place_on, read_lora
 from ..arithmetic.grafter import graft_low_rank
 from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.sources import with_revision
-from ..grafting.jobs import selector
 from ..grafting.options import GraftOptions
 from ..layouts.model_names import ModelNames
 from ..operations.graft import graft
@@ -165,7 +164,7 @@ def _merge_on_instruct(start: Start, modules: Mapping[str, LoraModule]) -> PreTr
     model = start.loading.load(require_instruct(start.origins), start.origins.instruct_revision)
     adapter = Checkpoint.open(str(start.origins.adapter))
     options = GraftOptions(**start.loading.args.graft_options())
-    receives = selector(options)
+    receives = options.selector()
     for name, lora in modules.items():
         if receives(name):
             left, right = adapter.tensor(lora.left), adapter.tensor(lora.right)

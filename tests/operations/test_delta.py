@@ -92,6 +92,12 @@ def test_a_smaller_dtype_is_rounded_once_and_told(tmp_path):
     assert read_manifest(tmp_path / "delta")["dtype"] == "bfloat16"
 
 
+def test_a_delta_in_16_bits_draws_no_advice_that_a_delta_refuses(tmp_path):
+    sides = family(tmp_path, dtypes=(BF16, BF16, BF16))
+    extract(sides, tmp_path / "delta", dtype="bfloat16")
+    assert not [text for text in by_delta(sides, tmp_path / "delta", tmp_path / "out").warnings if "base_dtype" in text]
+
+
 def test_manifest_and_card_say_what_it_is(tmp_path):
     sides = family(tmp_path)
     extract(sides, tmp_path / "delta")

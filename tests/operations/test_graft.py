@@ -150,7 +150,6 @@ def test_an_odd_header_length_does_not_matter(tmp_path):
 
 
 def test_chunks_blocks_and_threads_do_not_change_the_bytes(tmp_path, monkeypatch):
-    from shadow_trl.grafting import pieces
     from shadow_trl.grafting import stream as streaming
     from shadow_trl.runtime import threads
 
@@ -160,7 +159,7 @@ def test_chunks_blocks_and_threads_do_not_change_the_bytes(tmp_path, monkeypatch
         for chunk, block, count in ((4 * 2**20, 2**18, 4), (4096, 1000, 3), (4096, 77, 1)):
             monkeypatch.setattr(streaming, "CHUNK", chunk)
             monkeypatch.setattr(streaming, "BLOCK", max(block, 1))
-            monkeypatch.setattr(pieces, "BLOCK", block)
+            monkeypatch.setattr(streaming, "BLOCK", block)
             monkeypatch.setattr(threads, "_thread_count", lambda count=count: count)
             run(sides, tmp_path / "out", rounding=rounding, seed=7, overwrite=True, digest="none")
             found = (tmp_path / "out" / "model.safetensors").read_bytes()
