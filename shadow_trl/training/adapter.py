@@ -75,7 +75,7 @@ def write_start(folder: Path, model: Any, start: dict[str, Tensor] | None, earli
         folder: of the run.
         model: with the adapter.
         start: what `start_of` returned; None writes none.
-        earlier: folder of the adapter that goes on, whose start is this one's too; None for a new adapter.
+        earlier: folder of the adapter that is trained further, whose start is this one's too; None for a new adapter.
     """
     target = folder / START_FOLDER
     shutil.rmtree(target, ignore_errors=True)

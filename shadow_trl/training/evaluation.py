@@ -83,7 +83,7 @@ class GraftedEvaluation(_Trainer):
         try:
             output = run(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
             self._references.again = True
-            # TRL's `log` adds what lies in here to the figures of the evaluation; the graft's must not be among them.
+            # TRL's `log` adds what is in here to the figures of the evaluation; the graft's must not be among them.
             plain, self._metrics["eval"] = self._metrics["eval"], defaultdict(list)
             prefix = f"{metric_key_prefix}_grafted"
             try:
@@ -106,7 +106,7 @@ class GraftedEvaluation(_Trainer):
         source, revision = require_instruct(start.origins), start.origins.instruct_revision
         options = GraftOptions(**self.args.graft_options())
         instruct, base = loading.load(source, revision).state_dict(), {}
-        # Below an adapter BASE is needed where it lies on something else: on the full model of a stage before.
+        # Below an adapter BASE is needed where it was put on something else: on the full model of a stage before.
         if not start.adapter_on_base:
             base = loading.load(require_base(start.origins), start.origins.base_revision).state_dict()
         return GraftExchange(self.model, instruct, base, options, receiver(options, source, revision))

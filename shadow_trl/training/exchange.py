@@ -8,6 +8,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 
 import numpy
 import torch
@@ -19,6 +20,7 @@ from ..errors import ConfigError, list_names
 from ..grafting.options import GraftOptions
 
 
+@dataclass
 class GraftExchange:
     """Exchanges the weights of a model in training for `instruct + scale * (current - base)`, and back.
 
@@ -37,30 +39,24 @@ class GraftExchange:
         ConfigError: the model has a weight that INSTRUCT or BASE lacks or has in another shape.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        instruct: Mapping[str, torch.Tensor],
-        base: Mapping[str, torch.Tensor],
-        options: GraftOptions,
-        receives: Callable[[str], bool],
-    ) -> None:
-        self.model = model
-        self.instruct = instruct
-        self.base = base
-        self.options = options
-        self.receives = receives
+    model: nn.Module
+    instruct: Mapping[str, torch.Tensor]
+    base: Mapping[str, torch.Tensor]
+    options: GraftOptions
+    receives: Callable[[str], bool]
+
+    def __post_init__(self) -> None:
         # By the names of the plain model: PEFT puts its own parts between them.
         self.weights = {
             _plain_name(name): parameter
-            for name, parameter in _below_adapter(model).named_parameters()
-            if not is_peft_model(model) or (not parameter.requires_grad and "lora_" not in name)
+            for name, parameter in _below_adapter(self.model).named_parameters()
+            if not is_peft_model(self.model) or (not parameter.requires_grad and "lora_" not in name)
         }
         unfit = [
             f"{name}: {tuple(weight.shape)} in training, "
             f"{tuple(side[name].shape) if name in side else 'absent'} in {role}"
             for name, weight in sorted(self.weights.items())
-            for role, side in (("INSTRUCT", instruct), ("BASE", base))
+            for role, side in (("INSTRUCT", self.instruct), ("BASE", self.base))
             if side and (name not in side or side[name].shape != weight.shape)
         ]
         if unfit:

@@ -157,7 +157,7 @@ class ShadowMixin(GraftedEvaluation):
     def _loaded_dtype(self) -> str:
         """The dtype the model under training was loaded in: a cast on loading is no part of the delta.
 
-        Full weights are saved in it; an adapter's own values are fp32 whatever lies under them.
+        Full weights are saved in it; an adapter's own values are fp32 whatever is under them.
         """
         dtype = str(bare_model(self.model).dtype).removeprefix("torch.")
         return dtype if self._start.adapter is not None and dtype in BASE_DTYPES else "tuned"

@@ -30,7 +30,6 @@ from .start import Start
 if TYPE_CHECKING:
     from accelerate import Accelerator
     from transformers import PreTrainedModel
-    from trl import DPOConfig
 
 logger = get_logger(__name__)
 
@@ -79,7 +78,12 @@ def load_reference(source: str, *, loading: Loading, revision: str | None = None
         the model in evaluation mode, without dropout where the policy trains without it, no parameter requiring a
         gradient.
     """
-    return _frozen(loading.load(source, revision), loading.args)
+    from trl.trainer.utils import disable_dropout_in_model
+
+    model = loading.load(source, revision)
+    if loading.args.disable_dropout:
+        disable_dropout_in_model(model)
+    return model.eval().requires_grad_(False)
 
 
 def graft_of_start(start: Start) -> PreTrainedModel:
@@ -94,7 +98,7 @@ def graft_of_start(start: Start) -> PreTrainedModel:
     """
     modules = _modules_in_memory(start)
     if modules is not None:
-        return _frozen(_merge_on_instruct(start, modules), start.loading.args)
+        return _merge_on_instruct(start, modules)
     from accelerate import PartialState
 
     state = PartialState()
@@ -161,7 +165,8 @@ def _modules_in_memory(start: Start) -> dict[str, LoraModule] | None:
 
 def _merge_on_instruct(start: Start, modules: Mapping[str, LoraModule]) -> PreTrainedModel:
     """Load INSTRUCT and add the scaled delta of the start's LoRA to its weights, as the graft of it is written."""
-    model = start.loading.load(require_instruct(start.origins), start.origins.instruct_revision)
+    source, revision = require_instruct(start.origins), start.origins.instruct_revision
+    model = load_reference(source, loading=start.loading, revision=revision)
     adapter = Checkpoint.open(str(start.origins.adapter))
     options = GraftOptions(**start.loading.args.graft_options())
     receives = options.selector()
@@ -170,7 +175,7 @@ def _merge_on_instruct(start: Start, modules: Mapping[str, LoraModule]) -> PreTr
             left, right = adapter.tensor(lora.left), adapter.tensor(lora.right)
             if lora.transposed:
                 left, right = right.T, left.T
-            weight = model.get_parameter(f"{lora.module}.weight").data
+            weight = model.get_parameter(f"{lora.module}.weight")
             weight.copy_(
                 graft_low_rank(
                     weight.cpu(), left, right, factor=lora.factor, scale=options.scale, rounding=options.rounding,
@@ -178,14 +183,6 @@ def _merge_on_instruct(start: Start, modules: Mapping[str, LoraModule]) -> PreTr
                 )
             )  # fmt: skip
     return model
-
-
-def _frozen(model: PreTrainedModel, args: DPOConfig) -> PreTrainedModel:
-    from trl.trainer.utils import disable_dropout_in_model
-
-    if args.disable_dropout:
-        disable_dropout_in_model(model)
-    return model.eval().requires_grad_(False)
 
 
 @contextmanager

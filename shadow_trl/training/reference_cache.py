@@ -55,9 +55,9 @@ def _without_names(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def shared_on_disk(dataset: Any, accelerator: Accelerator) -> Any:
-    """Return `dataset` from a file all processes can read; as it is on one process, or where it lies in a file already.
+    """Return `dataset` from a file all processes can read; unchanged on one process, or where it is in a file already.
 
-    TRL's cache of reference log probabilities lies beside the data's file. Data in memory has one temporary folder a
+    TRL's cache of reference log probabilities is beside the data's file. Data in memory has one temporary folder a
     process, where the other processes find nothing.
     """
     import datasets

@@ -86,7 +86,7 @@ class Start:
 
     @property
     def adapter_on_base(self) -> bool:
-        """Whether an adapter is trained that lies on BASE, not on the full model of an earlier run."""
+        """Whether an adapter is trained on BASE, not on the full model of an earlier run."""
         return self.adapter is not None and self.origins.policy == self.origins.base
 
     @property
