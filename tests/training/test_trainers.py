@@ -280,6 +280,44 @@ def test_sync_ref_model_and_explicit_reference_are_refused_with_a_policy(pair, t
         dpo(pair, tmp_path, ref_policy=policy, ref_model=AutoModelForCausalLM.from_pretrained(pair[1]))
 
 
+@pytest.mark.parametrize(
+    ("case", "message"),
+    [
+        ("another adapter", "r: 4 in .*, 8 in peft_config"),
+        ("eval_grafted", "use_dora = True"),
+        ("changed in memory", r"model\.norm\.weight"),
+        ("no INSTRUCT", "no INSTRUCT is known"),
+        ("sync_ref_model", "sync_ref_model"),
+    ],
+)
+def test_what_the_arguments_show_is_refused_before_any_model_is_loaded(pair, tmp_path, monkeypatch, case, message):
+    options = {"ref_policy": "instruct", "precompute_ref_log_probs": False}  # a reference that is loaded at once
+    model, instruct, peft_config = str(pair[0]), str(pair[1]), None
+    if case == "another adapter":
+        sft(pair, tmp_path / "run", peft_config=lora()).train()
+        model, peft_config = str(tmp_path / "run"), LoraConfig(**{**LORA, "r": 8})
+    elif case == "eval_grafted":
+        options, peft_config = {"eval_grafted": True, "graft": False}, LoraConfig(**LORA, use_dora=True)
+    elif case == "changed in memory":
+        model = AutoModelForCausalLM.from_pretrained(pair[0], dtype=torch.float32)
+        model.model.norm.weight.data += 1
+    elif case == "no INSTRUCT":
+        instruct = None
+    else:
+        options["sync_ref_model"] = True
+    for place in ("utils", "dpo_trainer"):
+        monkeypatch.setattr(f"trl.trainer.{place}.create_model_from_path", lambda *_, **__: pytest.fail("loaded"))
+    with pytest.raises((ConfigError, InputError), match=message):
+        ShadowDPOTrainer(
+            model,
+            instruct_model=instruct,
+            args=ShadowDPOConfig(**settings(tmp_path / "out", **options)),
+            train_dataset=preference_data(),
+            peft_config=peft_config,
+        )
+    assert not (tmp_path / "out").exists()
+
+
 def test_existing_graft_is_refused_before_training_and_replaced_when_asked(pair, tmp_path):
     sft(pair, tmp_path).train()
     before = (tmp_path / "grafted" / "model.safetensors").read_bytes()
