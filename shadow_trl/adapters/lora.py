@@ -17,6 +17,7 @@ from typing import Any
 
 from ..checkpoints.checkpoint import ADAPTER_CONFIG, Checkpoint
 from ..checkpoints.sources import adapter_base
+from ..checkpoints.weight_names import is_tied
 from ..errors import AdapterError, PairMismatchError, list_names
 from ..layouts.plan import disk_names
 from .kinds import unsupported_features
@@ -145,7 +146,7 @@ def place_on(modules: Mapping[str, LoraModule], adapter: Checkpoint, instruct: C
             "with "
             "another one (a tied lm_head). Nothing was written."
         )
-    tied = [name for name in placed if name.endswith("lm_head.weight") and instruct.config.get("tie_word_embeddings")]
+    tied = [name for name in placed if name.endswith("lm_head.weight") and is_tied(instruct.config)]
     if tied:
         raise AdapterError(
             f"adapter {adapter} changes {tied[0]}, which instruct {instruct} shares with its embedding: the change "

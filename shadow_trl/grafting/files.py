@@ -2,16 +2,52 @@
 
 from __future__ import annotations
 
+import bisect
 import json
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.header import FLOATS, TORCH_NAMES, build_header, nbytes_of
-from .pieces import OutputFile, WeightJob
+from .jobs import WeightJob
 
 INDEX = "model.safetensors.index.json"
+
+
+@dataclass
+class OutputFile:
+    """One file of the result: its header, then its tensors one after another.
+
+    Args:
+        name: file name.
+        header: bytes before the first tensor.
+        jobs: the tensors in the order of their bytes.
+        starts: byte of the file at which each begins.
+        size: bytes of the file.
+    """
+
+    name: str
+    header: bytes
+    jobs: list[WeightJob]
+    starts: list[int] = field(init=False)
+    size: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.starts, at = [], len(self.header)
+        for job in self.jobs:
+            self.starts.append(at)
+            at += nbytes_of(job.code, job.shape)
+        self.size = at
+
+    def parts(self, low: int, high: int) -> Iterator[tuple[WeightJob, int]]:
+        """Yield the tensors with bytes in `low` to `high`, each with the byte of the file at which it begins."""
+        first = max(bisect.bisect_right(self.starts, low) - 1, 0)
+        for job, start in zip(self.jobs[first:], self.starts[first:], strict=True):
+            if start >= high:
+                return
+            yield job, start
 
 
 def plan_files(jobs: list[WeightJob], instruct: Checkpoint, max_shard_size: int | None) -> list[OutputFile]:

@@ -9,13 +9,11 @@ from dataclasses import dataclass, field, fields
 from functools import partial
 from typing import Any
 
+from ..checkpoints.weight_names import LINEAR
 from ..errors import ConfigError, one_of
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 BASE_DTYPES = ("tuned", "float64", *DTYPES[1:])
-
-# The official code adapts these seven projections; it takes their biases too, by accident of a substring match.
-LINEAR = r"(?:^|[._])(?:q|k|v|o|gate|up|down)_proj\.weight$"
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
@@ -190,6 +188,11 @@ class GraftOptions:
         """Return the compiled expressions of `modules`, None for `all`."""
         given = [self.modules] if isinstance(self.modules, str) else self.modules
         return None if given == ["all"] else [re.compile(LINEAR if text == "linear" else text) for text in given]
+
+    def selector(self) -> Callable[[str], bool]:
+        """Return the test whether `modules` selects a weight by its name."""
+        patterns = self.patterns()
+        return lambda name: patterns is None or any(pattern.search(name) for pattern in patterns)
 
     def to_dict(self) -> dict[str, Any]:
         """Return what changes the numbers, for the manifest; a rank only where there is one."""

@@ -25,7 +25,7 @@ from ..checkpoints.manifest import MANIFEST_NAME, Entry, read_manifest
 from ..errors import CheckpointError, ConfigError, list_names
 from ..grafting.inputs import Source
 from ..grafting.options import declared
-from ..grafting.weighted import weighted_sources
+from ..grafting.tuned import weighted_sources
 from ..results.folder import check_space
 from .graft import graft
 

@@ -5,17 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..checkpoints.checkpoint import Checkpoint
+from ..checkpoints.weight_names import EMBEDDING_NAMES
 from ..errors import PairMismatchError
 from .vocabularies import Vocabulary
 from .vocabulary_checks import compare_vocabularies, runs_of, vocabulary_difference
 
-EMBEDDING_ENDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight")
 _NOT_TEXT = ("visual", "vision", "audio", "per_layer")
 
 
 def embedding_name(checkpoint: Checkpoint) -> str | None:
     """Return the name of the text embedding on disk, None when no weight looks like one."""
-    names = [name for name in checkpoint.specs if name.endswith(EMBEDDING_ENDINGS)]
+    names = [name for name in checkpoint.specs if name.endswith(EMBEDDING_NAMES)]
     names = [name for name in names if not any(word in name for word in _NOT_TEXT)]
     return min((name for name in names if len(checkpoint.specs[name].shape) == 2), key=len, default=None)
 

@@ -14,7 +14,7 @@ from shadow_trl import extract_delta, graft
 from shadow_trl.checkpoints.manifest import read_manifest
 from shadow_trl.cli import main
 from shadow_trl.errors import AdapterError, CheckpointError, ConfigError
-from shadow_trl.grafting.weighted import weighted_sources
+from shadow_trl.grafting.tuned import weighted_sources
 
 FP32 = torch.float32
 

@@ -72,7 +72,7 @@ FAULTS = {
         "operations/test_graft.py::test_linear_selects_the_weights_of_seven_projections",
     ),
     "count: one too few": Fault(
-        "grafting/jobs", "warnings, len(grafted), layout.left_out)", "warnings, len(grafted) - 1, layout.left_out)",
+        "grafting/jobs", "grafted=len(grafted), left_out", "grafted=len(grafted) - 1, left_out",
         "operations/test_graft.py::test_every_weight_is_the_sum",
     ),
     "delta: zeros are not zero": Fault(
