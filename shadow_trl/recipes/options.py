@@ -64,17 +64,12 @@ class RecipeArguments:
     score_max_new_tokens: int = field(default=64, metadata={"help": "Longest answer in tokens."})
     score_dtype: str = field(
         default="float32",
-        metadata={
-            "help": "Dtype in which all models answer; auto: that of their files.",
-            "choices": DTYPES,
-        },
+        metadata={"help": "Dtype in which all models answer; auto: that of their files.", "choices": DTYPES},
     )
     train_rows: int | None = field(default=None, metadata={"help": "Train on so many rows, drawn with the seed."})
     merge_adapter: bool = field(
         default=False,
-        metadata={
-            "help": "Pipeline, DPO stage: merge the adapter of the SFT stage first instead of training it further."
-        },
+        metadata={"help": "Pipeline, DPO stage: merge the adapter of the SFT stage instead of training it further."},
     )
     torch_threads: int | None = field(default=None, metadata={"help": "Threads of PyTorch on the CPU."})
 
