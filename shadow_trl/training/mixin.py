@@ -25,7 +25,8 @@ from ..errors import ConfigError, OutputExistsError
 from ..grafting.options import BASE_DTYPES
 from ..grafting.reports import GraftReport
 from ..operations.graft import check_graft, graft
-from ..pair.pairs import ModelPair, check_processing_class
+from ..pair.pairs import ModelPair
+from ..pair.templates import check_processing_class
 from ..runtime.processes import run_on_main
 from .adapter import start_of, without_reference_adapter, without_second_start, write_start
 from .config import ShadowArguments

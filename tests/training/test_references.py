@@ -241,16 +241,17 @@ def test_reference_columns_of_the_evaluation_rows_are_used(pair, tmp_path):
 
 
 @pytest.mark.parametrize("policy", ["init", pytest.param("instruct", marks=pytest.mark.slow)])
-def test_reference_columns_of_new_rows_are_used_after_the_release(pair, tmp_path, policy, monkeypatch):
+def test_reference_columns_of_new_rows_are_used_after_the_release(pair, tmp_path, policy):
+    """No model is read for them: nothing is left on the disk that could be."""
     rows = preference_data(4)
+    copies = tuple(shutil.copytree(folder, tmp_path / folder.name) for folder in pair)
     trainer = dpo(
-        pair, tmp_path, ref_policy=policy, precompute_ref_log_probs=True, graft=False, beta=1.0, learning_rate=0,
-        max_steps=1,
+        copies, tmp_path / "run", ref_policy=policy, precompute_ref_log_probs=True, graft=False, beta=1.0,
+        learning_rate=0, max_steps=1,
     )  # fmt: skip
     trainer.train()
-    monkeypatch.setattr(
-        "shadow_trl.training.trainers.load_reference", lambda *_, **__: pytest.fail("loaded a reference")
-    )
+    for folder in copies:
+        (folder / "model.safetensors").unlink()
     base = gains(pair, rows, "base")
     margin = (base["chosen"] / 4 + 1.0) - (base["rejected"] / 4 + 2.0)
     assert trainer.evaluate(with_columns(rows))["eval_loss"] > 0
@@ -378,15 +379,7 @@ def test_reference_columns_in_the_data_are_used_and_nothing_is_loaded(pair, tmp_
 
 
 def cached_logps(pair, tmp_path: Path, output: str, **changes) -> list[float]:
-    """Reference log-probabilities of rows in a file, as a new run finds or computes them."""
-    file = tmp_path / "rows.jsonl"
-    if not file.exists():
-        preference_data(4).to_json(file)
-    data = Dataset.from_json(str(file), cache_dir=str(tmp_path / "cache"))
-    trainer = dpo(
-        pair, tmp_path / output, data=data, graft=False, **{"ref_policy": "instruct", "max_length": None, **changes}
-    )
-    return trainer.train_dataset["ref_rejected_logps"][:]
+    return cached(pair, tmp_path, output, **{"ref_policy": "instruct", "max_length": None, **changes})
 
 
 @pytest.mark.parametrize(

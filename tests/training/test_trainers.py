@@ -11,7 +11,7 @@ from peft import LoraConfig, PeftModel, PrefixTuningConfig, get_peft_model
 from runs import LORA, dpo, log_probability, lora, saved_files, settings, sft
 from safetensors.torch import load_file
 from tiny import make_tokenizer, preference_data, save_model, sft_data, tiny_config
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 from shadow_trl import ShadowDPOConfig, ShadowDPOTrainer, ShadowSFTConfig, ShadowSFTTrainer
@@ -160,10 +160,15 @@ def test_template_missing_in_the_given_processing_class(pair, tmp_path):
 
 
 def test_manifest_at_start_in_checkpoints_and_at_the_end(pair, tmp_path):
+    class AtStart(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            found.append(read_manifest(tmp_path))
+
+    found = []
     trainer = sft(pair, tmp_path, save_strategy="steps", save_steps=1)
-    trainer._start_manifest()
-    started = read_manifest(tmp_path)
+    trainer.add_callback(AtStart())
     trainer.train()
+    started = found[0]
     for folder in (tmp_path, tmp_path / "checkpoint-1"):
         manifest = read_manifest(folder)
         assert manifest == started
