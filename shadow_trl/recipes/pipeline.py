@@ -21,17 +21,17 @@ from accelerate import PartialState
 
 from ..checkpoints.manifest import read_manifest, write_manifest
 from ..errors import InputError
-from ..evaluation.report import TITLES, Arm, RunReport
+from ..evaluation.report import TITLES, RunReport
 from ..evaluation.scoring import read_rows
-from ..grafting.origins import Origins, resolve_origins
-from ..runtime.processes import run_on_main
+from ..grafting.origins import resolve_origins
+from ..runtime.processes import run_on_main, say
 from ..training.loading import load_adapter, load_model
 from ..training.preflight import GRAFTED_FOLDER
-from .compare import graft_figures, score_model
+from .compare import Outcome, make_report
 from .data import load_data
 from .options import Options
 from .pipeline_options import STAGES, Plan, is_done, read_plan
-from .run import end_processes, exit_code, own_folder, say, set_model_options, train_stage
+from .run import end_processes, exit_code, own_folder, set_model_options, train_stage
 
 HELP = """\
 usage: shadow-trl sft-dpo --config FILE.yaml [--stages sft,dpo] [--output_dir DIR] [--KEY VALUE ...]
@@ -163,39 +163,17 @@ def _merge(root: Path, options: Options) -> Path:
 
 
 def _make_report(plan: Plan, root: Path, rows: list[dict[str, Any]] | None, seconds: dict[str, float]) -> RunReport:
-    """Score INSTRUCT and the graft of each stage up to the last selected one, and put all figures together."""
+    """Compare INSTRUCT and the graft of each stage up to the last selected one."""
     last = plan.stages[-1]
     options, run = plan.options[last], root / last
     training = options.training
     origins = resolve_origins(str(run), base=training.base_model, instruct=training.instruct_model)
     assert origins.instruct is not None  # there is a graft
-    sources = {"instruct": origins.instruct}
+    models = {"instruct": origins.instruct}
     if last != STAGES[0]:
-        sources["sft"] = str(root / STAGES[0] / GRAFTED_FOLDER)
-    sources["grafted"] = str(run / GRAFTED_FOLDER)
+        models["sft"] = str(root / STAGES[0] / GRAFTED_FOLDER)
+    models.update(grafted=str(run / GRAFTED_FOLDER), tuned=str(run))
     titles = {**_TITLES, "grafted": f"graft after {last.upper()}"}
-    started, scores = time.perf_counter(), {}
-    if rows:
-        say(f"Scoring the models on {len(rows)} rows of {options.recipe.score_rows}")
-        for name, source in sources.items():
-            scores[name] = score_model(options, origins, source, rows, title=titles[name])
-        seconds["score"] = time.perf_counter() - started
-    return RunReport(
-        # The tuned BASE is named, not scored: it is what more training goes on from.
-        arms=[*(Arm(name, source, scores.get(name)) for name, source in sources.items()), Arm("tuned", str(run))],
-        output=str(root),
-        graft=_figures(run, origins, scored=bool(rows)),
-        rows=options.recipe.score_rows,
-        seconds={name: round(value, 1) for name, value in seconds.items()},
-        titles=titles,
-    )
-
-
-def _figures(run: Path, origins: Origins, *, scored: bool) -> dict[str, Any]:
-    """Return the figures of the graft of `run` from its manifest, as the recipes show them."""
-    manifest = read_manifest(run / GRAFTED_FOLDER) or {}
-    names = ("form", "grafted", "copied", "dtype", "sigma", "delta_norm", "realised", "noise", "by_kind", "warnings")
-    figures: dict[str, Any] = {name: manifest.get(name) for name in names}
-    figures.update({name: manifest["options"][name] for name in ("scale", "instruct_scale")})
-    figures.update(output=str(run / GRAFTED_FOLDER), warnings=figures["warnings"] or [])
-    return graft_figures(str(run), origins, figures, scored=scored)
+    # The tuned BASE is what more training starts from: it is listed, not scored.
+    outcome = Outcome(origins, models, seconds)
+    return make_report(options, outcome, rows, output=str(root), titles=titles, unscored=("tuned",))

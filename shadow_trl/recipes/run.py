@@ -25,9 +25,10 @@ from ..errors import ConfigError, InputError, OutputExistsError, ShadowError
 from ..evaluation.report import RunReport
 from ..evaluation.scoring import read_rows
 from ..grafting.origins import Origins
-from ..runtime.processes import run_on_main
+from ..runtime.processes import run_on_main, say
+from ..training.preflight import GRAFTED_FOLDER
 from ..training.trainers import ShadowDPOTrainer, ShadowSFTTrainer
-from .compare import DIRECT_FOLDER, Outcome, make_report
+from .compare import Outcome, make_report
 from .data import load_data
 from .options import Options, parse
 
@@ -35,6 +36,7 @@ TRAINERS: dict[str, tuple[Any, Any]] = {"sft": (ShadowSFTTrainer, SFTTrainer), "
 """For each kind of recipe the Shadow trainer and TRL's own, which tunes INSTRUCT directly."""
 
 OUTPUTS_FOLDER = "outputs"
+DIRECT_FOLDER = "direct"
 
 
 def main_sft(argv: Sequence[str] | None = None, *, default_config: str | Path | None = None) -> int:
@@ -102,9 +104,7 @@ def run(kind: str, argv: Sequence[str], default_config: str | Path | None = None
     end_processes(state)
     if not is_main:
         return None
-    if rows:
-        say(f"Scoring the models on {len(rows)} rows of {recipe.score_rows}")
-    report = make_report(options, outcome, rows)
+    report = make_report(options, outcome, rows, output=options.training.output_dir)
     report.write(options.training.output_dir)
     return report
 
@@ -128,7 +128,6 @@ def train_stage(kind: str, options: Options, data: dict[str, Any]) -> Outcome:
     seconds = {"train and graft": _timed(lambda: trainer.train(_resume_point(training)))}
     if not training.graft:
         trainer.save_model()
-    outcome = Outcome(origins, trainer.graft_report, seconds)
     _free(trainer)
     if compare:
         if kind == "dpo":
@@ -137,7 +136,13 @@ def train_stage(kind: str, options: Options, data: dict[str, Any]) -> Outcome:
         _set_revision(direct_args, origins.instruct_revision)
         say(f"Tuning INSTRUCT {origins.instruct} directly, with the same data and settings")
         seconds["tune INSTRUCT directly"] = _timed(lambda: _train_direct(kind, options, origins, direct_args, data))
-    return outcome
+    models = {
+        "instruct": origins.instruct,
+        "direct": direct_args.output_dir if compare else None,
+        "tuned": training.output_dir,
+        "grafted": str(Path(training.output_dir) / GRAFTED_FOLDER) if training.graft else None,
+    }
+    return Outcome(origins, {name: source for name, source in models.items() if source is not None}, seconds)
 
 
 def _resume_point(training: Any) -> str | bool | None:
@@ -275,12 +280,6 @@ def end_processes(state: PartialState) -> None:
     """Destroy the process group, if there is one: the processes go their own ways from here."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         state.destroy_process_group()
-
-
-def say(text: str) -> None:
-    """Print a headline of the run, once for all processes."""
-    if PartialState().is_main_process:
-        print(f"\n== {text}", flush=True)
 
 
 def _timed(work: Any) -> float:
