@@ -152,7 +152,7 @@ class RunReport:
         if graft.get("delta_norm") is not None:
             size = f"delta  norm {graft['delta_norm']:.4g}"
             if graft.get("delta_to_gap") is not None:
-                size += f"; sum|delta| is {graft['delta_to_gap']:.2f} times sum|BASE - INSTRUCT|"
+                size += f"; sum|delta| is {graft['delta_to_gap']:.2g} times sum|BASE - INSTRUCT|"
             lines.append(size)
         if graft.get("realised") is not None:
             noise = f", with rounding noise of {100 * graft['noise']:.1f} % of its norm" if graft.get("noise") else ""

@@ -84,7 +84,7 @@ def _graft_figures(run: Path, origins: Origins, *, scored: bool) -> dict[str, An
         scored: whether all models are on the disk anyway, because they were scored.
     """
     manifest = read_manifest(run / GRAFTED_FOLDER)
-    # There is a graft, so there are all three.
+    # There is a graft, so all three exist.
     assert manifest is not None
     assert origins.base is not None
     assert origins.instruct is not None

@@ -2,8 +2,8 @@
 
     grafted = instruct + scale * (tuned after SFT and DPO - base)
 
-Each stage is a run of its own in `output_dir/sft` and `output_dir/dpo`. A stage that is done stays as it is, so that
-the same command goes on where it stopped.
+Each stage is a run of its own in `output_dir/sft` and `output_dir/dpo`. A finished stage is kept, so the same
+command resumes where it stopped.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ usage: shadow-trl sft-dpo --config FILE.yaml [--stages sft,dpo] [--output_dir DI
 Shadow-SFT on BASE, then Shadow-DPO from its folder: grafted = instruct + scale * (tuned - base).
 
   --config FILE.yaml    sections `sft:` and `dpo:` with the keys of the two recipes; keys of both at the top level
-  --stages sft,dpo      which stages to run (default: both); one that is done is left as it is
+  --stages sft,dpo      which stages to run (default: both); a finished one is kept
   --output_dir DIR      the stages go into DIR/sft and DIR/dpo (default: a new folder below outputs/); the same command
-                        again goes on at the stage that is not done
+                        again resumes with the unfinished stage
   --KEY VALUE           overrides a key for both stages, --sft.KEY or --dpo.KEY for one of them
 
 Keys: shadow-trl sft --help, shadow-trl dpo --help."""
@@ -65,13 +65,13 @@ def run_pipeline(argv: Sequence[str], default_config: str | Path | None = None) 
 
     Args:
         argv: options as for `accelerate launch recipes/shadow_sft_dpo.py`, without the program's name.
-        default_config: YAML file that is used when `argv` names neither `--config` nor `--model_name_or_path`.
+        default_config: YAML file used when `argv` names neither `--config` nor `--model_name_or_path`.
 
     Returns:
-        The report, on the main process; None on every other. It is in `output_dir/report.json` as well.
+        The report, on the main process; None on every other. It is also in `output_dir/report.json`.
 
     Raises:
-        InputError: options, data or models cannot be worked with.
+        InputError: the options, data or models are not usable.
         GraftError: a graft failed after training; the tuned BASE of the stage is saved.
 
     """
@@ -82,7 +82,7 @@ def run_pipeline(argv: Sequence[str], default_config: str | Path | None = None) 
     rows = read_rows(recipe.score_rows) if recipe.score_rows else None
     data = {stage: _load(plan, stage) for stage in plan.left}
     state = PartialState()
-    # No process may begin to write before all of them have seen what is done.
+    # No process may start to write before all of them have seen what is done.
     state.wait_for_everyone()
     seconds: dict[str, float] = {}
     with _folder(plan, state) as root:
@@ -104,14 +104,14 @@ def run_pipeline(argv: Sequence[str], default_config: str | Path | None = None) 
 
 
 def _load(plan: Plan, stage: str) -> dict[str, Any]:
-    """Load the data of a stage before the first one starts: what is wrong with it must not come up after hours."""
+    """Load the data of a stage before the first one starts: its faults must not show up hours later."""
     options = plan.options[stage]
     return load_data(options.script, options.training, train_rows=options.recipe.train_rows)
 
 
 @contextmanager
 def _folder(plan: Plan, state: PartialState) -> Iterator[Path]:
-    """Give the folder of the pipeline; say how to go on in it when a stage fails after another is done."""
+    """Yield the folder of the pipeline; if a stage fails after another is done, say how to resume."""
     if plan.output is not None:
         yield plan.output
         return
@@ -121,7 +121,7 @@ def _folder(plan: Plan, state: PartialState) -> Iterator[Path]:
             yield root
         except BaseException:
             if is_done(root / STAGES[0]):
-                say(f"SFT is done. The same command with --output_dir {root} goes on from there.")
+                say(f"SFT is done. To resume from there, add --output_dir {root} to the same command.")
             raise
 
 
@@ -143,10 +143,10 @@ def _run_stage(plan: Plan, stage: str, root: Path, data: dict[str, Any]) -> None
 def _merge(root: Path, options: Options) -> Path:
     """Merge the adapter of the SFT stage into BASE, in the dtype that the DPO stage trains in; return the folder.
 
-    The folder is a run of its own with the origins of the SFT stage, so that the graft after DPO carries both deltas.
+    The folder is a run in its own right with the origins of the SFT stage, so the graft after DPO carries both deltas.
     """
     merged, run, training = root / MERGED_FOLDER, root / STAGES[0], options.training
-    if merged.is_dir():  # renamed when it was whole
+    if merged.is_dir():  # it was renamed once complete
         return merged
     origins = resolve_origins(str(run), base=training.base_model, instruct=training.instruct_model)
     if origins.adapter is None or origins.policy is None:

@@ -1,7 +1,7 @@
 """Options of the pipeline SFT, then DPO: one YAML file with a section for each stage, and what is left to do.
 
-Keys at the top level are meant for both stages, keys in a section for that stage only. What the stages hand on is
-said once: BASE and INSTRUCT belong to the SFT stage, the DPO stage finds them in the manifest of its folder.
+Keys at the top level are meant for both stages, keys in a section for that stage only. What the stages share is
+given once: BASE and INSTRUCT belong to the SFT stage; the DPO stage finds them in the manifest of its folder.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from ..training.preflight import GRAFTED_FOLDER
 from .options import Options, parse, read_yaml
 
 STAGES = ("sft", "dpo")
-"""Stages of the pipeline in their order; also the names of their sections and folders."""
+"""Stages of the pipeline in order; also the names of their sections and folders."""
 
 ORIGIN_KEYS = (
     "model_name_or_path",
@@ -30,7 +30,7 @@ ORIGIN_KEYS = (
     "base_model",
     "base_revision",
 )
-"""Keys that at the top level are for the SFT stage alone: the DPO stage reads them from its manifest."""
+"""Keys that, at the top level, are for the SFT stage alone: the DPO stage reads them from its manifest."""
 
 TOP_KEYS = ("output_dir", "score_rows", "score_batch_size", "score_max_new_tokens", "score_dtype", "torch_threads")
 """Keys of the whole pipeline, which no section may have."""
@@ -38,13 +38,13 @@ TOP_KEYS = ("output_dir", "score_rows", "score_batch_size", "score_max_new_token
 
 @dataclass(frozen=True)
 class Plan:
-    """What a pipeline was told, and what of it is left to do.
+    """The options of a pipeline, and what is left to do.
 
     Args:
-        stages: the selected stages, in their order.
+        stages: the selected stages, in order.
         options: options of each stage that has any, selected or not.
-        output: folder of the pipeline; None where it gets a new one.
-        left: for each selected stage that is not done, the checkpoint it goes on from, or None.
+        output: folder of the pipeline; None if it gets a new one.
+        left: for each selected stage that is not done, the checkpoint it resumes from, or None.
 
     """
 
@@ -55,7 +55,7 @@ class Plan:
 
 
 def read_plan(argv: Sequence[str], default_config: str | Path | None = None) -> Plan:
-    """Read the options of the pipeline and look which of its stages are done.
+    """Read the options of the pipeline and find out which of its stages are done.
 
     Args:
         argv: `--config FILE`, `--stages sft,dpo`, and overrides: `--sft.KEY VALUE` and `--dpo.KEY VALUE` for one stage,
@@ -67,7 +67,7 @@ def read_plan(argv: Sequence[str], default_config: str | Path | None = None) -> 
 
     Raises:
         ConfigError: an unknown stage, or an unknown, misplaced, repeated or wrong key or value.
-        InputError: the DPO stage alone was asked for, and there is no SFT stage to go on from.
+        InputError: the DPO stage alone was asked for, and there is no SFT stage to start from.
         OutputExistsError: a folder holds a later stage of an SFT stage that is not done, or of other models.
 
     """
@@ -98,7 +98,7 @@ def is_done(folder: Path) -> bool:
 
 
 def last_checkpoint(folder: Path) -> str | None:
-    """Return the last complete checkpoint in `folder`, from which a stage can go on, or None."""
+    """Return the last complete checkpoint in `folder`, from which a stage can resume, or None."""
     found = [
         path
         for path in folder.glob("checkpoint-*")
@@ -141,7 +141,7 @@ def _route(argv: Sequence[str]) -> tuple[dict[str, str], dict[str, list[str]]]:
 
 
 def _stages(given: str | None) -> tuple[str, ...]:
-    """Return the selected stages in their order; all where none was named."""
+    """Return the selected stages in order; all if none was named."""
     names = [name.strip() for name in given.split(",")] if given is not None else list(STAGES)
     unknown = [repr(name) for name in names if name not in STAGES]
     if unknown:
@@ -184,22 +184,22 @@ def _section(stage: str, values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _check_section(stage: str, keys: Sequence[str] | Mapping[str, Any]) -> None:
-    """Refuse keys of the whole pipeline in a section, and a model for the stage that goes on from the one before."""
+    """Refuse keys of the whole pipeline in a section, and a model for the stage that starts from the one before."""
     misplaced = [key for key in keys if key in TOP_KEYS]
     if misplaced:
         raise ConfigError(
             f"{', '.join(misplaced)} in {stage} belongs to the whole pipeline: give it at the top level of the "
-            "configuration, on the command line without the name of a stage. Nothing was written."
+            "configuration, or on the command line without the name of a stage. Nothing was written."
         )
     if stage == "dpo" and "model_name_or_path" in keys:
         raise ConfigError(
-            "model_name_or_path in dpo: the DPO stage goes on from the folder of the SFT stage. For DPO from another "
+            "model_name_or_path in dpo: the DPO stage starts from the folder of the SFT stage. For DPO from another "
             "model use recipes/shadow_dpo.py. Nothing was written."
         )
 
 
 def _check_together(stages: Sequence[str], options: Mapping[str, Options]) -> None:
-    """Refuse what cannot go together in a pipeline."""
+    """Refuse options that cannot be combined in a pipeline."""
     for stage, one in options.items():
         faults = {
             "compare_direct": one.recipe.compare_direct,
@@ -225,7 +225,7 @@ def _check_together(stages: Sequence[str], options: Mapping[str, Options]) -> No
         values = [getattr(one.training, name) for one in (sft, dpo)]
         if values[0] != values[1] and len(stages) > 1:
             raise ConfigError(
-                f"{name} differs: {values[0]} in sft, {values[1]} in dpo. One process has one; give it at the top "
+                f"{name} differs: {values[0]} in sft, {values[1]} in dpo. One process has only one; give it at the top "
                 "level (bf16, fp16, use_cpu), or run the stages one by one with --stages. Nothing was written."
             )
     if dpo.recipe.merge_adapter:
@@ -246,7 +246,7 @@ def _check_together(stages: Sequence[str], options: Mapping[str, Options]) -> No
 
 
 def _left(stages: Sequence[str], options: Mapping[str, Options], output: Path | None) -> dict[str, str | None]:
-    """Return what is left to do: stage -> checkpoint to go on from, or None."""
+    """Return what is left to do: stage -> checkpoint to resume from, or None."""
     if output is None:
         if STAGES[0] not in stages:
             raise InputError(
@@ -258,10 +258,10 @@ def _left(stages: Sequence[str], options: Mapping[str, Options], output: Path | 
     if done and "sft" in options:
         _check_models(first, options)
     if not done and "sft" not in stages:
-        raise InputError(f"--stages dpo goes on from {first}, which holds no run with its graft. Nothing was written.")
+        raise InputError(f"--stages dpo starts from {first}, which holds no run with its graft. Nothing was written.")
     if not done and second.is_dir() and any(second.iterdir()):
         raise OutputExistsError(
-            f"{second} holds something, but the SFT stage before it is not done: it would not belong to the new one. "
+            f"{second} is not empty, but the SFT stage before it is not done: it would not belong to the new one. "
             f"Remove {second}, or choose another output_dir. Nothing was written."
         )
     return {stage: last_checkpoint(output / stage) for stage in stages if not is_done(output / stage)}
@@ -270,7 +270,7 @@ def _left(stages: Sequence[str], options: Mapping[str, Options], output: Path | 
 def _check_models(folder: Path, options: Mapping[str, Options]) -> None:
     """Check that the SFT stage in `folder` was run on the models that the configuration names.
 
-    A folder that has another name from here, but the same weights, is handed to the DPO stage under this name.
+    A folder with the same weights under another name is passed to the DPO stage under that name.
     """
     manifest = read_manifest(folder) or {}
     given = {"base": options["sft"].model.model_name_or_path, "instruct": options["sft"].training.instruct_model}

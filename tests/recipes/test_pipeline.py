@@ -226,8 +226,8 @@ def test_a_stage_has_its_own_overrides(workspace: Path) -> None:
         ([], {"beta": 0.1}, "belongs into its section"),
         (["--dpo.bet", "1"], {}, "--bet"),
         (["--ppo.beta", "1"], {}, "--ppo.beta"),
-        ([], {"dpo": {"model_name_or_path": "x"}}, "goes on from the folder of the SFT stage"),
-        (["--dpo.model_name_or_path", "x"], {}, "goes on from the folder of the SFT stage"),
+        ([], {"dpo": {"model_name_or_path": "x"}}, "starts from the folder of the SFT stage"),
+        (["--dpo.model_name_or_path", "x"], {}, "starts from the folder of the SFT stage"),
         ([], {"dpo": {"output_dir": "x"}}, "output_dir in dpo belongs to the whole pipeline"),
         (["--sft.score_rows", "x"], {}, "score_rows in sft belongs to the whole pipeline"),
         (["--compare_direct"], {}, "compare_direct in sft"),
@@ -297,8 +297,8 @@ def test_a_failed_second_stage_says_how_to_go_on(workspace: Path, capsys: pytest
     assert run(*faulty) == 2
     (root,) = (workspace / "outputs").iterdir()
     shown = capsys.readouterr()
-    assert "the trainer refuses this run" in shown.err
-    assert f"--output_dir {root.relative_to(workspace)} goes on from there" in shown.out
+    assert "the trainer rejected this run" in shown.err
+    assert f"To resume from there, add --output_dir {root.relative_to(workspace)} to the same command" in shown.out
     assert run("--output_dir", str(root.relative_to(workspace))) == 0
     assert is_done(root / "dpo")
 

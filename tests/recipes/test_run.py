@@ -147,7 +147,7 @@ def test_without_a_graft_tuned_is_saved_all_the_same(workspace: Path) -> None:
         ("dpo", ["--dataset_train_split", "validation"], "split train only"),
         ("sft", ["--model_name_or_path", "nothing"], "nothing"),
         ("dpo", ["--instruct_model", "nothing"], "nothing"),
-        ("dpo", ["--loss_type", "apo_zero", "--f_divergence_type", "forward_kl"], "the trainer refuses this run"),
+        ("dpo", ["--loss_type", "apo_zero", "--f_divergence_type", "forward_kl"], "the trainer rejected this run"),
         ("sft", ["--output_dir", "base"], "base"),
     ],
 )
