@@ -198,7 +198,7 @@ def score(
         raise InputError("there are no rows to score.")
     if not getattr(tokenizer, "chat_template", None):
         raise InputError("scoring needs a tokenizer with a chat template; give INSTRUCT's.")
-    ends = _end_tokens(model, tokenizer) if eos_token_ids is None else sorted(set(eos_token_ids))
+    ends = end_tokens(model.generation_config, tokenizer) if eos_token_ids is None else sorted(set(eos_token_ids))
     if not ends:
         raise InputError("neither the model's generation config nor the tokenizer names an end token (EOS).")
     prompts = [
@@ -221,9 +221,9 @@ def score(
     return Scores({kind: tuple(values) for kind, values in hits.items()})
 
 
-def _end_tokens(model: Any, tokenizer: Any) -> list[int]:
-    """Return the ids that end an answer, by the model's generation config and the tokenizer."""
-    named = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+def end_tokens(generation: Any, tokenizer: Any) -> list[int]:
+    """Return the ids that end an answer: those of a generation config, which may be None, and the tokenizer's EOS."""
+    named = getattr(generation, "eos_token_id", None)
     ids = list(named) if isinstance(named, (list, tuple)) else [named]
     return sorted({int(token) for token in (*ids, tokenizer.eos_token_id) if token is not None})
 

@@ -11,7 +11,7 @@ from typing import Any
 from ..checkpoints.manifest import read_manifest
 from ..errors import ShadowError
 from ..evaluation.report import TITLES, Arm, RunReport
-from ..evaluation.scoring import Scores, score
+from ..evaluation.scoring import Scores, end_tokens, score
 from ..grafting.origins import Origins, with_revision
 from ..grafting.reports import GraftReport
 from ..operations.gap import gap
@@ -45,13 +45,13 @@ def make_report(
     titles: Mapping[str, str] = TITLES,
     unscored: tuple[str, ...] = (),
 ) -> RunReport:
-    """Score the models of a run on `rows`, if there are any, and gather all figures. For the main process.
+    """Score the models of a run on `rows`, gather all figures and write `report.json`. For the main process.
 
     Args:
         options: of the recipe, or of the last stage of the pipeline.
         outcome: of the training.
         rows: as `scoring.read_rows` returns them; None scores nothing.
-        output: folder of the recipe or the pipeline.
+        output: folder of the recipe or the pipeline, for `report.json`.
         titles: what the table calls each model. Default `TITLES`.
         unscored: names of models that are listed without scores.
     """
@@ -63,7 +63,7 @@ def make_report(
             scores[name] = score_model(options, outcome.origins, models[name], rows, title=titles[name])
         seconds["score"] = time.perf_counter() - started
     graft = _graft_figures(Path(models["tuned"]), outcome.origins, scored=bool(rows)) if "grafted" in models else None
-    return RunReport(
+    report = RunReport(
         arms=[Arm(name, source, scores.get(name)) for name, source in models.items()],
         output=output,
         graft=graft,
@@ -71,6 +71,8 @@ def make_report(
         seconds={name: round(value, 1) for name, value in seconds.items()},
         titles=titles,
     )
+    report.write(output)
+    return report
 
 
 def _graft_figures(run: Path, origins: Origins, *, scored: bool) -> dict[str, Any]:
@@ -105,9 +107,7 @@ def _graft_figures(run: Path, origins: Origins, *, scored: bool) -> dict[str, An
     return {**figures, "delta_to_gap": share * abs(figures["scale"]) if share is not None else None}
 
 
-def score_model(
-    options: Options, origins: Origins, source: str, rows: list[dict[str, Any]] | None, *, title: str
-) -> Scores:
+def score_model(options: Options, origins: Origins, source: str, rows: list[dict[str, Any]], *, title: str) -> Scores:
     """Score one model, a folder (weights or adapter) or hub id, with INSTRUCT's tokenizer and end tokens."""
     from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
@@ -116,19 +116,18 @@ def score_model(
     revision = origins.instruct_revision or "main"
     tokenizer = AutoTokenizer.from_pretrained(instruct, revision=revision)
     try:
-        ends = GenerationConfig.from_pretrained(instruct, revision=revision).eos_token_id
+        generation = GenerationConfig.from_pretrained(instruct, revision=revision)
     except OSError:  # INSTRUCT has no generation config: the tokenizer's end token alone
-        ends = None
+        generation = None
     model = AutoModelForCausalLM.from_pretrained(
         source, dtype=recipe.score_dtype, revision=revision if source == instruct else "main"
     ).to(options.training.device)
-    listed = ends if isinstance(ends, list) else [ends]
     return score(
         model,
         tokenizer,
-        rows or [],
+        rows,
         batch_size=recipe.score_batch_size,
         max_new_tokens=recipe.score_max_new_tokens,
         progress=None if options.training.disable_tqdm else f"Scoring {title}",
-        eos_token_ids=[token for token in (*listed, tokenizer.eos_token_id) if token is not None],
+        eos_token_ids=end_tokens(generation, tokenizer),
     )

@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
     from trl import ScriptArguments
 
+    from .options import Options
+
 BUILDERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 """Builder of `datasets` for each suffix of a local file."""
 
@@ -18,13 +20,12 @@ ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assi
 """Names of the speakers in ShareGPT's format and what chat templates call them."""
 
 
-def load_data(script: ScriptArguments, training: Any, *, train_rows: int | None = None) -> dict[str, Any]:
+def load_data(options: Options) -> dict[str, Any]:
     """Load the data sets of a run as keyword arguments of a trainer.
 
     Args:
-        script: TRL's arguments of the data; `dataset_name` is a hub id, a local folder or a local file.
-        training: the trainer's config: with an `eval_strategy` other than "no" the test split is loaded too.
-        train_rows: train on this many rows, drawn with the run's seed. Default: all.
+        options: of the recipe. `dataset_name` is a hub id, a local folder or a local file; with an `eval_strategy`
+            other than "no" the test split is loaded too.
 
     Returns:
         `train_dataset`, and `eval_dataset` where there is an evaluation.
@@ -33,6 +34,7 @@ def load_data(script: ScriptArguments, training: Any, *, train_rows: int | None 
         InputError: a data set or split cannot be loaded.
 
     """
+    script, training, train_rows = options.script, options.training, options.recipe.train_rows
     train = load_split(script, script.dataset_train_split)
     if train_rows is not None and train_rows < len(train):
         train = train.shuffle(seed=training.seed).select(range(train_rows))

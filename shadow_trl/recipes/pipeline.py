@@ -31,7 +31,7 @@ from .compare import Outcome, make_report
 from .data import load_data
 from .options import Options
 from .pipeline_options import STAGES, Plan, is_done, read_plan
-from .run import end_processes, exit_code, own_folder, set_model_options, train_stage
+from .run import exit_code, main_remains, own_folder, set_model_options, train_stage
 
 HELP = """\
 usage: shadow-trl sft-dpo --config FILE.yaml [--stages sft,dpo] [--output_dir DIR] [--KEY VALUE ...]
@@ -80,7 +80,8 @@ def run_pipeline(argv: Sequence[str], default_config: str | Path | None = None) 
     if recipe.torch_threads is not None:
         torch.set_num_threads(recipe.torch_threads)
     rows = read_rows(recipe.score_rows) if recipe.score_rows else None
-    data = {stage: _load(plan, stage) for stage in plan.left}
+    # All of it before the first stage starts: faults in the data of DPO must not show up hours later.
+    data = {stage: load_data(plan.options[stage]) for stage in plan.left}
     state = PartialState()
     # No process may start to write before all of them have seen what is done.
     state.wait_for_everyone()
@@ -93,20 +94,7 @@ def run_pipeline(argv: Sequence[str], default_config: str | Path | None = None) 
                 seconds[stage.upper()] = time.perf_counter() - started
             else:
                 say(f"{stage.upper()} is done: {root / stage / GRAFTED_FOLDER}. Remove {root / stage} to run it again.")
-    is_main = state.is_main_process
-    state.wait_for_everyone()
-    end_processes(state)
-    if not is_main:
-        return None
-    report = _make_report(plan, root, rows, seconds)
-    report.write(root)
-    return report
-
-
-def _load(plan: Plan, stage: str) -> dict[str, Any]:
-    """Load the data of a stage before the first one starts: its faults must not show up hours later."""
-    options = plan.options[stage]
-    return load_data(options.script, options.training, train_rows=options.recipe.train_rows)
+    return _make_report(plan, root, rows, seconds) if main_remains(state) else None
 
 
 @contextmanager

@@ -93,20 +93,12 @@ def run(kind: str, argv: Sequence[str], default_config: str | Path | None = None
     if recipe.torch_threads is not None:
         torch.set_num_threads(recipe.torch_threads)
     rows = read_rows(recipe.score_rows) if recipe.score_rows else None
-    data = load_data(options.script, options.training, train_rows=recipe.train_rows)
+    data = load_data(options)
     set_model_options(options)
     state = PartialState()
     with _run_folder(kind, options, state):
         outcome = train_stage(kind, options, data)
-    is_main = state.is_main_process
-    state.wait_for_everyone()
-    # Nothing below needs the other processes: they end here, so no barrier can time out while the main one scores.
-    end_processes(state)
-    if not is_main:
-        return None
-    report = make_report(options, outcome, rows, output=options.training.output_dir)
-    report.write(options.training.output_dir)
-    return report
+    return make_report(options, outcome, rows, output=options.training.output_dir) if main_remains(state) else None
 
 
 def train_stage(kind: str, options: Options, data: dict[str, Any]) -> Outcome:
@@ -276,10 +268,16 @@ def _free(trainer: Any) -> None:
         torch.cuda.empty_cache()
 
 
-def end_processes(state: PartialState) -> None:
-    """Destroy the process group, if there is one: from here on the processes are independent."""
+def main_remains(state: PartialState) -> bool:
+    """Destroy the process group, if there is one, and return whether this is the main process.
+
+    Nothing after training needs the other processes: they end, so no barrier can time out while the main one scores.
+    """
+    is_main = state.is_main_process
+    state.wait_for_everyone()
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         state.destroy_process_group()
+    return is_main
 
 
 def _timed(work: Any) -> float:
