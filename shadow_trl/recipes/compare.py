@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoints.manifest import read_manifest
+from ..checkpoints.sources import with_revision
 from ..errors import ShadowError
 from ..evaluation.report import TITLES, Arm, RunReport
 from ..evaluation.scoring import Scores, end_tokens, score
-from ..grafting.origins import Origins, with_revision
 from ..grafting.reports import GraftReport
 from ..operations.gap import gap
 from ..runtime.processes import say
+from ..training.origins import Origins
 from ..training.preflight import GRAFTED_FOLDER
 from .options import Options
 

@@ -19,13 +19,18 @@ from typing import Any, NoReturn
 import yaml
 from trl import ModelConfig, ScriptArguments, TrlParser
 
-from ..errors import ConfigError, InputError, ShadowError, list_names
+from ..errors import ConfigError, InputError, ShadowError, list_names, one_of
+from ..grafting.options import DTYPES
 from ..training.config import ShadowDPOConfig, ShadowSFTConfig
 
 CONFIGS: dict[str, type[ShadowSFTConfig] | type[ShadowDPOConfig]] = {"sft": ShadowSFTConfig, "dpo": ShadowDPOConfig}
 
 PATH_KEYS = ("model_name_or_path", "instruct_model", "base_model", "dataset_name", "score_rows")
 """Keys whose value may be a path inside the repository of a shipped config."""
+
+
+class UnknownKeysError(ConfigError):
+    """Keys of the YAML file or words of the command line that the recipe does not have."""
 
 
 @dataclass
@@ -61,7 +66,7 @@ class RecipeArguments:
         default="float32",
         metadata={
             "help": "Dtype in which all models answer; auto: that of their files.",
-            "choices": ["auto", "float32", "bfloat16", "float16"],
+            "choices": DTYPES,
         },
     )
     train_rows: int | None = field(default=None, metadata={"help": "Train on this many rows, drawn with the seed."})
@@ -76,9 +81,7 @@ class RecipeArguments:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{name} must be at least 1, not {value}.")
-        choices = ("auto", "float32", "bfloat16", "float16")
-        if self.score_dtype not in choices:
-            raise ConfigError(f"score_dtype must be one of {', '.join(choices)}, not {self.score_dtype!r}.")
+        one_of("score_dtype", self.score_dtype, DTYPES)
 
 
 @dataclass(frozen=True)
@@ -125,9 +128,8 @@ def parse(
 
     """
     words = [word for given in argv for word in (given.split("=", 1) if given.startswith("--config=") else [given])]
-    names_model = any(word.split("=")[0] in ("--model_name_or_path", "--model-name-or-path") for word in words)
     wants_help = "-h" in words or "--help" in words
-    if "--config" not in words and not names_model and not wants_help:
+    if "--config" not in words and not names_model(words) and not wants_help:
         if default_config is None or not Path(default_config).is_file():
             raise ConfigError(
                 "no configuration: pass --config FILE.yaml, or at least --model_name_or_path, --instruct_model and "
@@ -141,6 +143,11 @@ def parse(
     options = Options(script, training, model, recipe, parser.output_given)
     _check_together(options)
     return options
+
+
+def names_model(words: Sequence[str]) -> bool:
+    """Whether the command line names BASE, so that no default configuration is looked for."""
+    return any(word.partition("=")[0] in ("--model_name_or_path", "--model-name-or-path") for word in words)
 
 
 def _check_together(options: Options) -> None:
@@ -191,7 +198,7 @@ class RecipeParser(TrlParser):
         known = {action.dest for action in self._actions}
         unknown = [_with_guess(key, known) for key in values if key not in known]
         if unknown:
-            raise ConfigError(f"{self.config_path} has {len(unknown)} unknown keys:\n{list_names(unknown)}")
+            raise UnknownKeysError(f"{self.config_path} has {len(unknown)} unknown keys:\n{list_names(unknown)}")
         hints = {name: hint for kind in self.dataclass_types for name, hint in typing.get_type_hints(kind).items()}
         wrong = [fault for key, value in values.items() if (fault := _type_fault(key, value, hints[key]))]
         if wrong:
@@ -205,7 +212,7 @@ class RecipeParser(TrlParser):
         if rest:
             known = {option for action in self._actions for option in action.option_strings}
             listed = [_with_guess(word, known) for word in rest]
-            raise ConfigError(
+            raise UnknownKeysError(
                 f"{len(rest)} unknown arguments (abbreviated options are not accepted):\n{list_names(listed)}"
             )
         self.output_given = getattr(namespace, "output_dir", None) is not None

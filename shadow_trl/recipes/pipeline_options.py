@@ -13,11 +13,11 @@ from typing import Any
 
 from trl import get_peft_config
 
-from ..checkpoints.manifest import read_manifest
+from ..checkpoints.manifest import Entry, read_manifest
+from ..checkpoints.sources import weight_digests
 from ..errors import ConfigError, InputError, OutputExistsError, list_names
-from ..grafting.origins import weight_digests
 from ..training.preflight import GRAFTED_FOLDER
-from .options import Options, parse, read_yaml
+from .options import Options, UnknownKeysError, names_model, parse, read_yaml
 
 STAGES = ("sft", "dpo")
 """Stages of the pipeline in order; also the names of their sections and folders."""
@@ -71,10 +71,9 @@ def read_plan(argv: Sequence[str], default_config: str | Path | None = None) -> 
         OutputExistsError: a folder holds a later stage of an SFT stage that is not done, or of other models.
 
     """
-    own, words = _route(argv)
-    stages = _stages(own.get("stages"))
-    config = own.get("config")
-    if config is None and not any(word.split("=")[0] == "--model_name_or_path" for word in words["sft"]):
+    given = _route(argv)
+    stages, config, words = _stages(given.stages), given.config, given.words
+    if config is None and not names_model(words["sft"]):
         if default_config is None or not Path(default_config).is_file():
             raise ConfigError(
                 "no configuration: pass --config FILE.yaml with the sections sft and dpo. Ready ones are in "
@@ -110,8 +109,16 @@ def last_checkpoint(folder: Path) -> str | None:
     return str(max(found, key=lambda path: int(path.name.rpartition("-")[2]))) if found else None
 
 
-def _route(argv: Sequence[str]) -> tuple[dict[str, str], dict[str, list[str]]]:
-    """Return the pipeline's own options and the words for each stage; those of one stage last, so that they win."""
+@dataclass(frozen=True)
+class _CommandLine:
+    words: Mapping[str, list[str]]
+    """Stage -> the words for it; those for this stage alone last, so that they win."""
+    config: str | None = None
+    stages: str | None = None
+
+
+def _route(argv: Sequence[str]) -> _CommandLine:
+    """Sort the words of the command line: the pipeline's own options, and those of its stages."""
     own: dict[str, list[str]] = {}
     shared: dict[str, list[str]] = {stage: [] for stage in STAGES}
     single: dict[str, list[str]] = {stage: [] for stage in STAGES}
@@ -137,7 +144,8 @@ def _route(argv: Sequence[str]) -> tuple[dict[str, str], dict[str, list[str]]]:
     for name, values in own.items():
         if len(values) != 1:
             raise ConfigError(f"--{name} needs one value, not {len(values)}: {' '.join(values)}. Nothing was written.")
-    return {name: values[0] for name, values in own.items()}, {stage: shared[stage] + single[stage] for stage in STAGES}
+    words = {stage: shared[stage] + single[stage] for stage in STAGES}
+    return _CommandLine(words, **{name: values[0] for name, values in own.items()})
 
 
 def _stages(given: str | None) -> tuple[str, ...]:
@@ -165,11 +173,10 @@ def _parse(stage: str, config: str | None, words: list[str]) -> Options:
         )
     except ConfigError as error:
         hint = (
-            "\nA key that only one stage knows belongs into its section, or after --sft. or --dpo. on the command line."
+            "\nA key that only one stage knows belongs in its section, or after --sft. or --dpo. on the command line."
         )
-        raise ConfigError(
-            f"stage {stage}: {error}{hint if 'unknown' in str(error) else ''}\nNothing was written."
-        ) from error
+        unknown = isinstance(error, UnknownKeysError)
+        raise ConfigError(f"stage {stage}: {error}{hint if unknown else ''}\nNothing was written.") from error
 
 
 def _section(stage: str, values: Mapping[str, Any]) -> dict[str, Any]:
@@ -275,12 +282,12 @@ def _check_models(folder: Path, options: Mapping[str, Options]) -> None:
     manifest = read_manifest(folder) or {}
     given = {"base": options["sft"].model.model_name_or_path, "instruct": options["sft"].training.instruct_model}
     for role, source in given.items():
-        entry = manifest.get(role) or {}
-        if source is None or source == entry.get("source"):
+        entry = Entry.read(manifest, role)
+        if source is None or (entry is not None and source == entry.source):
             continue
-        if not Path(source).is_dir() or weight_digests(source) != entry.get("digests"):
+        if entry is None or entry.digests is None or weight_digests(source) != entry.digests:
             raise OutputExistsError(
-                f"the SFT stage in {folder} was run with another {role}: {entry.get('source')} there, {source} in the "
+                f"the SFT stage in {folder} was run with another {role}: {entry} there, {source} in the "
                 "configuration. Choose another output_dir. Nothing was written."
             )
         if "dpo" in options and getattr(options["dpo"].training, f"{role}_model") is None:

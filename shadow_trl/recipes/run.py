@@ -24,8 +24,8 @@ from trl import DPOTrainer, SFTTrainer, get_peft_config, get_quantization_config
 from ..errors import ConfigError, InputError, OutputExistsError, ShadowError
 from ..evaluation.report import RunReport
 from ..evaluation.scoring import read_rows
-from ..grafting.origins import Origins
 from ..runtime.processes import run_on_main, say
+from ..training.origins import Origins
 from ..training.preflight import GRAFTED_FOLDER
 from ..training.trainers import ShadowDPOTrainer, ShadowSFTTrainer
 from .compare import Outcome, make_report
