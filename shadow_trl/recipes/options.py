@@ -64,10 +64,7 @@ class RecipeArguments:
     score_max_new_tokens: int = field(default=64, metadata={"help": "Longest answer in tokens."})
     score_dtype: str = field(
         default="float32",
-        metadata={
-            "help": "Dtype in which all models answer; auto: that of their files.",
-            "choices": DTYPES,
-        },
+        metadata={"help": "Dtype in which all models answer; auto: that of their files.", "choices": DTYPES},
     )
     train_rows: int | None = field(default=None, metadata={"help": "Train on this many rows, drawn with the seed."})
     merge_adapter: bool = field(
