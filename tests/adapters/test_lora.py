@@ -290,3 +290,8 @@ def test_a_change_of_a_shared_head_is_refused_wherever_the_config_says_that_it_i
     module = LoraModule("lm_head", "left", "right", 1.0, (4, 2), transposed=False)
     with pytest.raises(AdapterError, match=r"changes lm_head\.weight, which instruct .* shares with its embedding"):
         place_on({"lm_head": module}, Checkpoint("adapter", None, tmp_path), instruct)
+
+
+def test_an_untie_without_effect_is_reported(sides, tmp_path):
+    report = run(sides, lora(tmp_path / "adapter"), tmp_path / "out", untie=True)
+    assert [text for text in report.warnings if "untie changes nothing" in text]
