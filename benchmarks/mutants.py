@@ -122,34 +122,43 @@ def child(tree: Path, tests: list[str]) -> None:
     os._exit(sys.modules["pytest"].main(["-xq", "-p", "no:cacheprovider", f"--basetemp={tree}.tmp", *tests]))
 
 
+def end(process: multiprocessing.process.BaseProcess) -> None:
+    """End a child with all that it started."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.join()
+
+
 def run(jobs: Iterable[Job], trees: list[Path], limits: dict[str, float]) -> Iterator[tuple[Job, int | None, float]]:
     """Run the jobs, one at a time in each tree: yields job, exit code (None: past the limit of its folder), seconds."""
     waiting, free = iter(jobs), list(trees)
     running: dict[Any, tuple[Job, Path, Any, float]] = {}
-    while True:
-        for job in itertools.islice(waiting, len(free)):
-            tree = free.pop()
-            if job.mutant:
-                (tree / job.module).write_bytes(job.mutant.applied((ROOT / job.module).read_bytes()))
-            process = multiprocessing.get_context("fork").Process(target=child, args=(tree, job.tests))
-            process.start()
-            running[process.sentinel] = (job, tree, process, time.monotonic())
-        if not running:
-            return
-        wait(running, timeout=1)
-        for sentinel, (job, tree, process, start) in list(running.items()):
-            seconds = time.monotonic() - start
-            if (ended := not process.is_alive()) or seconds > limits[job.folder]:
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(process.pid, signal.SIGKILL)
-                process.join()
-                shutil.copyfile(ROOT / job.module, tree / job.module)
-                free.append(tree)
-                del running[sentinel]
-                code = process.exitcode if ended else None
-                if code in (4, 5) or (code and not job.mutant):  # 4, 5: wrong usage, nothing collected
-                    sys.exit(f"{job}: pytest ended with {code}.\n" + (tree / "pytest.log").read_text()[-3000:])
-                yield job, code, seconds
+    try:
+        while True:
+            for job in itertools.islice(waiting, len(free)):
+                tree = free.pop()
+                if job.mutant:
+                    (tree / job.module).write_bytes(job.mutant.applied((ROOT / job.module).read_bytes()))
+                process = multiprocessing.get_context("fork").Process(target=child, args=(tree, job.tests))
+                process.start()
+                running[process.sentinel] = (job, tree, process, time.monotonic())
+            if not running:
+                return
+            wait(running, timeout=1)
+            for sentinel, (job, tree, process, start) in list(running.items()):
+                seconds = time.monotonic() - start
+                if (ended := not process.is_alive()) or seconds > limits[job.folder]:
+                    end(process)
+                    shutil.copyfile(ROOT / job.module, tree / job.module)
+                    free.append(tree)
+                    del running[sentinel]
+                    code = process.exitcode if ended else None
+                    if code in (4, 5) or (code and not job.mutant):  # 4, 5: wrong usage, nothing collected
+                        sys.exit(f"{job}: pytest ended with {code}.\n" + (tree / "pytest.log").read_text()[-3000:])
+                    yield job, code, seconds
+    finally:
+        for _, _, process, _ in running.values():
+            end(process)
 
 
 def copies(folder: Path, number: int) -> list[Path]:
