@@ -74,11 +74,12 @@ class Job(NamedTuple):
 
     @property
     def tests(self) -> list[str]:
-        """What pytest runs: the module's doctests, the test file named after it, the other files of the table."""
+        """What pytest runs: the doctests, the test file named after the module, the other files of the table."""
         paths = [ROOT / name for name in TESTS[self.folder]]
         files = [file for path in paths for file in ([path] if path.is_file() else sorted(path.glob("test_*.py")))]
         files.sort(key=lambda file: file.stem != f"test_{self.module.stem}")
-        return [str(self.module), *(str(file.relative_to(ROOT)) for file in files)]
+        doctests = self.module if self.mutant else self.module.parent
+        return [str(doctests), *(str(file.relative_to(ROOT)) for file in files)]
 
     def is_valid(self) -> bool:
         """Whether the mutant compiles and differs."""
