@@ -111,6 +111,7 @@ def draw(folders: Iterable[str], sample: int, seed: int) -> list[Job]:
 def child(tree: Path, tests: list[str]) -> None:
     """Run pytest in a fork, on the package and the tests of `tree`, and end with its exit code."""
     os.setsid()  # a group of its own, to be ended with all that it starts
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     os.chdir(tree)
     sys.path.insert(0, str(tree))
     # A .pyc would pass for that of a mutant of the same size in the same second.
@@ -227,6 +228,7 @@ def main() -> None:
     parser.add_argument("--only", choices=TESTS, metavar="FOLDER")
     parser.add_argument("--results", type=Path, default=Path("mutants.jsonl"))
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))  # as Ctrl-C: the children are ended first
     jobs = keyed(draw([options.only] if options.only else TESTS, options.sample, options.seed))
     lines = options.results.read_text().splitlines() if options.results.exists() else []
     results = {key: result for key, result in map(json.loads, lines) if key in jobs}
