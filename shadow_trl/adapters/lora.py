@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoints.checkpoint import ADAPTER_CONFIG, Checkpoint
+from ..checkpoints.sources import adapter_base
+from ..checkpoints.weight_names import is_tied
 from ..errors import AdapterError, PairMismatchError, list_names
 from ..layouts.plan import disk_names
 from .kinds import unsupported_features
@@ -78,14 +80,8 @@ def other_adapters(adapter: Checkpoint) -> list[str]:
 
 def base_model_of(adapter: Checkpoint) -> str | None:
     """Return the name of the model under the adapter with its revision, None where the adapter does not say."""
-    name = adapter.adapter_config.get("base_model_name_or_path")
-    revision = adapter.adapter_config.get("revision")
-    if not name:
-        return None
-    beside = adapter.path / str(name)
-    if not Path(name).is_dir() and str(name).startswith(".") and beside.is_dir():
-        return str(beside)
-    return f"{name}@{revision}" if revision and not Path(name).is_dir() else str(name)
+    found = adapter_base(adapter.adapter_config, adapter.path)
+    return None if found is None else str(found)
 
 
 def is_plain(adapter: Checkpoint) -> bool:
@@ -150,7 +146,7 @@ def place_on(modules: Mapping[str, LoraModule], adapter: Checkpoint, instruct: C
             "with "
             "another one (a tied lm_head). Nothing was written."
         )
-    tied = [name for name in placed if name.endswith("lm_head.weight") and instruct.config.get("tie_word_embeddings")]
+    tied = [name for name in placed if name.endswith("lm_head.weight") and is_tied(instruct.config)]
     if tied:
         raise AdapterError(
             f"adapter {adapter} changes {tied[0]}, which instruct {instruct} shares with its embedding: the change "

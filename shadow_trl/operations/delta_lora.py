@@ -15,10 +15,10 @@ from ..adapters.lora import WEIGHTS as ADAPTER_WEIGHTS
 from ..arithmetic.grafter import BLOCK, is_finite
 from ..arithmetic.low_rank import truncate
 from ..checkpoints.checkpoint import ADAPTER_CONFIG, Checkpoint
+from ..checkpoints.weight_names import is_tied
 from ..errors import ConfigError, GraftError, list_names
-from ..grafting.jobs import Jobs
+from ..grafting.jobs import Jobs, WeightJob
 from ..grafting.options import GraftOptions
-from ..grafting.pieces import WeightJob
 from ..grafting.reports import DeltaReport
 from ..results.folder import check_space
 from ..runtime.progress import Progress
@@ -36,7 +36,7 @@ def write_low_rank(
         base: BASE, as the adapter's config is to name it.
         part: folder to write into.
         target: where the result will be, for messages.
-        options: dtype and base_dtype.
+        options: has the dtype.
         rank: of every module.
         progress: whether to show a bar.
 
@@ -58,7 +58,7 @@ def write_low_rank(
         for job in weights:
             module = modules.get(job.name)
             delta = buffer[: math.prod(job.shape)] if module else None
-            squares[job.name] = _measure(job, options.base_dtype, delta)
+            squares[job.name] = _measure(job, delta)
             bar.add(math.prod(job.shape))
             if not math.isfinite(squares[job.name]):
                 bad.append(job.name)
@@ -114,7 +114,7 @@ def _report(
     )  # fmt: skip
 
 
-def _measure(job: WeightJob, base_dtype: str | None, out: Tensor | None) -> float:
+def _measure(job: WeightJob, out: Tensor | None) -> float:
     """Return the sum of squares of a weight's delta; write the delta, fp32, flattened, into `out` where it is given."""
     assert job.base is not None
     assert job.tuned is not None
@@ -122,8 +122,6 @@ def _measure(job: WeightJob, base_dtype: str | None, out: Tensor | None) -> floa
     for start in range(0, math.prod(job.shape), BLOCK):
         stop = min(start + BLOCK, math.prod(job.shape))
         base, tuned = job.base.block(start, stop), job.tuned.block(start, stop)
-        if base_dtype is not None:
-            base = base.to(tuned.dtype if base_dtype == "tuned" else getattr(torch, base_dtype))
         delta = tuned.double() - base.double()
         total += float(torch.dot(delta, delta))
         if out is not None:
@@ -142,7 +140,7 @@ def _linear_modules(layout: Checkpoint, base: Checkpoint) -> dict[str, str]:
     from ..layouts.model_names import ModelNames
 
     names = ModelNames(base)
-    tied = set(names.ties) if _is_tied(base) else set()
+    tied = set(names.ties) if is_tied(base.config) else set()
     linear = {
         f"{name}.weight": name
         for name, module in names.model.named_modules()
@@ -150,11 +148,6 @@ def _linear_modules(layout: Checkpoint, base: Checkpoint) -> dict[str, str]:
     }
     keys = {key: name for key, name in names.keys(layout.specs).items() if len(layout.specs[name].shape) == 2}
     return {name: linear[key] for key, name in keys.items() if key in linear}
-
-
-def _is_tied(base: Checkpoint) -> bool:
-    sections = [base.config, base.config.get("text_config") or {}]
-    return any(section.get("tie_word_embeddings") for section in sections)
 
 
 def _padded(factor: Tensor, rank: int, axis: int) -> Tensor:

@@ -3,13 +3,17 @@ from __future__ import annotations
 import json
 import math
 
+import huggingface_hub
 import pytest
 import torch
 from families import LINEAR, family, load, lora, moved, shapes, write
+from hub_cache import into_cache
 from safetensors.torch import load_file, save_file
 
 from shadow_trl import graft
 from shadow_trl.adapters.kinds import unsupported_features
+from shadow_trl.adapters.lora import LoraModule, place_on
+from shadow_trl.checkpoints.checkpoint import Checkpoint
 from shadow_trl.checkpoints.manifest import read_manifest
 from shadow_trl.errors import AdapterError, ConfigError, GraftError
 
@@ -81,11 +85,10 @@ def test_patterns_of_rank_and_alpha(sides, tmp_path):
 
 @pytest.mark.parametrize("block", [7, 64, 1000])
 def test_blocks_that_cut_rows_do_not_change_the_sum(sides, tmp_path, monkeypatch, block):
-    from shadow_trl.grafting import pieces
     from shadow_trl.grafting import stream as streaming
 
     monkeypatch.setattr(streaming, "CHUNK", 4096)
-    monkeypatch.setattr(pieces, "BLOCK", block)
+    monkeypatch.setattr(streaming, "BLOCK", block)
     adapter = lora(tmp_path / "adapter")
     run(sides, adapter, tmp_path / "out", scale=0.5)
     check(tmp_path / "out", sides["instruct"], deltas(adapter, 1.0))
@@ -188,7 +191,8 @@ def test_the_adapter_form(sides, tmp_path, scale):
 def test_auto_gives_the_adapter_form_for_a_hub_instruct_only(sides, tmp_path, monkeypatch):
     adapter = lora(tmp_path / "adapter")
     assert run(sides, adapter, tmp_path / "a").form == "model"
-    monkeypatch.setattr("shadow_trl.checkpoints.hub._download", lambda name, revision, weights: sides["instruct"])
+    into_cache(tmp_path / "cache", "someone/model", "1" * 40, sides["instruct"], branch="v2")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     hub = {**sides, "instruct": "someone/model@v2"}
     assert run(hub, adapter, tmp_path / "b").form == "adapter"
     config = json.loads((tmp_path / "b" / "adapter_config.json").read_text())
@@ -277,3 +281,12 @@ def test_adapter_on_bf16_instruct_is_rounded_once(sides, tmp_path):
         for name, value in load(tmp_path / "out").items()
     )
     assert off <= 1  # a product in fp32 beside a tie
+
+
+@pytest.mark.parametrize("config", [{"tie_word_embeddings": True}, {"text_config": {"tie_word_embeddings": True}}])
+def test_a_change_of_a_shared_head_is_refused_wherever_the_config_says_that_it_is_shared(tmp_path, config):
+    weights = {"model.embed_tokens.weight": torch.ones(4, 2), "lm_head.weight": torch.ones(4, 2)}
+    instruct = Checkpoint.open(write(tmp_path / "instruct", weights, config=config))
+    module = LoraModule("lm_head", "left", "right", 1.0, (4, 2), transposed=False)
+    with pytest.raises(AdapterError, match=r"changes lm_head\.weight, which instruct .* shares with its embedding"):
+        place_on({"lm_head": module}, Checkpoint("adapter", None, tmp_path), instruct)

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import json
 import math
-from pathlib import Path
 
 import pytest
 import torch
-from datasets import Dataset
 from peft import LoraConfig, PeftModel, PrefixTuningConfig, get_peft_model
 from runs import LORA, dpo, log_probability, lora, saved_files, settings, sft
 from safetensors.torch import load_file
 from tiny import make_tokenizer, preference_data, save_model, sft_data, tiny_config
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 from shadow_trl import ShadowDPOConfig, ShadowDPOTrainer, ShadowSFTConfig, ShadowSFTTrainer
@@ -149,50 +147,6 @@ def test_first_loss_and_margin_by_hand(pair, tmp_path, policy, precompute, with_
     assert log["rewards/margins"] == pytest.approx(sum(margins) / len(margins), abs=2e-5)
 
 
-def test_reference_columns_in_the_data_are_used_and_nothing_is_loaded(pair, tmp_path, monkeypatch):
-    monkeypatch.setattr(
-        "shadow_trl.training.trainers.load_reference", lambda *_, **__: pytest.fail("loaded a reference")
-    )
-    rows = preference_data(4)
-    rows = rows.add_column("ref_chosen_logps", [-1.0] * 4).add_column("ref_rejected_logps", [-2.0] * 4)
-    trainer = dpo(pair, tmp_path, data=rows, ref_policy="instruct", precompute_ref_log_probs=False, graft=False)
-    assert trainer.train_dataset["ref_chosen_logps"][:] == [-1.0] * 4
-    trainer.train()
-
-
-def cached_logps(pair, tmp_path: Path, output: str, **changes) -> list[float]:
-    """Reference log-probabilities of rows in a file, as a new run finds or computes them."""
-    file = tmp_path / "rows.jsonl"
-    if not file.exists():
-        preference_data(4).to_json(file)
-    data = Dataset.from_json(str(file), cache_dir=str(tmp_path / "cache"))
-    trainer = dpo(
-        pair, tmp_path / output, data=data, graft=False, **{"ref_policy": "instruct", "max_length": None, **changes}
-    )
-    return trainer.train_dataset["ref_rejected_logps"][:]
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"ld_alpha": 0.0},
-        {"max_length": 9},
-        {"ref_policy": "init", "precompute_ref_log_probs": True},
-        {"model_init_kwargs": {"dtype": "bfloat16"}},
-    ],
-    ids=lambda changes: next(iter(changes)),
-)
-def test_no_stale_value_from_the_cache(pair, tmp_path, changes):
-    assert cached_logps(pair, tmp_path, "out") != cached_logps(pair, tmp_path, "out", **changes)
-
-
-def test_no_needless_miss_of_the_cache(pair, tmp_path, monkeypatch):
-    # With a length, TRL's filter closes over the whole config: its fingerprint changes with the output folder.
-    first = cached_logps(pair, tmp_path, "one", max_length=64)
-    monkeypatch.setattr(DPOTrainer, "compute_ref_log_probs", lambda *_: pytest.fail("computed again"))
-    assert cached_logps(pair, tmp_path, "another", learning_rate=1.0, seed=9, max_length=64) == first
-
-
 def test_processing_class_is_instructs(pair, tmp_path):
     trainer = sft(pair, tmp_path)
     assert trainer.processing_class.chat_template == AutoTokenizer.from_pretrained(pair[1]).chat_template
@@ -206,10 +160,15 @@ def test_template_missing_in_the_given_processing_class(pair, tmp_path):
 
 
 def test_manifest_at_start_in_checkpoints_and_at_the_end(pair, tmp_path):
+    class AtStart(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            found.append(read_manifest(tmp_path))
+
+    found = []
     trainer = sft(pair, tmp_path, save_strategy="steps", save_steps=1)
-    trainer._start_manifest()
-    started = read_manifest(tmp_path)
+    trainer.add_callback(AtStart())
     trainer.train()
+    started = found[0]
     for folder in (tmp_path, tmp_path / "checkpoint-1"):
         manifest = read_manifest(folder)
         assert manifest == started
@@ -319,6 +278,44 @@ def test_sync_ref_model_and_explicit_reference_are_refused_with_a_policy(pair, t
         dpo(pair, tmp_path, ref_policy=policy, sync_ref_model=True)
     with pytest.raises(ConfigError, match="ref_model"):
         dpo(pair, tmp_path, ref_policy=policy, ref_model=AutoModelForCausalLM.from_pretrained(pair[1]))
+
+
+@pytest.mark.parametrize(
+    ("case", "message"),
+    [
+        ("another adapter", "r: 4 in .*, 8 in peft_config"),
+        ("eval_grafted", "use_dora = True"),
+        ("changed in memory", r"model\.norm\.weight"),
+        ("no INSTRUCT", "no INSTRUCT is known"),
+        ("sync_ref_model", "sync_ref_model"),
+    ],
+)
+def test_what_the_arguments_show_is_refused_before_any_model_is_loaded(pair, tmp_path, monkeypatch, case, message):
+    options = {"ref_policy": "instruct", "precompute_ref_log_probs": False}  # a reference that is loaded at once
+    model, instruct, peft_config = str(pair[0]), str(pair[1]), None
+    if case == "another adapter":
+        sft(pair, tmp_path / "run", peft_config=lora()).train()
+        model, peft_config = str(tmp_path / "run"), LoraConfig(**{**LORA, "r": 8})
+    elif case == "eval_grafted":
+        options, peft_config = {"eval_grafted": True, "graft": False}, LoraConfig(**LORA, use_dora=True)
+    elif case == "changed in memory":
+        model = AutoModelForCausalLM.from_pretrained(pair[0], dtype=torch.float32)
+        model.model.norm.weight.data += 1
+    elif case == "no INSTRUCT":
+        instruct = None
+    else:
+        options["sync_ref_model"] = True
+    for place in ("utils", "dpo_trainer"):
+        monkeypatch.setattr(f"trl.trainer.{place}.create_model_from_path", lambda *_, **__: pytest.fail("loaded"))
+    with pytest.raises((ConfigError, InputError), match=message):
+        ShadowDPOTrainer(
+            model,
+            instruct_model=instruct,
+            args=ShadowDPOConfig(**settings(tmp_path / "out", **options)),
+            train_dataset=preference_data(),
+            peft_config=peft_config,
+        )
+    assert not (tmp_path / "out").exists()
 
 
 def test_existing_graft_is_refused_before_training_and_replaced_when_asked(pair, tmp_path):
