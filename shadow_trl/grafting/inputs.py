@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..adapters.kinds import SCALABLE, START_FOLDER, check_has_delta, kind_of, peft_type
-from ..adapters.lora import LoraModule, base_model_of, is_plain, no_factors, open_tuned, other_adapters, read_lora
+from ..adapters.lora import LoraModule, base_model_of, no_factors, open_tuned, other_adapters, read_lora, streams
 from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.delta import refuse_deltas
 from ..checkpoints.hub import is_hub_id
@@ -76,7 +76,7 @@ class Inputs:
             raise AdapterError(f"instruct {receiver} is an adapter, not a model. Merge it first. Nothing was written.")
         if learnt.is_adapter:
             check_has_delta(learnt.adapter_config)
-        modules = read_lora(learnt) if learnt.is_adapter and _streams(learnt, receiver) else {}
+        modules = read_lora(learnt) if learnt.is_adapter and streams(learnt, receiver) else {}
         named = base is not None
         if base is None:
             base = base_model_of(learnt) if learnt.is_adapter else None
@@ -238,12 +238,6 @@ def no_adapter_form(reasons: list[str], *, rank: bool = True) -> AdapterError:
 def is_local(side: Checkpoint) -> bool:
     """Whether a side was given as a folder and not as a hub id."""
     return Path(side.source).expanduser().is_dir() or not is_hub_id(side.source)
-
-
-def _streams(adapter: Checkpoint, instruct: Checkpoint) -> bool:
-    """Whether an adapter is added without BASE's weights: a plain LoRA that leaves a shared head alone."""
-    tied = instruct.config.get("tie_word_embeddings") and any(".lm_head." in name for name in adapter.specs)
-    return is_plain(adapter) and not tied
 
 
 def _adapter_warnings(inputs: Inputs) -> list[str]:

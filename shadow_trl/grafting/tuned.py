@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..adapters.kinds import kind_of
-from ..adapters.lora import base_model_of, is_plain, open_tuned, place_on, read_lora
+from ..adapters.lora import base_model_of, open_tuned, place_on, read_lora, streams
 from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.delta import refuse_deltas
 from ..checkpoints.header import read_header
@@ -84,7 +84,7 @@ def merged_checkpoint(
         folder: for the changed weights; removed by the caller.
         base_dtype: as in `peft_deltas.merge_into_base`.
     """
-    if not is_plain(adapter):
+    if not streams(adapter, base):
         from ..adapters.peft_layers import merge_into_base
 
         return merge_into_base(base, adapter, folder, base_dtype=base_dtype)
@@ -192,7 +192,7 @@ def _summed(
     base_dtype: str | None,
     loaded: Sequence[str | None],
 ) -> Checkpoint:
-    if all(side.is_adapter and is_plain(side) for side, _ in parts):
+    if all(side.is_adapter and streams(side, None) for side, _ in parts):
         from ..adapters.repoint import concatenated
 
         return concatenated(list(parts), scratch)

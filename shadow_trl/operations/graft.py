@@ -174,7 +174,7 @@ def check_graft(
     folders = [("instruct", receiver.path)]
     if base is not None:
         kind = kind_of(adapter_config or {"peft_type": "LORA"})
-        origin = Checkpoint.open(base, weights=not (adapter and (kind.streams or kind.subtracted)))
+        origin = Checkpoint.open(base, weights=not adapter or kind.needs_base)
         folders.append(("base", origin.path))
         if not adapter:
             origin.check_not_quantised("base")

@@ -15,7 +15,7 @@ import torch
 from accelerate.utils import is_peft_model
 from torch import nn
 
-from ..adapters.kinds import unsupported_features
+from ..adapters.kinds import kind_of
 from ..errors import ConfigError, list_names
 
 
@@ -136,7 +136,7 @@ def check_exchangeable(model: Any, args: Any) -> None:
         reasons.append("BASE is quantised: its weights cannot be exchanged for INSTRUCT's")
     if is_peft_model(model):
         settings = model.peft_config[model.active_adapters[0]].to_dict()
-        reasons += [f"the adapter is more than a plain LoRA: {name}" for name in unsupported_features(settings)]
+        reasons += [f"the adapter is more than a plain LoRA: {name}" for name in kind_of(settings).beyond]
         if args.instruct_scale != 1.0:
             reasons.append("instruct_scale other than 1 needs BASE's weights beside the adapter")
     if reasons:

@@ -16,7 +16,7 @@ import torch
 from accelerate.logging import get_logger
 from accelerate.utils import is_peft_model
 
-from ..adapters.lora import unsupported_features
+from ..adapters.lora import streams
 from ..checkpoints.checkpoint import Checkpoint
 from ..errors import ConfigError
 from ..grafting.jobs import selector
@@ -132,10 +132,8 @@ def _merges_in_memory(origins: Origins, args: Any, quantization_config: Any) -> 
         return False
     if args.instruct_scale != 1.0 or args.graft_vocab != "strict":
         return False
-    names = Checkpoint.open(str(origins.adapter)).specs
-    return not unsupported_features(settings) and all(
-        name.endswith((".lora_A.weight", ".lora_B.weight")) for name in names
-    )
+    instruct = Checkpoint.open(require_instruct(origins), origins.instruct_revision)
+    return streams(Checkpoint.open(str(origins.adapter)), instruct)
 
 
 def _merge_on_instruct(origins: Origins, how: Mapping[str, Any]) -> PreTrainedModel:

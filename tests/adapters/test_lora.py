@@ -9,7 +9,7 @@ from families import LINEAR, family, load, lora, moved, shapes, write
 from safetensors.torch import load_file, save_file
 
 from shadow_trl import graft
-from shadow_trl.adapters.kinds import unsupported_features
+from shadow_trl.adapters.kinds import kind_of
 from shadow_trl.checkpoints.manifest import read_manifest
 from shadow_trl.errors import AdapterError, ConfigError, GraftError
 
@@ -225,12 +225,12 @@ def test_other_shapes_are_refused(sides, tmp_path):
     [
         {"peft_type": "IA3"}, {"use_dora": True}, {"bias": "all"}, {"init_lora_weights": "pissa"}, {"lora_bias": True},
         {"modules_to_save": ["lm_head"]}, {"trainable_token_indices": [1]}, {"target_parameters": ["x"]},
-        {"alora_invocation_tokens": [1]}, {"something_new": True},
+        {"something_new": True},
     ],
 )  # fmt: skip
 def test_features_beyond_a_product_are_named(config):
     (name, value), *_ = config.items()
-    found = unsupported_features({"peft_type": "LORA", "r": 2, "bias": "none", **config})
+    found = kind_of({"peft_type": "LORA", "r": 2, "bias": "none", **config}).beyond
     assert [line.partition("  ")[0] for line in found] == [f"{name} = {value}"]
 
 
@@ -254,7 +254,7 @@ def test_the_settings_of_peft_itself_are_a_plain_lora():
     peft = pytest.importorskip("peft")
     for options in ({}, {"use_rslora": True}, {"rank_pattern": {"q": 4}}, {"init_lora_weights": False}):
         config = peft.LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM", **options).to_dict()
-        assert unsupported_features({**config, "peft_type": "LORA"}) == []
+        assert kind_of({**config, "peft_type": "LORA"}).beyond == ()
 
 
 def test_factors_that_are_not_finite_are_named(sides, tmp_path):
