@@ -6,7 +6,6 @@ others stay BASE's own, where they lie.
 
 from __future__ import annotations
 
-import math
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -225,52 +224,3 @@ def _summed(
         return value
 
     return with_changes(base, ((name, total(name)) for name in changed), scratch / "changed", full[0][0])
-
-
-def truncated(
-    base: Checkpoint, adapter: Checkpoint, rank: int, folder: Path, *, base_dtype: str | None = None
-) -> tuple[Checkpoint, str]:
-    """Return the plain LoRA of a rank that is nearest to an adapter's delta, and what it loses in words.
-
-    Args:
-        base: what the adapter was trained on.
-        adapter: of any type.
-        rank: of the LoRA.
-        folder: made here, removed by the caller.
-        base_dtype: as in `merged_checkpoint`.
-    """
-    from ..adapters.repoint import write_factors
-    from ..adapters.stored import MemoryWeights
-    from ..arithmetic.low_rank import truncate
-    from ..layouts.model_names import ModelNames
-
-    merged, _ = merged_checkpoint(base, adapter, folder / "merged", base_dtype=base_dtype)
-    names = ModelNames(base)
-    before, after = MemoryWeights(base, names), MemoryWeights(merged, names)
-    factors, without, lost, total = {}, [], 0.0, 0.0
-    for name in names.memory:
-        if all(merged.specs[source] == base.specs.get(source) for source in after.sources(name)):
-            continue
-        delta = after[name].double() - before[name].double()
-        size = float(delta.square().sum())
-        total += size
-        if delta.dim() == 2 and name.endswith("_proj.weight"):
-            left, right, energy = truncate(delta, rank)
-            factors[name.removesuffix(".weight")] = (left, right)
-            lost += (1.0 - energy) * size
-        else:
-            without.append(name)
-            lost += size
-    if not factors or not total:
-        raise AdapterError(
-            f"adapter {adapter} changes no projection, so there is no LoRA near it.\n{list_names(without)}\n"
-            "Use format='model'. Nothing was written."
-        )
-    note = f"the adapter is the rank-{rank} part of the delta: relative error {math.sqrt(max(lost, 0.0) / total):.3g}."
-    if without:
-        note += f" {len(without)} changed weights have no room in it.\n{list_names(without)}"
-    settings = {
-        "peft_type": "LORA", "task_type": adapter.adapter_config.get("task_type"), "inference_mode": True,
-        "bias": "none", "lora_dropout": 0.0, "fan_in_fan_out": False, "target_modules": sorted(factors),
-    }  # fmt: skip
-    return write_factors(factors, settings, folder / "lora"), note

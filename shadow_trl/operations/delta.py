@@ -6,12 +6,15 @@ The engine of a graft does the work, with zeros where INSTRUCT would be.
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from ..adapters.lora import base_model_of
 from ..checkpoints.checkpoint import Checkpoint, Place
@@ -29,8 +32,8 @@ from ..grafting.stream import stream
 from ..grafting.tuned import one_tuned
 from ..results.folder import OutputFolder, check_free, check_place, check_space, recover
 from ..runtime.progress import Progress
-from .delta_lora import write_low_rank
 from .graft import arithmetic, check_finite, dense_jobs
+from .truncate import truncated
 
 
 def extract_delta(
@@ -178,8 +181,15 @@ def _write_adapter(
     jobs = dense_jobs(inputs, options, scratch)
     small = copied_files(inputs.instruct, adapter=True)
     with Digests(inputs, [], options) as digests:
-        loaded = replace(options, base_dtype=arithmetic(inputs, options).base_dtype)
-        report = write_low_rank(jobs, inputs.instruct, part, target, loaded, rank, progress)
+        found = truncated(
+            jobs, inputs.instruct, rank, target, dtype=getattr(torch, options.dtype),
+            base_dtype=arithmetic(inputs, options).base_dtype, progress=progress,
+        )  # fmt: skip
+        found.write(part, inputs.instruct)
+        report = DeltaReport(
+            target, "adapter", len(found.factors), options.dtype, delta_norm=math.sqrt(found.total), rank=rank,
+            kept=found.kept, modules=found.modules, lost=found.lost, warnings=found.warnings,
+        )  # fmt: skip
         shutil.rmtree(scratch, ignore_errors=True)
         _finish(part, inputs, report, options, digests=digests.collect(), small=small, left_out=jobs.left_out)
     return report

@@ -27,10 +27,11 @@ from ..grafting.jobs import Jobs, check_rounding, full_jobs, low_rank_jobs, with
 from ..grafting.options import GraftOptions, parse_size
 from ..grafting.reports import GraftReport, graft_figures, graft_warnings
 from ..grafting.stream import Arithmetic, Outcome, stream
-from ..grafting.tuned import merged_checkpoint, one_tuned, subtracted_dtype, truncated
+from ..grafting.tuned import merged_checkpoint, one_tuned, subtracted_dtype
 from ..grafting.weighted import weighted_sources
 from ..results.folder import OutputFolder, check_free, check_place, check_space, recover
 from ..runtime.progress import Progress
+from .truncate import truncated
 
 
 def graft(
@@ -111,7 +112,7 @@ def graft(
         check_place(target, inputs.folders)
         with OutputFolder(target, settings.overwrite) as place:
             if inputs.form == "adapter":
-                report = _write_adapter_form(inputs, place.part, target, settings)
+                report = _write_adapter_form(inputs, place.part, target, settings, progress)
             else:
                 report = _write_dense_form(inputs, place.part, target, settings, progress)
             place.commit()
@@ -232,13 +233,18 @@ def dense_jobs(inputs: Inputs, options: GraftOptions, scratch: Path) -> Jobs:
     return without_unchanged(jobs, options) if inputs.made else jobs
 
 
-def _write_adapter_form(inputs: Inputs, part: Path, target: Path, options: GraftOptions) -> GraftReport:
+def _write_adapter_form(inputs: Inputs, part: Path, target: Path, options: GraftOptions, progress: bool) -> GraftReport:
     from ..adapters.repoint import write_adapter
 
     scratch, notes, adapter = part / ".truncated", list(inputs.warnings), inputs.tuned
     if options.rank is not None:
-        adapter, note = truncated(inputs.base, adapter, options.rank, scratch, base_dtype=options.base_dtype)
-        notes.append(note)
+        merged, _ = merged_checkpoint(inputs.base, adapter, scratch / "merged", base_dtype=options.base_dtype)
+        plan = GraftOptions(untie=True)
+        jobs = without_unchanged(full_jobs(inputs.base, inputs.base, merged, plan, scratch), plan)
+        found = truncated(jobs, inputs.base, options.rank, target, progress=progress)
+        adapter = found.write(scratch / "lora", inputs.base)
+        rank = f"the adapter is the rank-{options.rank} part of the delta: relative error {found.error:.3g}."
+        notes += [rank, *found.warnings]
     elif inputs.modules:
         place_on(inputs.modules, adapter, inputs.instruct)
     small = copied_files(inputs.instruct, adapter=True)
