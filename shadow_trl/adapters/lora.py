@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoints.checkpoint import ADAPTER_CONFIG, Checkpoint
+from ..checkpoints.sources import adapter_base
+from ..checkpoints.weight_names import HEAD_NAMES, is_tied
 from ..errors import AdapterError, PairMismatchError, list_names
-from ..layouts.matching import HEAD_NAMES
 from ..layouts.plan import disk_names
 from .kinds import kind_of
 
@@ -79,14 +80,8 @@ def other_adapters(adapter: Checkpoint) -> list[str]:
 
 def base_model_of(adapter: Checkpoint) -> str | None:
     """Return the name of the model under the adapter with its revision, None where the adapter does not say."""
-    name = adapter.adapter_config.get("base_model_name_or_path")
-    revision = adapter.adapter_config.get("revision")
-    if not name:
-        return None
-    beside = adapter.path / str(name)
-    if not Path(name).is_dir() and str(name).startswith(".") and beside.is_dir():
-        return str(beside)
-    return f"{name}@{revision}" if revision and not Path(name).is_dir() else str(name)
+    found = adapter_base(adapter.adapter_config, adapter.path)
+    return None if found is None else str(found)
 
 
 def streams(adapter: Checkpoint, receiver: Checkpoint | None) -> bool:
@@ -103,13 +98,9 @@ def streams(adapter: Checkpoint, receiver: Checkpoint | None) -> bool:
     if kind_of(adapter.adapter_config).beyond or no_factors(adapter.specs):
         return False
     head = any(f"{name.rpartition('.lora_')[0]}.weight".endswith(HEAD_NAMES) for name in adapter.specs)
-    return receiver is None or not head or _has_own_head(receiver)
-
-
-def _has_own_head(model: Checkpoint) -> bool:
-    parts = [model.config, *(part for part in model.config.values() if isinstance(part, dict))]
-    tied = any(part.get("tie_word_embeddings") for part in parts)
-    return not tied and any(name.endswith(HEAD_NAMES) for name in model.specs)
+    if receiver is None or not head:
+        return True
+    return not is_tied(receiver.config) and any(name.endswith(HEAD_NAMES) for name in receiver.specs)
 
 
 def no_factors(names: Iterable[str]) -> list[str]:

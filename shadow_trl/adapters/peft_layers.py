@@ -28,17 +28,14 @@ from .peft_configs import is_blind, only_module, peft_config_of, tuner_of
 from .stored import MemoryWeights, StoredValues, module_of, read_stored
 
 
-def merge_into_base(
-    base: Checkpoint, adapter: Checkpoint, folder: Path, *, base_dtype: str | None = None
-) -> tuple[Checkpoint, list[str]]:
+def merge_into_base(base: Checkpoint, adapter: Checkpoint, folder: Path) -> tuple[Checkpoint, list[str]]:
     """Return BASE with an adapter of any type merged, and the names in memory of the weights that it changes.
 
     Args:
-        base: what the adapter was trained on.
+        base: what the adapter was trained on. The adapter is a delta to it as training loaded it (`loaded_in`, `tuned`
+            for the dtype of each stored value); the delta is added to BASE as stored.
         adapter: of any PEFT type with a weight delta.
         folder: for the changed weights, in fp32 (fp64 where BASE is fp32); made here, removed by the caller.
-        base_dtype: dtype in which training loaded BASE, `tuned` for that of each stored value: the adapter is a delta
-            to BASE in that dtype, and the delta is added to BASE as it lies.
 
     Returns:
         the merged checkpoint in BASE's layout; its unchanged weights are BASE's files.
@@ -50,11 +47,12 @@ def merge_into_base(
     weights = MemoryWeights(base, names)
     stored = read_stored(adapter, names.memory)
     result = Scratch(weights, folder)
-    loaded = weights if base_dtype in (None, "tuned") else MemoryWeights(base, names, getattr(torch, str(base_dtype)))
+    as_stored = base.loaded_in in (None, "tuned")
+    loaded = weights if as_stored else MemoryWeights(base, names, getattr(torch, str(base.loaded_in)))
     for name, value in _changed_by_layers(adapter, stored, loaded):
-        result.add(name, value if loaded is weights else weights[name].double() + (value - loaded[name].double()))
+        result.add(name, value if as_stored else weights[name].double() + (value - loaded[name].double()))
     for name in stored.names:
-        delta = stored.delta(name, weights[name], base_dtype)
+        delta = stored.delta(name, weights)
         if bool(delta.any()):
             before = result.value(name)
             result.add(name, (weights[name] if before is None else before).double() + delta)

@@ -108,24 +108,15 @@ def write_factors(factors: Mapping[str, tuple[Tensor, Tensor]], config: Mapping[
     return Checkpoint.open(str(folder))
 
 
-def write_adapter(
-    adapter: Checkpoint,
-    base: Checkpoint,
-    instruct: Checkpoint,
-    scale: float,
-    folder: Path,
-    *,
-    base_dtype: str | None = None,
-) -> int:
+def write_adapter(adapter: Checkpoint, base: Checkpoint, instruct: Checkpoint, scale: float, folder: Path) -> int:
     """Write `adapter` into `folder` as an adapter of INSTRUCT and return the number of its modules.
 
     Args:
         adapter: of a kind without obstacles, its start already subtracted.
-        base: what it was trained on; its weights are read only where full values are stored.
+        base: what it was trained on, as training loaded it; its weights are read only where full values are stored.
         instruct: the model it is for; its name and revision as the user gave them go into the config.
         scale: multiplier of the delta.
         folder: where; must exist.
-        base_dtype: as in `merge_into_base`.
     """
     config = {**adapter.adapter_config, "base_model_name_or_path": instruct.source, "revision": instruct.revision}
     (folder / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -143,7 +134,7 @@ def write_adapter(
 
     tensors = {name: _scaled(name, adapter.tensor(name), scale) for name in stored.others}
     for name in stored.names:
-        delta = stored.delta(name, origin[name], base_dtype)
+        delta = stored.delta(name, origin)
         value = receiver[name].double() + scale * delta
         key, ids = stored.rows[name] if name in stored.rows else (stored.values[name], None)
         tensors[key] = (value if ids is None else value[ids]).float()

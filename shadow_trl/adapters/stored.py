@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..checkpoints.checkpoint import Checkpoint
+from ..checkpoints.header import dtype_of
 from ..errors import AdapterError, list_names
 from ..layouts.model_names import ModelNames
 from .lora import PREFIX, nearest_names
@@ -91,17 +92,17 @@ class StoredValues:
         """Names in memory of the weights of which full values are stored."""
         return [*self.values, *self.rows]
 
-    def delta(self, name: str, base: Tensor, base_dtype: str | None) -> Tensor:
+    def delta(self, name: str, base: MemoryWeights) -> Tensor:
         """Return what training added to weight `name`, float64: zero outside the stored rows.
 
         Args:
             name: in memory.
-            base: BASE's weight.
-            base_dtype: dtype in which training loaded BASE; `tuned` for that of the stored value.
+            base: BASE's weights.
         """
         key, ids = self.rows[name] if name in self.rows else (self.values[name], None)
         stored = self.adapter.tensor(key)
-        origin = as_loaded(base, stored, base_dtype)
+        origin, cast = base[name], base.checkpoint.cast(self.adapter.specs[key])
+        origin = (origin if cast is None else origin.to(dtype_of(cast))).double()
         if ids is None:
             _check_shape(self.adapter, key, stored, origin)
             return stored.double() - origin
@@ -131,13 +132,6 @@ def read_stored(adapter: Checkpoint, memory: Mapping[str, Any]) -> StoredValues:
         else:
             found.others.append(key)
     return found
-
-
-def as_loaded(base: Tensor, stored: Tensor, base_dtype: str | None) -> Tensor:
-    """Return BASE's weight as training saw it, in float64."""
-    if base_dtype is None:
-        return base.double()
-    return base.to(stored.dtype if base_dtype == "tuned" else getattr(torch, base_dtype)).double()
 
 
 def without_cast(merged: Checkpoint, start: Checkpoint, base: Checkpoint) -> Iterator[tuple[str, Tensor]]:

@@ -32,7 +32,6 @@ def graft_tensor(
     rounding: str = "nearest",
     seed: int = 0,
     name: str = "",
-    base_dtype: torch.dtype | str | None = None,
 ) -> Tensor:
     """Add to INSTRUCT what training added to BASE.
 
@@ -41,7 +40,7 @@ def graft_tensor(
 
     Args:
         instruct: weight of INSTRUCT, any shape; fp32, bf16, fp16 or fp64.
-        base: weight of BASE, same shape.
+        base: weight of BASE, same shape, in the dtype in which training loaded it.
         tuned: the same weight after training, same shape.
         scale: multiplier of the delta. Default 1.
         instruct_scale: multiplier of the instruction delta (instruct - base). Default 1.
@@ -49,8 +48,6 @@ def graft_tensor(
         rounding: `nearest` (ties to even), or `stochastic`: up or down with the probability that keeps the mean.
         seed: chooses the random numbers of stochastic rounding, together with `name` and each element's index alone.
         name: name of the weight.
-        base_dtype: dtype in which training loaded BASE; BASE is rounded to it before subtracting; `tuned` for
-            the dtype of `tuned`. Default none.
 
     Returns:
         the grafted weight, shape of `instruct`, in `dtype`.
@@ -64,7 +61,7 @@ def graft_tensor(
     if not instruct.shape == base.shape == tuned.shape:
         raise ValueError(f"shapes differ: instruct {instruct.shape}, base {base.shape}, tuned {tuned.shape}")
     grafted = torch.empty(instruct.shape, dtype=dtype or instruct.dtype)
-    grafter = BlockGrafter(scale, instruct_scale, rounding=rounding, seed=seed, base_dtype=base_dtype, stats=False)
+    grafter = BlockGrafter(scale, instruct_scale, rounding=rounding, seed=seed, stats=False)
     flat = [tensor.detach().contiguous().view(-1) for tensor in (grafted, instruct, base, tuned)]
     for start in range(0, grafted.numel(), BLOCK):
         pieces = [tensor[start : start + BLOCK] for tensor in flat]
@@ -76,7 +73,7 @@ class BlockGrafter:
     """Grafts blocks of flattened tensors with scratch memory of its own; one for each thread.
 
     Args:
-        scale, instruct_scale, rounding, seed, base_dtype: as in `graft_tensor`.
+        scale, instruct_scale, rounding, seed: as in `graft_tensor`.
         stats: whether to measure sigma, realised and noise along the way. Default True.
         size: elements of the largest block. Default `BLOCK`.
     """
@@ -88,7 +85,6 @@ class BlockGrafter:
         *,
         rounding: str = "nearest",
         seed: int = 0,
-        base_dtype: torch.dtype | str | None = None,
         stats: bool = True,
         size: int = BLOCK,
     ) -> None:
@@ -96,8 +92,6 @@ class BlockGrafter:
         self.instruct_scale = instruct_scale
         self.rounding = rounding
         self.seed = seed
-        named = isinstance(base_dtype, str) and base_dtype != "tuned"
-        self.base_dtype = getattr(torch, str(base_dtype)) if named else base_dtype
         self.stats = stats
         self.size = size
         self._scratch: dict[tuple[str, torch.dtype], Tensor] = {}
@@ -117,8 +111,6 @@ class BlockGrafter:
         """
         plain = self.scale == 1.0 and self.instruct_scale == 1.0 and self.rounding == "nearest"
         sides = (out, instruct, base, tuned)
-        if self.base_dtype is not None:
-            sides = (out, instruct, base.to(tuned.dtype if self.base_dtype == "tuned" else self.base_dtype), tuned)
         narrow = plain and all(side.dtype == torch.bfloat16 for side in sides)
         step = BLOCK if narrow else _WIDE_BLOCK
         sums = Sums()

@@ -6,6 +6,7 @@ copy, and can be dropped from resident memory as soon as it was used.
 
 from __future__ import annotations
 
+import copy
 import json
 import mmap
 import os
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import CheckpointError, list_names
 from . import header as safetensors_header
 from . import hub
-from .header import TensorSpec
+from .header import CODES, TensorSpec, dtype_of
 
 if TYPE_CHECKING:
     import numpy
@@ -52,6 +53,9 @@ class Checkpoint:
         index: name of the index file, None for a single file.
         files: the weight files, in the order of the index.
         specs: name of each tensor on disk to its `TensorSpec`, in file order.
+        headers: header of each safetensors file.
+        loaded_in: of BASE: torch name of the dtype in which training loaded it, `tuned` for that of each weight of
+            TUNED; None as stored.
     """
 
     source: str
@@ -64,6 +68,7 @@ class Checkpoint:
     files: list[Path] = field(default_factory=list)
     specs: dict[str, TensorSpec] = field(default_factory=dict)
     headers: dict[Path, safetensors_header.Header] = field(default_factory=dict)
+    loaded_in: str | None = None
     _views: dict[str, torch.Tensor] = field(default_factory=dict, repr=False)
 
     @classmethod
@@ -125,6 +130,16 @@ class Checkpoint:
             "16-bit or "
             f"32-bit checkpoint that it was made from, graft, and quantise the result. Nothing was written."
         )
+
+    def loaded(self, dtype: str | None) -> Checkpoint:
+        """Return the same checkpoint as training loaded it: a view with this `loaded_in`."""
+        view = copy.copy(self)
+        view.loaded_in = dtype
+        return view
+
+    def cast(self, tuned: TensorSpec) -> str | None:
+        """Return the code of the dtype in which training loaded the weight that became `tuned`; None as stored."""
+        return tuned.code if self.loaded_in == "tuned" else CODES.get(str(self.loaded_in))
 
     def tensor(self, name: str) -> torch.Tensor:
         """Return tensor `name` in its shape and dtype: a view of the mapped file, not a copy; do not write to it."""
@@ -233,27 +248,34 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class Place:
-    """A tensor on disk.
+    """A tensor on disk, and the dtype in which it is read.
 
     Args:
         checkpoint: which checkpoint.
         name: its name there.
+        cast: code of the dtype that its elements are rounded to as they are read. Default: none, they stay as stored.
     """
 
     checkpoint: Checkpoint
     name: str
+    cast: str | None = None
 
     @property
     def spec(self) -> TensorSpec:
-        """Its dtype, shape and place."""
+        """Its dtype on disk, shape and place."""
         return self.checkpoint.specs[self.name]
 
     def block(self, start: int, stop: int) -> torch.Tensor:
-        """Return elements `start` to `stop` of the flattened tensor."""
-        return self.checkpoint.block(self.name, start, stop)
+        """Return elements `start` to `stop` of the flattened tensor: a copy where they are cast, else a view."""
+        found = self.checkpoint.block(self.name, start, stop)
+        return found if self.cast is None else found.to(dtype_of(self.cast))
+
+    def tensor(self) -> torch.Tensor:
+        """Return the whole tensor in its shape, read as `block` reads it."""
+        return self.block(0, self.spec.numel).view(self.spec.shape)
 
     def array(self, start: int, stop: int) -> numpy.ndarray:
-        """Return the same as an array, see `Checkpoint.array`."""
+        """Return the elements as stored, see `Checkpoint.array`."""
         return self.checkpoint.array(self.name, start, stop)
 
     def release(self, start: int, stop: int) -> None:

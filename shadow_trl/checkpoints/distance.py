@@ -12,7 +12,7 @@ from ..runtime.threads import run_threads
 from .checkpoint import Place
 
 _BLOCK = 512 * 1024
-"""Elements that are summed at a time, as in `deltas.BLOCK`: between calls of numpy the threads wait for each other."""
+"""Elements that are summed at a time, as in `grafter.BLOCK`: between calls of numpy the threads wait for each other."""
 _CHUNK = 4 * _BLOCK
 """Elements that a thread takes at a time, after which it drops their pages."""
 

@@ -61,9 +61,7 @@ class TensorSpec:
     @property
     def dtype(self) -> torch.dtype:
         """The dtype as torch calls it; imports torch."""
-        import torch
-
-        return getattr(torch, TORCH_NAMES[self.code])
+        return dtype_of(self.code)
 
     @property
     def numpy_dtype(self) -> str:
@@ -74,6 +72,13 @@ class TensorSpec:
     def is_float(self) -> bool:
         """Whether the elements are numbers that a graft can add to (not packed, not integers)."""
         return self.code in FLOATS
+
+
+def dtype_of(code: str) -> torch.dtype:
+    """Return the torch dtype of a safetensors code such as `BF16`; imports torch."""
+    import torch
+
+    return getattr(torch, TORCH_NAMES[code])
 
 
 @dataclass(frozen=True)

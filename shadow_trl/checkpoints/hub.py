@@ -25,22 +25,21 @@ def locate(
     Raises:
         CheckpointError: neither a folder nor a repository that can be reached.
     """
-    text = os.fspath(source)
-    if Path(text).expanduser().is_dir():
-        if revision is not None and is_hub_id(text):
-            raise CheckpointError(
-                f"{text} is a local folder, which has no revision {revision!r}. Leave the revision out."
-            )
-        return text, None, Path(text).expanduser()
-    name, _, tail = text.partition("@")
+    name, tail = os.fspath(source), ""
+    if not Path(name).expanduser().is_dir():
+        name, _, tail = name.partition("@")
     if tail and revision is not None and tail != revision:
-        raise CheckpointError(f"{text} and revision={revision!r} name two revisions. Give one of them.")
-    revision = tail or revision
-    if Path(name).expanduser().is_dir():
-        raise CheckpointError(f"{name} is a local folder, which has no revision {revision!r}. Leave the revision out.")
+        raise CheckpointError(f"{source} and revision={revision!r} name two revisions. Give one of them.")
+    revision, folder = tail or revision, Path(name).expanduser()
+    if folder.is_dir():
+        if tail or (revision is not None and is_hub_id(name)):
+            raise CheckpointError(
+                f"{name} is a local folder, which has no revision {revision!r}. Leave the revision out."
+            )
+        return name, None, folder
     if not is_hub_id(name):
         raise CheckpointError(
-            f"there is no folder {text}. Give the folder of a checkpoint, or a hub id like owner/name."
+            f"there is no folder {source}. Give the folder of a checkpoint, or a hub id like owner/name."
         )
     return name, revision, _download(name, revision, weights)
 
@@ -86,7 +85,8 @@ def _download(name: str, revision: str | None, weights: bool) -> Path:
         if weights:
             names = {entry.name for entry in folder.iterdir()}
             pickled = "pytorch_model.bin.index.json" in names and "model.safetensors.index.json" not in names
-            folder = fetch(*_SMALL, *_patterns_of_weights(folder, pickled))
+            safe = ("model*.safetensors", "adapter_model.safetensors", "delta*.safetensors")
+            folder = fetch(*_SMALL, *(("pytorch_model*.bin",) if pickled else safe))
             if not pickled and not any(folder.glob("*.safetensors")):
                 folder = fetch(*_SMALL, "pytorch_model*.bin", "adapter_model.bin")
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError, ValueError) as error:
@@ -97,9 +97,3 @@ def _download(name: str, revision: str | None, weights: bool) -> Path:
             "Check the name, the revision, your access to it and whether offline mode is on."
         ) from error
     return folder
-
-
-def _patterns_of_weights(folder: Path, pickled: bool) -> list[str]:
-    if pickled:
-        return ["pytorch_model*.bin"]
-    return ["model*.safetensors", "adapter_model.safetensors", "delta*.safetensors"]

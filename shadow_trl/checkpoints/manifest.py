@@ -1,4 +1,4 @@
-"""Provenance: `shadow.json` beside a run, a graft or a delta, and the model card of a graft or a delta.
+"""Provenance: `shadow.json` beside a run, a graft or a delta.
 
 Three kinds of manifest. `kind: run` lies in the folder that a Shadow trainer writes (and in its checkpoints) and says
 what was trained from what. `kind: graft` lies in the grafted folder and says what was added to what, with figures.
@@ -13,22 +13,97 @@ import json
 import os
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..errors import CheckpointError
+
+if TYPE_CHECKING:
+    from .checkpoint import Checkpoint
 
 MANIFEST_NAME = "shadow.json"
 FORMAT = 1
 KINDS = ("run", "graft", "delta")
 
 _PACKAGES = ("shadow-trl", "torch", "transformers", "trl", "peft", "accelerate", "safetensors")
-_CITATION = """\
-@article{shadowft2025,
-  title   = {Shadow-FT: Tuning Instruct Model via Training on Paired Base Model},
-  journal = {arXiv preprint arXiv:2505.12716},
-  year    = {2025}
-}"""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What a manifest says of one side: `str()` is the name to open it by, `vars()` what is written.
+
+    Args:
+        source: folder or hub id, as the user gave it.
+        revision: on the hub; None where none was given.
+        digests: file -> `sha256:<hex>`; None where none were taken.
+        folder: whether it was a local folder; None where that is not recorded: then a folder of that name wins.
+    """
+
+    source: str
+    revision: str | None = None
+    digests: dict[str, str] | None = None
+    folder: bool | None = None
+
+    @classmethod
+    def of(cls, source: str, revision: str | None, digests: dict[str, str] | None) -> Entry:
+        """Return the entry of a side that is there now."""
+        return cls(source, revision, digests, Path(source).expanduser().is_dir())
+
+    @classmethod
+    def read(cls, manifest: Mapping[str, Any] | None, role: str) -> Entry | None:
+        """Return what `manifest` says of `role`, None where it says nothing."""
+        found = (manifest or {}).get(role)
+        if not manifest or not found:
+            return None
+        digests = found.get("digests")
+        # Version 0.1.0 did not record it; its runs took digests of every folder and of nothing else.
+        folder = found.get("folder", digests is not None if manifest.get("kind") == "run" else None)
+        return cls(str(found["source"]), found.get("revision"), digests, folder)
+
+    def __str__(self) -> str:
+        return f"{self.source}@{self.revision}" if self.revision else self.source
+
+    def find(self, home: Path, role: str) -> Entry:
+        """Return the entry with the name under which the side is found now: from the current folder, else from `home`.
+
+        What was a folder is never looked up on the hub, and what came from there is never taken from a folder.
+
+        Args:
+            home: the folder of the manifest.
+            role: of the side, for the message.
+
+        Raises:
+            CheckpointError: it was a folder, which is at neither place.
+        """
+        place = next((place for place in self._places(home) if place.is_dir()), None)
+        if place is not None:
+            return replace(self, source=str(place), revision=None)
+        if self.folder:
+            raise CheckpointError(
+                f"{role} of {home} is gone: {self.source} is neither a folder here nor in {home}. {way_out(role)}"
+            )
+        return self
+
+    def changed(self, folder: Path) -> list[str]:
+        """Return the names of the files whose digest is recorded and that `folder` lacks or has otherwise."""
+        digests = (self.digests or {}).items()
+        return [n for n, digest in digests if not (folder / n).is_file() or file_digest(folder / n) != digest]
+
+    def names(self, side: Checkpoint, home: Path) -> bool:
+        """Whether it is `side`, by the same name and revision or as another path of the same folder."""
+        places = [place for place in self._places(home) if place.is_dir()]
+        return str(self) == str(side) or any(place.samefile(side.path) for place in places if side.path.is_dir())
+
+    def _places(self, home: Path) -> list[Path]:
+        return [] if self.folder is False else [Path(self.source).expanduser(), home / self.source]
+
+
+def way_out(role: str) -> str:
+    """Return what helps where the side that a manifest names for `role` is gone or has changed."""
+    if role == "policy":
+        return "Restore it, or merge the adapter into the right model and start from that. Nothing was written."
+    return f"Restore it, or name it: --{role}, in training {role}_model=... Nothing was written."
 
 
 def read_manifest(folder: str | os.PathLike[str]) -> dict[str, Any] | None:
@@ -95,84 +170,3 @@ def file_digest(path: str | os.PathLike[str]) -> str:
         return f"sha256:{real.name}"
     with open(real, "rb") as file:
         return f"sha256:{hashlib.file_digest(file, 'sha256').hexdigest()}"
-
-
-def write_model_card(folder: str | os.PathLike[str], manifest: Mapping[str, Any], *, adapter: bool = False) -> Path:
-    """Write the `README.md` of a grafted model or adapter from its manifest; return its path.
-
-    Args:
-        folder: the folder of the graft, not yet renamed into place.
-        manifest: the content of its `shadow.json`; `base`, `instruct`, `tuned` (each with `source`) and `options`.
-        adapter: whether the folder holds an adapter.
-    """
-    names = {role: _card_name(manifest[role]["source"]) for role in ("instruct", "base", "tuned") if manifest.get(role)}
-    options = manifest.get("options", {})
-    scale = options.get("scale", 1.0)
-    instruct_scale = options.get("instruct_scale", 1.0)
-    formula = "grafted = instruct + scale * (tuned - base)"
-    if instruct_scale != 1.0:
-        formula = "grafted = base + scale * (tuned - base) + instruct_scale * (instruct - base)"
-    lines = ["---"]
-    # Only a hub id is a valid `base_model`; a local folder would be a dead link on the hub.
-    hub_models = [
-        names[role] for role in ("instruct", "base") if role in names and _is_hub_id(manifest[role]["source"])
-    ]
-    if hub_models:
-        lines += ["base_model:", *[f"- {name}" for name in hub_models]]
-        lines += [f"base_model_relation: {'adapter' if adapter else 'merge'}"]
-    lines += ["library_name: " + ("peft" if adapter else "transformers")]
-    lines += ["tags:", "- shadow-trl", "- shadow-ft", "- trl", *(["- lora"] if adapter else []), "---", ""]
-    lines += [f"# {names['instruct']} with a grafted update", "", f"`{formula}`", ""]
-    lines += ["| | |", "|---|---|", *[f"| {role} | {name} |" for role, name in names.items()]]
-    lines += [f"| scale | {scale} |", f"| instruct_scale | {instruct_scale} |", ""]
-    lines += [
-        f"The update was learnt on the base model and added to the instruct model. `{MANIFEST_NAME}` beside this file "
-        "says what was added, with digests and figures. Tokenizer, chat template and generation config are those of "
-        "the instruct model.",
-        "",
-        "## Citation",
-        "",
-        "```bibtex",
-        _CITATION,
-        "```",
-        "",
-    ]
-    path = Path(folder) / "README.md"
-    path.write_text("\n".join(lines), encoding="utf-8")
-    return path
-
-
-def write_delta_card(folder: str | os.PathLike[str], manifest: Mapping[str, Any]) -> Path:
-    """Write the `README.md` of a delta, or of the LoRA made from one, from its manifest; return its path.
-
-    Args:
-        folder: the folder of the delta, not yet renamed into place.
-        manifest: the content of its `shadow.json`; `base`, `tuned` (each with `source`) and `form`.
-    """
-    names = {role: _card_name(manifest[role]["source"]) for role in ("base", "tuned")}
-    adapter = manifest["form"] == "adapter"
-    lines = ["---"]
-    if _is_hub_id(manifest["base"]["source"]):
-        lines += ["base_model:", f"- {names['base']}", *(["base_model_relation: adapter"] if adapter else [])]
-    lines += [*(["library_name: peft"] if adapter else []), "tags:", "- shadow-trl", "- shadow-ft"]
-    lines += [*(["- lora"] if adapter else []), "---", "", f"# What training added to {names['base']}", ""]
-    if adapter:
-        lines += ["`lora_B @ lora_A ~ tuned - base`, by truncated singular value decomposition.", ""]
-    else:
-        lines += ["`delta = tuned - base`. This is no model. Add it to an instruct model of the base with", ""]
-        lines += ["    shadow-trl graft --delta FOLDER --instruct INSTRUCT --output OUTPUT", ""]
-    lines += ["| | |", "|---|---|", *[f"| {role} | {name} |" for role, name in names.items()], ""]
-    lines += [f"`{MANIFEST_NAME}` beside this file has digests and figures.", ""]
-    lines += ["## Citation", "", "```bibtex", _CITATION, "```", ""]
-    path = Path(folder) / "README.md"
-    path.write_text("\n".join(lines), encoding="utf-8")
-    return path
-
-
-def _is_hub_id(source: str) -> bool:
-    return bool(re.fullmatch(r"[\w.\-]+/[\w.\-]+(@[\w.\-/]+)?", source)) and not Path(source.partition("@")[0]).exists()
-
-
-def _card_name(source: str) -> str:
-    # A card is published: of a local path only the folder's name is told.
-    return source.partition("@")[0] if _is_hub_id(source) else Path(source).name

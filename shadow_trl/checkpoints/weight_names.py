@@ -1,11 +1,34 @@
-"""What a weight is by its name: the kind of its module and the layer it sits in, for figures by group."""
+"""What a weight is by its name: head, embedding, projection, the kind of its module, the layer it sits in."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
+from typing import Any
+
+HEAD_NAMES = ("lm_head.weight", "embed_out.weight")
+EMBEDDING_NAMES = tuple(f"{name}.weight" for name in ("embed_tokens", "wte", "embed_in", "word_embeddings"))
+TOKEN_NAMES = (*HEAD_NAMES, *EMBEDDING_NAMES, "embed_tokens_per_layer.weight", "lm_head.bias", "embed_out.bias")
+"""Weights with one row for each token id."""
+COMPUTED_ON_LOAD = re.compile(r"rotary_emb\.inv_freq$|(^|\.)position_ids$")
+"""Buffers that old checkpoints store and transformers computes anew."""
+# The official code adapts these seven projections; it takes their biases too, by accident of a substring match.
+LINEAR = r"(?:^|[._])(?:q|k|v|o|gate|up|down)_proj\.weight$"
 
 _LAYER = re.compile(r"(?:^|.*\.)(?:layers|layer|h|blocks|block)\.\d+(?=\.)")
 _NORM = re.compile(r"norm|(?:^|_)ln(?:_|$)|layernorm", re.IGNORECASE)
+
+
+def is_tied(config: Mapping[str, Any]) -> bool | None:
+    """Whether a config.json says that head and embedding are one weight; None where it says nothing.
+
+    >>> is_tied({"text_config": {"tie_word_embeddings": True}}), is_tied({"tie_word_embeddings": False}), is_tied({})
+    (True, False, None)
+    """
+    parts = [config, *(value for value in config.values() if isinstance(value, dict))]
+    if any(part.get("tie_word_embeddings") is True for part in parts):
+        return True
+    return False if config.get("tie_word_embeddings") is False else None
 
 
 def kind_of(name: str) -> str:

@@ -1,33 +1,53 @@
-"""The files of a result beside its arithmetic: how weights are spread over files, index, config and copied files."""
+"""The files of a result beside its arithmetic: how weights are spread over files, and their index."""
 
 from __future__ import annotations
 
+import bisect
 import json
-import re
-import shutil
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.header import FLOATS, TORCH_NAMES, build_header, nbytes_of
-from .pieces import OutputFile, WeightJob
+from .jobs import WeightJob
 
 INDEX = "model.safetensors.index.json"
 
-# What a model needs beside its weights: tokenizer, template, processor, configs, code named by them, and its licence.
-_COPIED = re.compile(
-    r".*\.(?:json|txt|model|jinja|tiktoken|spm|bpe|vocab)|(?:LICEN[CS]E|NOTICE|USE_POLICY|COPYING).*",
-    re.IGNORECASE | re.DOTALL,
-)
-# Weights of other formats, what training left, and what we write ourselves.
-_NOT_COPIED = re.compile(
-    r".*\.index\.json|shadow\.json|adapter_config\.json|trainer_state\.json|training_args.*|.*_results\.json|"
-    r"quantiz\w*_config\.json|quant_config\.json|requirements.*\.txt|merge.*_config\.json|\..*",
-    re.IGNORECASE,
-)
-_MODEL_ONLY = ("config.json", "generation_config.json")
+
+@dataclass
+class OutputFile:
+    """One file of the result: its header, then its tensors one after another.
+
+    Args:
+        name: file name.
+        header: bytes before the first tensor.
+        jobs: the tensors in the order of their bytes.
+        starts: byte of the file at which each begins.
+        size: bytes of the file.
+    """
+
+    name: str
+    header: bytes
+    jobs: list[WeightJob]
+    starts: list[int] = field(init=False)
+    size: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.starts, at = [], len(self.header)
+        for job in self.jobs:
+            self.starts.append(at)
+            at += nbytes_of(job.code, job.shape)
+        self.size = at
+
+    def parts(self, low: int, high: int) -> Iterator[tuple[WeightJob, int]]:
+        """Yield the tensors with bytes in `low` to `high`, each with the byte of the file at which it begins."""
+        first = max(bisect.bisect_right(self.starts, low) - 1, 0)
+        for job, start in zip(self.jobs[first:], self.starts[first:], strict=True):
+            if start >= high:
+                return
+            yield job, start
 
 
 def plan_files(jobs: list[WeightJob], instruct: Checkpoint, max_shard_size: int | None) -> list[OutputFile]:
@@ -72,31 +92,6 @@ def write_index(files: list[OutputFile], instruct: Checkpoint, folder: Path) -> 
     (folder / INDEX).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-def copied_files(instruct: Checkpoint, *, adapter: bool = False) -> list[Path]:
-    """Return INSTRUCT's files that go into the result as they are (config.json may be edited on the way).
-
-    Args:
-        instruct: the checkpoint.
-        adapter: whether the result is an adapter, which must not look like a model.
-    """
-    code = "auto_map" in json.dumps(instruct.config)
-    chosen = []
-    for path in sorted(instruct.path.iterdir()):
-        if not path.is_file() or _NOT_COPIED.fullmatch(path.name) or (adapter and path.name in _MODEL_ONLY):
-            continue
-        if _COPIED.fullmatch(path.name) or (code and path.suffix == ".py" and not adapter):
-            chosen.append(path)
-    return [*chosen, *sorted((instruct.path / "additional_chat_templates").glob("*.jinja"))]
-
-
-def copy_files(paths: Iterable[Path], instruct: Checkpoint, folder: Path) -> None:
-    """Copy the bytes of `paths` of INSTRUCT into `folder`; links become files."""
-    for path in paths:
-        target = folder / path.relative_to(instruct.path)
-        target.parent.mkdir(exist_ok=True)
-        shutil.copyfile(path, target)
-
-
 def main_dtype(jobs: Iterable[WeightJob]) -> str | None:
     """Return the torch name of the floating dtype in which most elements are written, None without any."""
     counts: Counter[str] = Counter()
@@ -104,41 +99,6 @@ def main_dtype(jobs: Iterable[WeightJob]) -> str | None:
         if job.code in FLOATS:
             counts[job.code] += nbytes_of("U8", job.shape)
     return TORCH_NAMES[counts.most_common(1)[0][0]] if counts else None
-
-
-def write_config(instruct: Checkpoint, folder: Path, dtype: str | None, edits: Mapping[str, Any]) -> None:
-    """Set `dtype`, in sub-configs too, and `edits` in the copied config.json; without a change its bytes stay.
-
-    Args:
-        instruct: the checkpoint whose config.json it is.
-        folder: where the copy is.
-        dtype: torch name of the dtype that was written, for a loader obeys the config and not the file. None keeps it.
-        edits: dotted key -> value.
-    """
-    path = folder / "config.json"
-    if not path.is_file():
-        return
-    config = json.loads(path.read_text(encoding="utf-8"))
-    before = json.dumps(config)
-    if dtype is not None:
-        _set_dtype(config, dtype)
-    for dotted, value in edits.items():
-        section = config
-        *parents, key = dotted.split(".")
-        for parent in parents:
-            section = section[parent]
-        section[key] = value
-    if json.dumps(config) != before:
-        path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def _set_dtype(config: dict[str, Any], dtype: str) -> None:
-    stated = [key for key in ("dtype", "torch_dtype") if key in config]
-    for key in stated or ["dtype"]:
-        config[key] = dtype
-    for value in config.values():
-        if isinstance(value, dict) and ("dtype" in value or "torch_dtype" in value):
-            _set_dtype(value, dtype)
 
 
 def _packed(jobs: list[WeightJob], limit: int) -> list[OutputFile]:

@@ -7,121 +7,148 @@ from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
-from ..adapters.kinds import SCALABLE, START_FOLDER, check_has_delta, kind_of, peft_type
-from ..adapters.lora import LoraModule, base_model_of, no_factors, open_tuned, other_adapters, read_lora, streams
+from ..adapters.kinds import check_has_delta
+from ..adapters.lora import base_model_of, read_lora, streams
 from ..checkpoints.checkpoint import Checkpoint
-from ..checkpoints.delta import refuse_deltas
-from ..checkpoints.hub import is_hub_id
-from ..checkpoints.manifest import file_digest, read_manifest
+from ..checkpoints.delta import DeltaCheckpoint, refuse_deltas
+from ..checkpoints.manifest import Entry, file_digest, read_manifest
+from ..checkpoints.sources import adapter_base
 from ..errors import AdapterError, CheckpointError, ConfigError, list_names
 from ..pair.pairs import ModelPair
-from .jobs import selector
+from .form import adapter_warnings, form_of, no_adapter_form
 from .options import GraftOptions
+from .trained import Delta, Full, PlainLora
+from .tuned import SingleTuned, as_subtracted
 
 Source = str | os.PathLike[str]
 
 
-@dataclass
+@dataclass(frozen=True)
 class Inputs:
-    """The opened sides of a graft and the form that its result takes."""
+    """The opened sides of a graft and the form that its result takes.
 
-    base: Checkpoint
+    Args:
+        instruct: receives the delta.
+        tuned: what is added to it.
+        form: `model` or `adapter`.
+        warnings: what the user should know.
+        reasons: why the result is dense, where an adapter was trained.
+    """
+
     instruct: Checkpoint
-    tuned: Checkpoint
+    tuned: Full | PlainLora | Delta
     form: str
-    modules: dict[str, LoraModule] = field(default_factory=dict)
-    """The factors of a plain LoRA, which is added without BASE's weights; empty for every other TUNED."""
     warnings: list[str] = field(default_factory=list)
     reasons: list[str] = field(default_factory=list)
-    """Why the result is dense, where an adapter was trained."""
-    stages: dict[str, Checkpoint] = field(default_factory=dict)
-    """What TUNED was made of, by role (`start`, `tuned`, `tuned_2`); empty where it is one checkpoint as it lies."""
-    weights: list[float] = field(default_factory=list)
-    """Weight of each delta that TUNED is the sum of."""
-    made: bool = False
-    """Whether TUNED is made here, BASE as it lies plus deltas: `base_dtype` went into these."""
-    recorded: dict[str, Any] = field(default_factory=dict)
-    """Manifest entries of sides that are not read: BASE and TUNED of a delta, as its own manifest names them."""
-
-    @classmethod
-    def open(
-        cls,
-        base: Source | None,
-        instruct: Source,
-        tuned: Source | Checkpoint,
-        options: GraftOptions,
-        stages: dict[str, Checkpoint] | None = None,
-        *,
-        check_pair: bool = True,
-    ) -> Inputs:
-        """Open the sides, check that they belong together, and choose the form of the result.
-
-        Args:
-            base: as in `graft`.
-            instruct: as in `graft`.
-            tuned: as in `graft`, or one checkpoint made of it.
-            options: as in `graft`.
-            stages: what it was made of, by role.
-            check_pair: whether BASE and INSTRUCT are checked against each other; needless where they are one.
-
-        Raises:
-            InputError: a side is missing, quantised or of the wrong kind, or the sides do not fit.
-
-        """
-        refuse_deltas(base=base, instruct=instruct, tuned=None if isinstance(tuned, Checkpoint) else tuned)
-        learnt, receiver = open_tuned(tuned), Checkpoint.open(instruct)
-        if receiver.is_adapter:
-            raise AdapterError(f"instruct {receiver} is an adapter, not a model. Merge it first. Nothing was written.")
-        if learnt.is_adapter:
-            check_has_delta(learnt.adapter_config)
-        modules = read_lora(learnt) if learnt.is_adapter and streams(learnt, receiver) else {}
-        named = base is not None
-        if base is None:
-            base = base_model_of(learnt) if learnt.is_adapter else None
-        if base is None:
-            raise ConfigError(
-                "base is missing: only an adapter that names its own may leave it out. Nothing was written."
-            )
-        weights = not modules or options.instruct_scale != 1.0 or options.rank is not None
-        origin = Checkpoint.open(base, weights=weights) if named else _open_named(learnt, base, weights)
-        if origin.is_adapter:
-            raise AdapterError(f"base {origin} is an adapter, not a model. Merge it first. Nothing was written.")
-        if origin.specs:
-            origin.check_not_quantised("base")
-        receiver.check_not_quantised("instruct")
-        for role, side in (stages or {"tuned": learnt}).items():
-            side.check_not_quantised(role)
-        warnings = ModelPair(origin, receiver).check(vocab=options.vocab) if check_pair else []  # type: ignore[arg-type]
-        warnings += _check_trained(origin, receiver, learnt) if check_pair else []
-        form, reasons = form_of(learnt, receiver, modules, options, made=bool(stages))
-        inputs = cls(origin, receiver, learnt, form, modules, warnings, reasons, stages or {}, made=learnt.is_adapter)
-        inputs.warnings += _adapter_warnings(inputs)
-        return inputs
 
     @property
     def sides(self) -> dict[str, Checkpoint]:
-        """The sides that there are, by role."""
-        if self.recorded:  # a delta: BASE and TUNED are names in its manifest
-            return {"instruct": self.instruct, "delta": self.tuned}
-        return {"base": self.base, "instruct": self.instruct, "tuned": self.tuned, **self.stages}
+        """The checkpoints that are read, by role."""
+        return {**self.tuned.sides, "instruct": self.instruct}
 
     @property
     def folders(self) -> list[tuple[str, Path]]:
         """Role and folder of each side."""
-        return [(role, side.path) for role, side in {**self.sides, "base": self.base}.items()]
+        return [(role, side.path) for role, side in {**self.sides, "base": self.tuned.base}.items()]
 
 
-def _open_named(adapter: Checkpoint, base: Source, weights: bool) -> Checkpoint:
-    """Open the BASE that an adapter's config names."""
+def open_tuned_inputs(
+    single: SingleTuned, instruct: Source, options: GraftOptions, *, check_pair: bool = True
+) -> Inputs:
+    """Open the sides of a graft of TUNED, check that they belong together, and choose the form of the result.
+
+    Args:
+        single: TUNED as one checkpoint, and its BASE.
+        instruct: as in `graft`.
+        options: as in `graft`.
+        check_pair: whether BASE and INSTRUCT are checked against each other; needless where they are one.
+
+    Raises:
+        InputError: a side is missing, quantised or of the wrong kind, or the sides do not fit.
+    """
+    refuse_deltas(base=single.base, instruct=instruct)
+    receiver = _open_model("instruct", instruct)
+    tuned = _open_trained(single, receiver, options)
+    receiver.check_not_quantised("instruct")
+    for role, side in tuned.sides.items():
+        if side.specs:  # BASE of a plain LoRA may be quantised, where its weights are not read
+            side.check_not_quantised(role)
+    warnings = []
+    if check_pair:
+        warnings += ModelPair(tuned.base, receiver).check(vocab=options.vocab)  # type: ignore[arg-type]
+        warnings += _check_trained(tuned.base, receiver, tuned.checkpoint)
+    form, reasons = form_of(tuned, receiver, options)
+    return Inputs(receiver, tuned, form, [*warnings, *adapter_warnings(tuned, receiver, reasons)], reasons)
+
+
+def open_delta(base: Source | None, instruct: Source, delta: Source, options: GraftOptions) -> Inputs:
+    """Open INSTRUCT and a delta and check that they belong together.
+
+    BASE is not needed: the delta's folder holds its config and tokenizer files, and the shapes of its weights. Where
+    BASE is there all the same, its weights are checked too.
+
+    Args:
+        base: BASE, to check the delta and INSTRUCT against; None takes the folder that the delta's manifest names where
+            it is still there, else what the delta's folder keeps of BASE.
+        instruct: receives the delta.
+        delta: the delta's folder or hub id.
+        options: those of `graft`.
+
+    Raises:
+        InputError: a side is missing or of the wrong kind, the sides do not fit, `base` is not what the delta was taken
+            from, or an option needs TUNED.
+    """
+    refuse_deltas(base=base, instruct=instruct)
+    _check_delta_options(options)
+    learnt, receiver = DeltaCheckpoint.open(delta), _open_model("instruct", instruct)
+    receiver.check_not_quantised("instruct")
+    facts = Checkpoint(f"{learnt} (what the delta keeps of base)", None, learnt.path, config=learnt.config)
+    facts.specs, facts.files = learnt.specs, learnt.files
+    origin = _named_base(learnt) if base is None else Checkpoint.open(base)
+    warnings = []
+    if base is not None and origin is not None:
+        warnings += _check_base(origin, learnt, options)
+    level: Literal["configs", "headers"] = "configs" if origin is None else "headers"
+    pair = ModelPair(facts if origin is None else origin, receiver)
+    warnings += pair.check(level=level, vocab=options.vocab)  # type: ignore[arg-type]
+    return Inputs(receiver, Delta(pair.base, learnt), "model", warnings)
+
+
+def _open_trained(single: SingleTuned, receiver: Checkpoint, options: GraftOptions) -> Full:
+    """Open BASE and say of which kind TUNED is."""
+    learnt, stages, weights = single.checkpoint, single.stages, single.weights
+    if learnt.is_adapter:
+        check_has_delta(learnt.adapter_config)
+    modules = read_lora(learnt) if learnt.is_adapter and streams(learnt, receiver) else {}
+    needed = not modules or options.instruct_scale != 1.0 or options.rank is not None
+    base = as_subtracted(_open_base(single, needed).loaded(options.base_dtype), stages)
+    return PlainLora(base, learnt, stages, weights, modules) if modules else Full(base, learnt, stages, weights)
+
+
+def _open_base(single: SingleTuned, weights: bool) -> Checkpoint:
+    """Open the BASE that was given, else the one that an adapter's config names."""
+    if single.base is not None:
+        return _open_model("base", single.base, weights)
+    adapter = single.checkpoint
+    named = base_model_of(adapter) if adapter.is_adapter else None
+    if named is None:
+        raise ConfigError("base is missing: only an adapter that names its own may leave it out. Nothing was written.")
     try:
-        return Checkpoint.open(base, weights=weights)
+        return _open_model("base", named, weights)
     except CheckpointError as error:
         raise CheckpointError(
-            f"adapter {adapter} names {base} as the model that it was trained on, which cannot be used: {error} Where "
+            f"adapter {adapter} names {named} as the model that it was trained on, which cannot be used: {error} Where "
             "that model lies elsewhere, give it with base=... (--base B)."
         ) from error
+
+
+def _open_model(role: str, source: Source, weights: bool = True) -> Checkpoint:
+    side = Checkpoint.open(source, weights=weights)
+    if side.is_adapter:
+        raise AdapterError(f"{role} {side} is an adapter, not a model. Merge it first. Nothing was written.")
+    return side
 
 
 def _check_trained(base: Checkpoint, instruct: Checkpoint, tuned: Checkpoint) -> list[str]:
@@ -131,8 +158,10 @@ def _check_trained(base: Checkpoint, instruct: Checkpoint, tuned: Checkpoint) ->
         a warning where TUNED is INSTRUCT itself.
     """
     manifest = read_manifest(tuned.path) or {}
-    if manifest.get("kind") == "graft" and _is(base, manifest, "base") and not _is(base, manifest, "instruct"):
-        run = (manifest.get("tuned") or {}).get("source", "what was trained")
+    entries = {role: Entry.read(manifest, role) for role in ("base", "instruct")}
+    ours = [role for role, entry in entries.items() if entry is not None and entry.names(base, tuned.path)]
+    if manifest.get("kind") == "graft" and ours == ["base"]:
+        run = Entry.read(manifest, "tuned") or "what was trained"
         raise ConfigError(
             f"tuned {tuned} is a graft of this base, not what training made of it: instruct - base is in it already "
             f"and would be added twice. Give what was trained: {run}. Nothing was written."
@@ -144,131 +173,86 @@ def _check_trained(base: Checkpoint, instruct: Checkpoint, tuned: Checkpoint) ->
     return []
 
 
-def _is(side: Checkpoint, manifest: Mapping[str, Any], role: str) -> bool:
-    """Whether a manifest names `side` in a role."""
-    return _is_called(side, str((manifest.get(role) or {}).get("source")))
-
-
-def _is_called(side: Checkpoint, name: str) -> bool:
-    """Whether `name` is `side`, by the same word or as another path of the same folder."""
-    folder = Path(name).expanduser()
-    return name in (side.source, str(side)) or (folder.is_dir() and side.path.is_dir() and folder.samefile(side.path))
-
-
-def other_base(inputs: Inputs, digests: Mapping[str, Mapping[str, str]]) -> list[str]:
-    """Return a warning for each TUNED that says it was trained on something else than BASE.
+def other_base(tuned: Full | PlainLora | Delta, sides: Mapping[str, Entry]) -> list[str]:
+    """Return a warning for each part of TUNED that says it was trained on something else than BASE.
 
     Args:
-        inputs: of the graft.
-        digests: role -> file -> digest; they decide where the run recorded its own, else the names do.
+        tuned: what is grafted.
+        sides: of the graft, by role; their digests decide where the run recorded its own, else the names do.
     """
     found = []
-    learnt = {role: side for role, side in inputs.stages.items() if role.startswith("tuned")} or {"": inputs.tuned}
-    for tuned in learnt.values():
-        manifest = read_manifest(tuned.path) or {}
-        entry = (manifest.get("base") or {}) if manifest.get("kind") == "run" else {}
-        named = entry.get("source") or (base_model_of(tuned) if tuned.is_adapter else None)
-        recorded, ours = entry.get("digests") or {}, digests.get("base", {})
+    for side in (side for role, side in tuned.sides.items() if role.startswith("tuned")):
+        manifest = read_manifest(side.path) or {}
+        named = Entry.read(manifest, "base") if manifest.get("kind") == "run" else None
+        if named is None:
+            named = adapter_base(side.adapter_config, side.path)
+        if named is None:
+            continue
+        recorded, ours = named.digests or {}, sides["base"].digests or {}
         common = recorded.keys() & ours.keys()
-        same = all(recorded[name] == ours[name] for name in common) if common else _is_called(inputs.base, str(named))
-        if named is not None and not same:
+        same = all(recorded[name] == ours[name] for name in common) if common else named.names(tuned.base, side.path)
+        if not same:
             what = "with other weights" if common else "by its name"
             found.append(
-                f"tuned {tuned} was trained on another base {what}: {named}, and not {inputs.base}. What these two "
+                f"tuned {side} was trained on another base {what}: {named}, and not {tuned.base}. What these two "
                 "differ by is in the delta, unless they are the same weights. Give the base that it was trained on."
             )
     return found
 
 
-def form_of(
-    tuned: Checkpoint, instruct: Checkpoint, modules: dict[str, LoraModule], options: GraftOptions, made: bool = False
-) -> tuple[str, list[str]]:
-    """Return `adapter` or `model`, whichever the result takes, and why an adapter becomes dense weights.
-
-    `made` says that TUNED was made here, of several.
-
-    Raises:
-        AdapterError: an adapter is asked for and there is no exact one.
-    """
-    if options.format == "model" or not tuned.is_adapter:
-        if options.format == "adapter" or options.rank is not None:
-            what = "a sum, which has an adapter form for plain LoRAs only" if made else "a full checkpoint"
-            raise no_adapter_form([f"tuned is {what}  (`shadow-trl delta --rank R` makes a LoRA for base)"], rank=False)
-        return "model", []
-    if options.rank is not None:
-        return "adapter", []
-    reasons = [f"{name} is set" for name in options.dense_only()]
-    reasons += adapter_obstacles(tuned, options.scale)
-    wanted = selector(options)
-    if not all(wanted(f"{module}.weight") for module in modules) or (not modules and options.patterns() is not None):
-        reasons.append("modules leaves out a part of the adapter")
-    if reasons and options.format == "adapter":
-        raise no_adapter_form(reasons)
-    if reasons or options.format == "adapter":
-        return ("model" if reasons else "adapter"), reasons
-    if is_local(instruct):
-        return "model", [f"instruct {instruct} is a local folder, which an adapter would have to name"]
-    return "adapter", []
-
-
-def adapter_obstacles(tuned: Checkpoint, scale: float) -> list[str]:
-    """Return why an adapter has no exact form on INSTRUCT; empty where it has one."""
-    kind = kind_of(tuned.adapter_config)
-    reasons = list(kind.obstacles)
-    if kind.subtracted:
-        others = no_factors(tuned.specs)
-        reasons.append(
-            f"init_lora_weights = {tuned.adapter_config['init_lora_weights']}  "
-            + (f"(with {others[0]})" if others else f"(the adapter as it was before training is not in {START_FOLDER})")
+def _check_delta_options(options: GraftOptions) -> None:
+    if options.format == "adapter" or options.rank is not None:
+        raise no_adapter_form(["the delta is dense; `shadow-trl delta --rank R` makes an adapter of one"])
+    wrong = [
+        f"{name}={getattr(options, name)!r}"
+        for name, plain in (("instruct_scale", 1.0), ("base_dtype", None))
+        if getattr(options, name) != plain
+    ]
+    if wrong:
+        raise ConfigError(
+            f"{' and '.join(wrong)} needs the weights of BASE, which a delta does not have. Give base and tuned in the "
+            "place of delta. Nothing was written."
         )
-    if scale != 1.0 and peft_type(tuned.adapter_config) not in SCALABLE:
-        reasons.append(f"scale = {scale}  (not known how to multiply a {peft_type(tuned.adapter_config)} adapter)")
-    return reasons
 
 
-def no_adapter_form(reasons: list[str], *, rank: bool = True) -> AdapterError:
-    """Return the error for a result that cannot be an exact adapter; `rank` says whether an inexact one can be made."""
-    nearest = "; or rank=R (--rank R): the nearest LoRA of that rank, with its error in the report" if rank else ""
-    return AdapterError(
-        f"there is no exact adapter form of this graft.\n{list_names(reasons)}\nUse format='model', which is "
-        f"exact{nearest}. Nothing was written."
-    )
+def _named_base(delta: DeltaCheckpoint) -> Checkpoint | None:
+    """Return BASE where the delta's manifest names a local folder that is still there, with the same shapes."""
+    entry = Entry.read(delta.manifest, "base")
+    try:
+        source = entry.find(delta.path, "base").source if entry is not None else ""
+        found = Checkpoint.open(source) if Path(source).is_dir() else None
+    except CheckpointError:  # no longer what it was; it is not needed
+        return None
+    shapes = {name: spec.shape for name, spec in found.specs.items()} if found is not None else {}
+    same = all(shapes.get(name, spec.shape) == spec.shape for name, spec in delta.specs.items())
+    return found if same else None
 
 
-def is_local(side: Checkpoint) -> bool:
-    """Whether a side was given as a folder and not as a hub id."""
-    return Path(side.source).expanduser().is_dir() or not is_hub_id(side.source)
-
-
-def _adapter_warnings(inputs: Inputs) -> list[str]:
-    if not inputs.tuned.is_adapter:
-        return []
-    found = []
-    if inputs.reasons and (not is_local(inputs.instruct) or len(adapter_obstacles(inputs.tuned, 1.0))):
-        found.append(f"the result is dense weights, there is no exact adapter form.\n{list_names(inputs.reasons)}")
-    source = inputs.stages.get("tuned", inputs.tuned)
-    others = other_adapters(source)
-    if others:
-        found.append(f"{source} holds further adapters, which are not grafted: {', '.join(others)}.")
-    method = inputs.base.quantisation or ((read_manifest(source.path) or {}).get("quantised"))
-    if method:
-        how = "is the exact product of its factors" if inputs.modules else "is worked out on the BASE that is given"
-        found.append(
-            f"the adapter was trained on a BASE quantised by {method}. Its delta {how}, and a part of it answers to "
-            "the quantisation error, which the full-precision INSTRUCT does not have (docs/adapters.md)."
+def _check_base(base: Checkpoint, delta: DeltaCheckpoint, options: GraftOptions) -> list[str]:
+    """Check a BASE that was given against the digests in the delta's manifest."""
+    entry = Entry.read(delta.manifest, "base")
+    if entry is None or not entry.digests or options.digest == "none":
+        return [f"it was not checked that {base} is the base of delta {delta}: there are no digests to compare."]
+    wrong = entry.changed(base.path)
+    if wrong:
+        raise ConfigError(
+            f"base {base} is not what delta {delta} was taken from: {len(wrong)} of {len(entry.digests)} files are "
+            f"missing or differ from the digests in its manifest.\n{list_names(wrong)}\nGive the base named there "
+            f"({entry}), or leave base out. Nothing was written."
         )
-    return found
+    return []
 
 
 class Digests:
     """SHA-256 of the inputs, worked out while the graft streams."""
 
-    def __init__(self, inputs: Inputs, small: list[Path], options: GraftOptions) -> None:
+    def __init__(self, sides: Mapping[str, Checkpoint], small: list[Path], options: GraftOptions) -> None:
+        self._sides = sides
         self._found: dict[str, dict[str, Future[str]]] = {}
         self._pool = ThreadPoolExecutor(2, thread_name_prefix="digest")
         if options.digest == "none":
             return
-        for role, side in inputs.sides.items():
+        for role, side in sides.items():
             files = [*side.files, *(small if role == "instruct" else [])]
             self._found[role] = {
                 str(path.relative_to(side.path)): self._pool.submit(file_digest, path) for path in files
@@ -280,12 +264,13 @@ class Digests:
     def __exit__(self, *error: object) -> None:
         self._pool.shutdown(cancel_futures=True)
 
-    def collect(self) -> dict[str, dict[str, str]]:
-        """Return role -> file name -> digest."""
+    def collect(self) -> dict[str, Entry]:
+        """Return what the manifest says of each side, by role."""
         try:
-            return {
+            digests = {
                 role: {name: found.result() for name, found in files.items()} for role, files in self._found.items()
             }
+            return {role: Entry.of(side.source, side.revision, digests.get(role)) for role, side in self._sides.items()}
         except OSError as error:
             raise CheckpointError(
                 f"cannot read an input again for its digest: {error}. Nothing was written."

@@ -2,19 +2,68 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from ..adapters.lora import LoraModule, place_on
 from ..checkpoints.checkpoint import Checkpoint, Place
-from ..checkpoints.delta import DeltaCheckpoint, Zeros
+from ..checkpoints.delta import Zeros
 from ..checkpoints.header import CODES
 from ..errors import ConfigError, list_names
 from ..layouts.plan import WeightPlan, resolve
 from .options import GraftOptions
-from .pieces import LowRank, WeightJob
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """A delta `factor * left @ right` of rank r.
+
+    Args:
+        left: lora_B, (rows, r) on disk; lora_A, (r, rows), when `transposed`.
+        right: lora_A, (r, columns) on disk; lora_B, (columns, r), when `transposed`.
+        factor: what the product is multiplied with.
+        columns: columns of the weight.
+        transposed: whether the weight is stored as (in, out), as GPT-2 does.
+    """
+
+    left: Place
+    right: Place
+    factor: float
+    columns: int
+    transposed: bool = False
+
+
+@dataclass(frozen=True)
+class WeightJob:
+    """What to write for one tensor of the result.
+
+    Args:
+        name: name in the result.
+        code: dtype in the result, in the words of safetensors.
+        shape: its shape.
+        instruct: where INSTRUCT's weight lies.
+        base, tuned: where the delta comes from; None where there is none.
+        low_rank: the delta as a product, in the place of `tuned`.
+        runs: ranges of elements that receive the delta, the others are copied; None for all.
+    """
+
+    name: str
+    code: str
+    shape: tuple[int, ...]
+    instruct: Place
+    base: Place | None = None
+    tuned: Place | None = None
+    low_rank: LowRank | None = None
+    runs: tuple[tuple[int, int], ...] | None = None
+
+    @property
+    def grafted(self) -> bool:
+        """Whether the weight receives a delta."""
+        return self.tuned is not None or self.low_rank is not None
+
+    def copied(self) -> WeightJob:
+        """Return the job that writes INSTRUCT's weight as it is."""
+        return WeightJob(self.name, self.code, self.shape, self.instruct)
 
 
 @dataclass
@@ -37,14 +86,27 @@ class Jobs:
     grafted: int = 0
     left_out: list[str] = field(default_factory=list)
 
+    @classmethod
+    def of(cls, weights: list[WeightJob], layout: Checkpoint, options: GraftOptions, **facts: Any) -> Jobs:
+        """Return the plan of `weights`; at scale 0 the result is INSTRUCT bit by bit, so nothing is added."""
+        still = options.scale == 0.0 and options.instruct_scale == 1.0
+        return cls([job.copied() for job in weights] if still else weights, layout, **facts)
+
 
 def full_jobs(
-    base: Checkpoint, instruct: Checkpoint, tuned: Checkpoint, options: GraftOptions, scratch: Path | None
+    base: Checkpoint,
+    instruct: Checkpoint,
+    tuned: Checkpoint,
+    options: GraftOptions,
+    scratch: Path | None,
+    *,
+    is_delta: bool = False,
 ) -> Jobs:
-    """Plan the graft of a full checkpoint, or of a delta: zeros then stand where BASE's weights would.
+    """Plan the graft of full weights. BASE is subtracted as training loaded it.
 
-    Layouts that must be converted are converted in the folder `scratch`; with None only the checks are made for them,
-    and the plan has no weights.
+    From a delta (`is_delta`) zeros are subtracted; `base` then only tells which token rows both sides share. Layouts
+    that must be converted are converted in the folder `scratch`; with None only the checks are made for them, and the
+    plan has no weights.
 
     Raises:
         InputError: a weight that cannot be grafted, or nothing that is selected.
@@ -54,98 +116,33 @@ def full_jobs(
         from ..pair.pairs import shared_rows
 
         rows = shared_rows(base, instruct).ids
-    wanted = selector(options)
-    is_delta = isinstance(tuned, DeltaCheckpoint)
     layout, sides = resolve(
         None if is_delta else base, instruct, tuned, scratch=scratch, vocab=options.vocab, rows=rows,
-        untie=options.untie, wanted=wanted,
+        untie=options.untie, wanted=options.selector(),
     )  # fmt: skip
     home = sides["instruct"]
     origin = Zeros.like(sides["tuned"]) if is_delta else sides["base"]
     names = [plan.name for plan in layout.weights]
-    _check_selection(options, [plan.name for plan in layout.weights if not plan.copied], names)
+    check_selection(options, [plan.name for plan in layout.weights if not plan.copied], names)
     if layout.converts and scratch is None:
         return Jobs([], home, layout.config_edits, layout.warnings, left_out=layout.left_out)
     weights = []
     for plan in layout.weights:
         spec = home.specs[plan.instruct]
-        job = WeightJob(plan.name, _code(spec.code, options), spec.shape, Place(home, plan.instruct))
+        job = WeightJob(plan.name, output_code(spec.code, options), spec.shape, Place(home, plan.instruct))
         if plan.tuned is not None:
-            job = WeightJob(
-                job.name, job.code, job.shape, job.instruct, Place(origin, plan.base or plan.tuned),
-                Place(sides["tuned"], plan.tuned), runs=_runs(plan, spec.shape),
-            )  # fmt: skip
+            end = Place(sides["tuned"], plan.tuned)
+            start = Place(origin, plan.base or plan.tuned, base.cast(end.spec))
+            job = replace(job, base=start, tuned=end, runs=_runs(plan, spec.shape))
         weights.append(job)
     grafted = [job for job in weights if job.grafted]
     edits, warnings = dict(layout.config_edits), list(layout.warnings)
-    warnings += _narrower(grafted, options)
+    warnings += [] if is_delta else _narrower(grafted)
     if options.untie and not edits:
         warnings.append("untie changes nothing: no head has a delta of its own on a tied embedding.")
-    return Jobs(_without_scale(weights, options), home, edits, warnings, len(grafted), layout.left_out)
-
-
-def low_rank_jobs(
-    base: Checkpoint | None,
-    instruct: Checkpoint,
-    adapter: Checkpoint,
-    modules: dict[str, LoraModule],
-    options: GraftOptions,
-    *,
-    scratch: Path,
-) -> Jobs:
-    """Plan the dense graft of a plain LoRA; BASE is needed at another instruct scale only.
-
-    Raises:
-        InputError: a module that does not land on INSTRUCT, or nothing that is selected.
-    """
-    placed = place_on(modules, adapter, instruct)
-    wanted = selector(options)
-    chosen = {name: lora for name, lora in placed.items() if wanted(name)}
-    _check_selection(options, list(chosen), list(placed))
-    shifted = {}
-    if options.instruct_scale != 1.0 and base is not None:
-        # Every weight moves then, not only those under the adapter: BASE without a delta is TUNED.
-        jobs = full_jobs(base, instruct, base, options, scratch)
-        if jobs.layout is not instruct:
-            raise ConfigError(
-                f"instruct {instruct} must be converted for another instruct scale, and an adapter cannot follow it "
-                "there. "
-                "Merge the adapter into base and graft that. Nothing was written."
-            )
-        shifted = {job.name: job for job in jobs.weights}
-    weights = []
-    for name, spec in instruct.specs.items():
-        lora = chosen.get(name)
-        low_rank = None
-        if lora is not None:
-            factors = [Place(adapter, lora.left), Place(adapter, lora.right)]
-            left, right = factors[::-1] if lora.transposed else factors
-            low_rank = LowRank(left, right, lora.factor, spec.shape[1], lora.transposed)
-        job = shifted.get(name)
-        if low_rank is not None:
-            place = job.base if job is not None else None
-            job = WeightJob(
-                name, _code(spec.code, options), spec.shape, Place(instruct, name), place, low_rank=low_rank
-            )
-        elif job is None:
-            job = WeightJob(name, _code(spec.code, options), spec.shape, Place(instruct, name))
-        weights.append(job)
-    return Jobs(_without_scale(weights, options), instruct, grafted=len(chosen))
-
-
-def without_unchanged(jobs: Jobs, options: GraftOptions) -> Jobs:
-    """Copy the weights whose TUNED is BASE's own bytes, where nothing else moves them."""
-    if options.instruct_scale != 1.0:
-        return jobs
-    weights = []
-    for job in jobs.weights:
-        same = (
-            job.base is not None
-            and job.tuned is not None
-            and (job.base.checkpoint.specs[job.base.name] == job.tuned.checkpoint.specs[job.tuned.name])
-        )
-        weights.append(WeightJob(job.name, job.code, job.shape, job.instruct) if same else job)
-    return replace(jobs, weights=weights, grafted=sum(job.grafted for job in weights))
+    return Jobs.of(
+        weights, home, options, config_edits=edits, warnings=warnings, grafted=len(grafted), left_out=layout.left_out
+    )
 
 
 def check_rounding(jobs: Jobs, options: GraftOptions) -> None:
@@ -157,15 +154,7 @@ def check_rounding(jobs: Jobs, options: GraftOptions) -> None:
         )
 
 
-def selector(options: GraftOptions) -> Callable[[str], bool]:
-    """Return the test whether a weight's name is selected by `modules`."""
-    patterns = options.patterns()
-    if patterns is None:
-        return lambda name: True
-    return lambda name: any(pattern.search(name) for pattern in patterns)
-
-
-def _code(stored: str, options: GraftOptions) -> str:
+def output_code(stored: str, options: GraftOptions) -> str:
     """Return the code of the output dtype: only floating weights change theirs."""
     return (
         stored
@@ -190,14 +179,8 @@ def _runs(plan: WeightPlan, shape: tuple[int, ...]) -> tuple[tuple[int, int], ..
     return tuple((start, stop) for start, stop in runs)
 
 
-def _without_scale(weights: list[WeightJob], options: GraftOptions) -> list[WeightJob]:
-    """At scale 0 the result is INSTRUCT, bit by bit: nothing is added."""
-    if options.scale != 0.0 or options.instruct_scale != 1.0:
-        return weights
-    return [WeightJob(job.name, job.code, job.shape, job.instruct) for job in weights]
-
-
-def _check_selection(options: GraftOptions, grafted: list[str], known: list[str]) -> None:
+def check_selection(options: GraftOptions, grafted: list[str], known: list[str]) -> None:
+    """Raise ConfigError if an expression of `modules` matches none of the names `grafted`; `known` are examples."""
     patterns = options.patterns() or []
     idle = [pattern.pattern for pattern in patterns if not any(pattern.search(name) for name in grafted)]
     if not idle and grafted:
@@ -210,17 +193,14 @@ def _check_selection(options: GraftOptions, grafted: list[str], known: list[str]
     )
 
 
-def _narrower(grafted: list[WeightJob], options: GraftOptions) -> list[str]:
-    """Warn when TUNED holds fewer digits than BASE: the cast is then part of the delta."""
-    if options.base_dtype is not None:
-        return []
+def _narrower(grafted: list[WeightJob]) -> list[str]:
+    """Warn when TUNED holds fewer digits than BASE as stored: the cast is then part of the delta."""
     digits = {"F64": 53, "F32": 24, "F16": 11, "BF16": 8}
     names = []
     for job in grafted:
-        if job.base is None or job.tuned is None:
+        if job.base is None or job.tuned is None or job.base.cast is not None:
             continue
-        ours = job.base.checkpoint.specs[job.base.name].code
-        theirs = job.tuned.checkpoint.specs[job.tuned.name].code
+        ours, theirs = job.base.spec.code, job.tuned.spec.code
         if digits[theirs] < digits[ours]:
             names.append(f"{job.name}  base {ours}, tuned {theirs}")
     if not names:

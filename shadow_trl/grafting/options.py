@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ..checkpoints.weight_names import LINEAR
 from ..errors import ConfigError
 
 FORMATS = ("auto", "model", "adapter")
@@ -16,9 +17,6 @@ ROUNDINGS = ("nearest", "stochastic")
 VOCABS = ("strict", "shared")
 DIGESTS = ("sha256", "none")
 BASE_DTYPES = ("tuned", "float64", *DTYPES[1:])
-
-# The official code adapts these seven projections; it takes their biases too, by accident of a substring match.
-LINEAR = r"(?:^|[._])(?:q|k|v|o|gate|up|down)_proj\.weight$"
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
@@ -107,6 +105,13 @@ class GraftOptions:
                     "expressions that are searched in the names of weights. Nothing was written."
                 ) from error
         return compiled
+
+    def selector(self) -> Callable[[str], bool]:
+        """Return the test whether a weight's name is selected by `modules`."""
+        patterns = self.patterns()
+        if patterns is None:
+            return lambda name: True
+        return lambda name: any(pattern.search(name) for pattern in patterns)
 
     def to_dict(self) -> dict[str, Any]:
         """Return what changes the numbers, for the manifest."""

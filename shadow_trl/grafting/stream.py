@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import mmap
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,9 +19,12 @@ from torch import Tensor
 
 from ..arithmetic.grafter import BLOCK, BlockGrafter, is_finite
 from ..arithmetic.sums import Sums
+from ..checkpoints.header import dtype_of
 from ..results.shard_writer import ShardWriter
 from ..runtime.threads import run_threads
-from .pieces import LowRank, OutputFile, WeightJob, blocks_of, dtype_of
+from .files import OutputFile
+from .jobs import LowRank, WeightJob
+from .options import GraftOptions
 
 CHUNK = 4 * 2**20
 """Bytes of a chunk."""
@@ -40,33 +43,10 @@ class Outcome:
     bad: dict[str, list[str]] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
-class Arithmetic:
-    """How to sum; the arguments of `deltas.BlockGrafter`."""
-
-    scale: float = 1.0
-    instruct_scale: float = 1.0
-    rounding: str = "nearest"
-    seed: int = 0
-    base_dtype: str | None = None
-    stats: bool = True
-
-    def grafter(self) -> BlockGrafter:
-        """Return a grafter with scratch memory of its own."""
-        return BlockGrafter(
-            self.scale,
-            self.instruct_scale,
-            rounding=self.rounding,
-            seed=self.seed,
-            base_dtype=self.base_dtype,
-            stats=self.stats,
-        )
-
-
 def stream(
     files: Sequence[OutputFile],
     folder: Path,
-    arithmetic: Arithmetic,
+    options: GraftOptions,
     progress: Callable[[int], None] | None = None,
 ) -> Outcome:
     """Compute and write every file into `folder`.
@@ -74,7 +54,7 @@ def stream(
     Args:
         files: what to write.
         folder: where; must exist.
-        arithmetic: how to sum.
+        options: how to sum.
         progress: called with the number of bytes written since the last call, from several threads.
 
     Returns:
@@ -90,7 +70,7 @@ def stream(
 
     def make_worker() -> Callable[[tuple[int, int]], None]:
         torch.set_num_threads(1)  # of this thread; the others are beside it
-        worker = _Worker(arithmetic, outcome, lock)
+        worker = _Worker(options, outcome, lock)
 
         def work(chunk: tuple[int, int]) -> None:
             number, low = chunk
@@ -127,13 +107,18 @@ def stream(
 class _Worker:
     """The buffer and scratch memory of one thread."""
 
-    def __init__(self, arithmetic: Arithmetic, outcome: Outcome, lock: threading.Lock) -> None:
-        self.arithmetic = arithmetic
+    def __init__(self, options: GraftOptions, outcome: Outcome, lock: threading.Lock) -> None:
         self.outcome = outcome
         self.lock = lock
         self.buffer = mmap.mmap(-1, CHUNK)
         self.bytes = torch.frombuffer(self.buffer, dtype=torch.uint8)
-        self.grafter = arithmetic.grafter()
+        self.grafter = BlockGrafter(
+            options.scale,
+            options.instruct_scale,
+            rounding=options.rounding,
+            seed=options.seed,
+            stats=options.stats,
+        )
         self.spare = torch.empty(BLOCK, dtype=torch.float64).view(torch.uint8)
         self.factors: dict[str, tuple[LowRank, Tensor]] = {}
 
@@ -227,3 +212,25 @@ class _Worker:
             known.extend(
                 side for side in sides or [f"result in {str(out.dtype).removeprefix('torch.')}"] if side not in known
             )
+
+
+def blocks_of(job: WeightJob, first: int, last: int) -> Iterator[tuple[int, int, bool]]:
+    """Cut elements `first` to `last` into blocks: (start, stop, whether the delta is added)."""
+    runs = job.runs if job.runs is not None else ((0, last),)
+    at = first
+    for run_start, run_stop in runs if job.grafted else ():
+        start, stop = max(run_start, at), min(run_stop, last)
+        if start >= stop:
+            continue
+        for low in range(at, start, BLOCK):
+            yield low, min(low + BLOCK, start), False
+        at = start
+        while at < stop:
+            end = min(at + BLOCK, stop)
+            if job.low_rank is not None and end < stop:  # whole rows, where a block has room for one
+                end = max(end // job.low_rank.columns * job.low_rank.columns, 0) or end
+                end = end if end > at else min(at + BLOCK, stop)
+            yield at, end, True
+            at = end
+    for low in range(at, last, BLOCK):
+        yield low, min(low + BLOCK, last), False

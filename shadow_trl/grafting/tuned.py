@@ -6,87 +6,93 @@ others stay BASE's own, where they lie.
 
 from __future__ import annotations
 
+import math
+import os
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..adapters.kinds import kind_of
 from ..adapters.lora import base_model_of, open_tuned, place_on, read_lora, streams
-from ..checkpoints.checkpoint import Checkpoint
+from ..checkpoints.checkpoint import Checkpoint, Place
 from ..checkpoints.delta import refuse_deltas
 from ..checkpoints.header import read_header
+from ..checkpoints.sources import stage_below
 from ..errors import AdapterError, ConfigError, list_names
 from ..results.folder import make_parents, remove_empty
-from .origins import stage_below
-from .weighted import Source, weighted_sources
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-Weighted = tuple[Any, float]
+Source = str | os.PathLike[str]
 Stages = dict[str, Checkpoint]
 
 
+@dataclass(frozen=True)
+class SingleTuned:
+    """TUNED as one checkpoint, and what its delta is measured from.
+
+    Args:
+        base: BASE; None where it was not given and only an adapter's config can name it.
+        checkpoint: TUNED.
+        stages: what it was made of, by role (`start`, `tuned`, `tuned_2`); empty where it is one as stored.
+        weights: weight of each delta that it is the sum of.
+    """
+
+    base: Source | None
+    checkpoint: Checkpoint
+    stages: Stages = field(default_factory=dict)
+    weights: tuple[float, ...] = (1.0,)
+
+
 @contextmanager
-def one_tuned(
-    base: Source | None, tuned: Any, target: Path, base_dtype: str | None = None
-) -> Iterator[tuple[Source | None, Checkpoint, Stages]]:
-    """Give BASE and TUNED of a graft as single checkpoints.
+def one_tuned(base: Source | None, tuned: Any, target: Path, base_dtype: str | None = None) -> Iterator[SingleTuned]:
+    """Give TUNED of a graft as a single checkpoint.
 
     An adapter trained on the full model of an earlier run is merged into that first: its delta is
     (start - base) + B @ A, the adapter alone would lose what the earlier stage learnt. Several sources are summed,
     plain LoRAs as one of higher rank, others as BASE + sum of weight * (tuned - base). A PiSSA or OLoRA whose start was
     kept becomes a plain LoRA.
-
-    Yields:
-        base, tuned, and the checkpoints that TUNED is made of, by role; empty where it is one as it lies.
     """
     sources = weighted_sources(tuned)
     for source, _ in sources:
         refuse_deltas(tuned=source)
     if len(sources) == 1 and sources[0][1] == 1.0 and not _needs_scratch(sources[0][0], base):
-        yield base, open_tuned(sources[0][0]), {}
+        yield SingleTuned(base, open_tuned(sources[0][0]))
         return
     with _scratch_beside(target) as scratch:
         found = [
-            _on_base(base, source, scratch / str(number), base_dtype) for number, (source, _) in enumerate(sources)
+            _on_base(base, source, weight, scratch / str(number), base_dtype)
+            for number, (source, weight) in enumerate(sources)
         ]
-        origins = {str(origin or "not known, since a full checkpoint names none: give base") for origin, _, _ in found}
+        unknown = "not known, since a full checkpoint names none: give base"
+        origins = {str(part.base or unknown) for part in found}
         if len(origins) > 1:
             raise ConfigError(
                 f"the {len(found)} tuned models start from {len(origins)} bases.\n{list_names(sorted(origins))}\n"
                 "Deltas from one base only can be added. Nothing was written."
             )
-        stages: Stages = {}
-        for number, (_, _, parts) in enumerate(found, start=1):
-            for role, part in parts.items():
-                stages[role if number == 1 else f"{role}_{number}"] = part
-        origin, single, _ = found[0]
-        if len(found) == 1 and sources[0][1] == 1.0:
-            yield origin, single, stages
+        if len(found) == 1 and found[0].weights == (1.0,):
+            yield found[0]
         else:
-            sides = [(side, weight) for (_, side, _), (_, weight) in zip(found, sources, strict=True)]
-            loaded = [subtracted_dtype(base_dtype, parts) for _, _, parts in found]
-            yield origin, _summed(origin, sides, scratch / "sum", base_dtype, loaded), stages
+            yield _summed(found, scratch / "sum", base_dtype)
 
 
-def merged_checkpoint(
-    base: Checkpoint, adapter: Checkpoint, folder: Path, *, base_dtype: str | None = None
-) -> tuple[Checkpoint, list[str]]:
+def merged_checkpoint(base: Checkpoint, adapter: Checkpoint, folder: Path) -> tuple[Checkpoint, list[str]]:
     """Return BASE with an adapter merged, in fp32 or wider, and the names of the weights that it changes.
 
     Args:
-        base: what the adapter was trained on.
+        base: what the adapter was trained on, as in `merge_into_base`.
         adapter: of any type.
         folder: for the changed weights; removed by the caller.
-        base_dtype: as in `peft_deltas.merge_into_base`.
     """
     if not streams(adapter, base):
         from ..adapters.peft_layers import merge_into_base
 
-        return merge_into_base(base, adapter, folder, base_dtype=base_dtype)
+        return merge_into_base(base, adapter, folder)
     placed = place_on(read_lora(adapter), adapter, base)
 
     def merge(name: str) -> Tensor:
@@ -149,22 +155,20 @@ def _needs_scratch(source: Source, base: Source | None) -> bool:
     return stage_below(learnt.path, None if base is None else str(base)) is not None
 
 
-def subtracted_dtype(base_dtype: str | None, stages: Stages) -> str | None:
-    """Return the dtype in which BASE is subtracted from a TUNED that is made of `stages`.
+def as_subtracted(base: Checkpoint, stages: Stages) -> Checkpoint:
+    """Return BASE as it is subtracted from a TUNED that is made of `stages`.
 
     An adapter's training loaded the full model of the run before, not BASE: that run saved its weights in the dtype
     that it had loaded BASE in.
     """
-    return "tuned" if base_dtype is not None and "start" in stages else base_dtype
+    return base.loaded("tuned") if base.loaded_in is not None and "start" in stages else base
 
 
-def _on_base(
-    base: Source | None, source: Source, scratch: Path, base_dtype: str | None
-) -> tuple[Source | None, Checkpoint, Stages]:
-    """Return BASE, TUNED and its stages of one source: merged into its start, less its start, or as it is."""
+def _on_base(base: Source | None, source: Source, weight: float, scratch: Path, base_dtype: str | None) -> SingleTuned:
+    """Return one source: merged into its start, less its start, or as it is."""
     learnt = open_tuned(source)
     if not learnt.is_adapter:
-        return base, learnt, {"tuned": learnt}
+        return SingleTuned(base, learnt, {"tuned": learnt}, (weight,))
     tuned = learnt
     if kind_of(learnt.adapter_config).subtracted:
         from ..adapters.repoint import less_start, read_start
@@ -173,54 +177,103 @@ def _on_base(
         tuned = learnt if start is None else less_start(learnt, start, scratch / "less-start")
     below = stage_below(learnt.path, None if base is None else str(base))
     if below is None:
-        return base if base is not None else base_model_of(learnt), tuned, {"tuned": learnt}
-    first = Checkpoint.open(below[0])
-    merged, _ = merged_checkpoint(first, tuned, scratch / "merged", base_dtype=base_dtype)
+        return SingleTuned(base if base is not None else base_model_of(learnt), tuned, {"tuned": learnt}, (weight,))
+    first = Checkpoint.open(below[0]).loaded(base_dtype)
+    merged, _ = merged_checkpoint(first, tuned, scratch / "merged")
     if base_dtype is not None:
         from ..adapters.stored import without_cast
 
         # Merged weights are wider than the start's, and no longer tell in which dtype BASE was loaded for them.
         merged = with_changes(merged, without_cast(merged, first, Checkpoint.open(below[1])), scratch / "plain", learnt)
-    return below[1], merged, {"start": first, "tuned": learnt}
+    return SingleTuned(below[1], merged, {"start": first, "tuned": learnt}, (weight,))
 
 
-def _summed(
-    origin: Source | None,
-    parts: Sequence[Weighted],
-    scratch: Path,
-    base_dtype: str | None,
-    loaded: Sequence[str | None],
-) -> Checkpoint:
-    if all(side.is_adapter and streams(side, None) for side, _ in parts):
+def _summed(parts: Sequence[SingleTuned], scratch: Path, base_dtype: str | None) -> SingleTuned:
+    """Return the weighted sum of several: plain LoRAs as one of higher rank, others as BASE with changed weights."""
+    origin = parts[0].base
+    stages = {
+        role if number == 1 else f"{role}_{number}": side
+        for number, part in enumerate(parts, start=1)
+        for role, side in part.stages.items()
+    }
+    if all(part.checkpoint.is_adapter and streams(part.checkpoint, None) for part in parts):
         from ..adapters.repoint import concatenated
 
-        return concatenated(list(parts), scratch)
-    if origin is None:
+        total = concatenated([(part.checkpoint, part.weights[0]) for part in parts], scratch)
+    elif origin is None:
         raise ConfigError("base is missing: the deltas of full checkpoints are measured from it. Nothing was written.")
-    from ..adapters.stored import as_loaded
+    else:
+        total = _summed_on(Checkpoint.open(origin).loaded(base_dtype), parts, scratch)
+    return SingleTuned(origin, total, stages, tuple(part.weights[0] for part in parts))
 
-    base = Checkpoint.open(origin)
-    full = [
-        (merged_checkpoint(base, side, scratch / str(number), base_dtype=base_dtype)[0] if side.is_adapter else side,
-         weight)
-        for number, (side, weight) in enumerate(parts)
-    ]  # fmt: skip
-    strange = [f"{name}  {side}" for side, _ in full for name in side.specs.keys() ^ base.specs.keys()]
+
+def _summed_on(base: Checkpoint, parts: Sequence[SingleTuned], scratch: Path) -> Checkpoint:
+    """Return `base + sum of weight * (tuned - base)`; an adapter's delta is to BASE as training loaded it."""
+    full = []
+    for number, part in enumerate(parts):
+        side, start = part.checkpoint, as_subtracted(base, part.stages)
+        if side.is_adapter:  # what a merged adapter adds, it adds to BASE as stored
+            side, start = merged_checkpoint(base, side, scratch / str(number))[0], base.loaded(None)
+        full.append((side, start, part.weights[0]))
+    strange = [f"{name}  {side}" for side, _, _ in full for name in side.specs.keys() ^ base.specs.keys()]
     if strange:
         raise AdapterError(
             f"the tuned models cannot be added: {len(strange)} weights are not both in base {base} and in each of "
             f"them.\n{list_names(strange)}\nGraft them one after the other. Nothing was written."
         )
-    changed = [name for name in base.specs if any(side.specs[name] != base.specs[name] for side, _ in full)]
+    changed = [name for name in base.specs if any(side.specs[name] != base.specs[name] for side, _, _ in full)]
 
     def total(name: str) -> Tensor:
-        start = base.tensor(name)
-        value = start.double()
-        for (made, weight), (side, _), dtype in zip(full, parts, loaded, strict=True):
-            tuned = made.tensor(name)
-            # What a merged adapter adds, it adds to BASE as it lies.
-            origin = as_loaded(start, tuned, None if side.is_adapter else dtype)
-            value = value + weight * (tuned.double() - origin)
+        value = base.tensor(name).double()
+        for side, loaded, weight in full:
+            start = Place(loaded, name, loaded.cast(side.specs[name])).tensor().double()
+            value = value + weight * (side.tensor(name).double() - start)
         return value
 
     return with_changes(base, ((name, total(name)) for name in changed), scratch / "changed", full[0][0])
+
+
+def weighted_sources(tuned: Any) -> list[tuple[Source, float]]:
+    """Return (source, weight) of what is grafted: one source, or several each with a weight.
+
+    Args:
+        tuned: a folder or hub id, optionally with `:weight` at its end (a folder of that name wins); a pair of source
+            and weight; or a list of these.
+
+    Raises:
+        ConfigError: an empty list, or what is no source or no weight.
+
+    >>> weighted_sources("out"), weighted_sources(["a:0.5", ("b", 2)])
+    ([('out', 1.0)], [('a', 0.5), ('b', 2.0)])
+    """
+    items = list(tuned) if isinstance(tuned, (list, tuple)) and not _is_weighted(tuned) else [tuned]
+    if not items:
+        raise ConfigError("tuned is an empty list: there is nothing to graft. Nothing was written.")
+    found: list[tuple[Source, float]] = []
+    for item in items:
+        source, weight = item if _is_weighted(item) else _split(item)
+        if not isinstance(source, (str, os.PathLike)):
+            raise ConfigError(f"tuned: {source!r} is no folder or hub id. Nothing was written.")
+        try:
+            found.append((source, float(weight)))
+        except (TypeError, ValueError):
+            found.append((source, math.nan))
+        if not math.isfinite(found[-1][1]):
+            raise ConfigError(f"tuned: {weight!r} is no weight of {source}. Nothing was written.")
+    return found
+
+
+def _is_weighted(item: Any) -> bool:
+    return isinstance(item, tuple) and len(item) == 2 and isinstance(item[1], (int, float))
+
+
+def _split(item: Any) -> tuple[Any, float]:
+    if not isinstance(item, (str, os.PathLike)):
+        return item, 1.0
+    head, colon, tail = os.fspath(item).rpartition(":")
+    if not colon or Path(item).expanduser().exists():
+        return item, 1.0
+    try:
+        return head, float(tail)
+    except ValueError:
+        return item, 1.0

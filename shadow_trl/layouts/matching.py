@@ -6,20 +6,14 @@ on disk; vocabularies with another number of rows; weights that one side lacks.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.header import TensorSpec
+from ..checkpoints.weight_names import COMPUTED_ON_LOAD, EMBEDDING_NAMES, HEAD_NAMES, TOKEN_NAMES
 from ..errors import PairMismatchError, list_names
 
-HEAD_NAMES = ("lm_head.weight", "embed_out.weight")
-EMBEDDING_NAMES = tuple(f"{name}.weight" for name in ("embed_tokens", "wte", "embed_in", "word_embeddings"))
-TOKEN_NAMES = (*HEAD_NAMES, *EMBEDDING_NAMES, "embed_tokens_per_layer.weight", "lm_head.bias", "embed_out.bias")
-"""Weights with one row for each token id."""
-COMPUTED_ON_LOAD = re.compile(r"rotary_emb\.inv_freq$|(^|\.)position_ids$")
-"""Buffers that old checkpoints store and transformers computes anew."""
 BLOCK = 2**22
 """Elements that are compared at a time."""
 
@@ -41,14 +35,6 @@ class Side:
     names: Mapping[str, str]
     specs: Mapping[str, TensorSpec]
     readable: bool = True
-
-    @property
-    def says_untied(self) -> bool:
-        """Whether config.json states that head and embedding are two weights; False where it says nothing."""
-        config = self.checkpoint.config
-        parts = [config, *(value for value in config.values() if isinstance(value, dict))]
-        tied = any(part.get("tie_word_embeddings") is True for part in parts)
-        return config.get("tie_word_embeddings") is False and not tied
 
 
 @dataclass

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from enum import Enum
 
+from ..checkpoints.weight_names import is_tied
 from ..errors import PairMismatchError
 from .matching import Side, Sides, same_values
 
@@ -39,7 +40,7 @@ def decide(sides: Sides, alias: str, source: str, *, untie: bool) -> Tie | None:
         return None
     for side in everyone:
         present = alias in side.names or source in side.names
-        if present and side.role not in both and side.says_untied:
+        if present and side.role not in both and is_tied(side.checkpoint.config) is False:
             lacking = source if alias in side.names else alias
             raise PairMismatchError(
                 f"cannot graft: the config of {side.role} ({side.checkpoint}) says tie_word_embeddings false, but the "
@@ -47,7 +48,7 @@ def decide(sides: Sides, alias: str, source: str, *, untie: bool) -> Tie | None:
             )
     if "instruct" in both:
         instruct = sides.instruct
-        if instruct.says_untied or not same_values(instruct, alias, instruct, source):
+        if is_tied(instruct.checkpoint.config) is False or not same_values(instruct, alias, instruct, source):
             return Tie.APART
     if _same_delta(sides, alias, source, both):
         return Tie.ONE

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -20,19 +20,20 @@ from ..adapters.lora import base_model_of
 from ..checkpoints.checkpoint import Checkpoint, Place
 from ..checkpoints.delta import BASE_CONFIG, INDEX, WEIGHTS, Zeros, refuse_deltas
 from ..checkpoints.header import FLOATS, nbytes_of
-from ..checkpoints.manifest import write_delta_card, write_manifest
+from ..checkpoints.manifest import Entry, write_manifest
 from ..errors import AdapterError, ConfigError
-from ..grafting.files import copied_files, copy_files, main_dtype, plan_files
-from ..grafting.inputs import Digests, Inputs, Source, other_base
-from ..grafting.jobs import Jobs
+from ..grafting.files import OutputFile, main_dtype, plan_files
+from ..grafting.inputs import Digests, Inputs, Source, open_tuned_inputs, other_base
+from ..grafting.jobs import Jobs, WeightJob
 from ..grafting.options import DTYPES, GraftOptions
-from ..grafting.pieces import OutputFile, WeightJob
 from ..grafting.reports import DeltaReport, graft_figures
 from ..grafting.stream import stream
 from ..grafting.tuned import one_tuned
+from ..results.cards import write_delta_card
+from ..results.copied import copied_files, copy_files
 from ..results.folder import OutputFolder, check_free, check_place, check_space, recover
 from ..runtime.progress import Progress
-from .graft import arithmetic, check_finite, dense_jobs
+from .graft import check_finite
 from .truncate import truncated
 
 
@@ -84,10 +85,10 @@ def extract_delta(
     check_free(target, overwrite, "delta")
     with _opened(base, tuned, target, settings) as inputs:
         check_place(target, inputs.folders)
-        if rank is not None and inputs.tuned.is_adapter:
+        if rank is not None and inputs.tuned.checkpoint.is_adapter:
             raise AdapterError(
-                f"tuned {inputs.tuned} is an adapter already: rank is for full checkpoints. Leave rank out for its "
-                "dense delta. Nothing was written."
+                f"tuned {inputs.tuned.checkpoint} is an adapter already: rank is for full checkpoints. Leave rank out "
+                "for its dense delta. Nothing was written."
             )
         with OutputFolder(target, overwrite, "delta") as place:
             if rank is None:
@@ -107,20 +108,13 @@ def _options(dtype: Any, rank: int | None, **options: Any) -> GraftOptions:
     return GraftOptions(format="model", dtype=dtype, untie=True, **options)
 
 
-class _Sides(Inputs):
-    """BASE and TUNED; BASE is the receiver as well, so that the plan is one of BASE's own weights."""
-
-    @property
-    def sides(self) -> dict[str, Checkpoint]:
-        return {role: side for role, side in super().sides.items() if role != "instruct"}
-
-
 @contextmanager
 def _opened(base: Source | None, tuned: Source, target: Path, options: GraftOptions) -> Iterator[Inputs]:
+    """Open BASE and TUNED; BASE is the receiver as well, so that the plan is one of BASE's own weights."""
     refuse_deltas(base=base, tuned=tuned)
-    with one_tuned(base, [(tuned, 1.0)], target, options.base_dtype) as (origin, learnt, stages):
-        home = origin if origin is not None else _base_of(learnt)
-        yield _Sides.open(home, home, learnt, options, stages, check_pair=False)
+    with one_tuned(base, [(tuned, 1.0)], target, options.base_dtype) as single:
+        home = single.base if single.base is not None else _base_of(single.checkpoint)
+        yield open_tuned_inputs(replace(single, base=home), home, options, check_pair=False)
 
 
 def _base_of(tuned: Checkpoint) -> Source:
@@ -132,20 +126,20 @@ def _base_of(tuned: Checkpoint) -> Source:
 
 def _write_dense(inputs: Inputs, part: Path, target: Path, options: GraftOptions, progress: bool) -> DeltaReport:
     scratch = part / ".converted"
-    jobs = dense_jobs(inputs, options, scratch)
-    weights = _from_zeros(jobs, adapter=inputs.tuned.is_adapter)
+    jobs = inputs.tuned.jobs(inputs.instruct, options, scratch)
+    weights = _from_zeros(jobs, adapter=inputs.tuned.checkpoint.is_adapter)
     files = [file for file in plan_files(weights, jobs.layout, options.max_shard_size) if file.jobs]  # type: ignore[arg-type]
     for file in files:
         file.name = WEIGHTS if len(files) == 1 else file.name.replace("model", "delta", 1)
     small = copied_files(inputs.instruct, adapter=True)
     check_space(target, sum(file.size for file in files) + sum(path.stat().st_size for path in small))
-    with Digests(inputs, [], options) as digests, Progress(sum(f.size for f in files), progress) as bar:
-        outcome = stream(files, part, arithmetic(inputs, options), bar.add)
+    with Digests(inputs.tuned.sides, [], options) as digests, Progress(sum(f.size for f in files), progress) as bar:
+        outcome = stream(files, part, options, bar.add)
         check_finite(outcome, target)
         shutil.rmtree(scratch, ignore_errors=True)
         figures = graft_figures(outcome.sums, options.stats, sigma=False)
         figures.pop("sigma", None)
-        known = options.stats and not inputs.tuned.is_adapter
+        known = options.stats and not inputs.tuned.checkpoint.is_adapter
         exact = all(found.ee == 0.0 for found in outcome.sums.values()) if known else None
         warnings = [text for text in jobs.warnings if not text.startswith("untie changes nothing")]
         if figures.get("delta_norm") == 0.0:
@@ -154,7 +148,7 @@ def _write_dense(inputs: Inputs, part: Path, target: Path, options: GraftOptions
             target, "delta", len(weights), main_dtype(weights) or "", exact=exact, warnings=warnings, **figures
         )
         _write_index(files, part)
-        _finish(part, inputs, report, options, digests=digests.collect(), small=small, left_out=jobs.left_out)
+        _finish(part, inputs, report, options, sides=digests.collect(), small=small, left_out=jobs.left_out)
     return report
 
 
@@ -178,20 +172,18 @@ def _write_adapter(
     inputs: Inputs, part: Path, target: Path, options: GraftOptions, rank: int, progress: bool
 ) -> DeltaReport:
     scratch = part / ".converted"
-    jobs = dense_jobs(inputs, options, scratch)
+    jobs = inputs.tuned.jobs(inputs.instruct, options, scratch)
     small = copied_files(inputs.instruct, adapter=True)
-    with Digests(inputs, [], options) as digests:
-        found = truncated(
-            jobs, inputs.instruct, rank, target, dtype=getattr(torch, options.dtype),
-            base_dtype=arithmetic(inputs, options).base_dtype, progress=progress,
-        )  # fmt: skip
+    with Digests(inputs.tuned.sides, [], options) as digests:
+        dtype = getattr(torch, options.dtype)
+        found = truncated(jobs, inputs.instruct, rank, target, dtype=dtype, progress=progress)
         found.write(part, inputs.instruct)
         report = DeltaReport(
             target, "adapter", len(found.factors), options.dtype, delta_norm=math.sqrt(found.total), rank=rank,
             kept=found.kept, modules=found.modules, lost=found.lost, warnings=found.warnings,
         )  # fmt: skip
         shutil.rmtree(scratch, ignore_errors=True)
-        _finish(part, inputs, report, options, digests=digests.collect(), small=small, left_out=jobs.left_out)
+        _finish(part, inputs, report, options, sides=digests.collect(), small=small, left_out=jobs.left_out)
     return report
 
 
@@ -201,7 +193,7 @@ def _finish(
     report: DeltaReport,
     options: GraftOptions,
     *,
-    digests: dict[str, Any],
+    sides: Mapping[str, Entry],
     small: list[Path],
     left_out: list[str],
 ) -> None:
@@ -211,14 +203,11 @@ def _finish(
         config = inputs.instruct.path / "config.json"
         if config.is_file():
             shutil.copyfile(config, part / BASE_CONFIG)
-    report.warnings.extend(other_base(inputs, digests))
-    sides = {
-        role: {"source": side.source, "revision": side.revision, "digests": digests.get(role)}
-        for role, side in inputs.sides.items()
-    }
+    report.warnings.extend(other_base(inputs.tuned, sides))
     found = report.to_dict()
     del found["output"]
     chosen = {"dtype": options.dtype, "base_dtype": options.base_dtype, "rank": report.rank}
-    content = {"kind": "delta", **sides, "options": chosen, "left_out": left_out, **found}
+    named = {role: vars(entry) for role, entry in sides.items()}
+    content = {"kind": "delta", **named, "options": chosen, "left_out": left_out, **found}
     write_manifest(part, content)
     write_delta_card(part, content)

@@ -18,17 +18,19 @@ from ..adapters.lora import place_on
 from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.delta import refuse_deltas
 from ..checkpoints.header import TORCH_NAMES
-from ..checkpoints.manifest import write_manifest, write_model_card
+from ..checkpoints.manifest import Entry, write_manifest
 from ..errors import ConfigError, GraftError, list_names
-from ..grafting.delta_inputs import open_delta
-from ..grafting.files import copied_files, copy_files, main_dtype, plan_files, write_config, write_index
-from ..grafting.inputs import Digests, Inputs, Source, is_local, no_adapter_form, other_base
-from ..grafting.jobs import Jobs, check_rounding, full_jobs, low_rank_jobs, without_unchanged
+from ..grafting.files import main_dtype, plan_files, write_index
+from ..grafting.form import is_local, no_adapter_form
+from ..grafting.inputs import Digests, Inputs, Source, open_delta, open_tuned_inputs, other_base
+from ..grafting.jobs import check_rounding, full_jobs
 from ..grafting.options import GraftOptions, parse_size
 from ..grafting.reports import GraftReport, graft_figures, graft_warnings
-from ..grafting.stream import Arithmetic, Outcome, stream
-from ..grafting.tuned import merged_checkpoint, one_tuned, subtracted_dtype
-from ..grafting.weighted import weighted_sources
+from ..grafting.stream import Outcome, stream
+from ..grafting.trained import Full, PlainLora
+from ..grafting.tuned import one_tuned
+from ..results.cards import write_model_card
+from ..results.copied import copied_files, copy_files, write_config
 from ..results.folder import OutputFolder, check_free, check_place, check_space, recover
 from ..runtime.progress import Progress
 from .truncate import truncated
@@ -134,11 +136,8 @@ def _opened(
     if delta is not None:
         yield open_delta(base, instruct, delta, options)
         return
-    with one_tuned(base, tuned, target, options.base_dtype) as (origin, learnt, stages):
-        inputs = Inputs.open(origin, instruct, learnt, options, stages)
-        inputs.weights = [weight for _, weight in weighted_sources(tuned)]
-        inputs.made |= inputs.weights != [1.0]
-        yield inputs
+    with one_tuned(base, tuned, target, options.base_dtype) as single:
+        yield open_tuned_inputs(single, instruct, options)
 
 
 def check_graft(
@@ -199,60 +198,46 @@ def _options(options: dict[str, Any]) -> GraftOptions:
 
 def _write_dense_form(inputs: Inputs, part: Path, target: Path, options: GraftOptions, progress: bool) -> GraftReport:
     scratch = part / ".converted"
-    jobs = dense_jobs(inputs, options, scratch)
+    jobs = inputs.tuned.jobs(inputs.instruct, options, scratch)
     check_rounding(jobs, options)
     files = plan_files(jobs.weights, jobs.layout, parse_size(options.max_shard_size))
     small = copied_files(inputs.instruct)
     check_space(target, sum(file.size for file in files) + sum(path.stat().st_size for path in small))
-    with Digests(inputs, small, options) as digests, Progress(sum(f.size for f in files), progress) as bar:
-        outcome = stream(files, part, arithmetic(inputs, options), bar.add)
+    with Digests(inputs.sides, small, options) as digests, Progress(sum(f.size for f in files), progress) as bar:
+        outcome = stream(files, part, options, bar.add)
         check_finite(outcome, target)
         write_index(files, jobs.layout, part)
         shutil.rmtree(scratch, ignore_errors=True)
         copy_files(small, inputs.instruct, part)
         dtype = main_dtype(jobs.weights)
         write_config(inputs.instruct, part, dtype, jobs.config_edits)
-        figures = graft_figures(outcome.sums, options.stats, sigma=not inputs.recorded)
+        figures = graft_figures(outcome.sums, options.stats, sigma="base" in inputs.sides)
         notes = [*inputs.warnings, *jobs.warnings, *graft_warnings(figures, dtype or "", options.rounding)]
         report = GraftReport(
             target, "model", jobs.grafted, len(jobs.weights) - jobs.grafted, dtype or "", options.scale,
             options.instruct_scale, **figures, warnings=notes, dense_because=inputs.reasons,
         )  # fmt: skip
-        _write_provenance(part, inputs, report, options, digests=digests.collect(), left_out=jobs.left_out)
+        _write_provenance(part, inputs, report, options, sides=digests.collect(), left_out=jobs.left_out)
     return report
-
-
-def dense_jobs(inputs: Inputs, options: GraftOptions, scratch: Path) -> Jobs:
-    """Plan the weights of a dense result; merged adapters and copies in another layout go to `scratch`."""
-    if inputs.modules:
-        return low_rank_jobs(inputs.base, inputs.instruct, inputs.tuned, inputs.modules, options, scratch=scratch)
-    learnt = inputs.tuned
-    if learnt.is_adapter:
-        learnt, _ = merged_checkpoint(inputs.base, learnt, scratch / "merged", base_dtype=options.base_dtype)
-    jobs = full_jobs(inputs.base, inputs.instruct, learnt, options, scratch)
-    return without_unchanged(jobs, options) if inputs.made else jobs
 
 
 def _write_adapter_form(inputs: Inputs, part: Path, target: Path, options: GraftOptions, progress: bool) -> GraftReport:
     from ..adapters.repoint import write_adapter
 
-    scratch, notes, adapter = part / ".truncated", list(inputs.warnings), inputs.tuned
+    scratch, notes = part / ".truncated", list(inputs.warnings)
+    base, adapter = inputs.tuned.base, inputs.tuned.checkpoint
     if options.rank is not None:
-        merged, _ = merged_checkpoint(inputs.base, adapter, scratch / "merged", base_dtype=options.base_dtype)
-        plan = GraftOptions(untie=True)
-        jobs = without_unchanged(full_jobs(inputs.base, inputs.base, merged, plan, scratch), plan)
-        found = truncated(jobs, inputs.base, options.rank, target, progress=progress)
-        adapter = found.write(scratch / "lora", inputs.base)
-        rank = f"the adapter is the rank-{options.rank} part of the delta: relative error {found.error:.3g}."
-        notes += [rank, *found.warnings]
-    elif inputs.modules:
-        place_on(inputs.modules, adapter, inputs.instruct)
+        jobs = Full(base, adapter).jobs(base, GraftOptions(untie=True), scratch)
+        found = truncated(jobs, base, options.rank, target, progress=progress)
+        adapter = found.write(scratch / "lora", base)
+        notes.append(f"the adapter is the rank-{options.rank} part of the delta: relative error {found.error:.3g}.")
+        notes += found.warnings
+    elif isinstance(inputs.tuned, PlainLora):
+        place_on(inputs.tuned.modules, adapter, inputs.instruct)
     small = copied_files(inputs.instruct, adapter=True)
     check_space(target, 2 * sum(path.stat().st_size for path in (*small, *adapter.files)))
-    with Digests(inputs, small, options) as digests:
-        modules = write_adapter(
-            adapter, inputs.base, inputs.instruct, options.scale, part, base_dtype=options.base_dtype
-        )
+    with Digests(inputs.sides, small, options) as digests:
+        modules = write_adapter(adapter, base, inputs.instruct, options.scale, part)
         shutil.rmtree(scratch, ignore_errors=True)
         copy_files(small, inputs.instruct, part)
         if is_local(inputs.instruct):
@@ -262,7 +247,7 @@ def _write_adapter_form(inputs: Inputs, part: Path, target: Path, options: Graft
             )
         code = next(iter(adapter.specs.values())).code
         report = GraftReport(target, "adapter", modules, 0, TORCH_NAMES[code], options.scale, warnings=notes)
-        _write_provenance(part, inputs, report, options, digests=digests.collect(), left_out=[])
+        _write_provenance(part, inputs, report, options, sides=digests.collect(), left_out=[])
     return report
 
 
@@ -272,27 +257,17 @@ def _write_provenance(
     report: GraftReport,
     options: GraftOptions,
     *,
-    digests: dict[str, Any],
+    sides: Mapping[str, Entry],
     left_out: list[str],
 ) -> None:
-    report.warnings.extend(other_base(inputs, digests))
-    sides = {
-        role: {"source": side.source, "revision": side.revision, "digests": digests.get(role)}
-        for role, side in inputs.sides.items()
-    }
+    report.warnings.extend(other_base(inputs.tuned, sides))
     found = report.to_dict()
     del found["output"], found["scale"], found["instruct_scale"]
-    content = {"kind": "graft", **inputs.recorded, **sides, "options": options.to_dict(), "left_out": left_out, **found}
-    if inputs.weights not in ([], [1.0]):
-        content["tuned_weights"] = inputs.weights
+    named = {role: vars(entry) for role, entry in sides.items()}
+    facts = {"options": options.to_dict(), "left_out": left_out, **found}
+    content = {"kind": "graft", **inputs.tuned.recorded, **named, **facts}
     write_manifest(part, content)
     write_model_card(part, content, adapter=report.form == "adapter")
-
-
-def arithmetic(inputs: Inputs, options: GraftOptions) -> Arithmetic:
-    """Return how to sum."""
-    base_dtype = None if inputs.made else subtracted_dtype(options.base_dtype, inputs.stages)
-    return Arithmetic(options.scale, options.instruct_scale, options.rounding, options.seed, base_dtype, options.stats)
 
 
 def check_finite(outcome: Outcome, target: Path) -> None:

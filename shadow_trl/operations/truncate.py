@@ -15,8 +15,7 @@ from ..arithmetic.grafter import BLOCK, is_finite
 from ..arithmetic.low_rank import truncate
 from ..checkpoints.checkpoint import Checkpoint
 from ..errors import ConfigError, GraftError, list_names
-from ..grafting.jobs import Jobs
-from ..grafting.pieces import WeightJob
+from ..grafting.jobs import Jobs, WeightJob
 from ..layouts.model_names import LinearModule, ModelNames
 from ..results.folder import check_space
 from ..runtime.progress import Progress
@@ -99,7 +98,6 @@ def truncated(
     target: Path,
     *,
     dtype: torch.dtype = torch.float32,
-    base_dtype: str | None = None,
     progress: bool = False,
 ) -> Truncated:
     """Cut `tuned - base` to a rank, and say what that keeps.
@@ -112,7 +110,6 @@ def truncated(
         rank: of every module; factors of a smaller one are filled up with zeros.
         target: where the result will be, for messages.
         dtype: of the factors.
-        base_dtype: as in `graft`.
         progress: whether to show a bar.
 
     Raises:
@@ -129,7 +126,7 @@ def truncated(
         for job in weights:
             module = modules.get(job.name)
             delta = buffer[: math.prod(job.shape)] if module is not None else None
-            square = found.squares[module.name if module is not None else job.name] = _measure(job, base_dtype, delta)
+            square = found.squares[module.name if module is not None else job.name] = _measure(job, delta)
             bar.add(math.prod(job.shape))
             if not math.isfinite(square):
                 bad.append(job.name)
@@ -152,7 +149,7 @@ def truncated(
     return found
 
 
-def _measure(job: WeightJob, base_dtype: str | None, out: Tensor | None) -> float:
+def _measure(job: WeightJob, out: Tensor | None) -> float:
     """Return the sum of squares of a weight's delta; write the delta, fp32, flattened, into `out` where it is given."""
     assert job.base is not None
     assert job.tuned is not None
@@ -160,8 +157,6 @@ def _measure(job: WeightJob, base_dtype: str | None, out: Tensor | None) -> floa
     for start in range(0, math.prod(job.shape), BLOCK):
         stop = min(start + BLOCK, math.prod(job.shape))
         base, tuned = job.base.block(start, stop), job.tuned.block(start, stop)
-        if base_dtype is not None:
-            base = base.to(tuned.dtype if base_dtype == "tuned" else getattr(torch, base_dtype))
         delta = tuned.double() - base.double()
         total += float(torch.dot(delta, delta))
         if out is not None:

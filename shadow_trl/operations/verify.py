@@ -20,11 +20,11 @@ import torch
 from ..arithmetic.grafter import BLOCK
 from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.delta import refuse_deltas
-from ..checkpoints.manifest import MANIFEST_NAME, file_digest, read_manifest
+from ..checkpoints.hub import locate
+from ..checkpoints.manifest import MANIFEST_NAME, Entry, read_manifest
 from ..errors import CheckpointError, ConfigError, list_names
 from ..grafting.inputs import Source
-from ..grafting.origins import with_revision
-from ..grafting.weighted import weighted_sources
+from ..grafting.tuned import weighted_sources
 from ..results.folder import check_space
 from .graft import graft
 
@@ -154,13 +154,10 @@ def _sides(given: Mapping[str, Any], manifest: Mapping[str, Any], folder: Path) 
 
 def _found(role: str, manifest: Mapping[str, Any], folder: Path) -> Source:
     """Return the source that the manifest of `folder` names: from the current folder, else from `folder`."""
-    entry = manifest.get(role)
-    if not entry:
+    entry = Entry.read(manifest, role)
+    if entry is None:
         raise ConfigError(f"{MANIFEST_NAME} of {folder} names no {role}. Give it with --{role}. Nothing was written.")
-    source = str(entry["source"])
-    if not Path(source).expanduser().is_dir() and (folder / source).is_dir():
-        return str(folder / source)
-    return with_revision(source, entry.get("revision"))
+    return str(entry.find(folder, role))
 
 
 def _options(manifest: Mapping[str, Any]) -> dict[str, Any]:
@@ -171,21 +168,15 @@ def _options(manifest: Mapping[str, Any]) -> dict[str, Any]:
 
 def _other_digests(sides: Mapping[str, Any], manifest: Mapping[str, Any]) -> list[str]:
     """Return `role: file` of the inputs whose digest is not the one in the manifest."""
-    from ..checkpoints.hub import locate
-
     wrong = []
     single: dict[str, Source] = {}
     for role, source in sides.items():
         parts = weighted_sources(source) if role == "tuned" else [(source, 1.0)]
         single |= {role if number == 1 else f"{role}_{number}": part for number, (part, _) in enumerate(parts, 1)}
     for role, source in single.items():
-        recorded = (manifest.get(role) or {}).get("digests") or {}
-        path = locate(source)[2] if recorded else Path()
-        wrong += [
-            f"{role}: {name}"
-            for name, digest in recorded.items()
-            if not (path / name).is_file() or file_digest(path / name) != digest
-        ]
+        entry = Entry.read(manifest, role)
+        if entry is not None and entry.digests:
+            wrong += [f"{role}: {name}" for name in entry.changed(locate(source)[2])]
     return wrong
 
 

@@ -12,12 +12,12 @@ from statistics import median
 import torch
 
 from ..checkpoints.checkpoint import Checkpoint, read_json
+from ..checkpoints.weight_names import EMBEDDING_NAMES
 from ..errors import Findings, PairMismatchError, list_names
 from .templates import read_templates, template_tokens
 from .vocabularies import NAMED_TOKENS, Vocabulary
 from .vocabulary_checks import compare_vocabularies, runs_of, vocabulary_difference
 
-EMBEDDING_ENDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight")
 _NOT_TEXT = ("visual", "vision", "audio", "per_layer")
 _ROLES = (*(f"{role}_id" for role in NAMED_TOKENS), "decoder_start_token_id")
 
@@ -33,7 +33,7 @@ NEAR_MEAN = 0.1
 
 def embedding_name(checkpoint: Checkpoint) -> str | None:
     """Return the name of the text embedding on disk, None when no weight looks like one."""
-    names = [name for name in checkpoint.specs if name.endswith(EMBEDDING_ENDINGS)]
+    names = [name for name in checkpoint.specs if name.endswith(EMBEDDING_NAMES)]
     names = [name for name in names if not any(word in name for word in _NOT_TEXT)]
     return min((name for name in names if len(checkpoint.specs[name].shape) == 2), key=len, default=None)
 

@@ -8,12 +8,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..checkpoints.sources import with_revision
 from ..errors import ShadowError
 from ..evaluation.report import TITLES, Arm, RunReport
 from ..evaluation.scoring import Scores, score
-from ..grafting.origins import Origins, with_revision
 from ..grafting.reports import GraftReport
 from ..operations.gap import gap
+from ..training.origins import Origins
 from .options import Options
 
 DIRECT_FOLDER = "direct"

@@ -23,9 +23,9 @@ from ..checkpoints.manifest import read_manifest, write_manifest
 from ..errors import InputError
 from ..evaluation.report import TITLES, Arm, RunReport
 from ..evaluation.scoring import read_rows
-from ..grafting.origins import Origins, resolve_origins
 from ..runtime.processes import run_on_main
 from ..training.loading import load_adapter, load_model
+from ..training.origins import Origins, resolve_origins
 from ..training.preflight import GRAFTED_FOLDER
 from .compare import graft_figures, score_model
 from .data import load_data

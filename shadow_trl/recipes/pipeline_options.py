@@ -13,9 +13,9 @@ from typing import Any
 
 from trl import get_peft_config
 
-from ..checkpoints.manifest import read_manifest
+from ..checkpoints.manifest import Entry, read_manifest
+from ..checkpoints.sources import weight_digests
 from ..errors import ConfigError, InputError, OutputExistsError, list_names
-from ..grafting.origins import weight_digests
 from ..training.preflight import GRAFTED_FOLDER
 from .options import Options, parse, read_yaml
 
@@ -275,12 +275,12 @@ def _check_models(folder: Path, options: Mapping[str, Options]) -> None:
     manifest = read_manifest(folder) or {}
     given = {"base": options["sft"].model.model_name_or_path, "instruct": options["sft"].training.instruct_model}
     for role, source in given.items():
-        entry = manifest.get(role) or {}
-        if source is None or source == entry.get("source"):
+        entry = Entry.read(manifest, role)
+        if source is None or (entry is not None and source == entry.source):
             continue
-        if not Path(source).is_dir() or weight_digests(source) != entry.get("digests"):
+        if entry is None or entry.digests is None or weight_digests(source) != entry.digests:
             raise OutputExistsError(
-                f"the SFT stage in {folder} was run with another {role}: {entry.get('source')} there, {source} in the "
+                f"the SFT stage in {folder} was run with another {role}: {entry} there, {source} in the "
                 "configuration. Choose another output_dir. Nothing was written."
             )
         if "dpo" in options and getattr(options["dpo"].training, f"{role}_model") is None:

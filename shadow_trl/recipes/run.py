@@ -24,8 +24,8 @@ from trl import DPOTrainer, SFTTrainer, get_peft_config, get_quantization_config
 from ..errors import ConfigError, InputError, OutputExistsError, ShadowError
 from ..evaluation.report import RunReport
 from ..evaluation.scoring import read_rows
-from ..grafting.origins import Origins
 from ..runtime.processes import run_on_main
+from ..training.origins import Origins
 from ..training.trainers import ShadowDPOTrainer, ShadowSFTTrainer
 from .compare import DIRECT_FOLDER, Outcome, make_report
 from .data import load_data

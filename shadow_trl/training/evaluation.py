@@ -11,12 +11,11 @@ import torch
 
 from ..checkpoints.checkpoint import Checkpoint
 from ..errors import ConfigError, GraftError, list_names
-from ..grafting.jobs import selector
 from ..grafting.options import GraftOptions
-from ..grafting.origins import Origins, require_base, require_instruct
 from ..layouts.model_names import ModelNames
 from .exchange import GraftExchange, check_exchangeable
 from .loading import bare_model, is_adapted, load_model
+from .origins import Origins, require_base, require_instruct
 
 if TYPE_CHECKING:
     from transformers import Trainer as _Trainer
@@ -162,7 +161,7 @@ def receiver(options: GraftOptions, instruct: str, revision: str | None) -> Call
     Raises:
         ConfigError: `modules` selects a part only of what is one weight in memory, as single experts are.
     """
-    chosen = selector(options)
+    chosen = options.selector()
     if options.patterns() is None:
         return chosen
     checkpoint = Checkpoint.open(instruct, revision)

@@ -19,9 +19,9 @@ from trl.trainer.utils import get_config_model_id
 
 from ..adapters.kinds import is_subtracted, start_setting
 from ..checkpoints.manifest import write_manifest
+from ..checkpoints.sources import describe, with_revision
 from ..errors import ConfigError, OutputExistsError
 from ..grafting.options import BASE_DTYPES
-from ..grafting.origins import check_unchanged, describe, require_base, require_instruct, resolve_origins, with_revision
 from ..grafting.reports import GraftReport
 from ..operations.graft import check_graft, graft
 from ..pair.pairs import ModelPair, check_processing_class
@@ -30,6 +30,7 @@ from .adapter_start import start_of, without_second_start, write_start
 from .config import ShadowArguments
 from .evaluation import GraftedEvaluation
 from .loading import adapter_settings, bare_model, check_same_adapter, is_adapted, load_adapter, load_model
+from .origins import check_unchanged, require_base, require_instruct, resolve_origins
 from .preflight import (
     GRAFTED_FOLDER,
     SHARDED,

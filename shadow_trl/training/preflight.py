@@ -9,7 +9,7 @@ from typing import Any
 
 from ..adapters.kinds import check_has_delta, is_subtracted, kind_of, lost_start, more_than_a_product, start_setting
 from ..errors import AdapterError, ConfigError, OutputExistsError
-from ..grafting.origins import Origins
+from .origins import Origins
 
 GRAFTED_FOLDER = "grafted"
 SHARDED = (

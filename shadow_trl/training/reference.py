@@ -18,13 +18,13 @@ from accelerate.utils import is_peft_model
 
 from ..adapters.lora import streams
 from ..checkpoints.checkpoint import Checkpoint
+from ..checkpoints.sources import with_revision
 from ..errors import ConfigError
-from ..grafting.jobs import selector
 from ..grafting.options import GraftOptions
-from ..grafting.origins import Origins, require_base, require_instruct, with_revision
 from ..operations.graft import graft
 from ..runtime.processes import run_on_main
 from .loading import adapter_settings, is_adapted, load_adapter, load_model
+from .origins import Origins, require_base, require_instruct
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -141,7 +141,7 @@ def _merge_on_instruct(origins: Origins, how: Mapping[str, Any]) -> PreTrainedMo
     instruct = load_model(require_instruct(origins), revision=origins.instruct_revision, **how)
     adapted = load_adapter(str(origins.adapter), instruct, trainable=False)
     options = GraftOptions(**how["args"].graft_options())
-    receives = selector(options)
+    receives = options.selector()
     with torch.no_grad():
         for name, module in adapted.get_base_model().named_modules():
             if hasattr(module, "lora_A") and receives(f"{name}.weight"):

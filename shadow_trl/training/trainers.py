@@ -9,10 +9,10 @@ from trl import DPOTrainer, SFTTrainer
 from trl.trainer.utils import hash_module
 
 from ..errors import ConfigError
-from ..grafting.origins import require_base, require_instruct
 from .config import ShadowDPOConfig, ShadowSFTConfig
 from .loading import is_adapted, loaded_as
 from .mixin import ShadowMixin
+from .origins import require_base, require_instruct
 from .reference import (
     REF_COLUMNS,
     Reference,

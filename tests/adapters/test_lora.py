@@ -10,6 +10,8 @@ from safetensors.torch import load_file, save_file
 
 from shadow_trl import graft
 from shadow_trl.adapters.kinds import kind_of
+from shadow_trl.adapters.lora import streams
+from shadow_trl.checkpoints.checkpoint import Checkpoint
 from shadow_trl.checkpoints.manifest import read_manifest
 from shadow_trl.errors import AdapterError, ConfigError, GraftError
 
@@ -81,11 +83,10 @@ def test_patterns_of_rank_and_alpha(sides, tmp_path):
 
 @pytest.mark.parametrize("block", [7, 64, 1000])
 def test_blocks_that_cut_rows_do_not_change_the_sum(sides, tmp_path, monkeypatch, block):
-    from shadow_trl.grafting import pieces
     from shadow_trl.grafting import stream as streaming
 
     monkeypatch.setattr(streaming, "CHUNK", 4096)
-    monkeypatch.setattr(pieces, "BLOCK", block)
+    monkeypatch.setattr(streaming, "BLOCK", block)
     adapter = lora(tmp_path / "adapter")
     run(sides, adapter, tmp_path / "out", scale=0.5)
     check(tmp_path / "out", sides["instruct"], deltas(adapter, 1.0))
@@ -277,3 +278,14 @@ def test_adapter_on_bf16_instruct_is_rounded_once(sides, tmp_path):
         for name, value in load(tmp_path / "out").items()
     )
     assert off <= 1  # a product in fp32 beside a tie
+
+
+@pytest.mark.parametrize("config", [{"tie_word_embeddings": True}, {"text_config": {"tie_word_embeddings": True}}])
+def test_a_shared_head_takes_no_product_wherever_the_config_says_that_it_is_shared(tmp_path, config):
+    weights = {"model.embed_tokens.weight": torch.ones(4, 2), "lm_head.weight": torch.ones(4, 2)}
+    tied = Checkpoint.open(write(tmp_path / "tied", weights, config=config))
+    untied = Checkpoint.open(write(tmp_path / "untied", weights, config={"tie_word_embeddings": False}))
+    adapter = lora(tmp_path / "adapter")
+    factors = {f"base_model.model.lm_head.lora_{side}.weight": torch.ones(2, 2) for side in "AB"}
+    save_file(factors, adapter / "adapter_model.safetensors", metadata={"format": "pt"})
+    assert [streams(Checkpoint.open(adapter), receiver) for receiver in (tied, untied, None)] == [False, True, True]

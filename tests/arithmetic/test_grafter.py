@@ -1,3 +1,5 @@
+"""The sum on tensors: rounded once, line by line of its contract, against fractions."""
+
 from __future__ import annotations
 
 import itertools
@@ -8,36 +10,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracle import exact, round_exact, step_at
+from oracle import BF16, DTYPES, FP16, FP32, ZEROS, bits, exact, exact_sum, step_at, weights, wrong
 
-from shadow_trl.arithmetic.grafter import BLOCK, BlockGrafter, graft_tensor, random_bits, round_stochastic
+from shadow_trl.arithmetic.grafter import BLOCK, BlockGrafter, graft_tensor
 
-BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
-DTYPES = (BF16, FP16, FP32)
 MIXES = list(itertools.product(DTYPES, repeat=3))
-
-
-def bits(tensor: torch.Tensor) -> list[int]:
-    return tensor.view({2: torch.int16, 4: torch.int32}[tensor.element_size()]).tolist()
-
-
-def weights(seed: int, count: int, dtype: torch.dtype, low: int, high: int) -> torch.Tensor:
-    """Random signs and digits, exponents from `low` to `high`, cut to the dtype's digits."""
-    generator = torch.Generator().manual_seed(seed)
-    digits = 1 + torch.rand(count, generator=generator, dtype=torch.float64)
-    exponents = torch.randint(low, high + 1, (count,), generator=generator)
-    signs = torch.randint(0, 2, (count,), generator=generator) * 2 - 1
-    return torch.ldexp(digits * signs, exponents).to(FP32).to(dtype)
-
-
-def exact_sum(instruct, base, tuned, scale=1.0, instruct_scale=1.0):
-    a, b = Fraction(scale), Fraction(instruct_scale)
-    return [a * t + b * i + (1 - a - b) * o for i, o, t in zip(exact(instruct), exact(base), exact(tuned), strict=True)]
-
-
-def wrong(grafted: torch.Tensor, sums: list[Fraction]) -> list[int]:
-    found = exact(grafted)
-    return [n for n, (f, s) in enumerate(zip(found, sums, strict=True)) if f != round_exact(s, grafted.dtype)]
 
 
 # --- contract C5, line by line -------------------------------------------------------------------------------------
@@ -135,9 +112,6 @@ def test_error_is_bounded_everywhere(instruct, base, tuned, output):
         assert abs(found - total) <= size / 2**23 + step_at(total, output) / 2
 
 
-ZEROS = torch.tensor([0.0, -0.0, 0.0, -0.0, 1.5, -0.0])
-
-
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("other", DTYPES)
 @pytest.mark.parametrize("scale", [1.0, 0.7, -2.0])
@@ -175,14 +149,6 @@ def test_instruct_scale_moves_the_instruction_delta():
     assert wrong(grafted, exact_sum(i, b, t, 0.5, 0.25)) == []
 
 
-def test_base_is_rounded_to_the_dtype_training_loaded_it_in():
-    base = torch.tensor([1 + 2**-9], dtype=FP32)  # bf16 makes it 1
-    tuned, instruct = torch.tensor([1.0], dtype=BF16), torch.tensor([2.0], dtype=FP32)
-    assert graft_tensor(instruct, base, tuned).item() == 2 - 2**-9
-    for name in (BF16, "bfloat16", "tuned"):
-        assert graft_tensor(instruct, base, tuned, base_dtype=name).item() == 2.0
-
-
 def test_blocks_do_not_change_the_result():
     sides = [weights(n, BLOCK + 77, BF16, -8, -2) for n in range(3)]
     whole = graft_tensor(*sides)
@@ -193,85 +159,6 @@ def test_blocks_do_not_change_the_result():
 def test_shapes_must_agree():
     with pytest.raises(ValueError, match="shapes differ"):
         graft_tensor(torch.ones(2), torch.ones(2), torch.ones(3))
-
-
-# --- stochastic rounding -------------------------------------------------------------------------------------------
-
-
-def bits_for(seed: int, name: str, index: int, count: int) -> torch.Tensor:
-    return random_bits(seed, name, index, torch.empty(2, count, dtype=torch.int64))
-
-
-def rounded_with(value: torch.Tensor, draws: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    return round_stochastic(value.clone(), draws.clone(), dtype, torch.empty_like(value))
-
-
-@pytest.mark.parametrize(
-    ("dtype", "value"), [(BF16, 1 + 2**-9), (FP16, 1 + 2**-12), (FP16, 2**-24 * 0.25), (BF16, -3e-39)]
-)
-def test_stochastic_rounding_keeps_the_mean(dtype, value):
-    count = 200_000
-    rounded = rounded_with(torch.full((count,), value, dtype=torch.float64), bits_for(0, "w", 0, count), dtype)
-    step = float(step_at(Fraction(value), dtype))
-    lower = math.floor(abs(value) / step) * step
-    share = (abs(value) - lower) / step
-    assert set(rounded.abs().tolist()) == {lower, lower + step}
-    deviation = math.sqrt(share * (1 - share) / count) * step
-    assert abs(abs(rounded.mean().item()) - abs(value)) < 4 * deviation
-    assert torch.equal(rounded.to(dtype).double(), rounded)
-
-
-@pytest.mark.parametrize("dtype", [BF16, FP16])
-def test_stochastic_rounding_leaves_representable_values(dtype):
-    value = torch.cat([ZEROS, weights(0, 3000, FP32, -20, 14)]).to(dtype).double()
-    rounded = rounded_with(value, torch.full(value.shape, 2**32 - 1), dtype)
-    assert bits(rounded.to(dtype)) == bits(value.to(dtype))
-
-
-def test_draws_depend_on_seed_name_and_index_alone():
-    whole = bits_for(3, "a.weight", 0, 1000)
-    assert torch.equal(bits_for(3, "a.weight", 400, 100), whole[400:500])
-    assert not torch.equal(bits_for(4, "a.weight", 0, 1000), whole)
-    assert not torch.equal(bits_for(3, "b.weight", 0, 1000), whole)
-    assert 0 <= whole.min() < 0.01 * 2**32
-    assert 0.99 * 2**32 < whole.max() < 2**32
-    assert abs(whole.double().mean().item() / 2**32 - 0.5) < 4 / math.sqrt(12 * 1000)
-
-
-def test_the_generator_is_splitmix64(monkeypatch):
-    # First outputs of SplitMix64 for the seed 0 (published test vectors); here the state starts at the key.
-    class Zero:
-        def digest(self) -> bytes:
-            return bytes(32)
-
-    monkeypatch.setattr("shadow_trl.arithmetic.rounding.hashlib.sha256", lambda _: Zero())
-    expected = [0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4, 0x06C45D188009454F]
-    assert bits_for(0, "", 0, 3).tolist() == [value >> 32 for value in expected]
-
-
-@pytest.mark.parametrize("dtype", [BF16, FP16])
-@pytest.mark.parametrize("low", [-20, -140, -1030])
-def test_stochastic_rounding_adds_the_draw_below_the_last_bit_and_cuts(dtype, low):
-    """Normal and subnormal values of the dtype and of fp64, against exact fractions."""
-    generator = torch.Generator().manual_seed(0)
-    digits = (1 + torch.rand(200, generator=generator, dtype=torch.float64)) * (-1.0) ** torch.arange(200)
-    value = torch.ldexp(digits, torch.randint(low, low + 25, (200,), generator=generator))
-    draws = bits_for(7, "w", 0, 200)
-    rounded = rounded_with(value, draws, dtype)
-    for x, draw, found in zip(value.tolist(), draws.tolist(), rounded.tolist(), strict=True):
-        step = step_at(Fraction(x), dtype)
-        assert abs(Fraction(found)) == math.floor(abs(Fraction(x)) / step + Fraction(draw, 2**32)) * step
-        assert math.copysign(1, found) == math.copysign(1, x)
-
-
-def test_stochastic_graft_realises_deltas_that_nearest_loses():
-    count = 100_000
-    base = weights(0, count, BF16, -7, -5)
-    tuned = base.float() + 1e-5
-    nearest = graft_tensor(base, base, tuned)
-    random = graft_tensor(base, base, tuned, rounding="stochastic", seed=1, name="w")
-    assert (nearest.double() - base.double()).mean().item() < 5e-6
-    assert (random.double() - base.double()).mean().item() == pytest.approx(1e-5, rel=0.1)
 
 
 # --- figures -------------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ import torch
 from families import CONFIG, family, load, lora, tensors, write
 from safetensors.torch import save_file
 
-from shadow_trl.checkpoints.checkpoint import Checkpoint
+from shadow_trl.checkpoints.checkpoint import Checkpoint, Place
 from shadow_trl.errors import CheckpointError
 
 
@@ -23,6 +23,20 @@ def model(tmp_path):
 def raw_file(path, header: dict, data: bytes = b"", length: int | None = None):
     text = json.dumps(header).encode()
     path.write_bytes((length if length is not None else len(text)).to_bytes(8, "little") + text + data)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "tuned"])
+def test_base_is_read_in_the_dtype_training_loaded_it_in(tmp_path, dtype):
+    base = torch.tensor([[1 + 2**-9, 1.0], [-2 - 2**-7, 3.0]])  # bf16 has 8 bits: 1 and -2 remain
+    base = Checkpoint.open(write(tmp_path / "base", {"w": base}))
+    tuned = Checkpoint.open(write(tmp_path / "tuned", {"w": torch.ones(2, 2, dtype=torch.bfloat16)}))
+    loaded = base.loaded(dtype)
+    place = Place(loaded, "w", loaded.cast(tuned.specs["w"]))
+    assert place.tensor().tolist() == [[1.0, 1.0], [-2.0, 3.0]]
+    assert place.tensor().dtype == torch.bfloat16
+    assert place.block(2, 3).tolist() == [-2.0]
+    as_stored = Place(base, "w", base.cast(tuned.specs["w"]))
+    assert as_stored.tensor().tolist() == [[1 + 2**-9, 1.0], [-2 - 2**-7, 3.0]]
 
 
 @pytest.mark.parametrize("shards", [1, 3])

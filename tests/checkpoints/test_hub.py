@@ -17,7 +17,7 @@ from shadow_trl.checkpoints import manifest as manifest_room
 from shadow_trl.checkpoints.checkpoint import Checkpoint
 from shadow_trl.checkpoints.hub import locate
 from shadow_trl.checkpoints.manifest import read_manifest
-from shadow_trl.errors import CheckpointError
+from shadow_trl.errors import CheckpointError, ConfigError
 
 
 def into_cache(cache, name, commit, folder, *, branch):
@@ -71,6 +71,15 @@ def test_all_sides_by_hub_id_and_revision(tmp_path, cached):
     assert "base_model:\n- nano/instruct\n- nano/base\n" in card
     assert verify(tmp_path / "a", progress=False).same
     assert verify(tmp_path / "a", instruct="nano/instruct", progress=False).digests == ["instruct: model.safetensors"]
+
+
+def test_two_revisions_of_one_repository_are_two_models(tmp_path, cached):
+    pair = {"base": "nano/instruct@v2", "instruct": "nano/instruct"}
+    graft(**pair, tuned="nano/tuned", output=tmp_path / "out", progress=False)
+    # A graft as TUNED would bring instruct - base a second time.
+    with pytest.raises(ConfigError, match="is a graft of this base"):
+        graft(**pair, tuned=tmp_path / "out", output=tmp_path / "twice", progress=False)
+    assert not (tmp_path / "twice").exists()
 
 
 def test_the_digest_of_a_cached_weight_file_is_its_blob_name(tmp_path, cached, monkeypatch):

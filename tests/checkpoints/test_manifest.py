@@ -12,8 +12,9 @@ from families import family, lora, shapes
 from huggingface_hub import ModelCard
 
 from shadow_trl import graft
-from shadow_trl.checkpoints.manifest import FORMAT, read_manifest, write_model_card
+from shadow_trl.checkpoints.manifest import FORMAT, read_manifest
 from shadow_trl.errors import CheckpointError
+from shadow_trl.results.cards import write_model_card
 
 
 def test_the_manifest_has_everything_that_a_second_graft_needs(tmp_path):

@@ -22,8 +22,8 @@ from shadow_trl.checkpoints.checkpoint import Checkpoint
 from shadow_trl.checkpoints.manifest import file_digest, read_manifest
 from shadow_trl.cli import main
 from shadow_trl.errors import AdapterError, CheckpointError, ConfigError, GraftError, InputError, OutputExistsError
-from shadow_trl.grafting.origins import resolve_origins
 from shadow_trl.results.folder import recover
+from shadow_trl.training.origins import resolve_origins
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 QUIET = {"progress": False}
@@ -90,6 +90,12 @@ def test_a_smaller_dtype_is_rounded_once_and_told(tmp_path):
     assert report.exact is False
     assert 0 < report.noise < 2.0**-8  # half a step of eight bits
     assert read_manifest(tmp_path / "delta")["dtype"] == "bfloat16"
+
+
+def test_a_delta_in_16_bits_draws_no_advice_that_a_delta_refuses(tmp_path):
+    sides = family(tmp_path, dtypes=(BF16, BF16, BF16))
+    extract(sides, tmp_path / "delta", dtype="bfloat16")
+    assert not [text for text in by_delta(sides, tmp_path / "delta", tmp_path / "out").warnings if "base_dtype" in text]
 
 
 def test_manifest_and_card_say_what_it_is(tmp_path):

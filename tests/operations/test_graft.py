@@ -17,7 +17,6 @@ from shadow_trl import graft
 from shadow_trl.arithmetic.grafter import graft_tensor
 from shadow_trl.checkpoints.manifest import read_manifest
 from shadow_trl.errors import CheckpointError, ConfigError, GraftError, InputError, OutputExistsError, PairMismatchError
-from shadow_trl.operations.gap import gap
 from shadow_trl.operations.graft import check_graft
 from shadow_trl.results.folder import recover
 
@@ -151,7 +150,6 @@ def test_an_odd_header_length_does_not_matter(tmp_path):
 
 
 def test_chunks_blocks_and_threads_do_not_change_the_bytes(tmp_path, monkeypatch):
-    from shadow_trl.grafting import pieces
     from shadow_trl.grafting import stream as streaming
     from shadow_trl.runtime import threads
 
@@ -161,7 +159,7 @@ def test_chunks_blocks_and_threads_do_not_change_the_bytes(tmp_path, monkeypatch
         for chunk, block, count in ((4 * 2**20, 2**18, 4), (4096, 1000, 3), (4096, 77, 1)):
             monkeypatch.setattr(streaming, "CHUNK", chunk)
             monkeypatch.setattr(streaming, "BLOCK", max(block, 1))
-            monkeypatch.setattr(pieces, "BLOCK", block)
+            monkeypatch.setattr(streaming, "BLOCK", block)
             monkeypatch.setattr(threads, "_thread_count", lambda count=count: count)
             run(sides, tmp_path / "out", rounding=rounding, seed=7, overwrite=True, digest="none")
             found = (tmp_path / "out" / "model.safetensors").read_bytes()
@@ -471,43 +469,3 @@ def test_kill_leaves_nothing_or_everything(tmp_path):
         assert sorted(path.name for path in tmp_path.iterdir()) == ["models", "new", "out"]
     run(sides, tmp_path / "out", overwrite=True)
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == results[1]
-
-
-# --- gap -----------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("dtypes", [(BF16, BF16, BF16), (FP32, BF16, FP32)])
-def test_gap_equals_its_definition(tmp_path, dtypes):
-    sides = family(tmp_path, dtypes=dtypes, shards=(2, 1, 1))
-    report = gap(**sides, progress=False)
-    base, instruct, tuned = (
-        {n: v.double() for n, v in load(sides[role]).items()} for role in ("base", "instruct", "tuned")
-    )
-
-    def sigma(names, other):
-        apart = sum(float((base[name] - other[name]).abs().sum()) for name in names)
-        return apart / sum(float(base[name].abs().sum() + other[name].abs().sum()) for name in names)
-
-    assert report.sigma == pytest.approx(sigma(shapes(), instruct), rel=1e-5)
-    assert report.delta == pytest.approx(sigma(shapes(), tuned), rel=1e-5)
-    layer = [name for name in shapes() if ".layers.1." in name]
-    assert report.by_layer["model.layers.1"]["sigma"] == pytest.approx(sigma(layer, instruct), rel=1e-5)
-    assert list(report.by_layer) == ["model.embed_tokens", "model.layers.0", "model.layers.1", "model.norm"]
-    kind = [name for name in shapes() if "q_proj.weight" in name]
-    assert report.by_kind["q_proj"]["sigma"] == pytest.approx(sigma(kind, instruct), rel=1e-5)
-    assert report.weights == len(shapes())
-
-
-def test_gap_of_unrelated_models_is_large_and_of_equal_ones_zero(tmp_path):
-    one, other = write(tmp_path / "one", tensors(0)), write(tmp_path / "other", tensors(1))
-    assert gap(one, other, progress=False).sigma == pytest.approx(0.707, abs=0.03)
-    assert gap(one, one, progress=False).sigma == 0.0
-
-
-def test_gap_names_values_that_are_not_finite(tmp_path):
-    sides = family(tmp_path)
-    weights = load(sides["base"])
-    weights["model.norm.weight"][0] = float("inf")
-    save_file(weights, sides["base"] / "model.safetensors")
-    with pytest.raises(GraftError, match=r"model\.norm\.weight"):
-        gap(sides["base"], sides["instruct"], progress=False)

@@ -13,8 +13,8 @@ from safetensors.torch import save_file
 
 from shadow_trl import extract_delta, graft
 from shadow_trl.checkpoints.manifest import write_manifest
+from shadow_trl.checkpoints.sources import describe
 from shadow_trl.errors import CheckpointError, ConfigError, GraftError, PairMismatchError
-from shadow_trl.grafting.origins import describe
 from shadow_trl.operations.gap import gap
 from shadow_trl.operations.graft import check_graft
 from shadow_trl.results import folder as output

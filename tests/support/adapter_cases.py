@@ -17,6 +17,7 @@ import adapter_starts as starts
 import peft
 import torch
 from families import load
+from peft import get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file, save_file
 from tiny import make_pair
@@ -165,6 +166,10 @@ MODELS = [("llama", False), ("llama", True), ("qwen3", False), ("qwen3", True)]
 """Kind of model, and whether head and embedding are one weight."""
 
 
+def case(name: str) -> Case:
+    return next(item for item in CASES if item.name == name)
+
+
 @dataclass
 class Trained:
     """A trained case: its folders, and the true delta by the names of the model in memory, float64."""
@@ -273,3 +278,25 @@ def _steps(model: torch.nn.Module, steps: int, rate: float) -> None:
         if hasattr(model.base_model, "update_and_allocate"):
             model.base_model.update_and_allocate(step)
         optimizer.zero_grad()
+
+
+def product(adapter: Path, name: str, factor: float) -> torch.Tensor:
+    """Return factor * B A of the module of a weight, in float64; a zero where the adapter has none."""
+    found = load_file(adapter / "adapter_model.safetensors")
+    module = f"base_model.model.{name.removesuffix('.weight')}"
+    key = f"{module}.lora_B.weight"
+    return factor * found[key].double() @ found[f"{module}.lora_A.weight"].double() if key in found else torch.zeros(())
+
+
+def adapter_on(pair: tuple[Path, Path], folder: Path, config: Any) -> tuple[Any, dict[str, torch.Tensor]]:
+    """Save an adapter of random values on BASE; return the model in memory and BASE's weights, float64."""
+    torch.manual_seed(0)
+    below = AutoModelForCausalLM.from_pretrained(pair[0])
+    before = {name: value.detach().double().clone() for name, value in below.named_parameters(remove_duplicate=False)}
+    model = get_peft_model(below, config)
+    with torch.no_grad():
+        for value in model.parameters():
+            if value.requires_grad:
+                value.add_(0.1 * torch.randn_like(value))
+    model.save_pretrained(folder)
+    return model, before

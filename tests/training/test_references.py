@@ -238,3 +238,47 @@ def test_an_adapter_that_goes_on_is_part_of_the_key(fp32_pair, lora_run, tmp_pat
     first = cached(fp32_pair, tmp_path, "one", peft_config=lora(), **options)
     second = cached(fp32_pair, tmp_path, "two", model=str(lora_run), **options)
     assert max(abs(one - other) for one, other in zip(first, second, strict=True)) > 1e-3
+
+
+def test_reference_columns_in_the_data_are_used_and_nothing_is_loaded(pair, tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        "shadow_trl.training.trainers.load_reference", lambda *_, **__: pytest.fail("loaded a reference")
+    )
+    rows = preference_data(4)
+    rows = rows.add_column("ref_chosen_logps", [-1.0] * 4).add_column("ref_rejected_logps", [-2.0] * 4)
+    trainer = dpo(pair, tmp_path, data=rows, ref_policy="instruct", precompute_ref_log_probs=False, graft=False)
+    assert trainer.train_dataset["ref_chosen_logps"][:] == [-1.0] * 4
+    trainer.train()
+
+
+def cached_logps(pair, tmp_path: Path, output: str, **changes) -> list[float]:
+    """Reference log-probabilities of rows in a file, as a new run finds or computes them."""
+    file = tmp_path / "rows.jsonl"
+    if not file.exists():
+        preference_data(4).to_json(file)
+    data = Dataset.from_json(str(file), cache_dir=str(tmp_path / "cache"))
+    trainer = dpo(
+        pair, tmp_path / output, data=data, graft=False, **{"ref_policy": "instruct", "max_length": None, **changes}
+    )
+    return trainer.train_dataset["ref_rejected_logps"][:]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"ld_alpha": 0.0},
+        {"max_length": 9},
+        {"ref_policy": "init", "precompute_ref_log_probs": True},
+        {"model_init_kwargs": {"dtype": "bfloat16"}},
+    ],
+    ids=lambda changes: next(iter(changes)),
+)
+def test_no_stale_value_from_the_cache(pair, tmp_path, changes):
+    assert cached_logps(pair, tmp_path, "out") != cached_logps(pair, tmp_path, "out", **changes)
+
+
+def test_no_needless_miss_of_the_cache(pair, tmp_path, monkeypatch):
+    # With a length, TRL's filter closes over the whole config: its fingerprint changes with the output folder.
+    first = cached_logps(pair, tmp_path, "one", max_length=64)
+    monkeypatch.setattr(DPOTrainer, "compute_ref_log_probs", lambda *_: pytest.fail("computed again"))
+    assert cached_logps(pair, tmp_path, "another", learning_rate=1.0, seed=9, max_length=64) == first

@@ -6,22 +6,18 @@ stage (DPO after SFT) repeats nothing.
 
 from __future__ import annotations
 
-import json
-import logging
-import os
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from ..checkpoints.checkpoint import ADAPTER_CONFIG, read_json
 from ..checkpoints.delta import refuse_deltas
-from ..checkpoints.manifest import MANIFEST_NAME, file_digest, read_manifest
+from ..checkpoints.manifest import Entry, read_manifest
+from ..checkpoints.sources import adapter_base, from_manifest
 from ..errors import AdapterError, ConfigError, InputError, list_names
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-logger = logging.getLogger(__name__)
 
 _WAYS_OUT = (
     "Save the model first (model.save_pretrained(folder)) and pass model=folder, or name the origin of the delta with "
@@ -97,112 +93,28 @@ def resolve_origins(
         assert policy is not None
         named = {"base": (base, base_revision), "instruct": (instruct, instruct_revision)}
         (base, base_revision), (instruct, instruct_revision) = (
-            _from_manifest(role, manifest, Path(policy), given) for role, given in named.items()
+            from_manifest(role, manifest, Path(policy), given) for role, given in named.items()
         )
-        if adapter is not None and _source(manifest, "policy") == _source(manifest, "base"):
+        if adapter is not None and Entry.read(manifest, "policy") == Entry.read(manifest, "base"):
             policy, policy_revision = base, base_revision
         elif adapter is not None:
             # The adapter lies on something else than BASE: on the full model of a stage before.
-            policy, policy_revision = _from_manifest("policy", manifest, Path(adapter), (None, None))
+            policy, policy_revision = from_manifest("policy", manifest, Path(adapter), (None, None))
     elif adapter is not None:
-        policy = base or _adapter_base(Path(adapter))
-        policy_revision = base_revision
+        policy, policy_revision = (base, base_revision) if base else _adapter_base(Path(adapter), base_revision)
     if base is None:
         base, base_revision = policy, base_revision or policy_revision
     return Origins(policy, base, instruct, adapter, policy_revision, base_revision, instruct_revision)
 
 
-def stage_below(tuned: str | os.PathLike[str], base: str | None = None) -> tuple[str, str] | None:
-    """Return (start, base) of an adapter that was trained on the full model of an earlier run, else None.
-
-    Args:
-        tuned: folder of what was trained; a folder without a manifest, or a full model, is no such adapter.
-        base: BASE as the user named it; wins over the manifest.
-
-    Raises:
-        InputError: the manifest names a folder that is not to be found or has changed.
-    """
-    folder = Path(tuned)
-    manifest = read_manifest(folder) if (folder / "adapter_config.json").is_file() else None
-    if manifest is None or manifest["kind"] != "run" or _source(manifest, "policy") == _source(manifest, "base"):
-        return None
-    start, start_revision = _from_manifest("policy", manifest, folder, (None, None))
-    origin, origin_revision = _from_manifest("base", manifest, folder, (base, None))
-    assert start is not None
-    assert origin is not None
-    return with_revision(start, start_revision), with_revision(origin, origin_revision)
-
-
-def weight_digests(folder: str | Path) -> dict[str, str]:
-    """Return `{file name: digest}` of the weight files of a local folder."""
-    return {path.name: file_digest(path) for path in sorted(Path(folder).glob("*.safetensors"))}
-
-
-def _from_manifest(
-    role: str, manifest: Mapping[str, Any], folder: Path, given: tuple[str | None, str | None]
-) -> tuple[str | None, str | None]:
-    """Return (source, revision) of `role`: what the user gave, else what the manifest of `folder` says."""
-    entry = manifest.get(role) or {}
-    if given[0] is not None:
-        if entry and given[0] != entry["source"]:
-            logger.warning("%s is %s as given; %s names %s.", role, given[0], folder / MANIFEST_NAME, entry["source"])
-        return given
-    if not entry:
-        return None, None
-    source = entry["source"]
-    if entry.get("digests") is None:
-        return source, entry.get("revision")
-    found = next((place for place in (Path(source), folder / source) if place.is_dir()), None)
+def _adapter_base(adapter: Path, revision: str | None) -> tuple[str, str | None]:
+    found = adapter_base(read_json(adapter / ADAPTER_CONFIG), adapter)
     if found is None:
-        raise InputError(
-            f"{role} of the run in {folder} is gone: {source} is neither a folder here nor in {folder}. "
-            f"{_way_out(role, 'where it is')} Nothing was written."
-        )
-    changed = {
-        name: digest
-        for name, digest in entry["digests"].items()
-        if not (found / name).is_file() or file_digest(found / name) != digest
-    }
-    if changed:
-        raise InputError(
-            f"{role} of the run in {folder} has changed since: {len(changed)} of {len(entry['digests'])} weight files "
-            f"of {found} are missing or differ ({', '.join(sorted(changed))}). The delta would be measured from other "
-            f"weights than the run started from. {_way_out(role, 'which weights to use')} Nothing was written."
-        )
-    return str(found), entry.get("revision")
-
-
-def _way_out(role: str, what: str) -> str:
-    if role == "policy":
-        return "Restore it, or merge the adapter into the right model and start from that."
-    return f"Restore it, or say {what} with {role}_model=..."
-
-
-def _source(manifest: Mapping[str, Any], role: str) -> str | None:
-    return (manifest.get(role) or {}).get("source")
-
-
-def _adapter_base(adapter: Path) -> str:
-    name = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8")).get("base_model_name_or_path")
-    if not name:
         raise AdapterError(
             f"the adapter in {adapter} does not say what it was trained on (base_model_name_or_path is empty). "
             "Name it with base_model=... Nothing was written."
         )
-    return str(name)
-
-
-def describe(source: str | None, revision: str | None) -> dict[str, Any] | None:
-    """Return the manifest's entry of a source: name, revision and, for a local folder, digests of its weights."""
-    if source is None:
-        return None
-    digests = weight_digests(source) if Path(source).is_dir() else None
-    return {"source": source, "revision": revision, "digests": digests}
-
-
-def with_revision(source: str, revision: str | None) -> str:
-    """Return `source@revision`, the form in which a graft takes its inputs, or `source` where there is no revision."""
-    return f"{source}@{revision}" if revision else source
+    return found.source, revision or found.revision
 
 
 def check_unchanged(model: PreTrainedModel, source: str, revision: str | None) -> None:

@@ -15,6 +15,7 @@ import torch
 from families import load
 from oracle import exact, round_exact
 from peft import LoraConfig
+from repository import ROOT
 from tiny import preference_data, sft_data
 
 from shadow_trl import (
@@ -27,13 +28,13 @@ from shadow_trl import (
     graft,
     verify,
 )
+from shadow_trl.checkpoints.manifest import read_manifest
 from shadow_trl.cli import main as command
 from shadow_trl.errors import CheckpointError, ConfigError, InputError, OutputExistsError
-from shadow_trl.manifest import read_manifest
-from shadow_trl.pipeline_options import is_done, last_checkpoint, read_plan
+from shadow_trl.recipes.pipeline_options import is_done, last_checkpoint, read_plan
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning:transformers")
-HOME = Path(__file__).resolve().parent / "fixtures" / "version_0_1_0"
+HOME = ROOT / "tests" / "fixtures" / "version_0_1_0"
 EXPECTED = json.loads((HOME / "expected.json").read_text())
 PAIR = {"base": "base", "instruct": "instruct"}
 # How 0.1.0 made each graft, said again.

@@ -1,0 +1,99 @@
+"""The form of a graft's result: dense weights, or an adapter where an exact one exists."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ..adapters.kinds import SCALABLE, START_FOLDER, kind_of, peft_type
+from ..adapters.lora import no_factors, other_adapters
+from ..checkpoints.checkpoint import Checkpoint
+from ..checkpoints.hub import is_hub_id
+from ..checkpoints.manifest import read_manifest
+from ..errors import AdapterError, list_names
+from .options import GraftOptions
+from .trained import Full, PlainLora
+
+
+def form_of(tuned: Full, instruct: Checkpoint, options: GraftOptions) -> tuple[str, list[str]]:
+    """Return `adapter` or `model`, whichever the result takes, and why an adapter becomes dense weights.
+
+    Raises:
+        AdapterError: an adapter is asked for and there is no exact one.
+    """
+    if options.format == "model" or not tuned.checkpoint.is_adapter:
+        if options.format == "adapter" or options.rank is not None:
+            what = "a sum, which has an adapter form for plain LoRAs only" if tuned.stages else "a full checkpoint"
+            raise no_adapter_form([f"tuned is {what}  (`shadow-trl delta --rank R` makes a LoRA for base)"], rank=False)
+        return "model", []
+    if options.rank is not None:
+        return "adapter", []
+    reasons = [f"{name} is set" for name in options.dense_only()]
+    reasons += adapter_obstacles(tuned.checkpoint, options.scale)
+    if options.patterns() is not None and not _all_selected(tuned, options):
+        reasons.append("modules leaves out a part of the adapter")
+    if reasons and options.format == "adapter":
+        raise no_adapter_form(reasons)
+    if reasons or options.format == "adapter":
+        return ("model" if reasons else "adapter"), reasons
+    if is_local(instruct):
+        return "model", [f"instruct {instruct} is a local folder, which an adapter would have to name"]
+    return "adapter", []
+
+
+def _all_selected(tuned: Full, options: GraftOptions) -> bool:
+    """Whether `modules` selects the whole adapter; only of a plain LoRA is it known which weights it changes."""
+    return isinstance(tuned, PlainLora) and all(map(options.selector(), (f"{name}.weight" for name in tuned.modules)))
+
+
+def adapter_obstacles(tuned: Checkpoint, scale: float) -> list[str]:
+    """Return why an adapter has no exact form on INSTRUCT; empty where it has one."""
+    kind = kind_of(tuned.adapter_config)
+    reasons = list(kind.obstacles)
+    if kind.subtracted:
+        others = no_factors(tuned.specs)
+        reasons.append(
+            f"init_lora_weights = {tuned.adapter_config['init_lora_weights']}  "
+            + (f"(with {others[0]})" if others else f"(the adapter as it was before training is not in {START_FOLDER})")
+        )
+    if scale != 1.0 and peft_type(tuned.adapter_config) not in SCALABLE:
+        reasons.append(f"scale = {scale}  (not known how to multiply a {peft_type(tuned.adapter_config)} adapter)")
+    return reasons
+
+
+def no_adapter_form(reasons: list[str], *, rank: bool = True) -> AdapterError:
+    """Return the error for a result that cannot be an exact adapter; `rank` says whether an inexact one can be made."""
+    nearest = "; or rank=R (--rank R): the nearest LoRA of that rank, with its error in the report" if rank else ""
+    return AdapterError(
+        f"there is no exact adapter form of this graft.\n{list_names(reasons)}\nUse format='model', which is "
+        f"exact{nearest}. Nothing was written."
+    )
+
+
+def is_local(side: Checkpoint) -> bool:
+    """Whether a side was given as a folder and not as a hub id."""
+    return Path(side.source).expanduser().is_dir() or not is_hub_id(side.source)
+
+
+def adapter_warnings(tuned: Full, instruct: Checkpoint, reasons: list[str]) -> list[str]:
+    """Return what the user should know of an adapter whose result is dense for `reasons`; [] for a full checkpoint."""
+    if not tuned.checkpoint.is_adapter:
+        return []
+    found = []
+    if reasons and (not is_local(instruct) or adapter_obstacles(tuned.checkpoint, 1.0)):
+        found.append(f"the result is dense weights, there is no exact adapter form.\n{list_names(reasons)}")
+    source = tuned.sides["tuned"]
+    others = other_adapters(source)
+    if others:
+        found.append(f"{source} holds further adapters, which are not grafted: {', '.join(others)}.")
+    method = tuned.base.quantisation or ((read_manifest(source.path) or {}).get("quantised"))
+    if method:
+        how = (
+            "is the exact product of its factors"
+            if isinstance(tuned, PlainLora)
+            else "is worked out on the BASE that is given"
+        )
+        found.append(
+            f"the adapter was trained on a BASE quantised by {method}. Its delta {how}, and a part of it answers to "
+            "the quantisation error, which the full-precision INSTRUCT does not have (docs/adapters.md)."
+        )
+    return found

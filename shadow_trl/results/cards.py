@@ -1,0 +1,93 @@
+"""The model card, `README.md`, of a graft or a delta."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ..checkpoints.manifest import MANIFEST_NAME
+
+_CITATION = """\
+@article{shadowft2025,
+  title   = {Shadow-FT: Tuning Instruct Model via Training on Paired Base Model},
+  journal = {arXiv preprint arXiv:2505.12716},
+  year    = {2025}
+}"""
+
+
+def write_model_card(folder: str | os.PathLike[str], manifest: Mapping[str, Any], *, adapter: bool = False) -> Path:
+    """Write the `README.md` of a grafted model or adapter from its manifest; return its path.
+
+    Args:
+        folder: the folder of the graft, not yet renamed into place.
+        manifest: the content of its `shadow.json`; `base`, `instruct`, `tuned` (each with `source`) and `options`.
+        adapter: whether the folder holds an adapter.
+    """
+    names = _names(manifest, "instruct", "base", "tuned")
+    options = manifest.get("options", {})
+    scales = {name: options.get(name, 1.0) for name in ("scale", "instruct_scale")}
+    formula = "grafted = instruct + scale * (tuned - base)"
+    if scales["instruct_scale"] != 1.0:
+        formula = "grafted = base + scale * (tuned - base) + instruct_scale * (instruct - base)"
+    lines = [f"# {names['instruct']} with a grafted update", "", f"`{formula}`", "", *_table({**names, **scales})]
+    lines += [
+        f"The update was learnt on the base model and added to the instruct model. `{MANIFEST_NAME}` beside this file "
+        "says what was added, with digests and figures. Tokenizer, chat template and generation config are those of "
+        "the instruct model."
+    ]
+    front = _base_models(manifest, "instruct", "base", relation="adapter" if adapter else "merge")
+    front += ["library_name: " + ("peft" if adapter else "transformers")]
+    return _write(folder, front, ["trl", *(["lora"] if adapter else [])], lines)
+
+
+def write_delta_card(folder: str | os.PathLike[str], manifest: Mapping[str, Any]) -> Path:
+    """Write the `README.md` of a delta, or of the LoRA made from one, from its manifest; return its path.
+
+    Args:
+        folder: the folder of the delta, not yet renamed into place.
+        manifest: the content of its `shadow.json`; `base`, `tuned` (each with `source`) and `form`.
+    """
+    names = _names(manifest, "base", "tuned")
+    lines = [f"# What training added to {names['base']}", ""]
+    if manifest["form"] == "adapter":
+        front = [*_base_models(manifest, "base", relation="adapter"), "library_name: peft"]
+        lines += ["`lora_B @ lora_A ~ tuned - base`, by truncated singular value decomposition.", ""]
+    else:
+        front = _base_models(manifest, "base")
+        lines += ["`delta = tuned - base`. This is no model. Add it to an instruct model of the base with", ""]
+        lines += ["    shadow-trl graft --delta FOLDER --instruct INSTRUCT --output OUTPUT", ""]
+    lines += [*_table(names), f"`{MANIFEST_NAME}` beside this file has digests and figures."]
+    return _write(folder, front, ["lora"] if manifest["form"] == "adapter" else [], lines)
+
+
+def _write(folder: str | os.PathLike[str], front: list[str], tags: list[str], lines: list[str]) -> Path:
+    front = [*front, "tags:", *(f"- {tag}" for tag in ("shadow-trl", "shadow-ft", *tags))]
+    citation = ["## Citation", "", "```bibtex", _CITATION, "```", ""]
+    path = Path(folder) / "README.md"
+    path.write_text("\n".join(["---", *front, "---", "", *lines, "", *citation]), encoding="utf-8")
+    return path
+
+
+def _base_models(manifest: Mapping[str, Any], *roles: str, relation: str | None = None) -> list[str]:
+    # Only a hub id is a valid `base_model`; a local folder would be a dead link on the hub.
+    found = [f"- {name}" for role, name in _names(manifest, *roles).items() if _is_hub_id(manifest[role]["source"])]
+    return ["base_model:", *found, *([f"base_model_relation: {relation}"] if relation else [])] if found else []
+
+
+def _table(rows: Mapping[str, Any]) -> list[str]:
+    return ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items()), ""]
+
+
+def _names(manifest: Mapping[str, Any], *roles: str) -> dict[str, str]:
+    # A card is published: of a local path only the folder's name is told.
+    sources = {role: manifest[role]["source"] for role in roles if manifest.get(role)}
+    return {
+        role: source.partition("@")[0] if _is_hub_id(source) else Path(source).name for role, source in sources.items()
+    }
+
+
+def _is_hub_id(source: str) -> bool:
+    return bool(re.fullmatch(r"[\w.\-]+/[\w.\-]+(@[\w.\-/]+)?", source)) and not Path(source.partition("@")[0]).exists()

@@ -1,0 +1,83 @@
+"""Gap: the relative distance of INSTRUCT from BASE is what its definition says."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from architectures import (
+    ROLES,
+    in_memory,
+)
+from families import family, load, shapes, tensors, write
+from layout_cases import with_head
+from safetensors.torch import save_file
+
+from shadow_trl.errors import GraftError
+from shadow_trl.operations.gap import gap
+
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+
+
+@pytest.mark.parametrize("dtypes", [(BF16, BF16, BF16), (FP32, BF16, FP32)])
+def test_gap_equals_its_definition(tmp_path, dtypes):
+    sides = family(tmp_path, dtypes=dtypes, shards=(2, 1, 1))
+    report = gap(**sides, progress=False)
+    base, instruct, tuned = (
+        {n: v.double() for n, v in load(sides[role]).items()} for role in ("base", "instruct", "tuned")
+    )
+
+    def sigma(names, other):
+        apart = sum(float((base[name] - other[name]).abs().sum()) for name in names)
+        return apart / sum(float(base[name].abs().sum() + other[name].abs().sum()) for name in names)
+
+    assert report.sigma == pytest.approx(sigma(shapes(), instruct), rel=1e-5)
+    assert report.delta == pytest.approx(sigma(shapes(), tuned), rel=1e-5)
+    layer = [name for name in shapes() if ".layers.1." in name]
+    assert report.by_layer["model.layers.1"]["sigma"] == pytest.approx(sigma(layer, instruct), rel=1e-5)
+    assert list(report.by_layer) == ["model.embed_tokens", "model.layers.0", "model.layers.1", "model.norm"]
+    kind = [name for name in shapes() if "q_proj.weight" in name]
+    assert report.by_kind["q_proj"]["sigma"] == pytest.approx(sigma(kind, instruct), rel=1e-5)
+    assert report.weights == len(shapes())
+
+
+def test_gap_of_unrelated_models_is_large_and_of_equal_ones_zero(tmp_path):
+    one, other = write(tmp_path / "one", tensors(0)), write(tmp_path / "other", tensors(1))
+    assert gap(one, other, progress=False).sigma == pytest.approx(0.707, abs=0.03)
+    assert gap(one, one, progress=False).sigma == 0.0
+
+
+def test_gap_names_values_that_are_not_finite(tmp_path):
+    sides = family(tmp_path)
+    weights = load(sides["base"])
+    weights["model.norm.weight"][0] = float("inf")
+    save_file(weights, sides["base"] / "model.safetensors")
+    with pytest.raises(GraftError, match=r"model\.norm\.weight"):
+        gap(sides["base"], sides["instruct"], progress=False)
+
+
+@pytest.mark.parametrize("other", ["qwen3_moe", "gemma3"])
+def test_gap_over_layouts(other: str, families: Any) -> None:
+    family = families(other)
+    report = gap(family / "base", family / "instruct-memory", family / "tuned", progress=False)
+    b, i, t = (in_memory(other, family / role) for role in ROLES)
+    if other == "gemma3":  # one weight under two names
+        for state in (b, i, t):
+            state.pop("lm_head.weight")
+    apart = sum((i[key].double() - b[key].double()).abs().sum() for key in b)
+    size = sum(i[key].double().abs().sum() + b[key].double().abs().sum() for key in b)
+    assert report.sigma == pytest.approx(float(apart / size), rel=1e-6)
+    moved = sum((t[key].double() - b[key].double()).abs().sum() for key in b)
+    assert report.delta_to_gap == pytest.approx(float(moved / apart), rel=1e-6)
+
+
+def test_gap_of_a_head_that_one_side_has_of_its_own(families: Any, tmp_path: Path) -> None:
+    family = families("qwen3")
+    base = with_head(family / "base", tmp_path / "base", "own", tied=False)
+    report = gap(base, family / "instruct", progress=False)
+    b, i = in_memory("qwen3", base), in_memory("qwen3", family / "instruct")
+    apart = sum((i[key].double() - b[key].double()).abs().sum() for key in b)
+    size = sum(i[key].double().abs().sum() + b[key].double().abs().sum() for key in b)
+    assert report.sigma == pytest.approx(float(apart / size), rel=1e-6)
