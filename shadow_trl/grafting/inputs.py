@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -104,8 +104,7 @@ def open_delta(base: Source | None, instruct: Source, delta: Source, options: Gr
     _check_delta_options(options)
     learnt, receiver = DeltaCheckpoint.open(delta), _open_model("instruct", instruct)
     receiver.check_not_quantised("instruct")
-    facts = Checkpoint(f"{learnt} (what the delta keeps of base)", None, learnt.path, config=learnt.config)
-    facts.specs, facts.files = learnt.specs, learnt.files
+    facts = replace(learnt, source=f"{learnt} (what the delta keeps of base)", revision=None)
     origin = _named_base(learnt) if base is None else Checkpoint.open(base)
     warnings = []
     if base is not None and origin is not None:
