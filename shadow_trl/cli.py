@@ -12,8 +12,14 @@ from typing import Any, NoReturn
 
 from . import __version__
 from .errors import ConfigError, ShadowError
-from .grafting.options import DIGESTS, DTYPES, FORMATS, ROUNDINGS, VOCABS
+from .grafting.options import DTYPES, declared
 from .runtime.startup import collector_paused
+
+_RECIPES = {
+    "sft": "train BASE with SFT, then graft",
+    "dpo": "train BASE with DPO, then graft",
+    "sft-dpo": "train BASE with SFT, then with DPO, then graft",
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -24,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
         if arguments[:1] and arguments[0] in _RECIPES:
-            return _RECIPES[arguments[0]](arguments[1:]) or 0
+            return _recipe(arguments[0], arguments[1:]) or 0
         options = _parser().parse_args(arguments)
         run: Callable[[argparse.Namespace], int | None] = options.run
         return run(options) or 0
@@ -54,6 +60,11 @@ class _Parser(argparse.ArgumentParser):
         raise ConfigError(f"{message}. See `{self.prog} --help`. Nothing was written.")
 
 
+class _Switch(argparse.Action):
+    def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: Any = None) -> None:
+        setattr(namespace, self.dest, values == "on")
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="shadow-trl",
@@ -63,14 +74,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"shadow-trl {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
     _add_graft(commands.add_parser("graft", help="add the delta of TUNED to INSTRUCT", allow_abbrev=False))
-    _add_gap(commands.add_parser("gap", help="how far INSTRUCT lies from BASE", allow_abbrev=False))
+    _add_gap(commands.add_parser("gap", help="how far INSTRUCT is from BASE", allow_abbrev=False))
     _add_delta(commands.add_parser("delta", help="write TUNED - BASE on its own, or as a LoRA", allow_abbrev=False))
     _add_verify(commands.add_parser("verify", help="is a folder the graft it says it is?", allow_abbrev=False))
-    for name, text in (
-        ("sft", "train BASE with SFT, then graft"),
-        ("dpo", "train BASE with DPO, then graft"),
-        ("sft-dpo", "train BASE with SFT, then with DPO, then graft"),
-    ):
+    for name, text in _RECIPES.items():
         commands.add_parser(name, help=f"{text} (`shadow-trl {name} --help`)", add_help=False)
     return parser
 
@@ -89,34 +96,27 @@ def _add_graft(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     learnt.add_argument("--delta", metavar="D", help="in its place: what `shadow-trl delta` wrote; needs no BASE")
     need.add_argument("--output", metavar="O", required=True, help="folder of the result; must not exist")
-    sums = parser.add_argument_group("arithmetic")
-    sums.add_argument("--scale", type=float, default=1.0, metavar="A", help="multiplier of the delta (default 1)")
-    sums.add_argument(
-        "--instruct-scale", type=float, default=1.0, metavar="B", help="b of a*T + b*I + (1-a-b)*B (default 1)"
-    )
-    sums.add_argument("--modules", nargs="+", default=["all"], metavar="M", help="all, linear, or regular expressions")
-    sums.add_argument("--dtype", choices=DTYPES, default="auto", help="dtype of the result (default: INSTRUCT's)")
-    sums.add_argument("--base-dtype", choices=("tuned", *DTYPES[1:]), help="dtype in which training loaded BASE")
-    sums.add_argument("--rounding", choices=ROUNDINGS, default="nearest", help="how sums are rounded (default nearest)")
-    sums.add_argument("--seed", type=int, default=0, help="of stochastic rounding (default 0)")
-    sums.add_argument(
-        "--vocab", choices=VOCABS, default="strict", help="token rows that only one side has (default strict)"
-    )
-    sums.add_argument("--untie", action="store_true", help="let a tied INSTRUCT receive a head of its own")
-    form = parser.add_argument_group("result")
-    form.add_argument("--format", choices=FORMATS, default="auto", help="dense weights or an adapter (default auto)")
-    form.add_argument("--rank", type=int, metavar="R", help="an adapter of this rank near a delta without an exact one")
-    form.add_argument("--max-shard-size", metavar="SIZE", help="such as 5GB (default: INSTRUCT's files)")
-    form.add_argument("--overwrite", action="store_true", help="replace an existing graft")
-    form.add_argument(
-        "--digest", choices=DIGESTS, default="sha256", help="of the inputs, for the manifest (default sha256)"
-    )
-    form.add_argument(
-        "--stats", choices=("on", "off"), default="on", help="measure sigma, realised, noise (default on)"
-    )
+    sums, form = parser.add_argument_group("arithmetic"), parser.add_argument_group("result")
+    for name, option in declared().items():
+        _add_option(sums if option.recorded else form, name)
     form.add_argument("--quiet", action="store_true", help="print nothing but errors and warnings")
     form.add_argument("--json", action="store_true", help="print the report as JSON on stdout")
     parser.set_defaults(run=_graft)
+
+
+def _add_option(parser: argparse._ActionsContainer, name: str, **changes: Any) -> None:
+    """Add an option of the graft as it is declared, but for `changes` that another command makes."""
+    known = {**vars(declared()[name]), **changes}
+    default, text, more = known["default"], known["help"], dict(known["flags"])
+    if default is False:
+        more["action"] = "store_true"
+    elif default is True:
+        text += " (default on)"
+        more |= {"action": _Switch, "choices": ("on", "off")}
+    else:
+        text += f" (default {default})" if default is not None else ""
+        more["choices"] = known["choices"]
+    parser.add_argument(f"--{name.replace('_', '-')}", default=default, help=text, **more)
 
 
 def _add_gap(parser: argparse.ArgumentParser) -> None:
@@ -137,13 +137,13 @@ def _add_delta(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--base", metavar="B", help="BASE, before training; an adapter names it itself")
     parser.add_argument("--tuned", metavar="T", required=True, help="BASE after training")
     parser.add_argument("--output", metavar="D", required=True, help="folder of the result; must not exist")
-    parser.add_argument("--rank", type=int, metavar="R", help="write a LoRA adapter for BASE of this rank instead")
-    parser.add_argument("--dtype", choices=DTYPES[1:], default="float32", help="of the result (default float32)")
-    parser.add_argument("--base-dtype", choices=("tuned", *DTYPES[1:]), help="dtype in which training loaded BASE")
-    parser.add_argument("--max-shard-size", metavar="SIZE", help="such as 5GB (default: BASE's files)")
-    parser.add_argument("--overwrite", action="store_true", help="replace an existing delta")
-    parser.add_argument("--digest", choices=DIGESTS, default="sha256", help="of the inputs (default sha256)")
-    parser.add_argument("--stats", choices=("on", "off"), default="on", help="measure the delta (default on)")
+    _add_option(parser, "rank", help="write a LoRA adapter for BASE of this rank instead")
+    _add_option(parser, "dtype", help="dtype of the result", default="float32", choices=DTYPES[1:])
+    _add_option(parser, "base_dtype")
+    _add_option(parser, "max_shard_size", help="largest file of the result, such as 5GB; left out: BASE's files")
+    _add_option(parser, "overwrite", help="replace an existing delta")
+    _add_option(parser, "digest")
+    _add_option(parser, "stats", help="measure the delta")
     parser.add_argument("--quiet", action="store_true", help="print nothing but errors and warnings")
     parser.add_argument("--json", action="store_true", help="print the report as JSON on stdout, with every module")
     parser.set_defaults(run=_delta)
@@ -169,15 +169,8 @@ def _graft(options: argparse.Namespace) -> None:
     with collector_paused():
         from .operations.graft import graft
 
-    given = vars(options)
-    named = {name: given[name] for name in given if name not in ("run", "command", "quiet", "json", "stats", "modules")}
-    modules = options.modules[0] if len(options.modules) == 1 else options.modules
-    report = graft(**named, modules=modules, stats=options.stats == "on", progress=not options.quiet)
-    _warn(report.warnings)
-    if options.json:
-        print(json.dumps(report.to_dict(), indent=2))
-    elif not options.quiet:
-        print(report.text())
+    report = graft(**_named(options), progress=not options.quiet)
+    _show(report, options)
 
 
 def _gap(options: argparse.Namespace) -> None:
@@ -206,14 +199,8 @@ def _delta(options: argparse.Namespace) -> None:
     with collector_paused():
         from .operations.delta import extract_delta
 
-    given = vars(options)
-    named = {name: given[name] for name in given if name not in ("run", "command", "quiet", "json", "stats")}
-    report = extract_delta(**named, stats=options.stats == "on", progress=not options.quiet)
-    _warn(report.warnings)
-    if options.json:
-        print(json.dumps(report.to_dict(), indent=2))
-    elif not options.quiet:
-        print(report.text())
+    report = extract_delta(**_named(options), progress=not options.quiet)
+    _show(report, options)
 
 
 def _verify(options: argparse.Namespace) -> int:
@@ -230,25 +217,27 @@ def _verify(options: argparse.Namespace) -> int:
     return 0 if report.same else 1
 
 
-def _sft(argv: list[str]) -> int | None:
-    from .recipes.run import main_sft
+def _recipe(name: str, argv: list[str]) -> int | None:
+    if name == "sft-dpo":
+        from .recipes.pipeline import main_sft_dpo
 
-    return main_sft(argv)
+        return main_sft_dpo(argv)
+    from .recipes.run import main_dpo, main_sft
 
-
-def _dpo(argv: list[str]) -> int | None:
-    from .recipes.run import main_dpo
-
-    return main_dpo(argv)
+    return main_sft(argv) if name == "sft" else main_dpo(argv)
 
 
-def _sft_dpo(argv: list[str]) -> int | None:
-    from .recipes.pipeline import main_sft_dpo
+def _named(options: argparse.Namespace) -> dict[str, Any]:
+    """Return what the command's function is called with."""
+    return {name: value for name, value in vars(options).items() if name not in ("run", "command", "quiet", "json")}
 
-    return main_sft_dpo(argv)
 
-
-_RECIPES: dict[str, Callable[[list[str]], int | None]] = {"sft": _sft, "dpo": _dpo, "sft-dpo": _sft_dpo}
+def _show(report: Any, options: argparse.Namespace) -> None:
+    _warn(report.warnings)
+    if options.json:
+        print(json.dumps(report.to_dict(), indent=2))
+    elif not options.quiet:
+        print(report.text())
 
 
 def _warn(warnings: Sequence[str]) -> None:

@@ -7,7 +7,7 @@ out, and what is on the disk now.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 
@@ -45,6 +45,13 @@ class OutputExistsError(InputError):
 
 class GraftError(ShadowError, RuntimeError):
     """A graft failed after it had started (non-finite values, full disk); nothing half-done is left."""
+
+
+def one_of(name: str, value: str, allowed: Sequence[str]) -> str:
+    """Return `value` if it is one of `allowed`; raise ConfigError with the `name` of the option if not."""
+    if value not in allowed:
+        raise ConfigError(f"{name} must be one of {', '.join(allowed)}; got {value!r}. Nothing was written.")
+    return value
 
 
 def list_names(lines: Iterable[str], *, limit: int = 10) -> str:

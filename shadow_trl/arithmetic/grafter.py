@@ -69,6 +69,47 @@ def graft_tensor(
     return grafted
 
 
+def graft_low_rank(
+    instruct: Tensor,
+    left: Tensor,
+    right: Tensor,
+    *,
+    factor: float = 1.0,
+    scale: float = 1.0,
+    rounding: str = "nearest",
+    seed: int = 0,
+    name: str = "",
+) -> Tensor:
+    """Return `instruct + scale * factor * (left @ right)`, the graft of a LoRA, in the dtype of `instruct`.
+
+    Args:
+        instruct: weight of INSTRUCT, (out, in); fp32, bf16, fp16 or fp64.
+        left: lora_B, (out, r).
+        right: lora_A, (r, in).
+        factor: alpha / r of LoRA. Default 1.
+        scale: multiplier of the delta. Default 1.
+        rounding: `nearest` or `stochastic`, as in `graft_tensor`.
+        seed: of stochastic rounding.
+        name: name of the weight, for stochastic rounding.
+
+    >>> graft_low_rank(torch.zeros(1, 2), torch.ones(1, 1), torch.tensor([[1.0, 2.0]]), factor=2.0, scale=0.5)
+    tensor([[1., 2.]])
+    """
+    if instruct.shape != (left.shape[0], right.shape[1]):
+        raise ValueError(f"shapes differ: instruct {instruct.shape}, left {left.shape}, right {right.shape}")
+    instruct, left, right = (side.detach().contiguous() for side in (instruct, left.float(), right.float()))
+    grafted = torch.empty_like(instruct)
+    grafter = BlockGrafter(scale, rounding=rounding, seed=seed, stats=False)
+    columns = instruct.shape[1]
+    rows = max(BLOCK // columns, 1)
+    for first in range(0, instruct.shape[0], rows):
+        out, block = (side[first : first + rows].view(-1) for side in (grafted, instruct))
+        grafter.add_low_rank(
+            out, block, left[first : first + rows], right, 0, factor=factor, name=name, index=first * columns
+        )
+    return grafted
+
+
 class BlockGrafter:
     """Grafts blocks of flattened tensors with scratch memory of its own; one for each thread.
 

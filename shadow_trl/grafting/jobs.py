@@ -113,7 +113,7 @@ def full_jobs(
     """
     rows = None
     if options.vocab == "shared":
-        from ..pair.pairs import shared_rows
+        from ..pair.token_rows import shared_rows
 
         rows = shared_rows(base, instruct).ids
     layout, sides = resolve(

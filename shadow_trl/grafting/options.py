@@ -1,138 +1,69 @@
-"""Options of a graft, checked where they are made: every wrong value is an error before anything is read."""
+"""Options of a graft, each declared once: the command line, the trainers' configs and the manifest follow from it."""
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from functools import partial
 from typing import Any
 
 from ..checkpoints.weight_names import LINEAR
-from ..errors import ConfigError
+from ..errors import ConfigError, one_of
 
-FORMATS = ("auto", "model", "adapter")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-ROUNDINGS = ("nearest", "stochastic")
-VOCABS = ("strict", "shared")
-DIGESTS = ("sha256", "none")
 BASE_DTYPES = ("tuned", "float64", *DTYPES[1:])
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
 @dataclass(frozen=True)
-class GraftOptions:
-    """Everything `graft` can be told beside the models; see `graft` for what each option does.
+class Option:
+    """What is known about an option of the graft beside its name and type.
 
-    Raises:
-        ConfigError: a value that the option cannot have, or options that contradict each other.
+    Args:
+        default: its value where none is given.
+        help: one line for `--help`.
+        choices: the only values that it can have; dtypes of torch are taken by their names. Default: any value.
+        check: takes the name under which the user knows the option and a value; returns the value as it is kept, or
+            raises ConfigError. Default: every value is kept as it is.
+        flags: further arguments for `argparse.ArgumentParser.add_argument`.
+        argument: its name in the configs of the trainers. Default None: they do not have it.
+        recorded: whether the manifest has it, as what changes the numbers. Default False.
+        dense_only: whether dense weights alone can honour another value than the default. Default False.
 
     """
 
-    scale: float = 1.0
-    instruct_scale: float = 1.0
-    modules: str | Sequence[str] = "all"
-    format: str = "auto"
-    dtype: str = "auto"
-    rounding: str = "nearest"
-    seed: int = 0
-    vocab: str = "strict"
-    max_shard_size: int | str | None = None
-    overwrite: bool = False
-    untie: bool = False
-    digest: str = "sha256"
-    stats: bool = True
-    base_dtype: str | None = None
-    rank: int | None = None
+    default: Any
+    help: str
+    choices: tuple[str, ...] | None = None
+    check: Callable[[str, Any], Any] | None = None
+    flags: Mapping[str, Any] = field(default_factory=dict)
+    argument: str | None = None
+    recorded: bool = False
+    dense_only: bool = False
 
-    def __post_init__(self) -> None:
-        for name in ("scale", "instruct_scale"):
-            object.__setattr__(self, name, _finite(name, getattr(self, name)))
-        for name, allowed in (("format", FORMATS), ("rounding", ROUNDINGS), ("vocab", VOCABS), ("digest", DIGESTS)):
-            _one_of(name, getattr(self, name), allowed)
-        object.__setattr__(self, "dtype", _dtype_name("dtype", self.dtype, DTYPES))
-        if self.base_dtype is not None:
-            object.__setattr__(self, "base_dtype", _dtype_name("base_dtype", self.base_dtype, BASE_DTYPES))
-        object.__setattr__(self, "max_shard_size", parse_size(self.max_shard_size))
-        if isinstance(self.seed, bool) or not isinstance(self.seed, int):
-            raise ConfigError(f"seed must be an integer, got {self.seed!r}. Nothing was written.")
-        if self.rounding == "stochastic" and self.dtype == "float32":
-            raise ConfigError(
-                "rounding='stochastic' has no meaning with dtype='float32': fp32 output is not rounded to 16 bits. "
-                "Use rounding='nearest', or a 16-bit dtype. Nothing was written."
-            )
-        if self.rank is not None and (isinstance(self.rank, bool) or not isinstance(self.rank, int) or self.rank < 1):
-            raise ConfigError(f"rank must be a whole number of at least 1, got {self.rank!r}. Nothing was written.")
-        if self.rank is not None and self.format == "model":
-            raise ConfigError("rank is of an adapter; format='model' writes dense weights. Nothing was written.")
-        if self.rank is not None and self.patterns() is not None:
-            raise ConfigError(
-                "rank takes the whole delta of an adapter; modules would leave a part of it out. Leave one of them "
-                "out. Nothing was written."
-            )
-        if self.format == "adapter" or self.rank is not None:
-            self._check_adapter_form()
-        self.patterns()
-
-    def _check_adapter_form(self) -> None:
-        wrong = [f"{name}={getattr(self, name)!r}" for name in self.dense_only()]
-        if wrong:
-            raise ConfigError(
-                f"format='adapter' has no room for {', '.join(wrong)}: the adapter's own values are stored, not summed "
-                "weights. Use format='model', or leave the option out. Nothing was written."
-            )
-
-    def dense_only(self) -> list[str]:
-        """Return the names of the options set to values that only the dense form can honour."""
-        plain = {"dtype": "auto", "rounding": "nearest", "instruct_scale": 1.0, "max_shard_size": None, "untie": False}
-        return [name for name, value in plain.items() if getattr(self, name) != value]
-
-    def patterns(self) -> list[re.Pattern[str]] | None:
-        """Return the compiled expressions of `modules`, None for `all`."""
-        given = [self.modules] if isinstance(self.modules, str) else list(self.modules)
-        if given == ["all"]:
+    def checked(self, name: str, value: Any) -> Any:
+        """Return `value` as it is kept; raise ConfigError, with `name`, for one that the option cannot have."""
+        if value is None and self.default is None:
             return None
-        if not given:
-            raise ConfigError("modules is an empty list: nothing would be grafted. Pass 'all'. Nothing was written.")
-        compiled = []
-        for expression in given:
-            try:
-                compiled.append(re.compile(LINEAR if expression == "linear" else expression))
-            except (re.error, TypeError) as error:
-                raise ConfigError(
-                    f"modules: {expression!r} is no regular expression ({error}). Pass 'all', 'linear' or regular "
-                    "expressions that are searched in the names of weights. Nothing was written."
-                ) from error
-        return compiled
-
-    def selector(self) -> Callable[[str], bool]:
-        """Return the test whether a weight's name is selected by `modules`."""
-        patterns = self.patterns()
-        if patterns is None:
-            return lambda name: True
-        return lambda name: any(pattern.search(name) for pattern in patterns)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return what changes the numbers, for the manifest."""
-        names = ("scale", "instruct_scale", "dtype", "rounding", "seed", "vocab", "untie", "base_dtype")
-        modules = self.modules if isinstance(self.modules, str) else list(self.modules)
-        rank = {} if self.rank is None else {"rank": self.rank}
-        return {**{name: getattr(self, name) for name in names}, "modules": modules, **rank}
+        if self.choices is not None:
+            # A torch dtype prints as torch.bfloat16; torch is not imported here.
+            return one_of(name, str(value).removeprefix("torch."), self.choices)
+        return value if self.check is None else self.check(name, value)
 
 
-def parse_size(value: int | str | None) -> int | None:
-    """Return a number of bytes from `5GB`, `500MiB` or a number; None stays None (keep the layout).
+def parse_size(name: str, value: int | str) -> int:
+    """Return a number of bytes from `5GB`, `500MiB` or a number; `name` is that of the option, for the error.
 
-    >>> parse_size("1.5GB"), parse_size("2MiB"), parse_size(10)
+    >>> parse_size("", "1.5GB"), parse_size("", "2MiB"), parse_size("", 10)
     (1500000000, 2097152, 10)
     """
-    if value is None:
-        return None
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?i?B?)\s*", str(value), re.IGNORECASE)
     unit = match.group(2).upper() if match else None
     if match is None or unit not in _UNITS or float(match.group(1)) * _UNITS[unit] < 1:
-        raise ConfigError(f"max_shard_size: {value!r} is no size. Write for example 5GB or 500MB. Nothing was written.")
+        raise ConfigError(f"{name}: {value!r} is not a valid size. Write it like 5GB or 500MB. Nothing was written.")
     return int(float(match.group(1)) * _UNITS[unit])
 
 
@@ -146,13 +77,129 @@ def _finite(name: str, value: Any) -> float:
     return number
 
 
-def _one_of(name: str, value: Any, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise ConfigError(f"{name} must be one of {', '.join(allowed)}; got {value!r}. Nothing was written.")
+def _integer(name: str, value: Any, least: float = -math.inf) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        wanted = "an integer" if least == -math.inf else f"a whole number of at least {least}"
+        raise ConfigError(f"{name} must be {wanted}, got {value!r}. Nothing was written.")
+    return value
 
 
-def _dtype_name(name: str, value: Any, allowed: tuple[str, ...]) -> str:
-    # A torch dtype prints as torch.bfloat16; this room does not import torch.
-    text = str(value).removeprefix("torch.")
-    _one_of(name, text, allowed)
-    return text
+def _modules(name: str, value: str | Sequence[str]) -> str | list[str]:
+    """Check every expression; a list of one is kept as that one."""
+    if not value:
+        raise ConfigError(f"{name} is an empty list or text: it selects nothing. Pass 'all'. Nothing was written.")
+    given = [value] if isinstance(value, str) else list(value)
+    for expression in given:
+        try:
+            re.compile(expression)
+        except (re.error, TypeError) as error:
+            raise ConfigError(
+                f"{name}: {expression!r} is not a regular expression ({error}). Pass 'all', 'linear' or regular "
+                "expressions that are searched in the names of weights. Nothing was written."
+            ) from error
+    return given if len(given) > 1 else given[0]
+
+
+def _option(default: Any, text: str, **known: Any) -> Any:
+    return field(default=default, metadata={"option": Option(default, text, **known)})
+
+
+@dataclass(frozen=True)
+class GraftOptions:
+    """Everything `graft` accepts beside the models; see `graft` for what each option does.
+
+    Raises:
+        ConfigError: a value that the option cannot have, or options that contradict each other.
+
+    """
+
+    scale: float = _option(
+        1.0, "multiplier of the delta",
+        check=_finite, flags={"type": float, "metavar": "A"}, argument="graft_scale", recorded=True,
+    )  # fmt: skip
+    instruct_scale: float = _option(
+        1.0, "multiplier b of INSTRUCT in a*T + b*I + (1-a-b)*B", check=_finite,
+        flags={"type": float, "metavar": "B"}, argument="instruct_scale", recorded=True, dense_only=True,
+    )  # fmt: skip
+    modules: str | Sequence[str] = _option(
+        "all", "weights that receive the delta: all, linear, or regular expressions searched in their names",
+        check=_modules, flags={"nargs": "+", "metavar": "M"}, argument="graft_modules", recorded=True,
+    )  # fmt: skip
+    format: str = _option(
+        "auto", "form of the result: dense weights or an adapter",
+        choices=("auto", "model", "adapter"), argument="graft_format",
+    )  # fmt: skip
+    dtype: str = _option(
+        "auto", "dtype of the result; auto: that of each INSTRUCT weight",
+        choices=DTYPES, argument="graft_dtype", recorded=True, dense_only=True,
+    )  # fmt: skip
+    rounding: str = _option(
+        "nearest", "how sums are rounded to the dtype of the result",
+        choices=("nearest", "stochastic"), argument="graft_rounding", recorded=True, dense_only=True,
+    )  # fmt: skip
+    seed: int = _option(
+        0, "seed of stochastic rounding", check=_integer, flags={"type": int}, argument="graft_seed", recorded=True
+    )
+    vocab: str = _option(
+        "strict", "token rows that only one side has: refuse them, or graft the rows that both share",
+        choices=("strict", "shared"), argument="graft_vocab", recorded=True,
+    )  # fmt: skip
+    max_shard_size: int | str | None = _option(
+        None, "largest file of the result, such as 5GB; left out: INSTRUCT's files",
+        check=parse_size, flags={"metavar": "SIZE"}, dense_only=True,
+    )  # fmt: skip
+    overwrite: bool = _option(False, "replace an existing graft", argument="graft_overwrite")
+    untie: bool = _option(False, "let a tied INSTRUCT receive a head of its own", recorded=True, dense_only=True)
+    digest: str = _option("sha256", "digest of the inputs, for the manifest", choices=("sha256", "none"))
+    stats: bool = _option(True, "measure sigma, realised, noise")
+    base_dtype: str | None = _option(None, "dtype in which training loaded BASE", choices=BASE_DTYPES, recorded=True)
+    rank: int | None = _option(
+        None, "an adapter of this rank near a delta that has no exact one",
+        check=partial(_integer, least=1), flags={"type": int, "metavar": "R"}, recorded=True,
+    )  # fmt: skip
+
+    def __post_init__(self) -> None:
+        for name, option in declared().items():
+            object.__setattr__(self, name, option.checked(name, getattr(self, name)))
+        if self.rounding == "stochastic" and self.dtype == "float32":
+            raise ConfigError(
+                "rounding='stochastic' has no meaning with dtype='float32': fp32 output is not rounded to 16 bits. "
+                "Use rounding='nearest', or a 16-bit dtype. Nothing was written."
+            )
+        if self.rank is not None and self.format == "model":
+            raise ConfigError("rank is of an adapter; format='model' writes dense weights. Nothing was written.")
+        if self.rank is not None and self.patterns() is not None:
+            raise ConfigError(
+                "rank takes the whole delta of an adapter; modules would leave a part of it out. Leave one of them "
+                "out. Nothing was written."
+            )
+        wrong = [f"{name}={getattr(self, name)!r}" for name in self.dense_only()]
+        if wrong and (self.format == "adapter" or self.rank is not None):
+            raise ConfigError(
+                f"format='adapter' has no room for {', '.join(wrong)}: the adapter's own values are stored, not summed "
+                "weights. Use format='model', or leave the option out. Nothing was written."
+            )
+
+    def dense_only(self) -> list[str]:
+        """Return the names of the options set to values that only the dense form can honour."""
+        return [name for name, item in declared().items() if item.dense_only and getattr(self, name) != item.default]
+
+    def patterns(self) -> list[re.Pattern[str]] | None:
+        """Return the compiled expressions of `modules`, None for `all`."""
+        given = [self.modules] if isinstance(self.modules, str) else self.modules
+        return None if given == ["all"] else [re.compile(LINEAR if text == "linear" else text) for text in given]
+
+    def selector(self) -> Callable[[str], bool]:
+        """Return the test whether `modules` selects a weight by its name."""
+        patterns = self.patterns()
+        return lambda name: patterns is None or any(pattern.search(name) for pattern in patterns)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what changes the numbers, for the manifest; a rank only where there is one."""
+        known = {name: getattr(self, name) for name, option in declared().items() if option.recorded}
+        return {name: value for name, value in known.items() if name != "rank" or value is not None}
+
+
+def declared() -> dict[str, Option]:
+    """Return the options of a graft by name, in their order."""
+    return {item.name: item.metadata["option"] for item in fields(GraftOptions)}

@@ -9,7 +9,6 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,7 @@ from ..grafting.files import main_dtype, plan_files, write_index
 from ..grafting.form import is_local, no_adapter_form
 from ..grafting.inputs import Digests, Inputs, Source, open_delta, open_tuned_inputs, other_base
 from ..grafting.jobs import check_rounding, full_jobs
-from ..grafting.options import GraftOptions, parse_size
+from ..grafting.options import GraftOptions
 from ..grafting.reports import GraftReport, graft_figures, graft_warnings
 from ..grafting.stream import Outcome, stream
 from ..grafting.trained import Full, PlainLora
@@ -105,8 +104,11 @@ def graft(
     Source: Shadow-FT (arXiv 2505.12716), equation 2; RE-Adapt (arXiv 2405.15007) for `instruct_scale`.
 
     """
-    given = locals()
-    settings = GraftOptions(**{item.name: given[item.name] for item in fields(GraftOptions)})
+    settings = GraftOptions(
+        scale=scale, instruct_scale=instruct_scale, modules=modules, format=format, dtype=dtype, rounding=rounding,
+        seed=seed, vocab=vocab, max_shard_size=max_shard_size, overwrite=overwrite, untie=untie, digest=digest,
+        stats=stats, base_dtype=base_dtype, rank=rank,
+    )  # fmt: skip
     target = Path(output)
     recover(target)
     check_free(target, settings.overwrite)
@@ -193,14 +195,14 @@ def _options(options: dict[str, Any]) -> GraftOptions:
     try:
         return GraftOptions(**options)
     except TypeError as error:
-        raise ConfigError(f"{str(error).partition('__init__() ')[2] or error}. Nothing was written.") from error
+        raise ConfigError(f"{error}. Nothing was written.") from error
 
 
 def _write_dense_form(inputs: Inputs, part: Path, target: Path, options: GraftOptions, progress: bool) -> GraftReport:
     scratch = part / ".converted"
     jobs = inputs.tuned.jobs(inputs.instruct, options, scratch)
     check_rounding(jobs, options)
-    files = plan_files(jobs.weights, jobs.layout, parse_size(options.max_shard_size))
+    files = plan_files(jobs.weights, jobs.layout, options.max_shard_size)  # type: ignore[arg-type]
     small = copied_files(inputs.instruct)
     check_space(target, sum(file.size for file in files) + sum(path.stat().st_size for path in small))
     with Digests(inputs.sides, small, options) as digests, Progress(sum(f.size for f in files), progress) as bar:

@@ -24,6 +24,7 @@ from ..checkpoints.hub import locate
 from ..checkpoints.manifest import MANIFEST_NAME, Entry, read_manifest
 from ..errors import CheckpointError, ConfigError, list_names
 from ..grafting.inputs import Source
+from ..grafting.options import declared
 from ..grafting.tuned import weighted_sources
 from ..results.folder import check_space
 from .graft import graft
@@ -113,7 +114,7 @@ def verify(
     manifest = read_manifest(there.path)
     if manifest is None or manifest["kind"] != "graft":
         kind = f"its {MANIFEST_NAME} is of kind {manifest['kind']}" if manifest else f"it has no {MANIFEST_NAME}"
-        raise CheckpointError(f"{there} is no graft: {kind}. Give the folder that `graft` wrote.")
+        raise CheckpointError(f"{there} is not a graft: {kind}. Give the folder that `graft` wrote.")
     given = {"base": base, "instruct": instruct, "tuned": tuned, "delta": delta}
     sides = _sides(given, manifest, there.path)
     wrong = _other_digests(sides, manifest)
@@ -161,8 +162,8 @@ def _found(role: str, manifest: Mapping[str, Any], folder: Path) -> Source:
 
 
 def _options(manifest: Mapping[str, Any]) -> dict[str, Any]:
-    known = ("scale", "instruct_scale", "dtype", "rounding", "seed", "vocab", "untie", "base_dtype", "modules", "rank")
-    options = {name: manifest["options"][name] for name in known if name in manifest["options"]}
+    recorded = manifest["options"]
+    options = {name: recorded[name] for name, option in declared().items() if option.recorded and name in recorded}
     return {**options, "format": manifest["form"]}
 
 

@@ -17,23 +17,15 @@ import torch
 from ..arithmetic.sums import Sums
 from ..checkpoints.checkpoint import Checkpoint, Place
 from ..checkpoints.distance import measure_gap
-from ..errors import ConfigError, Findings, PairMismatchError, both_sides, list_names
+from ..errors import Findings, PairMismatchError, both_sides, list_names, one_of
 from .architectures import compare_architectures, compare_processors
-from .templates import check_processing_class, read_templates
-from .token_rows import (
-    SharedRows,
-    check_special_ids,
-    check_template_rows,
-    row_count,
-    shared_rows,
-    vocabulary_of,
-)
+from .special_tokens import check_special_ids, check_template_rows
+from .templates import read_templates
+from .token_rows import row_count, shared_rows, vocabulary_of
 from .vocabulary_checks import SHARED_ADVICE, compare_vocabularies
 
-__all__ = ["GAP_LIMIT", "GAP_WARNING", "ModelPair", "SharedRows", "check_processing_class", "shared_rows"]
-
 GAP_WARNING = 0.1
-"""sigma above which the paper's pairs no longer lie: grafts get worse as it grows."""
+"""sigma that no pair of the paper exceeds: grafts get worse as it grows."""
 GAP_LIMIT = 0.5
 """sigma above which the two have nothing to do with each other."""
 _SAMPLED_TENSORS = 16
@@ -107,8 +99,8 @@ class ModelPair:
             PairMismatchError: the two do not belong together; its text names everything that is wrong.
 
         """
-        _one_of("level", level, ("configs", "headers", "weights"))
-        _one_of("vocab", vocab, ("strict", "shared"))
+        one_of("level", level, ("configs", "headers", "weights"))
+        one_of("vocab", vocab, ("strict", "shared"))
         adapters = [str(side) for side in (self.base, self.instruct) if side.is_adapter]
         if adapters:
             text = (
@@ -159,7 +151,7 @@ class ModelPair:
             ours, theirs = (tuple(side.specs[name].shape) for side in (self.base, self.instruct))
             if ours == theirs:
                 continue
-            of_tokens = ours[1:] == theirs[1:] and (ours[0], theirs[0]) == rows if ours and theirs else False
+            of_tokens = ours[1:] == theirs[1:] and ours[:1] + theirs[:1] == rows
             if not (shared and of_tokens):
                 wrong.append(both_sides(name, ours, theirs))
                 only_rows = only_rows and of_tokens
@@ -171,7 +163,7 @@ class ModelPair:
         return Findings(errors=[f"{headline}\n{list_names(wrong)}\n{way_out}"])
 
     def _rows_advice(self) -> str:
-        """Say what the token rows are that only one side has, and how to go on."""
+        """Say what the token rows are that only one side has, and the way out."""
         try:
             return f"{shared_rows(self.base, self.instruct).explanation()} {SHARED_ADVICE}"
         except PairMismatchError:  # its own finding says so
@@ -179,23 +171,15 @@ class ModelPair:
 
     def _check_template(self, *, need_template: bool) -> Findings:
         ours, theirs = read_templates(self.base.path), read_templates(self.instruct.path)
-        if theirs:
+        if theirs or not (ours or need_template):
             return Findings()
-        if ours:
-            return Findings(
-                errors=[
-                    "instruct has no chat template, but base has one.\n  The two look swapped: give the chat model as "
-                    "instruct and the pre-trained one as base."
-                ]
-            )
-        if need_template:
-            return Findings(
-                errors=[
-                    "instruct has no chat template, but the training data are conversations.\n  Give a chat model as "
-                    "instruct, or save its template as chat_template.jinja in its folder."
-                ]
-            )
-        return Findings()
+        text = (
+            "but base has one.\n  The two look swapped: give the chat model as instruct, the pre-trained one as base."
+            if ours
+            else "but the training data are conversations.\n  Give a chat model as instruct, or save its template as "
+            "chat_template.jinja in its folder."
+        )
+        return Findings(errors=[f"instruct has no chat template, {text}"])
 
     def _check_sample(self) -> Findings:
         """Warn when a sample of the weights is the same on both sides; matrices first, norms are often alike."""
@@ -221,21 +205,17 @@ class ModelPair:
             way_out = "Download or save the model again."
             return Findings(errors=[f"{headline}\n{list_names(broken)}\n{way_out}"])
         if sigma is None:
-            return Findings(
-                warnings=["sigma was not measured: base and instruct store their weights under different names."]
-            )
+            reason = "base and instruct store their weights under different names."
+            return Findings(warnings=[f"sigma was not measured: {reason}"])
         if sigma == 0:
             return Findings(warnings=[f"{self._same_weights()} (sigma is 0)."])
         text = f"base and instruct are far apart: sigma is {sigma:.3g}"
         if sigma > GAP_LIMIT and not allow_wide_gap:
-            return Findings(
-                errors=[
-                    f"{text}, and pairs of one family lie below 0.05.\n  Above {GAP_LIMIT} one was not made from the "
-                    "other. Give the base that instruct was made from; allow_wide_gap goes on all the same."
-                ]
-            )
+            reason = f"pairs of one family stay below 0.05.\n  Above {GAP_LIMIT} one was not made from the other."
+            way_out = "Give the base that instruct was made from; allow_wide_gap continues all the same."
+            return Findings(errors=[f"{text}, and {reason} {way_out}"])
         if sigma > GAP_WARNING:
-            return Findings(warnings=[f"{text} (pairs of one family lie below 0.05); the graft may carry over badly."])
+            return Findings(warnings=[f"{text} (pairs of one family stay below 0.05); the graft may transfer badly."])
         return Findings()
 
     def _refusal(self, errors: list[str]) -> str:
@@ -244,13 +224,6 @@ class ModelPair:
         listed = [f"\n{number}. {text}" for number, text in enumerate(errors, 1)] if many else []
         sides = f"\n  base      {self.base}\n  instruct  {self.instruct}\n"
         return head + "".join(listed) + sides + "Nothing was trained and nothing was written."
-
-
-def _one_of(option: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ConfigError(
-            f"{option} is {value!r}; it can be {', '.join(choices[:-1])} or {choices[-1]}. Nothing was written."
-        )
 
 
 def _same_start(base: torch.Tensor, instruct: torch.Tensor) -> bool:

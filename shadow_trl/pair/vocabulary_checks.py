@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import filecmp
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from ..errors import Findings, both_sides, list_names
 from .vocabularies import Vocabulary
@@ -23,23 +24,37 @@ SHARED_ADVICE = (
 )
 
 
+class Moved(NamedTuple):
+    """A token of both sides with different ids."""
+
+    token: str
+    base_id: int
+    instruct_id: int
+
+
+class Renamed(NamedTuple):
+    """An id whose token is another on each side, and unknown to the other side."""
+
+    id: int
+    base_token: str
+    instruct_token: str
+
+
+class OneSided(NamedTuple):
+    """A token of one side with an id that the other does not use."""
+
+    token: str
+    id: int
+
+
 @dataclass(frozen=True)
 class VocabularyDifference:
     """Where two vocabularies do not agree; every list is sorted by id and empty when they are the same."""
 
-    moved: list[tuple[str, int, int]]
-    """Tokens of both with different ids: (token, id in BASE, id in INSTRUCT)."""
-    renamed: list[tuple[int, str, str]]
-    """Ids whose token is another on each side and unknown to the other side: (id, token of BASE, token of INSTRUCT)."""
-    base_only: list[tuple[str, int]]
-    """Tokens of BASE with ids that INSTRUCT does not use."""
-    instruct_only: list[tuple[str, int]]
-    """Tokens of INSTRUCT with ids that BASE does not use."""
-
-    @property
-    def empty(self) -> bool:
-        """True when the same tokens have the same ids."""
-        return not (self.moved or self.renamed or self.base_only or self.instruct_only)
+    moved: list[Moved] = field(default_factory=list)
+    renamed: list[Renamed] = field(default_factory=list)
+    base_only: list[OneSided] = field(default_factory=list)
+    instruct_only: list[OneSided] = field(default_factory=list)
 
     def rows(self) -> Iterator[str]:
         """Yield one row for each token that differs, with both sides' values."""
@@ -52,8 +67,8 @@ class VocabularyDifference:
         for token, index in self.base_only:
             yield both_sides(f"token {token!r}", f"id {index}", "no such token")
 
-    def count(self) -> int:
-        """Return the number of tokens and ids that differ."""
+    def __len__(self) -> int:
+        """Return the number of tokens and ids that differ; 0 when the same tokens have the same ids."""
         return len(self.moved) + len(self.renamed) + len(self.base_only) + len(self.instruct_only)
 
 
@@ -68,22 +83,26 @@ def same_tokenizer_files(base: Vocabulary, instruct: Vocabulary) -> bool:
 def vocabulary_difference(base: Vocabulary, instruct: Vocabulary) -> VocabularyDifference:
     """Compare two vocabularies token by token and id by id."""
     if same_tokenizer_files(base, instruct) or base.ids == instruct.ids:
-        return VocabularyDifference([], [], [], [])
-    instruct_tokens = {index: token for token, index in instruct.ids.items()}
-    moved = [(token, index, instruct.ids[token]) for token, index in base.ids.items() if token in instruct.ids]
-    base_only = [(token, index) for token, index in base.ids.items() if token not in instruct.ids]
-    instruct_only = [(token, index) for token, index in instruct.ids.items() if token not in base.ids]
-    renamed = [
-        (index, token, instruct_tokens[index])
-        for token, index in base_only
-        if index in instruct_tokens and instruct_tokens[index] not in base.ids
+        return VocabularyDifference()
+    tokens = {index: token for token, index in instruct.ids.items()}
+    moved = [
+        Moved(token, index, instruct.ids[token])
+        for token, index in base.ids.items()
+        if instruct.ids.get(token, index) != index
     ]
-    ids = {index for index, _, _ in renamed}
+    base_only = [OneSided(token, index) for token, index in base.ids.items() if token not in instruct.ids]
+    instruct_only = [OneSided(token, index) for token, index in instruct.ids.items() if token not in base.ids]
+    renamed = [
+        Renamed(one.id, one.token, tokens[one.id])
+        for one in base_only
+        if one.id in tokens and tokens[one.id] not in base.ids
+    ]
+    ids = {one.id for one in renamed}
     return VocabularyDifference(
-        moved=sorted((row for row in moved if row[1] != row[2]), key=lambda row: row[1]),
+        moved=sorted(moved, key=lambda one: one.base_id),
         renamed=sorted(renamed),
-        base_only=sorted((row for row in base_only if row[1] not in ids), key=lambda row: row[1]),
-        instruct_only=sorted((row for row in instruct_only if row[1] not in ids), key=lambda row: row[1]),
+        base_only=sorted((one for one in base_only if one.id not in ids), key=lambda one: one.id),
+        instruct_only=sorted((one for one in instruct_only if one.id not in ids), key=lambda one: one.id),
     )
 
 
@@ -97,7 +116,7 @@ def compare_vocabularies(base: Vocabulary, instruct: Vocabulary, *, shared: bool
             lacks, and reserved tokens that INSTRUCT renamed, are then a warning.
 
     Returns:
-        Findings: one error for all tokens that differ and one for all probe texts that are encoded otherwise.
+        Findings: one error for all tokens that differ and one for all probe texts that are encoded differently.
 
     """
     missing = [side.label for side in (base, instruct) if not side.exists]
@@ -106,9 +125,9 @@ def compare_vocabularies(base: Vocabulary, instruct: Vocabulary, *, shared: bool
         return Findings(warnings=[text])
     difference = vocabulary_difference(base, instruct)
     findings = Findings()
-    if not difference.empty:
+    if difference:
         findings.add(_explain(base, instruct, difference, shared=shared))
-    other = [] if same_tokenizer_files(base, instruct) else _encoded_otherwise(base, instruct)
+    other = [] if same_tokenizer_files(base, instruct) else _encoded_differently(base, instruct)
     if other:
         headline = f"{len(other)} of {len(PROBE_TEXTS)} probe texts become other token ids in base than in instruct."
         message = (
@@ -116,22 +135,22 @@ def compare_vocabularies(base: Vocabulary, instruct: Vocabulary, *, shared: bool
             "The tokenizers split text differently, so base would be trained on ids that it never saw together. Give "
             "the base that instruct was made from."
         )
-        (findings.warnings if shared and not difference.empty else findings.errors).append(message)
+        (findings.warnings if shared and difference else findings.errors).append(message)
     return findings
 
 
-def _encoded_otherwise(base: Vocabulary, instruct: Vocabulary) -> list[str]:
-    """Return a row with both sides' ids for each probe text that they encode otherwise."""
+def _encoded_differently(base: Vocabulary, instruct: Vocabulary) -> list[str]:
+    """Return a row with both sides' ids for each probe text that they encode differently."""
     encodings = zip(PROBE_TEXTS, base.encode(PROBE_TEXTS), instruct.encode(PROBE_TEXTS), strict=True)
     return [both_sides(repr(text), ours, theirs) for text, ours, theirs in encodings if ours != theirs]
 
 
 def _explain(base: Vocabulary, instruct: Vocabulary, difference: VocabularyDifference, *, shared: bool) -> Findings:
     """Put `difference` into words: an error, or with `shared` a warning where the shared rows can be grafted alone."""
-    added = {**base.added, **instruct.added}
-    other_words = [row for row in difference.renamed if not (row[1] in added and row[2] in added)]
+    added = base.added.keys() | instruct.added.keys()
+    other_words = [one for one in difference.renamed if not {one.base_token, one.instruct_token} <= added]
     foreign = bool(difference.moved or other_words)
-    count, rows = difference.count(), list_names(difference.rows())
+    count, rows = len(difference), list_names(difference.rows())
     verb = "token differs" if count == 1 else "tokens differ"
     message = f"{count} {verb} between the vocabularies of base and instruct.\n{rows}\n"
     if foreign:

@@ -19,13 +19,18 @@ from typing import Any, NoReturn
 import yaml
 from trl import ModelConfig, ScriptArguments, TrlParser
 
-from ..errors import ConfigError, InputError, ShadowError, list_names
+from ..errors import ConfigError, InputError, ShadowError, list_names, one_of
+from ..grafting.options import DTYPES
 from ..training.config import ShadowDPOConfig, ShadowSFTConfig
 
 CONFIGS: dict[str, type[ShadowSFTConfig] | type[ShadowDPOConfig]] = {"sft": ShadowSFTConfig, "dpo": ShadowDPOConfig}
 
 PATH_KEYS = ("model_name_or_path", "instruct_model", "base_model", "dataset_name", "score_rows")
 """Keys whose value may be a path inside the repository of a shipped config."""
+
+
+class UnknownKeysError(ConfigError):
+    """Keys of the YAML file or words of the command line that the recipe does not have."""
 
 
 @dataclass
@@ -43,7 +48,7 @@ class RecipeArguments:
             `float16`, or `auto` (that of their files). Default `float32`.
         train_rows: train on so many rows, drawn with the run's seed. Default: all.
         merge_adapter: in the DPO stage of the pipeline: merge the adapter of the SFT stage into BASE, and train the
-            result in full, or with a new adapter. Default False: the adapter goes on.
+            result in full, or with a new adapter. Default False: that adapter is trained further.
         torch_threads: threads of PyTorch on the CPU. Default: PyTorch's own choice, one a core; models of a few million
             parameters are faster with one.
 
@@ -59,15 +64,12 @@ class RecipeArguments:
     score_max_new_tokens: int = field(default=64, metadata={"help": "Longest answer in tokens."})
     score_dtype: str = field(
         default="float32",
-        metadata={
-            "help": "Dtype in which all models answer; auto: that of their files.",
-            "choices": ["auto", "float32", "bfloat16", "float16"],
-        },
+        metadata={"help": "Dtype in which all models answer; auto: that of their files.", "choices": DTYPES},
     )
     train_rows: int | None = field(default=None, metadata={"help": "Train on so many rows, drawn with the seed."})
     merge_adapter: bool = field(
         default=False,
-        metadata={"help": "Pipeline, DPO stage: merge the adapter of the SFT stage first instead of going on with it."},
+        metadata={"help": "Pipeline, DPO stage: merge the adapter of the SFT stage instead of training it further."},
     )
     torch_threads: int | None = field(default=None, metadata={"help": "Threads of PyTorch on the CPU."})
 
@@ -76,14 +78,12 @@ class RecipeArguments:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{name} must be at least 1, not {value}.")
-        choices = ("auto", "float32", "bfloat16", "float16")
-        if self.score_dtype not in choices:
-            raise ConfigError(f"score_dtype must be one of {', '.join(choices)}, not {self.score_dtype!r}.")
+        one_of("score_dtype", self.score_dtype, DTYPES)
 
 
 @dataclass(frozen=True)
 class Options:
-    """Everything a recipe was told.
+    """Everything that a recipe is given.
 
     Args:
         script: TRL's arguments of the data.
@@ -125,9 +125,8 @@ def parse(
 
     """
     words = [word for given in argv for word in (given.split("=", 1) if given.startswith("--config=") else [given])]
-    names_model = any(word.split("=")[0] in ("--model_name_or_path", "--model-name-or-path") for word in words)
     wants_help = "-h" in words or "--help" in words
-    if "--config" not in words and not names_model and not wants_help:
+    if "--config" not in words and not names_model(words) and not wants_help:
         if default_config is None or not Path(default_config).is_file():
             raise ConfigError(
                 "no configuration: pass --config FILE.yaml, or at least --model_name_or_path, --instruct_model and "
@@ -143,6 +142,11 @@ def parse(
     return options
 
 
+def names_model(words: Sequence[str]) -> bool:
+    """Whether the command line names BASE, so that no default configuration is looked for."""
+    return any(word.partition("=")[0] in ("--model_name_or_path", "--model-name-or-path") for word in words)
+
+
 def _check_together(options: Options) -> None:
     """Refuse what is missing or cannot go together, as far as the options alone show it."""
     for name, value in (
@@ -154,7 +158,7 @@ def _check_together(options: Options) -> None:
     recipe, training = options.recipe, options.training
     if recipe.compare_direct and training.resume_from_checkpoint:
         raise ConfigError(
-            "compare_direct cannot go on from resume_from_checkpoint: that checkpoint is of BASE. Resume without "
+            "compare_direct cannot resume from resume_from_checkpoint: that checkpoint is of BASE. Resume without "
             "compare_direct."
         )
     if recipe.train_rows is not None and options.script.dataset_streaming:
@@ -191,7 +195,7 @@ class RecipeParser(TrlParser):
         known = {action.dest for action in self._actions}
         unknown = [_with_guess(key, known) for key in values if key not in known]
         if unknown:
-            raise ConfigError(f"{self.config_path} has {len(unknown)} unknown keys:\n{list_names(unknown)}")
+            raise UnknownKeysError(f"{self.config_path} has {len(unknown)} unknown keys:\n{list_names(unknown)}")
         hints = {name: hint for kind in self.dataclass_types for name, hint in typing.get_type_hints(kind).items()}
         wrong = [fault for key, value in values.items() if (fault := _type_fault(key, value, hints[key]))]
         if wrong:
@@ -205,7 +209,7 @@ class RecipeParser(TrlParser):
         if rest:
             known = {option for action in self._actions for option in action.option_strings}
             listed = [_with_guess(word, known) for word in rest]
-            raise ConfigError(
+            raise UnknownKeysError(
                 f"{len(rest)} unknown arguments (abbreviated options are not accepted):\n{list_names(listed)}"
             )
         self.output_given = getattr(namespace, "output_dir", None) is not None
@@ -239,7 +243,7 @@ def resolve_paths(values: Mapping[str, Any], config_path: Path) -> dict[str, Any
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
-    """YAML's safe loader, but a repeated key is an error: YAML would keep the last one without a word."""
+    """YAML's safe loader, but a repeated key is an error: YAML would silently keep the last one."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
@@ -284,7 +288,7 @@ def _type_fault(key: str, value: Any, hint: Any) -> str | None:
 
 
 def _is_of(value: Any, kind: Any) -> bool:
-    """Whether a YAML value may stand for the type; bool is no number, a whole number is a float as well."""
+    """Whether a YAML value may stand for the type; a bool is not a number, a whole number is a float too."""
     if isinstance(value, bool):
         return kind is bool
     if kind is float:

@@ -24,7 +24,7 @@ from ..errors import InputError
 from ..evaluation.report import TITLES, Arm, RunReport
 from ..evaluation.scoring import read_rows
 from ..runtime.processes import run_on_main
-from ..training.loading import load_adapter, load_model
+from ..training.loading import Loading, load_adapter
 from ..training.origins import Origins, resolve_origins
 from ..training.preflight import GRAFTED_FOLDER
 from .compare import graft_figures, score_model
@@ -151,7 +151,7 @@ def _merge(root: Path, options: Options) -> Path:
     origins = resolve_origins(str(run), base=training.base_model, instruct=training.instruct_model)
     if origins.adapter is None or origins.policy is None:
         raise InputError(f"merge_adapter: {run} holds no adapter to merge. Leave merge_adapter out.")
-    below = load_model(origins.policy, args=training, revision=origins.policy_revision)
+    below = Loading(training).load(origins.policy, origins.policy_revision)
     model = load_adapter(origins.adapter, below, trainable=False).merge_and_unload()
     unfinished = root / f".{MERGED_FOLDER}-unfinished"
     shutil.rmtree(unfinished, ignore_errors=True)

@@ -1,7 +1,7 @@
 """Options of the pipeline SFT, then DPO: one YAML file with a section for each stage, and what is left to do.
 
-Keys at the top level are meant for both stages, keys in a section for that stage only. What the stages hand on is
-said once: BASE and INSTRUCT belong to the SFT stage, the DPO stage finds them in the manifest of its folder.
+Keys at the top level are meant for both stages, keys in a section for that stage only. What the stages pass on is
+stated once: BASE and INSTRUCT belong to the SFT stage, the DPO stage finds them in the manifest of its folder.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from ..checkpoints.manifest import Entry, read_manifest
 from ..checkpoints.sources import weight_digests
 from ..errors import ConfigError, InputError, OutputExistsError, list_names
 from ..training.preflight import GRAFTED_FOLDER
-from .options import Options, parse, read_yaml
+from .options import Options, UnknownKeysError, names_model, parse, read_yaml
 
 STAGES = ("sft", "dpo")
 """Stages of the pipeline in their order; also the names of their sections and folders."""
@@ -38,13 +38,13 @@ TOP_KEYS = ("output_dir", "score_rows", "score_batch_size", "score_max_new_token
 
 @dataclass(frozen=True)
 class Plan:
-    """What a pipeline was told, and what of it is left to do.
+    """What a pipeline is given, and what of it is left to do.
 
     Args:
         stages: the selected stages, in their order.
         options: options of each stage that has any, selected or not.
         output: folder of the pipeline; None where it gets a new one.
-        left: for each selected stage that is not done, the checkpoint it goes on from, or None.
+        left: for each selected stage that is not done, the checkpoint it resumes from, or None.
 
     """
 
@@ -67,14 +67,13 @@ def read_plan(argv: Sequence[str], default_config: str | Path | None = None) -> 
 
     Raises:
         ConfigError: an unknown stage, or an unknown, misplaced, repeated or wrong key or value.
-        InputError: the DPO stage alone was asked for, and there is no SFT stage to go on from.
+        InputError: the DPO stage alone was asked for, and there is no SFT stage to start from.
         OutputExistsError: a folder holds a later stage of an SFT stage that is not done, or of other models.
 
     """
-    own, words = _route(argv)
-    stages = _stages(own.get("stages"))
-    config = own.get("config")
-    if config is None and not any(word.split("=")[0] == "--model_name_or_path" for word in words["sft"]):
+    given = _route(argv)
+    stages, config, words = _stages(given.stages), given.config, given.words
+    if config is None and not names_model(words["sft"]):
         if default_config is None or not Path(default_config).is_file():
             raise ConfigError(
                 "no configuration: pass --config FILE.yaml with the sections sft and dpo. Ready ones are in "
@@ -98,7 +97,7 @@ def is_done(folder: Path) -> bool:
 
 
 def last_checkpoint(folder: Path) -> str | None:
-    """Return the last complete checkpoint in `folder`, from which a stage can go on, or None."""
+    """Return the last complete checkpoint in `folder`, from which a stage can resume, or None."""
     found = [
         path
         for path in folder.glob("checkpoint-*")
@@ -110,8 +109,16 @@ def last_checkpoint(folder: Path) -> str | None:
     return str(max(found, key=lambda path: int(path.name.rpartition("-")[2]))) if found else None
 
 
-def _route(argv: Sequence[str]) -> tuple[dict[str, str], dict[str, list[str]]]:
-    """Return the pipeline's own options and the words for each stage; those of one stage last, so that they win."""
+@dataclass(frozen=True)
+class _CommandLine:
+    words: Mapping[str, list[str]]
+    """Stage -> the words for it; those for this stage alone last, so that they win."""
+    config: str | None = None
+    stages: str | None = None
+
+
+def _route(argv: Sequence[str]) -> _CommandLine:
+    """Sort the words of the command line: the pipeline's own options, and those of its stages."""
     own: dict[str, list[str]] = {}
     shared: dict[str, list[str]] = {stage: [] for stage in STAGES}
     single: dict[str, list[str]] = {stage: [] for stage in STAGES}
@@ -137,7 +144,8 @@ def _route(argv: Sequence[str]) -> tuple[dict[str, str], dict[str, list[str]]]:
     for name, values in own.items():
         if len(values) != 1:
             raise ConfigError(f"--{name} needs one value, not {len(values)}: {' '.join(values)}. Nothing was written.")
-    return {name: values[0] for name, values in own.items()}, {stage: shared[stage] + single[stage] for stage in STAGES}
+    words = {stage: shared[stage] + single[stage] for stage in STAGES}
+    return _CommandLine(words, **{name: values[0] for name, values in own.items()})
 
 
 def _stages(given: str | None) -> tuple[str, ...]:
@@ -165,11 +173,10 @@ def _parse(stage: str, config: str | None, words: list[str]) -> Options:
         )
     except ConfigError as error:
         hint = (
-            "\nA key that only one stage knows belongs into its section, or after --sft. or --dpo. on the command line."
+            "\nA key that only one stage knows belongs in its section, or after --sft. or --dpo. on the command line."
         )
-        raise ConfigError(
-            f"stage {stage}: {error}{hint if 'unknown' in str(error) else ''}\nNothing was written."
-        ) from error
+        unknown = isinstance(error, UnknownKeysError)
+        raise ConfigError(f"stage {stage}: {error}{hint if unknown else ''}\nNothing was written.") from error
 
 
 def _section(stage: str, values: Mapping[str, Any]) -> dict[str, Any]:
@@ -184,7 +191,7 @@ def _section(stage: str, values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _check_section(stage: str, keys: Sequence[str] | Mapping[str, Any]) -> None:
-    """Refuse keys of the whole pipeline in a section, and a model for the stage that goes on from the one before."""
+    """Refuse keys of the whole pipeline in a section, and a model for the stage that starts from the one before."""
     misplaced = [key for key in keys if key in TOP_KEYS]
     if misplaced:
         raise ConfigError(
@@ -193,7 +200,7 @@ def _check_section(stage: str, keys: Sequence[str] | Mapping[str, Any]) -> None:
         )
     if stage == "dpo" and "model_name_or_path" in keys:
         raise ConfigError(
-            "model_name_or_path in dpo: the DPO stage goes on from the folder of the SFT stage. For DPO from another "
+            "model_name_or_path in dpo: the DPO stage starts from the folder of the SFT stage. For DPO from another "
             "model use recipes/shadow_dpo.py. Nothing was written."
         )
 
@@ -246,7 +253,7 @@ def _check_together(stages: Sequence[str], options: Mapping[str, Options]) -> No
 
 
 def _left(stages: Sequence[str], options: Mapping[str, Options], output: Path | None) -> dict[str, str | None]:
-    """Return what is left to do: stage -> checkpoint to go on from, or None."""
+    """Return what is left to do: stage -> checkpoint to resume from, or None."""
     if output is None:
         if STAGES[0] not in stages:
             raise InputError(
@@ -258,7 +265,7 @@ def _left(stages: Sequence[str], options: Mapping[str, Options], output: Path | 
     if done and "sft" in options:
         _check_models(first, options)
     if not done and "sft" not in stages:
-        raise InputError(f"--stages dpo goes on from {first}, which holds no run with its graft. Nothing was written.")
+        raise InputError(f"--stages dpo starts from {first}, which holds no run with its graft. Nothing was written.")
     if not done and second.is_dir() and any(second.iterdir()):
         raise OutputExistsError(
             f"{second} holds something, but the SFT stage before it is not done: it would not belong to the new one. "
@@ -270,7 +277,7 @@ def _left(stages: Sequence[str], options: Mapping[str, Options], output: Path | 
 def _check_models(folder: Path, options: Mapping[str, Options]) -> None:
     """Check that the SFT stage in `folder` was run on the models that the configuration names.
 
-    A folder that has another name from here, but the same weights, is handed to the DPO stage under this name.
+    A folder that has another name from here, but the same weights, is passed to the DPO stage under this name.
     """
     manifest = read_manifest(folder) or {}
     given = {"base": options["sft"].model.model_name_or_path, "instruct": options["sft"].training.instruct_model}

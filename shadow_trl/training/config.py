@@ -3,19 +3,29 @@
 from __future__ import annotations
 
 import dataclasses
-import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from trl import DPOConfig, SFTConfig
 
-from ..errors import ConfigError
+from ..errors import ConfigError, one_of
+from ..grafting.options import declared
 
 _Config = TypeVar("_Config", bound="ShadowArguments")
 
+PAIR_CHECKS = ("headers", "weights")
+REF_POLICIES = ("init", "base", "instruct", "grafted")
 
-def _choice(default: Any, choices: list[str], text: str) -> Any:
+
+def _choice(default: Any, choices: Sequence[str] | None, text: str) -> Any:
     return field(default=default, metadata={"help": text, "choices": choices})
+
+
+def _of_graft(name: str) -> Any:
+    """Return the field for an option of the graft: its default, choices and help are those it is declared with."""
+    option = declared()[name]
+    return _choice(option.default, option.choices, option.help)
 
 
 @dataclass
@@ -63,22 +73,19 @@ class ShadowArguments:
     instruct_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of INSTRUCT."})
     base_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of BASE."})
     graft: bool = field(default=True, metadata={"help": "Whether `train()` ends with saving TUNED and grafting."})
-    graft_scale: float = field(default=1.0, metadata={"help": "Multiplier of the delta."})
-    instruct_scale: float = field(default=1.0, metadata={"help": "Multiplier b of INSTRUCT in a*T + b*I + (1-a-b)*B."})
-    graft_modules: list[str] | str = field(
-        default_factory=lambda: ["all"],
-        metadata={"help": "Which weights receive the delta: all, linear, or regular expressions on their names."},
+    graft_scale: float = _of_graft("scale")
+    instruct_scale: float = _of_graft("instruct_scale")
+    graft_modules: list[str] | str = field(  # transformers' parser takes the default of a list from a factory alone
+        default_factory=lambda: declared()["modules"].default, metadata=_of_graft("modules").metadata
     )
-    graft_format: str = _choice("auto", ["auto", "model", "adapter"], "Form of the result: dense weights or adapter.")
-    graft_dtype: str = _choice(
-        "auto", ["auto", "float32", "bfloat16", "float16"], "Dtype of the grafted weights; auto: that of INSTRUCT."
-    )
-    graft_rounding: str = _choice("nearest", ["nearest", "stochastic"], "How sums are rounded to the output dtype.")
-    graft_seed: int = field(default=0, metadata={"help": "Seed of the stochastic rounding."})
-    graft_vocab: str = _choice("strict", ["strict", "shared"], "What to do with token rows only one side has.")
-    graft_overwrite: bool = field(default=False, metadata={"help": "Replace an existing `grafted/` folder."})
+    graft_format: str = _of_graft("format")
+    graft_dtype: str = _of_graft("dtype")
+    graft_rounding: str = _of_graft("rounding")
+    graft_seed: int = _of_graft("seed")
+    graft_vocab: str = _of_graft("vocab")
+    graft_overwrite: bool = _of_graft("overwrite")
     pair_check: str | None = _choice(
-        None, ["headers", "weights"], "How BASE and INSTRUCT are compared. Default: weights when fully fine-tuning."
+        None, PAIR_CHECKS, "How BASE and INSTRUCT are compared. Default: weights when fully fine-tuning."
     )
     graft_every_save: bool = field(
         default=False, metadata={"help": "Graft every checkpoint too, into checkpoint-N/shadow/grafted."}
@@ -89,39 +96,19 @@ class ShadowArguments:
     allow_wide_gap: bool = field(default=False, metadata={"help": "Train although sigma of the pair is above 0.5."})
 
     def __post_init__(self) -> None:
-        self._check_shadow_arguments()
+        # Values from YAML reach the dataclass without passing argparse's `choices`.
+        for option in declared().values():
+            if (name := option.argument) is not None:
+                setattr(self, name, option.checked(name, getattr(self, name)))
+        if self.pair_check is not None:
+            one_of("pair_check", self.pair_check, PAIR_CHECKS)
         post_init = getattr(super(), "__post_init__", None)
         if post_init is not None:
             post_init()
 
-    def _check_shadow_arguments(self) -> None:
-        if isinstance(self.graft_modules, list) and self.graft_modules in (["all"], ["linear"]):
-            self.graft_modules = self.graft_modules[0]
-        if not self.graft_modules or not all(isinstance(pattern, str) for pattern in self.graft_modules):
-            raise ConfigError(f"graft_modules must be all, linear or regular expressions, not {self.graft_modules!r}.")
-        for name in ("graft_scale", "instruct_scale"):
-            if not math.isfinite(getattr(self, name)):
-                raise ConfigError(f"{name} must be a finite number, not {getattr(self, name)!r}.")
-        # Values from YAML reach the dataclass without passing argparse's `choices`.
-        for item in dataclasses.fields(self):
-            if item.name in _CHECKED_CHOICES and (value := getattr(self, item.name)) != item.default:
-                choices = item.metadata["choices"]
-                if value not in choices:
-                    raise ConfigError(f"{item.name} must be one of {', '.join(choices)}, not {value!r}.")
-
     def graft_options(self) -> dict[str, Any]:
         """Return the keyword arguments that `graft` and `check_graft` share."""
-        return {
-            "scale": self.graft_scale,
-            "instruct_scale": self.instruct_scale,
-            "modules": self.graft_modules,
-            "format": self.graft_format,
-            "dtype": self.graft_dtype,
-            "rounding": self.graft_rounding,
-            "seed": self.graft_seed,
-            "vocab": self.graft_vocab,
-            "overwrite": self.graft_overwrite,
-        }
+        return {name: getattr(self, item.argument) for name, item in declared().items() if item.argument is not None}
 
     @classmethod
     def upgrade(cls: type[_Config], args: Any) -> _Config:
@@ -155,9 +142,7 @@ class ShadowDPOConfig(ShadowArguments, DPOConfig):
             text, else False with a notice. Default None.
     """
 
-    ref_policy: str = _choice(
-        "init", ["init", "base", "instruct", "grafted"], "Which model is the reference policy of the DPO loss."
-    )
+    ref_policy: str = _choice("init", REF_POLICIES, "Which model is the reference policy of the DPO loss.")
     precompute_ref_log_probs: bool | None = field(  # type: ignore[assignment]
         default=None,
         metadata={
@@ -166,9 +151,6 @@ class ShadowDPOConfig(ShadowArguments, DPOConfig):
         },
     )
 
-
-_CHECKED_CHOICES = {
-    item.name
-    for item in (*dataclasses.fields(ShadowArguments), *dataclasses.fields(ShadowDPOConfig))
-    if "choices" in item.metadata and item.name not in {other.name for other in dataclasses.fields(DPOConfig)}
-}
+    def __post_init__(self) -> None:
+        one_of("ref_policy", self.ref_policy, REF_POLICIES)
+        super().__post_init__()

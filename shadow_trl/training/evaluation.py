@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,9 +14,10 @@ from ..checkpoints.checkpoint import Checkpoint
 from ..errors import ConfigError, GraftError, list_names
 from ..grafting.options import GraftOptions
 from ..layouts.model_names import ModelNames
-from .exchange import GraftExchange, check_exchangeable
-from .loading import bare_model, is_adapted, load_model
-from .origins import Origins, require_base, require_instruct
+from .exchange import GraftExchange
+from .loading import bare_model
+from .origins import require_base, require_instruct
+from .start import Start
 
 if TYPE_CHECKING:
     from transformers import Trainer as _Trainer
@@ -23,7 +25,7 @@ else:
     _Trainer = object  # the mixin stands before a TRL trainer, whatever that one is
 
 
-class ReferenceRecord:
+class KeptReferences:
     """Reference log probabilities of one evaluation, kept for a second pass over the same batches.
 
     Under LoRA the reference `init` is the policy with its adapter off. During the evaluation of the graft that would be
@@ -31,35 +33,10 @@ class ReferenceRecord:
     """
 
     def __init__(self) -> None:
-        self._values: deque[tuple[tuple[Any, ...], Any]] = deque()
-        self._mode = "off"
+        self.again = False  # whether this is the second pass
+        self._values: deque[tuple[tuple[int, ...], Any]] = deque()
 
-    @property
-    def active(self) -> bool:
-        """Whether one of the two passes is under way."""
-        return self._mode != "off"
-
-    @contextmanager
-    def recording(self) -> Iterator[None]:
-        """Keep what is computed while the context lasts."""
-        self._values.clear()
-        self._mode = "record"
-        try:
-            yield
-        finally:
-            self._mode = "off"
-
-    @contextmanager
-    def replaying(self) -> Iterator[None]:
-        """Give the kept values again, in the order they came."""
-        self._mode = "replay"
-        try:
-            yield
-        finally:
-            self._mode = "off"
-            self._values.clear()
-
-    def through(self, inputs: dict[str, torch.Tensor], compute: Callable[[], Any]) -> Any:
+    def of(self, inputs: dict[str, torch.Tensor], compute: Callable[[], Any]) -> Any:
         """Return `compute()` of a batch, kept in the first pass and taken from there in the second.
 
         Raises:
@@ -67,7 +44,7 @@ class ReferenceRecord:
         """
         ids = inputs["input_ids"]
         batch = (*ids.shape, int(ids.sum()))
-        if self._mode == "record":
+        if not self.again:
             self._values.append((batch, compute()))
             return self._values[-1][1]
         if not self._values or self._values[0][0] != batch:
@@ -85,16 +62,10 @@ class GraftedEvaluation(_Trainer):
     `on_evaluate` come out of both, and the plain figures are those of TRL.
     """
 
-    origins: Origins
     args: Any
-    _loading_args: Any
+    _start: Start
     _metrics: dict[str, Any]
-
-    @property
-    def _references(self) -> ReferenceRecord:
-        if not hasattr(self, "_reference_record"):
-            self._reference_record = ReferenceRecord()
-        return self._reference_record
+    _references: KeptReferences | None = None  # while both passes last
 
     def evaluation_loop(
         self,
@@ -108,46 +79,37 @@ class GraftedEvaluation(_Trainer):
         run = super().evaluation_loop
         if not self.args.eval_grafted or description != "Evaluation":
             return run(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
-        with self._references.recording():
-            output = run(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
-        # TRL's `log` adds what lies in here to the figures of the evaluation; the graft's must not be among them.
-        plain, self._metrics["eval"] = self._metrics["eval"], defaultdict(list)
-        prefix = f"{metric_key_prefix}_grafted"
+        self._references = KeptReferences()
         try:
-            with self._exchange().grafted(), self._references.replaying():
-                second = run(dataloader, description, prediction_loss_only, ignore_keys, prefix)
-            means = {f"{prefix}_{key}": sum(values) / len(values) for key, values in self._metrics["eval"].items()}
+            output = run(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
+            self._references.again = True
+            # TRL's `log` adds what is in here to the figures of the evaluation; the graft's must not be among them.
+            plain, self._metrics["eval"] = self._metrics["eval"], defaultdict(list)
+            prefix = f"{metric_key_prefix}_grafted"
+            try:
+                with self._exchange.grafted():
+                    second = run(dataloader, description, prediction_loss_only, ignore_keys, prefix)
+                means = {f"{prefix}_{key}": sum(values) / len(values) for key, values in self._metrics["eval"].items()}
+            finally:
+                self._metrics["eval"] = plain
         finally:
-            self._metrics["eval"] = plain
+            self._references = None
         return output._replace(metrics={**(output.metrics or {}), **(second.metrics or {}), **means})
 
+    @cached_property
     def _exchange(self) -> GraftExchange:
-        """Return the exchange of this run; INSTRUCT, and BASE where it is needed, are read once, to host memory."""
-        if not hasattr(self, "_graft_exchange"):
-            assert self.model is not None
-            bare = bare_model(self.model)
-
-            def weights(source: str, revision: str | None) -> dict[str, torch.Tensor]:
-                kwargs = {"dtype": bare.dtype, "device_map": None}
-                return load_model(source, args=self._loading_args, revision=revision, policy=kwargs).state_dict()
-
-            options = GraftOptions(**self.args.graft_options())
-            # Below an adapter BASE is needed where it lies on something else: on the full model of a stage before.
-            on_base = is_adapted(self.model) and self.origins.policy == self.origins.base
-            self._graft_exchange = GraftExchange(
-                self.model,
-                weights(require_instruct(self.origins), self.origins.instruct_revision),
-                {} if on_base else weights(require_base(self.origins), self.origins.base_revision),
-                scale=options.scale,
-                instruct_scale=options.instruct_scale,
-                receives=receiver(options, require_instruct(self.origins), self.origins.instruct_revision),
-            )
-        return self._graft_exchange
-
-    def _check_grafted_evaluation(self) -> None:
-        if self.args.eval_grafted:
-            check_exchangeable(self.model, self.args)
-            self._exchange()  # what does not fit must be found before training
+        """The exchange of this run; INSTRUCT, and BASE where it is needed, are read once, to host memory."""
+        assert self.model is not None
+        start = self._start
+        kwargs = {"dtype": bare_model(self.model).dtype, "device_map": None}
+        loading = replace(start.loading, quantization_config=None, kwargs=kwargs)
+        source, revision = require_instruct(start.origins), start.origins.instruct_revision
+        options = GraftOptions(**self.args.graft_options())
+        instruct, base = loading.load(source, revision).state_dict(), {}
+        # Below an adapter BASE is needed where it was put on something else: on the full model of a stage before.
+        if not start.adapter_on_base:
+            base = loading.load(require_base(start.origins), start.origins.base_revision).state_dict()
+        return GraftExchange(self.model, instruct, base, options, receiver(options, source, revision))
 
 
 def receiver(options: GraftOptions, instruct: str, revision: str | None) -> Callable[[str], bool]:

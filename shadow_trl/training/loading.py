@@ -1,70 +1,74 @@
-"""Models loaded as TRL's trainers load the policy, and the adapter of an earlier run put on one of them."""
+"""Models loaded as TRL's trainers load the policy, with the adapter of an earlier run, and checkpoints loaded back."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
-from pathlib import Path
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
+from accelerate.logging import get_logger
 from accelerate.utils import is_peft_model
 
-from ..errors import AdapterError, list_names
+from ..checkpoints.checkpoint import Checkpoint
 
 if TYPE_CHECKING:
-    from peft import PeftConfig, PeftModel
+    from peft import PeftModel
     from transformers import PreTrainedModel
 
-# What an adapter's config says of its origin and use, not of its form.
-_NOT_FORM = {"base_model_name_or_path", "revision", "inference_mode", "task_type", "peft_version", "auto_mapping"}
+logger = get_logger(__name__)
 
 
-def load_model(
-    source: str,
-    *,
-    args: Any,
-    revision: str | None = None,
-    policy: Mapping[str, Any] | None = None,
-    quantization_config: Any = None,
-) -> PreTrainedModel:
-    """Load the model in `source` with the keyword arguments the policy is loaded with.
+@dataclass(frozen=True)
+class Loading:
+    """How the policy is loaded, and so any model beside it.
 
     Args:
-        source: folder or hub id.
-        args: a TRL config; its `model_init_kwargs` load the policy and so load this model.
-        revision: of `source` on the hub; replaces the policy's. Default the main branch.
-        policy: keyword arguments that win over `model_init_kwargs`, `dtype` of the policy above all.
+        args: a TRL config; its `model_init_kwargs` load the policy.
         quantization_config: as given for the policy.
-
-    Returns:
-        the model. The state of the random generators is as before: loading must not change what is trained.
+        kwargs: keyword arguments that win over `model_init_kwargs`, `dtype` of the policy above all.
     """
-    from trl.trainer.utils import create_model_from_path
 
-    # The config's own parsing has made a dictionary of what was a string on the command line.
-    kwargs = {**cast("dict[str, Any]", args.model_init_kwargs or {}), **(policy or {}), "revision": revision or "main"}
-    kwargs.setdefault("trust_remote_code", args.trust_remote_code)
-    if quantization_config is not None:
-        kwargs["quantization_config"] = quantization_config
-    if args.distributed_state.distributed_type in ("MULTI_GPU", "DEEPSPEED"):
-        kwargs["device_map"] = None  # as TRL: `auto` would spread one rank's model over every device
-    with torch.random.fork_rng():
-        return create_model_from_path(source, **kwargs)
+    args: Any
+    quantization_config: Any = None
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
 
+    def load(self, source: str, revision: str | None = None) -> PreTrainedModel:
+        """Load the model in `source`.
 
-def loaded_as(model: Any, config: Any) -> dict[str, Any]:
-    """Return the keyword arguments that load another model in the way `model` is or will be loaded."""
-    if not isinstance(model, str):
-        bare = bare_model(model)
-        return {"dtype": bare.dtype, "attn_implementation": bare.config._attn_implementation}
-    dtype = (config.model_init_kwargs or {}).get("dtype", "float32")
-    if dtype not in ("auto", None):
-        return {"dtype": dtype}
-    from transformers import AutoConfig
+        Args:
+            source: folder or hub id.
+            revision: of `source` on the hub; replaces the policy's. Default the main branch.
 
-    # INSTRUCT's own dtype may be another one than BASE's.
-    return {"dtype": AutoConfig.from_pretrained(model, trust_remote_code=config.trust_remote_code).dtype or "float32"}
+        Returns:
+            the model. The state of the random generators is as before: loading must not change what is trained.
+        """
+        from trl.trainer.utils import create_model_from_path
+
+        # The config's own parsing has made a dictionary of what was a string on the command line.
+        given = cast("dict[str, Any]", self.args.model_init_kwargs or {})
+        kwargs = {**given, **self.kwargs, "revision": revision or "main"}
+        kwargs.setdefault("trust_remote_code", self.args.trust_remote_code)
+        if self.quantization_config is not None:
+            kwargs["quantization_config"] = self.quantization_config
+        if self.args.distributed_state.distributed_type in ("MULTI_GPU", "DEEPSPEED"):
+            kwargs["device_map"] = None  # as TRL: `auto` would spread one rank's model over every device
+        with torch.random.fork_rng():
+            return create_model_from_path(source, **kwargs)
+
+    def like(self, model: Any, revision: str | None = None) -> Loading:
+        """Return this with the dtype in which `model`, a name or a loaded model, is loaded, and its attention."""
+        if model is not None and not isinstance(model, str):
+            bare = bare_model(model)
+            return replace(self, kwargs={"dtype": bare.dtype, "attn_implementation": bare.config._attn_implementation})
+        dtype = (self.args.model_init_kwargs or {}).get("dtype", "float32")
+        if dtype in ("auto", None):
+            from transformers import AutoConfig
+
+            # INSTRUCT's own dtype may be another one than BASE's.
+            how = {"revision": revision or "main", "trust_remote_code": self.args.trust_remote_code}
+            dtype = AutoConfig.from_pretrained(str(model), **how).dtype or "float32"
+        return replace(self, kwargs={"dtype": dtype})
 
 
 def load_adapter(adapter: str, model: PreTrainedModel, *, trainable: bool) -> PeftModel:
@@ -75,56 +79,6 @@ def load_adapter(adapter: str, model: PreTrainedModel, *, trainable: bool) -> Pe
         return PeftModel.from_pretrained(model, adapter, is_trainable=trainable)
 
 
-def check_same_adapter(peft_config: PeftConfig, adapter: str) -> None:
-    """Check that a `peft_config` given beside the folder of an adapter describes that same adapter.
-
-    Raises:
-        AdapterError: a setting differs; the adapter cannot go on with other settings.
-    """
-    stored = json.loads((Path(adapter) / "adapter_config.json").read_text(encoding="utf-8"))
-    given = json.loads(json.dumps(peft_config.to_dict(), default=_plain))
-    changed = [
-        f"{name}: {stored.get(name)!r} in {adapter}, {given.get(name)!r} in peft_config"
-        for name in sorted(stored.keys() | given.keys())
-        if name not in _NOT_FORM and _unordered(stored.get(name)) != _unordered(given.get(name))
-    ]
-    # "all-linear" is written as the names it stood for.
-    changed = [line for line in changed if not (line.startswith("target_modules:") and "'all-linear'" in line)]
-    if changed:
-        raise AdapterError(
-            f"the adapter in {adapter} goes on, but peft_config differs from it in {len(changed)} settings.\n"
-            f"{list_names(changed)}\nLeave peft_config out to train the same adapter further. To start a new one, "
-            "merge the old one first (PeftModel.merge_and_unload, then save_pretrained) and pass that folder as model "
-            "with base_model=... naming BASE. Nothing was written."
-        )
-
-
-def _plain(value: Any) -> Any:
-    return sorted(value) if isinstance(value, set) else str(getattr(value, "value", value))
-
-
-def _unordered(value: Any) -> Any:
-    # Names are stored from a set, in an order of their own; nothing given and nothing listed are the same.
-    return sorted(value) if isinstance(value, list) and all(isinstance(item, str) for item in value) else value or None
-
-
-def adapter_settings(peft_config: PeftConfig | None, model: Any, adapter: str | None) -> dict[str, Any] | None:
-    """Return the settings of the adapter that will be trained, None in full fine-tuning.
-
-    Args:
-        peft_config: of a new adapter.
-        model: name, or loaded model that may have an adapter.
-        adapter: folder of an adapter that goes on.
-    """
-    if peft_config is not None:
-        return peft_config.to_dict()
-    if is_adapted(model):
-        return model.peft_config[model.active_adapters[0]].to_dict()
-    if adapter is not None:
-        return json.loads((Path(adapter) / "adapter_config.json").read_text(encoding="utf-8"))
-    return None
-
-
 def is_adapted(model: Any) -> bool:
     """Return whether `model` is a loaded model with a PEFT adapter; a name, or None, is not."""
     return model is not None and not isinstance(model, str) and is_peft_model(model)
@@ -133,3 +87,30 @@ def is_adapted(model: Any) -> bool:
 def bare_model(model: Any) -> Any:
     """Return the model below the adapter, or `model` where it has none."""
     return model.get_base_model() if is_adapted(model) else model
+
+
+def reload_converted(model: Any, folder: str) -> None:
+    """Load the weights of a checkpoint into `model` again where its names on disk are not those in memory.
+
+    transformers 5 gives some models (mixture of experts, vision-language) other names in memory than on disk, and
+    resumes by the names on disk: weights whose names differ stay silently as they were (transformers issue 48805).
+
+    Args:
+        model: the model in training, after transformers has resumed it. Under an adapter nothing is done: the names of
+            an adapter are those in memory.
+        folder: a checkpoint of this model, as `save_pretrained` writes it.
+    """
+    if is_adapted(model):
+        return
+    state = model.state_dict()
+    unknown = [name for name in Checkpoint.open(folder).specs if name not in state]
+    if not unknown:
+        return
+    logger.warning(
+        "%d weights of %s have other names on disk than in memory (%s, ...); they are loaded through from_pretrained.",
+        len(unknown),
+        folder,
+        unknown[0],
+    )
+    fresh = type(model).from_pretrained(folder, dtype=model.dtype)
+    model.load_state_dict(fresh.state_dict())

@@ -10,6 +10,8 @@ import copy
 import inspect
 import os
 from collections.abc import Mapping
+from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -17,30 +19,31 @@ from accelerate.logging import get_logger
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl.trainer.utils import get_config_model_id
 
-from ..adapters.kinds import is_subtracted, start_setting
 from ..checkpoints.manifest import write_manifest
-from ..checkpoints.sources import describe, with_revision
+from ..checkpoints.sources import describe
 from ..errors import ConfigError, OutputExistsError
 from ..grafting.options import BASE_DTYPES
 from ..grafting.reports import GraftReport
 from ..operations.graft import check_graft, graft
-from ..pair.pairs import ModelPair, check_processing_class
+from ..pair.pairs import ModelPair
+from ..pair.templates import check_processing_class
 from ..runtime.processes import run_on_main
-from .adapter_start import start_of, without_second_start, write_start
+from .adapter import start_of, without_reference_adapter, without_second_start, write_start
 from .config import ShadowArguments
 from .evaluation import GraftedEvaluation
-from .loading import adapter_settings, bare_model, check_same_adapter, is_adapted, load_adapter, load_model
-from .origins import check_unchanged, require_base, require_instruct, resolve_origins
+from .loading import bare_model, load_adapter, reload_converted
+from .origins import check_unchanged, require_base
 from .preflight import (
     GRAFTED_FOLDER,
     SHARDED,
     check_adapter,
+    check_exchangeable,
     check_folders,
+    check_same_adapter,
     is_conversational,
     refuse_unsupported,
 )
-from .reference import without_reference_adapter
-from .resuming import reload_converted
+from .start import Start
 
 if TYPE_CHECKING:
     from transformers.trainer_utils import TrainOutput
@@ -79,42 +82,20 @@ class ShadowMixin(GraftedEvaluation):
             given["model"] = os.fspath(given["model"])
         config = self._read_config(given)
         refuse_unsupported(config)
-        model = given["model"]
-        name = model if isinstance(model, str) else get_config_model_id(bare_model(model).config)
-        self.origins = resolve_origins(
-            name or None,
-            base=base_model or config.base_model,
-            instruct=instruct_model or config.instruct_model,
-            policy_revision=(config.model_init_kwargs or {}).get("revision"),
-            base_revision=config.base_revision,
-            instruct_revision=config.instruct_revision,
-        )
+        self._start = start = Start.of(given, config, base_model=base_model, instruct_model=instruct_model)
+        self.origins = start.origins
         self.graft_report: GraftReport | None = None
-        adapter = adapter_settings(given.get("peft_config"), model, self.origins.adapter)
-        self._trains_adapter = adapter is not None
-        # Without its adapter, the model is then BASE less the adapter's start.
-        self._adapter_changes_base = adapter is not None and is_subtracted(start_setting(adapter))
-        if adapter is not None:
-            goes_on, loaded = self.origins.adapter is not None, is_adapted(model)
-            check_adapter(adapter, grafts=config.graft, goes_on=goes_on, loaded=loaded)
-        if config.graft:
-            self._check_before_training(config, given, adapter)
+        self._check_before_loading(config, given)
         self._choose_processing_class(config, given)
-        # A copy: `model_init_kwargs` is taken from the run's config where the model is loaded here.
-        self._loading_args = copy.copy(config)
-        in_memory = not isinstance(model, str)
-        # An object whose origin was named may hold anything; one without is checked to hold what its name says.
-        self._start_is_free = in_memory and bool(base_model or config.base_model)
         self._choose_reference(config, given)
-        if config.graft and in_memory and not (self._trains_adapter or base_model or config.base_model):
-            check_unchanged(model, require_base(self.origins), self.origins.policy_revision)
-        if self.origins.adapter is not None and not in_memory:
-            self._go_on_with_adapter(config, given)
+        if start.loads_adapter:
+            self._load_adapter(given)
         with without_second_start(given["model"]):
             super().__init__(*call.args, **call.kwargs)
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             raise ConfigError(SHARDED.format("FSDP" if self.is_fsdp_enabled else "DeepSpeed"))
-        self._check_grafted_evaluation()
+        if config.eval_grafted:
+            _ = self._exchange  # what does not fit must be found before training
         # The adapter as it is before training: the delta of some is what it becomes less this.
         self._adapter_start = start_of(self.model) if config.graft else None
 
@@ -157,13 +138,13 @@ class ShadowMixin(GraftedEvaluation):
         return self.graft_report
 
     def _write_graft(self, tuned: str, output: Path, **changes: Any) -> GraftReport:
-        instruct = require_instruct(self.origins)
+        instruct, base = self._start.instruct, self._start.base
         self.accelerator.wait_for_everyone()
 
         def write() -> GraftReport:
             return graft(
-                base=with_revision(require_base(self.origins), self.origins.base_revision),
-                instruct=with_revision(instruct, self.origins.instruct_revision),
+                base=base,
+                instruct=instruct,
                 tuned=tuned,
                 output=output,
                 base_dtype=self._loaded_dtype,
@@ -177,10 +158,10 @@ class ShadowMixin(GraftedEvaluation):
     def _loaded_dtype(self) -> str:
         """The dtype the model under training was loaded in: a cast on loading is no part of the delta.
 
-        Full weights are saved in it; an adapter's own values are fp32 whatever lies under them.
+        Full weights are saved in it; an adapter's own values are fp32 whatever is under them.
         """
         dtype = str(bare_model(self.model).dtype).removeprefix("torch.")
-        return dtype if self._trains_adapter and dtype in BASE_DTYPES else "tuned"
+        return dtype if self._start.adapter is not None and dtype in BASE_DTYPES else "tuned"
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         super()._save_checkpoint(model, trial)
@@ -217,15 +198,25 @@ class ShadowMixin(GraftedEvaluation):
         given["args"] = copy.copy(self._config_class.upgrade(args))
         return given["args"]
 
-    def _check_before_training(self, config: Any, given: Mapping[str, Any], adapter: Mapping[str, Any] | None) -> None:
-        """Find before training everything that could keep the graft from being written after it."""
-        instruct = require_instruct(self.origins)
-        base = with_revision(require_base(self.origins), self.origins.base_revision)
-        instruct = with_revision(instruct, self.origins.instruct_revision)
-        check_folders(Path(config.output_dir), self.origins, self._trains_adapter)
-        pair = ModelPair.open(base, instruct)
-        for warning in pair.check(
-            level=config.pair_check or ("headers" if self._trains_adapter else "weights"),
+    def _check_before_loading(self, config: Any, given: Mapping[str, Any]) -> None:
+        """Find before any model is loaded what would keep the run from ending in a graft."""
+        start = self._start
+        check_adapter(start, grafts=config.graft)
+        if start.loads_adapter and given.get("peft_config") is not None:
+            check_same_adapter(given["peft_config"], str(start.origins.adapter))
+        if config.graft:
+            self._check_graft(config, given)
+        if config.eval_grafted:
+            check_exchangeable(start, config)
+        if config.graft and start.in_memory and start.adapter is None and not start.base_named:
+            check_unchanged(start.model, require_base(start.origins), start.origins.policy_revision)
+
+    def _check_graft(self, config: Any, given: Mapping[str, Any]) -> None:
+        start = self._start
+        instruct, base = start.instruct, start.base
+        check_folders(Path(config.output_dir), start)
+        for warning in ModelPair.open(base, instruct).check(
+            level=config.pair_check or ("weights" if start.adapter is None else "headers"),
             need_template=given.get("processing_class") is None and is_conversational(given.get("train_dataset")),
             allow_wide_gap=config.allow_wide_gap,
             vocab=config.graft_vocab,
@@ -236,8 +227,8 @@ class ShadowMixin(GraftedEvaluation):
             instruct=instruct,
             output=Path(config.output_dir) / GRAFTED_FOLDER,
             # An adapter on the full model of an earlier run is grafted as one full model.
-            adapter=self._trains_adapter and self.origins.policy == self.origins.base,
-            adapter_config=adapter,
+            adapter=start.adapter_on_base,
+            adapter_config=start.adapter,
             **config.graft_options(),
         )
 
@@ -264,20 +255,14 @@ class ShadowMixin(GraftedEvaluation):
     def _choose_reference(self, config: Any, given: dict[str, Any]) -> None:
         """Set what the reference policy is; only preference trainers have one."""
 
-    def _go_on_with_adapter(self, config: Any, given: dict[str, Any]) -> None:
+    def _load_adapter(self, given: dict[str, Any]) -> None:
         """Make the adapter of the earlier run, on the model it was trained on, the model of this one."""
-        assert self.origins.adapter is not None
-        assert self.origins.policy is not None
-        if given.get("peft_config") is not None:
-            check_same_adapter(given.pop("peft_config"), self.origins.adapter)
-        below = load_model(
-            self.origins.policy,
-            args=config,
-            revision=self.origins.policy_revision,
-            quantization_config=given.pop("quantization_config", None),
-        )
-        given["model"] = load_adapter(self.origins.adapter, below, trainable=True)
-        # Used up: TRL would say that it ignores them.
+        origins = self._start.origins
+        below = replace(self._start.loading, kwargs={}).load(str(origins.policy), origins.policy_revision)
+        given["model"] = load_adapter(str(origins.adapter), below, trainable=True)
+        # Used up: TRL would refuse them beside a loaded model, or say that it ignores them.
+        given.pop("peft_config", None)
+        given.pop("quantization_config", None)
         given["args"].model_init_kwargs = None
 
     def _start_manifest(self) -> None:
@@ -288,23 +273,20 @@ class ShadowMixin(GraftedEvaluation):
     def _write_start(self) -> None:
         write_start(Path(self.args.output_dir), self.model, self._adapter_start, self.origins.adapter)
 
-    @property
+    @cached_property
     def _manifest(self) -> dict[str, Any]:
         # Digests of whole models are worked out once a run.
-        if not hasattr(self, "_run_manifest"):
-            origins = self.origins
-            base = describe(origins.base, origins.base_revision)
-            self._run_manifest = {
-                "kind": "run",
-                "trainer": type(self).__name__,
-                "base": base,
-                "instruct": describe(origins.instruct, origins.instruct_revision),
-                "policy": base if origins.policy == origins.base else describe(origins.policy, origins.policy_revision),
-                "adapter": {"source": origins.adapter} if origins.adapter else None,
-                "ref_policy": getattr(self.args, "ref_policy", None),
-                "options": self.args.graft_options(),
-            }
-            method = getattr(bare_model(self.model), "quantization_method", None)
-            if method is not None:
-                self._run_manifest["quantised"] = str(getattr(method, "value", method))
-        return self._run_manifest
+        origins = self.origins
+        base = describe(origins.base, origins.base_revision)
+        method = getattr(bare_model(self.model), "quantization_method", None)
+        return {
+            "kind": "run",
+            "trainer": type(self).__name__,
+            "base": base,
+            "instruct": describe(origins.instruct, origins.instruct_revision),
+            "policy": base if origins.policy == origins.base else describe(origins.policy, origins.policy_revision),
+            "adapter": {"source": origins.adapter} if origins.adapter else None,
+            "ref_policy": getattr(self.args, "ref_policy", None),
+            "options": self.args.graft_options(),
+            **({"quantised": str(getattr(method, "value", method))} if method is not None else {}),
+        }

@@ -33,7 +33,7 @@ class Origins:
         policy: what the model is loaded from; under `adapter`, the model below it. None for an object without a name.
         base: origin of the delta.
         instruct: receiver of the delta; None only where nothing is grafted.
-        adapter: folder of the PEFT adapter that goes on; None where there is none.
+        adapter: folder of the PEFT adapter that is trained further; None where there is none.
         policy_revision, base_revision, instruct_revision: revisions on the hub.
     """
 
@@ -82,7 +82,7 @@ def resolve_origins(
     if manifest is not None and manifest["kind"] == "graft":
         run = (manifest.get("tuned") or {}).get("source", "unknown")
         raise InputError(
-            f"{policy} is a grafted model: INSTRUCT with the delta already added. Training goes on from the tuned "
+            f"{policy} is a grafted model: INSTRUCT with the delta already added. Training continues from the tuned "
             f"model; give the folder of the run instead: {run}. Nothing was written."
         )
     if manifest is not None and manifest["kind"] == "delta":
@@ -98,7 +98,7 @@ def resolve_origins(
         if adapter is not None and Entry.read(manifest, "policy") == Entry.read(manifest, "base"):
             policy, policy_revision = base, base_revision
         elif adapter is not None:
-            # The adapter lies on something else than BASE: on the full model of a stage before.
+            # The adapter was trained on something else than BASE: on the full model of a stage before.
             policy, policy_revision = from_manifest("policy", manifest, Path(adapter), (None, None))
     elif adapter is not None:
         policy, policy_revision = (base, base_revision) if base else _adapter_base(Path(adapter), base_revision)

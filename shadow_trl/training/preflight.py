@@ -2,16 +2,30 @@
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ..adapters.kinds import check_has_delta, is_subtracted, kind_of, lost_start, more_than_a_product, start_setting
-from ..errors import AdapterError, ConfigError, OutputExistsError
-from .origins import Origins
+from ..adapters.kinds import (
+    check_has_delta,
+    is_subtracted,
+    kind_of,
+    lost_start,
+    more_than_a_product,
+    start_setting,
+)
+from ..checkpoints.checkpoint import ADAPTER_CONFIG, read_json
+from ..errors import AdapterError, ConfigError, OutputExistsError, list_names
+from .loading import is_adapted
+from .start import Start
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
 
 GRAFTED_FOLDER = "grafted"
+# What an adapter's config says of its origin and use, not of its form.
+_NOT_FORM = {"base_model_name_or_path", "revision", "inference_mode", "task_type", "peft_version", "auto_mapping"}
 SHARDED = (
     "{} is not supported: TUNED would be saved in shards or not at all, and the graft would read an incomplete model. "
     "Launch with plain data parallelism (accelerate launch --multi_gpu). Nothing was written."
@@ -41,15 +55,16 @@ def refuse_unsupported(config: Any) -> None:
         )
 
 
-def check_folders(output_dir: Path, origins: Origins, adapter: bool) -> None:
+def check_folders(output_dir: Path, start: Start) -> None:
     """Refuse an output folder in which TUNED would overwrite an input or mix with weights of the other kind."""
     for role in ("policy", "base", "instruct", "adapter"):
-        source = getattr(origins, role)
+        source = getattr(start.origins, role)
         if source is not None and output_dir.exists() and Path(source).exists() and output_dir.samefile(source):
             raise OutputExistsError(
                 f"output_dir {output_dir} is the folder of {role}: saving TUNED there would overwrite it. Choose "
                 "another output_dir. Nothing was written."
             )
+    adapter = start.adapter is not None
     other = sorted(output_dir.glob("model*.safetensors" if adapter else "adapter_*"))
     if other:
         raise OutputExistsError(
@@ -59,40 +74,118 @@ def check_folders(output_dir: Path, origins: Origins, adapter: bool) -> None:
         )
 
 
-def check_adapter(
-    config: Mapping[str, Any], *, grafts: bool = True, goes_on: bool = False, loaded: bool = False
-) -> None:
+def check_adapter(start: Start, *, grafts: bool) -> None:
     """Refuse an adapter that could be trained but not grafted, or that does not load as it was.
 
     Args:
-        config: settings of the adapter, as PEFT stores them in `adapter_config.json`.
+        start: of the run.
         grafts: whether the run ends with a graft.
-        goes_on: whether an adapter that was trained before is trained further.
-        loaded: whether it came on a model in memory, of which nobody knows whether it was trained.
 
     Raises:
         AdapterError: it changes no weight, its start cannot be known, or loading it makes another model than the one
             that was trained.
     """
-    start = start_setting(config)
-    lost = lost_start(start)
-    if goes_on and lost is not None:
+    if start.adapter is None:
+        return
+    setting = start_setting(start.adapter)
+    lost = lost_start(setting)
+    if start.origins.adapter is not None and lost is not None:
         raise AdapterError(
-            f"an adapter of init_lora_weights={start!r} cannot go on: on loading, {lost}. Merge it in the process that "
-            "trained it, or use 'pissa'. Nothing was written."
+            f"an adapter of init_lora_weights={setting!r} cannot be trained further: on loading, {lost}. Merge it in "
+            "the process that trained it, or use 'pissa'. Nothing was written."
         )
     if not grafts:
         return
-    check_has_delta(config)
-    if loaded and is_subtracted(start):
+    check_has_delta(start.adapter)
+    if is_adapted(start.model) and is_subtracted(setting):
         raise AdapterError(
-            f"the model in memory has an adapter of init_lora_weights={start!r}, whose delta is what it becomes less "
+            f"the model in memory has an adapter of init_lora_weights={setting!r}, whose delta is what it becomes less "
             "what it was when it was made. Pass the model without an adapter and the settings as peft_config, so that "
             "the start is kept. Nothing was written."
         )
-    obstacles = kind_of(config).obstacles
+    obstacles = kind_of(start.adapter).obstacles
     if obstacles and lost is not None:
-        raise more_than_a_product(start, obstacles)
+        raise more_than_a_product(setting, obstacles)
+
+
+def check_same_adapter(peft_config: PeftConfig, adapter: str) -> None:
+    """Check that a `peft_config` given beside the folder of an adapter describes that same adapter.
+
+    Raises:
+        AdapterError: a setting differs; the adapter cannot be trained further with other settings.
+    """
+    stored = read_json(Path(adapter) / ADAPTER_CONFIG)
+    given = json.loads(json.dumps(peft_config.to_dict(), default=_plain))
+    names = (stored.keys() | given.keys()) - _NOT_FORM
+    if "all-linear" in (stored.get("target_modules"), given.get("target_modules")):
+        names.remove("target_modules")  # written as the names it stands for
+    changed = [
+        f"{name}: {stored.get(name)!r} in {adapter}, {given.get(name)!r} in peft_config"
+        for name in sorted(names)
+        if _unordered(stored.get(name)) != _unordered(given.get(name))
+    ]
+    if changed:
+        raise AdapterError(
+            f"the adapter in {adapter} is trained further, but {len(changed)} settings of peft_config differ from it.\n"
+            f"{list_names(changed)}\nLeave peft_config out to train the same adapter further. To start a new one, "
+            "merge the old one first (PeftModel.merge_and_unload, then save_pretrained) and pass that folder as model "
+            "with base_model=... naming BASE. Nothing was written."
+        )
+
+
+def _plain(value: Any) -> Any:
+    return sorted(value) if isinstance(value, set) else str(getattr(value, "value", value))
+
+
+def _unordered(value: Any) -> Any:
+    # Names are stored from a set, in an order of their own; nothing given and nothing listed are the same.
+    return sorted(value) if isinstance(value, list) and all(isinstance(item, str) for item in value) else value or None
+
+
+def check_reference_options(args: Any, *, ref_model: Any) -> None:
+    """Refuse options that contradict the chosen reference policy.
+
+    Raises:
+        ConfigError: an explicit `ref_model` with a `ref_policy`, or `sync_ref_model` with INSTRUCT or a graft.
+    """
+    if args.ref_policy == "init":
+        return
+    if ref_model is not None:
+        raise ConfigError(
+            f"both ref_model=... and ref_policy={args.ref_policy!r} name a reference policy. Pass one of them. "
+            "Nothing was written."
+        )
+    if args.sync_ref_model:
+        raise ConfigError(
+            f"sync_ref_model=True moves the reference towards the policy, which is a BASE; with ref_policy="
+            f"{args.ref_policy!r} the reference is another model and the mixture is neither. Use ref_policy='init', or "
+            "sync_ref_model=False. Nothing was written."
+        )
+
+
+def check_exchangeable(start: Start, args: Any) -> None:
+    """Refuse `eval_grafted` where an exchange of weights would not give the graft.
+
+    Args:
+        start: of the run.
+        args: a `ShadowSFTConfig` or `ShadowDPOConfig`.
+
+    Raises:
+        ConfigError: a quantised BASE, an adapter that is not the same delta on INSTRUCT, or an `instruct_scale`
+            that needs BASE's weights below an adapter.
+    """
+    reasons = []
+    if start.is_quantised:
+        reasons.append("BASE is quantised: its weights cannot be exchanged for INSTRUCT's")
+    if start.adapter is not None:
+        reasons += [f"the adapter is more than a plain LoRA: {name}" for name in kind_of(start.adapter).beyond]
+        if args.instruct_scale != 1.0:
+            reasons.append("instruct_scale other than 1 needs BASE's weights beside the adapter")
+    if reasons:
+        raise ConfigError(
+            f"eval_grafted=True is not possible here.\n{list_names(reasons)}\nPass eval_grafted=False and score the "
+            "grafted folder after training. Nothing was written."
+        )
 
 
 def is_conversational(dataset: Any) -> bool:

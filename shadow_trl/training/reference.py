@@ -14,22 +14,22 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.logging import get_logger
-from accelerate.utils import is_peft_model
 
-from ..adapters.lora import streams
+from ..adapters.lora import LoraModule, place_on, read_lora, streams
+from ..arithmetic.grafter import graft_low_rank
 from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.sources import with_revision
-from ..errors import ConfigError
 from ..grafting.options import GraftOptions
+from ..layouts.model_names import ModelNames
 from ..operations.graft import graft
 from ..runtime.processes import run_on_main
-from .loading import adapter_settings, is_adapted, load_adapter, load_model
-from .origins import Origins, require_base, require_instruct
+from .loading import Loading, is_adapted
+from .origins import require_base, require_instruct
+from .start import Start
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
     from transformers import PreTrainedModel
-    from trl import DPOConfig
 
 logger = get_logger(__name__)
 
@@ -50,67 +50,89 @@ class Reference:
     revision: str | None = None
     grafted: bool = False
 
+    @classmethod
+    def of(cls, start: Start, policy: str) -> Reference | None:
+        """Return what the reference of a `ref_policy` is loaded from, None where it is the policy as it starts."""
+        origins = start.origins
+        if policy == "init" or (policy == "base" and start.is_raw_base):
+            # TRL's reference is the model without its adapter: with PiSSA or OLoRA not what training starts from.
+            if start.adapter_changes_base and origins.adapter is None and origins.policy is not None:
+                return cls(origins.policy, origins.policy_revision)
+            return None
+        if policy == "base":
+            return cls(require_base(origins), origins.base_revision)
+        # A graft of an untrained BASE adds nothing: it is INSTRUCT.
+        grafted = policy == "grafted" and not start.is_raw_base
+        return cls(require_instruct(origins), origins.instruct_revision, grafted)
 
-def load_reference(source: str, **how: Any) -> PreTrainedModel:
+
+def load_reference(source: str, *, loading: Loading, revision: str | None = None) -> PreTrainedModel:
     """Load the model in `source` as a frozen reference policy, in the way the policy was loaded.
 
     Args:
         source: folder or hub id.
-        how: keyword arguments of `load_model`.
+        loading: how the policy is loaded.
+        revision: of `source` on the hub. Default the main branch.
 
     Returns:
         the model in evaluation mode, without dropout where the policy trains without it, no parameter requiring a
         gradient.
     """
-    return frozen(load_model(source, **how), how["args"])
+    from trl.trainer.utils import disable_dropout_in_model
+
+    model = loading.load(source, revision)
+    if loading.args.disable_dropout:
+        disable_dropout_in_model(model)
+    return model.eval().requires_grad_(False)
 
 
-def graft_of_start(
-    origins: Origins, *, args: Any, policy: Mapping[str, Any], start: Any = None, **how: Any
-) -> PreTrainedModel:
+def graft_of_start(start: Start) -> PreTrainedModel:
     """Load INSTRUCT with the delta that training starts from: what a graft now would ship, in the policy's dtype.
 
     A plain LoRA on BASE is merged into INSTRUCT in memory. Anything else is written by the main process to a folder
     beside the run's results that all processes load from, and that is gone when this returns.
 
     Args:
-        origins: of the run; its start is a full model or an adapter of an earlier run.
-        args: a `ShadowDPOConfig`; its graft options are those of the run's own graft.
-        policy: as in `load_model`; has the `dtype` of the policy.
-        start: the model training starts from, where it was given as an object; default what `origins` names.
-        how: further keyword arguments of `load_model`.
+        start: of the run: a full model or an adapter of an earlier run, or a loaded model that was not trained yet. The
+            options are those of the run's own graft.
     """
-    how = {"args": args, "policy": policy, **how}
-    if start is None and _merges_in_memory(origins, args, how.get("quantization_config")):
-        return frozen(_merge_on_instruct(origins, how), args)
+    modules = _modules_in_memory(start)
+    if modules is not None:
+        return _merge_on_instruct(start, modules)
     from accelerate import PartialState
 
     state = PartialState()
-    work = partial(_write_graft_of_start, origins, args, policy, start)
-    folder = run_on_main(state, work, what="the graft of the start, as the reference policy")
+    folder = run_on_main(
+        state, partial(_write_graft_of_start, start), what="the graft of the start, as the reference policy"
+    )
     try:
-        return load_reference(str(Path(folder) / "grafted"), **how)
+        return load_reference(str(Path(folder) / "grafted"), loading=start.loading)
     finally:
         state.wait_for_everyone()
         if state.is_main_process:
             shutil.rmtree(folder)
 
 
-def _write_graft_of_start(origins: Origins, args: Any, policy: Mapping[str, Any], start: Any) -> str:
+def _write_graft_of_start(start: Start) -> str:
     """Write the graft of the start to `grafted/` in a new folder beside the run's results; return that folder."""
+    origins, args = start.origins, start.loading.args
     parent = Path(args.output_dir)
     parent.mkdir(parents=True, exist_ok=True)
     folder = tempfile.mkdtemp(prefix=".shadow-reference-", dir=parent)
-    options = {**args.graft_options(), "format": "model", "dtype": str(policy["dtype"]).removeprefix("torch.")}
+    dtype = str(start.loading.kwargs["dtype"]).removeprefix("torch.")
+    options = {**args.graft_options(), "format": "model", "dtype": dtype}
+    if dtype == "float32":
+        options["rounding"] = "nearest"  # nothing is rounded to 16 bits
     try:
         tuned = origins.adapter or with_revision(origins.policy or "", origins.policy_revision)
-        if start is not None:
+        if start.in_memory:
             tuned = f"{folder}/start"
             # TRL's frozen copy of the adapter may be there already.
-            start.save_pretrained(tuned, **({"selected_adapters": ["default"]} if is_adapted(start) else {}))
+            selected = {"selected_adapters": ["default"]} if is_adapted(start.model) else {}
+            start.model.save_pretrained(tuned, **selected)
         graft(
-            base=with_revision(require_base(origins), origins.base_revision),
-            instruct=with_revision(require_instruct(origins), origins.instruct_revision),
+            base=start.base,
+            instruct=start.instruct,
             tuned=tuned,
             output=Path(folder) / "grafted",
             base_dtype="tuned",
@@ -125,38 +147,42 @@ def _write_graft_of_start(origins: Origins, args: Any, policy: Mapping[str, Any]
     return folder
 
 
-def _merges_in_memory(origins: Origins, args: Any, quantization_config: Any) -> bool:
-    """Return whether the start is a plain LoRA on BASE, so that its graft needs INSTRUCT and the adapter alone."""
-    settings = adapter_settings(None, "", origins.adapter)
-    if settings is None or origins.policy != origins.base or quantization_config is not None:
-        return False
+def _modules_in_memory(start: Start) -> dict[str, LoraModule] | None:
+    """Return name of INSTRUCT's weight -> module of the start, where it is a plain LoRA on BASE; else None."""
+    origins, args = start.origins, start.loading.args
+    if not (start.loads_adapter and start.adapter_on_base) or start.loading.quantization_config is not None:
+        return None
     if args.instruct_scale != 1.0 or args.graft_vocab != "strict":
-        return False
-    instruct = Checkpoint.open(require_instruct(origins), origins.instruct_revision)
-    return streams(Checkpoint.open(str(origins.adapter)), instruct)
+        return None
+    adapter = Checkpoint.open(str(origins.adapter))
+    instruct = Checkpoint.open(start.instruct)
+    if not streams(adapter, instruct):
+        return None
+    placed = place_on(read_lora(adapter), adapter, instruct)
+    known = ModelNames(instruct).memory
+    return placed if all(f"{lora.module}.weight" in known for lora in placed.values()) else None
 
 
-def _merge_on_instruct(origins: Origins, how: Mapping[str, Any]) -> PreTrainedModel:
-    """Load INSTRUCT and add the scaled delta of the start's LoRA to its weights, in fp32 and rounded once."""
-    instruct = load_model(require_instruct(origins), revision=origins.instruct_revision, **how)
-    adapted = load_adapter(str(origins.adapter), instruct, trainable=False)
-    options = GraftOptions(**how["args"].graft_options())
+def _merge_on_instruct(start: Start, modules: Mapping[str, LoraModule]) -> PreTrainedModel:
+    """Load INSTRUCT and add the scaled delta of the start's LoRA to its weights, as the graft of it is written."""
+    source, revision = require_instruct(start.origins), start.origins.instruct_revision
+    model = load_reference(source, loading=start.loading, revision=revision)
+    adapter = Checkpoint.open(str(start.origins.adapter))
+    options = GraftOptions(**start.loading.args.graft_options())
     receives = options.selector()
-    with torch.no_grad():
-        for name, module in adapted.get_base_model().named_modules():
-            if hasattr(module, "lora_A") and receives(f"{name}.weight"):
-                weight = module.get_base_layer().weight
-                weight.copy_(weight.float() + options.scale * module.get_delta_weight("default").float())
-    return adapted.unload()
-
-
-def frozen(model: PreTrainedModel, args: DPOConfig) -> PreTrainedModel:
-    """Return `model` in evaluation mode with no parameter requiring a gradient, dropout as TRL sets it."""
-    from trl.trainer.utils import disable_dropout_in_model
-
-    if args.disable_dropout:
-        disable_dropout_in_model(model)
-    return model.eval().requires_grad_(False)
+    for name, lora in modules.items():
+        if receives(name):
+            left, right = adapter.tensor(lora.left), adapter.tensor(lora.right)
+            if lora.transposed:
+                left, right = right.T, left.T
+            weight = model.get_parameter(f"{lora.module}.weight")
+            weight.copy_(
+                graft_low_rank(
+                    weight.cpu(), left, right, factor=lora.factor, scale=options.scale, rounding=options.rounding,
+                    seed=options.seed, name=name,
+                )
+            )  # fmt: skip
+    return model
 
 
 @contextmanager
@@ -175,27 +201,6 @@ def prepared(model: PreTrainedModel, accelerator: Accelerator) -> Iterator[PreTr
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-
-
-def check_reference_options(args: Any, *, ref_model: Any) -> None:
-    """Refuse options that contradict the chosen reference policy.
-
-    Raises:
-        ConfigError: an explicit `ref_model` with a `ref_policy`, or `sync_ref_model` with INSTRUCT or a graft.
-    """
-    if args.ref_policy == "init":
-        return
-    if ref_model is not None:
-        raise ConfigError(
-            f"both ref_model=... and ref_policy={args.ref_policy!r} name a reference policy. Pass one of them. "
-            "Nothing was written."
-        )
-    if args.sync_ref_model:
-        raise ConfigError(
-            f"sync_ref_model=True moves the reference towards the policy, which is a BASE; with ref_policy="
-            f"{args.ref_policy!r} the reference is another model and the mixture is neither. Use ref_policy='init', or "
-            "sync_ref_model=False. Nothing was written."
-        )
 
 
 def decide_precompute(config: Any, given: Mapping[str, Any], *, preferred: bool) -> None:
@@ -224,25 +229,3 @@ def decide_precompute(config: Any, given: Mapping[str, Any], *, preferred: bool)
             "The reference policy stays in memory during training: its log probabilities can be computed before "
             "training for map-style text data only, and not all of the data is that."
         )
-
-
-@contextmanager
-def without_reference_adapter(model: Any) -> Iterator[None]:
-    """Keep TRL's frozen copy of the adapter (`ref`) out of what is saved: it is no part of TUNED."""
-    names = list(model.peft_config) if is_peft_model(model) else []
-    if "ref" not in names or len(names) == 1:
-        yield
-        return
-    # `Trainer` calls `save_pretrained` without PEFT's argument for it. Taking the name out of `peft_config` would not
-    # do: PEFT then takes the frozen weights for the other adapter's.
-    model.save_pretrained = partial(model.save_pretrained, selected_adapters=[name for name in names if name != "ref"])
-    try:
-        yield
-    finally:
-        del model.save_pretrained
-
-
-def drop_reference_adapter(model: Any) -> None:
-    """Remove TRL's frozen copy of the adapter (`ref`), where another model is the reference."""
-    if is_peft_model(model) and "ref" in model.peft_config and len(model.peft_config) > 1:
-        model.delete_adapter("ref")

@@ -1,89 +1,63 @@
 """Where reference log probabilities are kept between runs, and what their values depend on.
 
-TRL caches them beside the data under a key of the data and the model. The key here has everything the values depend
-on and nothing else, and rows in memory get a file that all processes find.
+TRL caches them beside the data under a key of the data and the weights. The key here has the rest of what the values
+depend on, and rows in memory get a file that all processes find.
 """
 
 from __future__ import annotations
 
-import copy
-import hashlib
 import os
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from accelerate.utils import is_peft_model
 
 from ..runtime.processes import run_on_main
+from .loading import bare_model
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
     from trl import DPOConfig
 
 
-def policy_hash(model: Any) -> str:
-    """Return a digest of the weights that the reference `init` of `model` has: those of the policy as it starts.
-
-    Under an adapter these are the frozen ones: the model below it, and TRL's copy of an adapter that goes on. The
-    trainable ones would make every seed of a new LoRA another reference, though all of them start as BASE.
-    """
-    from trl.trainer.utils import hash_module
-
-    if not is_peft_model(model):
-        return hash_module(model)
-    state = model.state_dict()
-    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    return hash_module(_Frozen({name: tensor for name, tensor in state.items() if name not in trained}))
-
-
-class _Frozen(torch.nn.Module):
-    """Some weights as a module, for TRL's `hash_module`."""
-
-    def __init__(self, state: dict[str, torch.Tensor]) -> None:
-        super().__init__()
-        for place, (_, tensor) in enumerate(sorted(state.items())):
-            self.register_buffer(f"{place:06d}", tensor)
-
-
-def reference_key(model_hash: str, args: DPOConfig) -> str:
+def reference_key(model_hash: str, model: Any, args: DPOConfig) -> str:
     """Return the part of the cache's key that does not come from the data: the model, and how its values are summed.
 
     Args:
         model_hash: of the reference's weights and dtypes.
+        model: the reference; its config turns weights into values, and so do the settings of its adapters.
         args: of the run; `ld_alpha` weighs tokens, the lengths cut them, mixed precision rounds.
     """
     from datasets.fingerprint import Hasher
 
+    adapters = model.peft_config if is_peft_model(model) else {}
+    settings = {name: _without_names(config.to_dict()) for name, config in adapters.items()}
     how = (args.ld_alpha, args.max_length, args.truncation_mode, args.bf16, args.fp16)
-    return Hasher.hash((model_hash, *how))
+    return Hasher.hash(
+        (model_hash, type(bare_model(model)).__name__, _settings(bare_model(model).config), settings, *how)
+    )
 
 
-def with_content_fingerprint(dataset: Any) -> Any:
-    """Return `dataset` with the digest of its tokens as its fingerprint.
+def _settings(config: Any) -> list[Any]:
+    """Return what a config and those inside it say, with the kernels of attention, which `to_dict` leaves out."""
+    inside = [getattr(config, name, None) for name in config.sub_configs]
+    return [
+        {name: value for name, value in _without_names(config.to_dict()).items() if name not in config.sub_configs},
+        config._attn_implementation,
+        *(_settings(one) for one in inside if one is not None),
+    ]
 
-    The fingerprint that `datasets` keeps covers the functions that made the data, and through TRL's closures the whole
-    config: another `output_dir` would compute the same values again.
-    """
-    import pyarrow
 
-    names = [name for name in ("prompt_ids", "chosen_ids", "rejected_ids") if name in dataset.column_names]
-    digest = hashlib.blake2b(digest_size=16)
-    for table in dataset.select_columns(names).with_format("arrow").iter(batch_size=1000):
-        sink = pyarrow.BufferOutputStream()
-        with pyarrow.ipc.new_stream(sink, table.schema.remove_metadata()) as stream:
-            stream.write_table(table.replace_schema_metadata(None).combine_chunks())
-        digest.update(sink.getvalue())
-    same = copy.copy(dataset)
-    same._fingerprint = digest.hexdigest()
-    return same
+def _without_names(settings: dict[str, Any]) -> dict[str, Any]:
+    # The graft of a start is loaded from a folder that has another name in every run.
+    return {name: value for name, value in settings.items() if name not in ("_name_or_path", "base_model_name_or_path")}
 
 
 def shared_on_disk(dataset: Any, accelerator: Accelerator) -> Any:
-    """Return `dataset` from a file all processes can read; as it is on one process, or where it lies in a file already.
+    """Return `dataset` from a file all processes can read; unchanged on one process, or where it is in a file already.
 
-    TRL's cache of reference log probabilities lies beside the data's file. Data in memory has one temporary folder a
+    TRL's cache of reference log probabilities is beside the data's file. Data in memory has one temporary folder a
     process, where the other processes find nothing.
     """
     import datasets

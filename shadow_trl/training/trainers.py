@@ -9,21 +9,13 @@ from trl import DPOTrainer, SFTTrainer
 from trl.trainer.utils import hash_module
 
 from ..errors import ConfigError
+from .adapter import drop_reference_adapter
 from .config import ShadowDPOConfig, ShadowSFTConfig
-from .loading import is_adapted, loaded_as
+from .loading import is_adapted
 from .mixin import ShadowMixin
-from .origins import require_base, require_instruct
-from .reference import (
-    REF_COLUMNS,
-    Reference,
-    check_reference_options,
-    decide_precompute,
-    drop_reference_adapter,
-    graft_of_start,
-    load_reference,
-    prepared,
-)
-from .reference_cache import policy_hash, reference_key, shared_on_disk, with_content_fingerprint
+from .preflight import check_reference_options
+from .reference import REF_COLUMNS, Reference, decide_precompute, graft_of_start, load_reference, prepared
+from .reference_cache import reference_key, shared_on_disk
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -57,51 +49,29 @@ class ShadowDPOTrainer(ShadowMixin, DPOTrainer):
         self._initialising = None
         if self._reference is not None:
             drop_reference_adapter(self.model)
-            self._start = None
 
     def _choose_reference(self, config: Any, given: dict[str, Any]) -> None:
         check_reference_options(config, ref_model=given.get("ref_model"))
-        # What an object holds is known from the object alone, and only until training changes it.
-        self._start = None if isinstance(given["model"], str) else given["model"]
-        self._start_known = self._start is None
-        self._reference = self._reference_source(config)
-        self._loading = {
-            "args": self._loading_args,
-            "policy": loaded_as(self.origins.policy if self.origins.adapter else given["model"], config),
-            "quantization_config": given.get("quantization_config"),
-        }
+        start = self._start
+        self._reference = Reference.of(start, config.ref_policy)
         # In full fine-tuning TRL loads the start by its name, which an object may have left behind.
-        by_name = self._reference is None and not (self._start_is_free and not self._trains_adapter)
+        by_name = self._reference is None and not (start.is_free and start.adapter is None)
         decide_precompute(config, given, preferred=not by_name and given.get("ref_model") is None)
         if self._reference is not None and not config.precompute_ref_log_probs:
             given["ref_model"] = self._load_reference()
 
-    def _reference_source(self, config: Any) -> Reference | None:
-        """Return what the reference is loaded from, None where it is the policy as it starts."""
-        origins = self.origins
-        # A loaded model with an adapter has the name of the model below it, and need not be BASE.
-        raw = origins.from_raw_base and not self._start_is_free and not is_adapted(self._start)
-        if config.ref_policy == "init" or (config.ref_policy == "base" and raw):
-            # TRL's reference is the model without its adapter: with PiSSA or OLoRA not what training starts from.
-            if self._adapter_changes_base and origins.adapter is None and origins.policy is not None:
-                return Reference(origins.policy, origins.policy_revision)
-            return None
-        if config.ref_policy == "base":
-            return Reference(require_base(origins), origins.base_revision)
-        # A graft of an untrained BASE adds nothing: it is INSTRUCT.
-        grafted = config.ref_policy == "grafted" and not raw
-        return Reference(require_instruct(origins), origins.instruct_revision, grafted=grafted)
-
     def _load_reference(self) -> PreTrainedModel:
         assert self._reference is not None
         if not self._reference.grafted:
-            return load_reference(self._reference.source, revision=self._reference.revision, **self._loading)
-        if self._start is None and not self._start_known:
+            source, revision = self._reference.source, self._reference.revision
+            return load_reference(source, loading=self._start.loading, revision=revision)
+        # What an object holds is known from the object alone, and only until training changes it.
+        if self._start.in_memory and self._initialising is None:
             raise ConfigError(
                 "the graft of the start is no longer known: the model was given as an object, which training has "
                 "changed. Give this data as eval_dataset to the trainer, or save the start and pass model=folder."
             )
-        return graft_of_start(self.origins, start=self._start, **self._loading)
+        return graft_of_start(self._start)
 
     def _hold_reference(self, scope: ExitStack) -> None:
         """Load the reference; it is released when `scope` ends."""
@@ -129,15 +99,15 @@ class ShadowDPOTrainer(ShadowMixin, DPOTrainer):
             return dataset
         if not hasattr(dataset, "select_columns") or not hasattr(dataset, "cache_files"):
             return super()._precompute_ref_logps(dataset, name, batch_size)  # TRL says why it cannot
-        dataset = with_content_fingerprint(shared_on_disk(dataset, self.accelerator))
+        dataset = shared_on_disk(dataset, self.accelerator)
         with ExitStack() as here:
             if self._reference is not None and self.ref_model is None:
                 self._hold_reference(self._initialising or here)
             here.callback(setattr, self, "_precompute_model_hash", self._precompute_model_hash)
-            model = self.ref_model
-            self._precompute_model_hash = reference_key(
-                policy_hash(self.model) if model is None else hash_module(model), self.args
-            )
+            model = self.accelerator.unwrap_model(self.ref_model or self.model)
+            # TRL's is of the policy as it starts, whatever it has become, or of the reference it was given.
+            weights = str(self._precompute_model_hash) if self._reference is None else hash_module(model)
+            self._precompute_model_hash = reference_key(weights, model, self.args)
             return super()._precompute_ref_logps(dataset, name, batch_size)
 
     def _compute_loss(self, model: Any, inputs: Any, return_outputs: bool) -> Any:
@@ -146,11 +116,11 @@ class ShadowDPOTrainer(ShadowMixin, DPOTrainer):
         In the two passes of `eval_grafted`, both take the reference log probabilities of the first.
         """
         known = inputs.keys() >= REF_COLUMNS
-        if self.precompute_ref_logps or not (known or self._references.active):
+        if self.precompute_ref_logps or (not known and self._references is None):
             return super()._compute_loss(model, inputs, return_outputs)
-        if not known:
+        if self._references is not None and not known:
             reference = self.ref_model or self.model
-            chosen, rejected = self._references.through(inputs, lambda: self.compute_ref_log_probs(reference, inputs))
+            chosen, rejected = self._references.of(inputs, lambda: self.compute_ref_log_probs(reference, inputs))
             inputs = {**inputs, "ref_chosen_logps": chosen, "ref_rejected_logps": rejected}
         self.precompute_ref_logps = True  # so that TRL takes them from the batch
         try:

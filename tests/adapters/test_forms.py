@@ -6,10 +6,12 @@ import json
 import subprocess
 import sys
 
+import huggingface_hub
 import pytest
 import torch
 from adapter_cases import adapter_delta, adapter_on, case, error, train
 from families import load, lora
+from hub_cache import into_cache
 from peft import LoraConfig, PeftModel
 from runs import LORA
 from safetensors.torch import load_file, save_file
@@ -134,7 +136,8 @@ def test_instruct_scale_needs_the_dense_form(tied_pair, tmp_path):
 
 def test_auto_says_why_it_is_dense(tied_pair, tmp_path, monkeypatch):
     adapter_on(tied_pair, tmp_path / "adapter", LoraConfig(**LORA, use_dora=True))
-    monkeypatch.setattr("shadow_trl.checkpoints.hub._download", lambda name, revision, weights: tied_pair[1])
+    into_cache(tmp_path / "cache", "someone/model", "1" * 40, tied_pair[1], branch="main")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     report = graft(base=tied_pair[0], instruct="someone/model", tuned=tmp_path / "adapter", output=tmp_path / "out",
                    progress=False)  # fmt: skip
     assert report.form == "model"

@@ -3,9 +3,11 @@ from __future__ import annotations
 import json
 import math
 
+import huggingface_hub
 import pytest
 import torch
 from families import LINEAR, family, load, lora, moved, shapes, write
+from hub_cache import into_cache
 from safetensors.torch import load_file, save_file
 
 from shadow_trl import graft
@@ -189,7 +191,8 @@ def test_the_adapter_form(sides, tmp_path, scale):
 def test_auto_gives_the_adapter_form_for_a_hub_instruct_only(sides, tmp_path, monkeypatch):
     adapter = lora(tmp_path / "adapter")
     assert run(sides, adapter, tmp_path / "a").form == "model"
-    monkeypatch.setattr("shadow_trl.checkpoints.hub._download", lambda name, revision, weights: sides["instruct"])
+    into_cache(tmp_path / "cache", "someone/model", "1" * 40, sides["instruct"], branch="v2")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     hub = {**sides, "instruct": "someone/model@v2"}
     assert run(hub, adapter, tmp_path / "b").form == "adapter"
     config = json.loads((tmp_path / "b" / "adapter_config.json").read_text())

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import BF16, DTYPES, FP16, FP32, ZEROS, bits, exact, exact_sum, step_at, weights, wrong
 
-from shadow_trl.arithmetic.grafter import BLOCK, BlockGrafter, graft_tensor
+from shadow_trl.arithmetic.grafter import BLOCK, BlockGrafter, graft_low_rank, graft_tensor
 
 MIXES = list(itertools.product(DTYPES, repeat=3))
 
@@ -154,6 +154,26 @@ def test_blocks_do_not_change_the_result():
     whole = graft_tensor(*sides)
     tail = graft_tensor(*(side[BLOCK:] for side in sides))
     assert torch.equal(whole[BLOCK:], tail)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(7, 5), (3, BLOCK // 2 + 9), (2000, 700)])
+def test_low_rank_delta_is_the_float64_sum_in_every_block(dtype, shape):
+    generator = torch.Generator().manual_seed(3)
+    left, right = torch.randn(shape[0], 2, generator=generator), torch.randn(2, shape[1], generator=generator)
+    instruct = torch.randn(shape, generator=generator).to(dtype)
+    found = graft_low_rank(instruct, left, right, factor=2.0, scale=0.25)
+    delta = 0.5 * (left.double() @ right.double())
+    error = (found.double() - (instruct.double() + delta)).abs()
+    step = {FP32: 2**-24, BF16: 2**-8, FP16: 2**-11}[dtype]
+    size = left.double().abs() @ right.double().abs() + instruct.double().abs()
+    assert found.dtype == dtype
+    assert (error <= (instruct.double() + delta).abs() * step + 2**-21 * size).all()
+
+
+def test_low_rank_delta_of_zero_is_instruct_bit_by_bit():
+    instruct = torch.tensor([[0.0, -0.0, 1.0]])
+    assert bits(graft_low_rank(instruct, torch.zeros(1, 1), torch.ones(1, 3))) == bits(instruct)
 
 
 def test_shapes_must_agree():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from fractions import Fraction
 
@@ -52,15 +53,22 @@ def test_draws_depend_on_seed_name_and_index_alone():
     assert abs(whole.double().mean().item() / 2**32 - 0.5) < 4 / math.sqrt(12 * 1000)
 
 
-def test_the_generator_is_splitmix64(monkeypatch):
-    # First outputs of SplitMix64 for the seed 0 (published test vectors); here the state starts at the key.
-    class Zero:
-        def digest(self) -> bytes:
-            return bytes(32)
+def splitmix64(state: int, count: int) -> list[int]:
+    """Steele, Lea, Flood, "Fast splittable pseudorandom number generators", in Python's integers."""
+    found = []
+    for _ in range(count):
+        state = (state + 0x9E3779B97F4A7C15) % 2**64
+        mixed = (state ^ state >> 30) * 0xBF58476D1CE4E5B9 % 2**64
+        mixed = (mixed ^ mixed >> 27) * 0x94D049BB133111EB % 2**64
+        found.append(mixed ^ mixed >> 31)
+    return found
 
-    monkeypatch.setattr("shadow_trl.arithmetic.rounding.hashlib.sha256", lambda _: Zero())
-    expected = [0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4, 0x06C45D188009454F]
-    assert bits_for(0, "", 0, 3).tolist() == [value >> 32 for value in expected]
+
+@pytest.mark.parametrize(("seed", "name"), [(0, ""), (7, "model.norm.weight")])
+def test_the_generator_is_splitmix64(seed, name):
+    assert splitmix64(0, 3) == [0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4, 0x06C45D188009454F]  # published test vectors
+    key = int.from_bytes(hashlib.sha256(f"{seed}\0{name}".encode()).digest()[:8], "little")
+    assert bits_for(seed, name, 0, 100).tolist() == [value >> 32 for value in splitmix64(key, 100)]
 
 
 @pytest.mark.parametrize("dtype", [BF16, FP16])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import warnings
 
@@ -9,10 +10,9 @@ import pytest
 import torch
 from families import write
 
-from shadow_trl.checkpoints import distance as distances
 from shadow_trl.checkpoints.checkpoint import Checkpoint, Place
 from shadow_trl.checkpoints.distance import measure_gap
-from shadow_trl.runtime import threads
+from shadow_trl.runtime.threads import run_threads
 
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 
@@ -58,19 +58,18 @@ def test_values_that_are_not_finite_are_noticed(tmp_path, value):
 
 
 def test_threads_do_not_change_the_sums(tmp_path, monkeypatch):
-    monkeypatch.setattr(distances, "_BLOCK", 64)
-    monkeypatch.setattr(distances, "_CHUNK", 128)
     generator = torch.Generator().manual_seed(0)
-    sides = [torch.randn(5001, generator=generator).bfloat16() for _ in range(2)]
+    sides = [torch.randn(5_000_001, generator=generator).bfloat16() for _ in range(2)]  # three chunks of four blocks
     found = []
-    for count in (1, 3):
-        monkeypatch.setattr(threads, "_thread_count", lambda count=count: count)
-        found.append(sums(tmp_path / str(count), *sides))
-    assert found[0] == found[1]
+    for cores in (1, 2, 3):
+        monkeypatch.setattr(os, "sched_getaffinity", lambda process, cores=cores: set(range(cores)))
+        found.append(sums(tmp_path / str(cores), *sides))
+    assert found[0] == found[1] == found[2]
+    assert found[0].gap == pytest.approx(float((sides[0].double() - sides[1].double()).abs().sum()), rel=1e-6)
 
 
 def test_a_thread_that_cannot_start_is_the_error(monkeypatch):
-    monkeypatch.setattr(threads, "_thread_count", lambda: 3)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0, 1})  # three threads
     start = threading.Thread.start
 
     def start_all_but_one(thread):
@@ -80,7 +79,7 @@ def test_a_thread_that_cannot_start_is_the_error(monkeypatch):
 
     monkeypatch.setattr(threading.Thread, "start", start_all_but_one)
     with pytest.raises(RuntimeError, match="can't start new thread"):
-        threads.run_threads(range(3), lambda: lambda chunk: None)
+        run_threads(range(3), lambda: lambda chunk: None)
 
 
 @pytest.mark.parametrize("dtype", [BF16, FP32])

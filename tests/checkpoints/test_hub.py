@@ -5,36 +5,18 @@ from __future__ import annotations
 import fnmatch
 import hashlib
 import shutil
-from pathlib import Path
 
 import huggingface_hub
 import pytest
 import torch
 from families import family, load, moved, write
+from hub_cache import into_cache
 
 from shadow_trl import extract_delta, graft, verify
-from shadow_trl.checkpoints import manifest as manifest_room
 from shadow_trl.checkpoints.checkpoint import Checkpoint
 from shadow_trl.checkpoints.hub import locate
 from shadow_trl.checkpoints.manifest import read_manifest
 from shadow_trl.errors import CheckpointError, ConfigError
-
-
-def into_cache(cache, name, commit, folder, *, branch):
-    """Put a checkpoint into a hub cache: blobs by digest, links in the snapshot, the branch in refs."""
-    repository = cache / f"models--{name.replace('/', '--')}"
-    snapshot = repository / "snapshots" / commit
-    for place in (repository / "blobs", repository / "refs", snapshot):
-        place.mkdir(parents=True, exist_ok=True)
-    (repository / "refs" / branch).write_text(commit)
-    for path in folder.iterdir():
-        content = path.read_bytes()
-        # As the hub does: SHA-256 for large files, 40 digits of git for small ones.
-        kind = hashlib.sha256 if path.suffix == ".safetensors" else hashlib.sha1
-        blob = repository / "blobs" / kind(content).hexdigest()
-        blob.write_bytes(content)
-        (snapshot / path.name).symlink_to(Path("../../blobs") / blob.name)
-    return snapshot
 
 
 @pytest.fixture
@@ -82,16 +64,18 @@ def test_two_revisions_of_one_repository_are_two_models(tmp_path, cached):
     assert not (tmp_path / "twice").exists()
 
 
-def test_the_digest_of_a_cached_weight_file_is_its_blob_name(tmp_path, cached, monkeypatch):
-    read = []
-    digest = hashlib.file_digest
-    monkeypatch.setattr(manifest_room.hashlib, "file_digest", lambda *words: (read.append(1), digest(*words))[1])
+def test_the_digest_of_a_cached_weight_file_is_its_blob_name(tmp_path, cached):
+    """Which is the SHA-256 of the hub. TUNED's blob has another name here: a digest of its bytes would show."""
+    link = tmp_path / "cache" / "models--nano--tuned" / "snapshots" / ("2" * 40) / "model.safetensors"
+    blob = link.resolve().rename(link.resolve().with_name("ab" * 32))
+    link.unlink()
+    link.symlink_to(f"../../blobs/{blob.name}")
     graft(base="nano/base", instruct="nano/instruct", tuned="nano/tuned", output=tmp_path / "a", progress=False)
     found = read_manifest(tmp_path / "a")
-    for role in ("base", "instruct", "tuned"):
-        content = (cached[role] / "model.safetensors").read_bytes()
-        assert found[role]["digests"]["model.safetensors"] == f"sha256:{hashlib.sha256(content).hexdigest()}"
-    assert len(read) == len([name for name in found["instruct"]["digests"] if name != "model.safetensors"])
+    assert found["tuned"]["digests"] == {"model.safetensors": f"sha256:{'ab' * 32}"}
+    for role, name in (("base", "model.safetensors"), ("instruct", "model.safetensors"), ("instruct", "config.json")):
+        content = (cached[role] / name).read_bytes()
+        assert found[role]["digests"][name] == f"sha256:{hashlib.sha256(content).hexdigest()}"
 
 
 def test_a_delta_of_hub_ids(tmp_path, cached):

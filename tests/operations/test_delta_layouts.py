@@ -7,7 +7,7 @@ from typing import Any
 import peft
 import pytest
 import torch
-from architectures import CONFIGS, ROLES, SCALE, assert_sum, in_memory, model_class
+from architectures import ROLES, SCALE, assert_sum, in_memory, model_class
 
 from shadow_trl import extract_delta, graft
 
@@ -41,7 +41,6 @@ def test_a_delta_from_another_layout_needs_no_base(families: Any, tmp_path: Any)
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["qwen2", "qwen3_moe", "gemma3", "gpt_oss"])
 def test_low_rank_forms_load_with_peft_and_name_what_has_none(name: str, families: Any, tmp_path: Any) -> None:
-    assert name in CONFIGS
     folder = families(name)
     base, tuned = folder / "base", folder / "tuned"
     report = extract_delta(base=base, tuned=tuned, output=tmp_path / "lora", rank=24, **QUIET)
@@ -51,7 +50,7 @@ def test_low_rank_forms_load_with_peft_and_name_what_has_none(name: str, familie
     adapted = {n for n, module in model.named_modules() if hasattr(module, "lora_A")}
     assert adapted == set(report.modules) == linear - ({"lm_head"} if model.config.tie_word_embeddings else set())
     merged = dict(loaded.merge_and_unload().state_dict())
-    b, t = in_memory(name, base), in_memory(name, tuned)
+    t = in_memory(name, tuned)
     for module in adapted:  # rank 24 is at least the smaller side of all of them: everything is kept
         key = f"{module}.weight"
         assert report.modules[module]["energy"] == pytest.approx(1, abs=1e-6)
@@ -61,4 +60,3 @@ def test_low_rank_forms_load_with_peft_and_name_what_has_none(name: str, familie
     assert any("experts" in lost for lost in report.lost) == (name in ("qwen3_moe", "gpt_oss"))
     shares = sum(module["share"] for module in report.modules.values()) + sum(report.lost.values())
     assert shares == pytest.approx(1, abs=1e-9)
-    assert b.keys() == t.keys()

@@ -11,11 +11,12 @@ from architectures import (
     ROLES,
     in_memory,
 )
-from families import family, load, shapes, tensors, write
+from families import CONFIG, family, load, shapes, tensors, write
 from layout_cases import with_head
+from oracle import relative_distance
 from safetensors.torch import save_file
 
-from shadow_trl.errors import GraftError
+from shadow_trl.errors import GraftError, PairMismatchError
 from shadow_trl.operations.gap import gap
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -25,13 +26,10 @@ BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 def test_gap_equals_its_definition(tmp_path, dtypes):
     sides = family(tmp_path, dtypes=dtypes, shards=(2, 1, 1))
     report = gap(**sides, progress=False)
-    base, instruct, tuned = (
-        {n: v.double() for n, v in load(sides[role]).items()} for role in ("base", "instruct", "tuned")
-    )
+    base, instruct, tuned = (load(sides[role]) for role in ("base", "instruct", "tuned"))
 
     def sigma(names, other):
-        apart = sum(float((base[name] - other[name]).abs().sum()) for name in names)
-        return apart / sum(float(base[name].abs().sum() + other[name].abs().sum()) for name in names)
+        return relative_distance(*({name: side[name] for name in names} for side in (base, other)))
 
     assert report.sigma == pytest.approx(sigma(shapes(), instruct), rel=1e-5)
     assert report.delta == pytest.approx(sigma(shapes(), tuned), rel=1e-5)
@@ -66,9 +64,8 @@ def test_gap_over_layouts(other: str, families: Any) -> None:
     if other == "gemma3":  # one weight under two names
         for state in (b, i, t):
             state.pop("lm_head.weight")
+    assert report.sigma == pytest.approx(relative_distance(b, i), rel=1e-6)
     apart = sum((i[key].double() - b[key].double()).abs().sum() for key in b)
-    size = sum(i[key].double().abs().sum() + b[key].double().abs().sum() for key in b)
-    assert report.sigma == pytest.approx(float(apart / size), rel=1e-6)
     moved = sum((t[key].double() - b[key].double()).abs().sum() for key in b)
     assert report.delta_to_gap == pytest.approx(float(moved / apart), rel=1e-6)
 
@@ -77,7 +74,12 @@ def test_gap_of_a_head_that_one_side_has_of_its_own(families: Any, tmp_path: Pat
     family = families("qwen3")
     base = with_head(family / "base", tmp_path / "base", "own", tied=False)
     report = gap(base, family / "instruct", progress=False)
-    b, i = in_memory("qwen3", base), in_memory("qwen3", family / "instruct")
-    apart = sum((i[key].double() - b[key].double()).abs().sum() for key in b)
-    size = sum(i[key].double().abs().sum() + b[key].double().abs().sum() for key in b)
-    assert report.sigma == pytest.approx(float(apart / size), rel=1e-6)
+    wanted = relative_distance(in_memory("qwen3", base), in_memory("qwen3", family / "instruct"))
+    assert report.sigma == pytest.approx(wanted, rel=1e-6)
+
+
+def test_gap_of_two_networks_says_so(tmp_path):
+    sides = family(tmp_path)
+    other = write(tmp_path / "other", load(sides["instruct"]), config={**CONFIG, "num_hidden_layers": 7})
+    with pytest.raises(PairMismatchError, match=r"different networks(.|\n)*num_hidden_layers"):
+        gap(sides["base"], other, progress=False)

@@ -2,23 +2,21 @@ from __future__ import annotations
 
 import hashlib
 import json
-import multiprocessing
-import time
+import os
 
 import pytest
 import torch
 from families import CONFIG, LINEAR, family, load, moved, shapes, tensors, write
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from oracle import exact, round_exact
 from safetensors import safe_open
 from safetensors.torch import save_file
 
 from shadow_trl import graft
-from shadow_trl.arithmetic.grafter import graft_tensor
 from shadow_trl.checkpoints.manifest import read_manifest
 from shadow_trl.errors import CheckpointError, ConfigError, GraftError, InputError, OutputExistsError, PairMismatchError
 from shadow_trl.operations.graft import check_graft
-from shadow_trl.results.folder import recover
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
@@ -64,16 +62,15 @@ def test_every_weight_is_the_sum(tmp_path, dtypes, scale):
     scale=st.sampled_from([1.0, 0.0, -1.0, 0.3]),
     size=st.sampled_from([None, 1, 700, "1KB", "1GB"]),
 )
-def test_random_families_equal_the_function_on_tensors(tmp_path_factory, dtypes, output, shards, scale, size):
+def test_random_families_are_the_sum_in_float64_rounded_once(tmp_path_factory, dtypes, output, shards, scale, size):
     root = tmp_path_factory.mktemp("family")
     sides = family(root, dtypes=dtypes, shards=shards)
     run(sides, root / "out", dtype=output, scale=scale, max_shard_size=size, digest="none")
     base, instruct, tuned = (load(sides[role]) for role in ("base", "instruct", "tuned"))
-    kept = None if output == "auto" else getattr(torch, output)
-    assert_equal(
-        load(root / "out"),
-        {name: graft_tensor(instruct[name], base[name], tuned[name], scale=scale, dtype=kept) for name in instruct},
-    )
+    for name, found in load(root / "out").items():
+        assert found.dtype == (instruct[name].dtype if output == "auto" else getattr(torch, output))
+        total = instruct[name].double() + scale * (tuned[name].double() - base[name].double())
+        assert exact(found) == [round_exact(value, found.dtype) for value in exact(total)], name
 
 
 def test_files_and_headers_are_those_of_instruct(tmp_path):
@@ -119,7 +116,7 @@ def test_shards_are_repacked(tmp_path, size, files):
 
 def test_a_bin_instruct_becomes_safetensors(tmp_path):
     sides = family(tmp_path)
-    weights = load(sides["instruct"])
+    weights, wanted = load(sides["instruct"]), expected(sides)
     (sides["instruct"] / "model.safetensors").unlink()
     names = list(weights)
     weight_map = {name: f"pytorch_model-0000{1 + (n > 5)}-of-00002.bin" for n, name in enumerate(names)}
@@ -129,8 +126,7 @@ def test_a_bin_instruct_becomes_safetensors(tmp_path):
         json.dumps({"metadata": {}, "weight_map": weight_map})
     )
     run(sides, tmp_path / "out")
-    base, tuned = load(sides["base"]), load(sides["tuned"])
-    assert_equal(load(tmp_path / "out"), {n: graft_tensor(weights[n], base[n], tuned[n]) for n in names})
+    assert_equal(load(tmp_path / "out"), wanted)
     assert not list((tmp_path / "out").glob("*.bin*"))
     assert set(json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())["weight_map"]) == set(names)
 
@@ -151,16 +147,14 @@ def test_an_odd_header_length_does_not_matter(tmp_path):
 
 def test_chunks_blocks_and_threads_do_not_change_the_bytes(tmp_path, monkeypatch):
     from shadow_trl.grafting import stream as streaming
-    from shadow_trl.runtime import threads
 
     sides = family(tmp_path, dtypes=(BF16, BF16, FP32))
     for rounding in ("nearest", "stochastic"):
         wanted = None
-        for chunk, block, count in ((4 * 2**20, 2**18, 4), (4096, 1000, 3), (4096, 77, 1)):
+        for chunk, block, cores in ((4 * 2**20, 2**18, 3), (4096, 1000, 2), (4096, 77, 1)):
             monkeypatch.setattr(streaming, "CHUNK", chunk)
             monkeypatch.setattr(streaming, "BLOCK", max(block, 1))
-            monkeypatch.setattr(streaming, "BLOCK", block)
-            monkeypatch.setattr(threads, "_thread_count", lambda count=count: count)
+            monkeypatch.setattr(os, "sched_getaffinity", lambda process, cores=cores: set(range(cores)))
             run(sides, tmp_path / "out", rounding=rounding, seed=7, overwrite=True, digest="none")
             found = (tmp_path / "out" / "model.safetensors").read_bytes()
             wanted = wanted or found
@@ -191,7 +185,6 @@ def test_small_files_are_instructs(tmp_path):
         "notes_DOT_py": "x",
     }  # fmt: skip
     sides = family(tmp_path, **extra)
-    (sides["instruct"] / "tokenizer.json").write_text('{"a":  1}')
     templates = sides["instruct"] / "additional_chat_templates"
     templates.mkdir()
     (templates / "tool.jinja").write_text("t")
@@ -259,7 +252,7 @@ def test_regular_expressions_select(tmp_path):
     assert run(sides, tmp_path / "b", modules=["q_proj", r"^model\.norm"]).grafted == 5
     with pytest.raises(ConfigError, match=r"1 of 2 expressions of modules match no weight(.|\n)*w_proj"):
         run(sides, tmp_path / "c", modules=["q_proj", "w_proj"])
-    with pytest.raises(ConfigError, match="no regular expression"):
+    with pytest.raises(ConfigError, match="is not a regular expression"):
         run(sides, tmp_path / "c", modules="(")
     assert not (tmp_path / "c").exists()
 
@@ -339,7 +332,7 @@ def test_a_narrower_tuned_is_told(tmp_path):
         ({"rounding": "stochastic", "dtype": "float32"}, "no meaning with dtype"),
         ({"format": "adapter"}, "there is no exact adapter form"),
         ({"format": "adapter", "dtype": "float16"}, "has no room for dtype"),
-        ({"max_shard_size": "5 apples"}, "is no size"),
+        ({"max_shard_size": "5 apples"}, "is not a valid size"),
         ({"modules": []}, "empty list"),
         ({"seed": 1.5}, "seed must be an integer"),
         ({"vocab": "any"}, "vocab must be one of"),
@@ -448,24 +441,3 @@ def test_check_graft_refuses_before_training(tmp_path):
     weights["model.norm.weight"] = torch.ones(9, dtype=BF16)
     with pytest.raises(PairMismatchError):
         check_graft(**{**common, "instruct": write(tmp_path / "x", weights)}, output=tmp_path / "new", adapter=False)
-
-
-def test_kill_leaves_nothing_or_everything(tmp_path):
-    """kill -9 at many moments, with overwrite: a whole result, old or new, after the next run's clean-up."""
-    sides = family(tmp_path / "models")
-    run(sides, tmp_path / "out", scale=0.5)
-    run(sides, tmp_path / "new")
-    results = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("out", "new")]
-    fork = multiprocessing.get_context("fork")
-    for moment in range(14):
-        process = fork.Process(target=run, args=(sides, tmp_path / "out"), kwargs={"overwrite": True})
-        process.start()
-        time.sleep(moment * 0.004)
-        process.kill()
-        process.join()
-        recover(tmp_path / "out")
-        assert (tmp_path / "out" / "model.safetensors").read_bytes() in results
-        assert read_manifest(tmp_path / "out")["kind"] == "graft"
-        assert sorted(path.name for path in tmp_path.iterdir()) == ["models", "new", "out"]
-    run(sides, tmp_path / "out", overwrite=True)
-    assert (tmp_path / "out" / "model.safetensors").read_bytes() == results[1]

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,10 +16,8 @@ from safetensors.torch import save_file
 from shadow_trl import extract_delta, graft
 from shadow_trl.checkpoints.manifest import write_manifest
 from shadow_trl.checkpoints.sources import describe
-from shadow_trl.errors import CheckpointError, ConfigError, GraftError, PairMismatchError
-from shadow_trl.operations.gap import gap
+from shadow_trl.errors import CheckpointError, ConfigError, GraftError
 from shadow_trl.operations.graft import check_graft
-from shadow_trl.results import folder as output
 
 WEIGHT = "model.layers.0.mlp.up_proj.weight"
 STEM = WEIGHT.removesuffix(".weight")
@@ -80,9 +80,10 @@ def test_a_disk_without_room_is_told_before_the_work_starts(tmp_path, monkeypatc
     sides = family(tmp_path)
     elements = sum(torch.Size(shape).numel() for shape in shapes().values())
     before = sorted(tmp_path.iterdir())
-    monkeypatch.setattr(output, "free_bytes", lambda path: 1000)
-    monkeypatch.setattr("shadow_trl.operations.graft.stream", lambda *arguments: pytest.fail("the work has started"))
-    monkeypatch.setattr("shadow_trl.operations.delta.stream", lambda *arguments: pytest.fail("the work has started"))
+    weights = load(sides["tuned"])
+    weights[WEIGHT][0, 0] = float("nan")  # which the work would find
+    save_file(weights, sides["tuned"] / "model.safetensors", metadata={"format": "pt"})
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=1000))
     for work in (
         lambda: graft(**sides, output=tmp_path / "out", dtype="float32", progress=False),
         lambda: extract_delta(base=sides["base"], tuned=sides["tuned"], output=tmp_path / "out", progress=False),
@@ -186,10 +187,3 @@ def test_the_missing_base_of_an_adapter_is_told_with_a_way_out(tmp_path):
     with pytest.raises(CheckpointError, match=r"names /gone/base as the model that it was trained on(.|\n)*--base B"):
         graft(instruct=sides["instruct"], tuned=adapter, output=tmp_path / "a", progress=False)
     assert not (tmp_path / "a").exists()
-
-
-def test_gap_of_two_networks_says_so(tmp_path):
-    sides = family(tmp_path)
-    other = write(tmp_path / "other", load(sides["instruct"]), config={**CONFIG, "num_hidden_layers": 7})
-    with pytest.raises(PairMismatchError, match=r"different networks(.|\n)*num_hidden_layers"):
-        gap(sides["base"], other, progress=False)

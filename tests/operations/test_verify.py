@@ -226,7 +226,7 @@ def test_a_sum_is_found_again_and_by_name(tmp_path):
 
 
 def test_what_is_no_graft_is_refused(tmp_path, sides):
-    with pytest.raises(CheckpointError, match=r"is no graft: it has no shadow\.json"):
+    with pytest.raises(CheckpointError, match=r"is not a graft: it has no shadow\.json"):
         check(sides["tuned"])
     extract_delta(base=sides["base"], tuned=sides["tuned"], output=tmp_path / "delta", progress=False)
     with pytest.raises(ConfigError, match="is a delta, not a model"):

@@ -141,7 +141,7 @@ def test_difference_sorts_tokens_into_moved_renamed_and_one_sided(tmp_path):
     assert found.renamed == [(5, "<|r1|>", "<|user|>")]
     assert found.instruct_only == [("<|x|>", 7)]
     assert found.base_only == []
-    assert found.count() == 4
+    assert len(found) == 4
     assert vocabulary_difference(instruct, base).base_only == [("<|x|>", 7)]
 
 

@@ -113,17 +113,20 @@ def test_one_by_one_is_the_same(ended: dict[str, bytes]) -> None:
     assert parts == {name: data for name, data in ended.items() if "checkpoint-" not in name}
 
 
-def test_what_is_done_stays(
-    ended: dict[str, bytes], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Nothing is trained; the report is made once more."""
-    monkeypatch.setattr(pipeline, "train_stage", None)
+def test_what_is_done_stays(ended: dict[str, bytes], capsys: pytest.CaptureFixture[str]) -> None:
+    """Nothing is trained: no file of weights is written again, though the bytes would be the same."""
+
+    def written() -> dict[Path, int]:
+        return {path: path.stat().st_mtime_ns for path in Path("out").rglob("*.safetensors")}
+
+    before = written()
     assert run("--output_dir", "out", "--stages", "dpo,sft") == 0
     shown = capsys.readouterr().out
     assert "SFT is done: out/sft/grafted" in shown
     assert "DPO is done: out/dpo/grafted" in shown
     assert "result out/dpo/grafted  (graft after DPO)" in shown
     assert files(Path("out")) == ended
+    assert written() == before
 
 
 def test_it_goes_on_at_the_stage_that_is_not_done(ended: dict[str, bytes], capsys: pytest.CaptureFixture[str]) -> None:
@@ -223,11 +226,11 @@ def test_a_stage_has_its_own_overrides(workspace: Path) -> None:
         ([], {"sft": {"learnin_rate": 1}}, "stage sft: pipeline.yaml has 1 unknown keys"),
         ([], {"dpo": {"packing": True}}, "stage dpo: pipeline.yaml has 1 unknown keys"),
         ([], {"sftt": {}}, "sftt"),
-        ([], {"beta": 0.1}, "belongs into its section"),
+        ([], {"beta": 0.1}, "belongs in its section"),
         (["--dpo.bet", "1"], {}, "--bet"),
         (["--ppo.beta", "1"], {}, "--ppo.beta"),
-        ([], {"dpo": {"model_name_or_path": "x"}}, "goes on from the folder of the SFT stage"),
-        (["--dpo.model_name_or_path", "x"], {}, "goes on from the folder of the SFT stage"),
+        ([], {"dpo": {"model_name_or_path": "x"}}, "starts from the folder of the SFT stage"),
+        (["--dpo.model_name_or_path", "x"], {}, "starts from the folder of the SFT stage"),
         ([], {"dpo": {"output_dir": "x"}}, "output_dir in dpo belongs to the whole pipeline"),
         (["--sft.score_rows", "x"], {}, "score_rows in sft belongs to the whole pipeline"),
         (["--compare_direct"], {}, "compare_direct in sft"),
@@ -254,6 +257,20 @@ def test_bad_input_ends_with_one_error_and_nothing_written(
     assert message in error
     assert "Traceback" not in error
     assert sorted(str(path) for path in workspace.rglob("*")) == before
+
+
+@pytest.mark.parametrize("option", ["--model_name_or_path", "--model-name-or-path"])
+def test_a_command_line_that_names_base_takes_no_default_configuration(workspace: Path, option: str) -> None:
+    with pytest.raises(ConfigError, match="stage sft: dataset_name is missing"):
+        pipeline.read_plan([option, "base", "--use_cpu", "--bf16=false"], default_config="pipeline.yaml")
+
+
+def test_only_unknown_keys_are_answered_with_the_place_for_keys(workspace: Path) -> None:
+    with pytest.raises(ConfigError, match="unknown") as caught:
+        pipeline.read_plan(["--config", "pipeline.yaml", "--sft.lr_scheduler_type", "unknown"])
+    assert "belongs in its section" not in str(caught.value)
+    with pytest.raises(ConfigError, match="belongs in its section"):
+        pipeline.read_plan(["--config", "pipeline.yaml", "--sft.lr_scheduler_typ", "unknown"])
 
 
 def test_missing_sections_and_missing_configuration(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:

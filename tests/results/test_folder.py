@@ -1,16 +1,17 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import mmap
 import os
 import subprocess
 import sys
 
 import pytest
+from kills import killed_at_every_step
 
 from shadow_trl.checkpoints.manifest import write_manifest
 from shadow_trl.errors import ConfigError, GraftError, OutputExistsError
-from shadow_trl.results import folder as output
 from shadow_trl.results.folder import OutputFolder, check_place, check_space, recover
 from shadow_trl.results.shard_writer import ALIGNMENT, ShardWriter
 
@@ -80,38 +81,29 @@ def test_only_grafts_are_overwritten(tmp_path):
         make(tmp_path / "link", "new", overwrite=True)
 
 
-def test_the_old_result_stays_until_the_new_one_is_in_place(tmp_path, monkeypatch):
-    """Every step of the commit may be the last: the next run finds the old result or the new one, whole."""
+def test_the_old_result_stays_until_the_new_one_is_in_place(tmp_path):
+    """Every step may be the last: the next run finds the old result or the new one, whole."""
     path = tmp_path / "out"
     make(path, "old")
-    rename = os.rename
-    for allowed, expected in ((0, "old"), (1, "old"), (2, "new")):
-        count = iter(range(10))
-
-        def stop(source, target, count=count, allowed=allowed):
-            if next(count) >= allowed:
-                raise KeyboardInterrupt  # stands for a kill: nothing is put right on the way out
-            rename(source, target)
-
-        with monkeypatch.context() as patch:
-            patch.setattr(output.os, "rename", stop)
-            patch.setattr(OutputFolder, "_discard", lambda self: None)
-            if allowed < 2:
-                with pytest.raises(KeyboardInterrupt):
-                    make(path, "new", overwrite=True)
-            else:
-                patch.setattr(output, "_remove", lambda folder: None)
-                make(path, "new", overwrite=True)
+    found = []
+    for _ in killed_at_every_step(lambda: make(path, "new", overwrite=True), path):
         recover(path)
-        assert (path / "file").read_text() == expected
+        found.append((path / "file").read_text())
         assert siblings(path) == ["out"]
+        make(path, "old", overwrite=True)
+    assert {"old", "new"} == set(found)
+    assert found == sorted(found, reverse=True)  # the old one first
 
 
 def test_files_are_synced_before_the_rename(tmp_path, monkeypatch):
     events = []
-    sync, rename = output.sync, os.rename
-    monkeypatch.setattr(output, "sync", lambda path: (events.append(("sync", path.name)), sync(path)))
-    monkeypatch.setattr(output.os, "rename", lambda a, b: (events.append(("rename", b.name)), rename(a, b)))
+    fsync, rename = os.fsync, os.rename
+
+    def name_of(descriptor):
+        return os.path.basename(os.readlink(f"/proc/self/fd/{descriptor}"))
+
+    monkeypatch.setattr(os, "fsync", lambda number: (events.append(("sync", name_of(number))), fsync(number)))
+    monkeypatch.setattr(os, "rename", lambda a, b: (events.append(("rename", b.name)), rename(a, b)))
     make(tmp_path / "out", "1")
     renamed = events.index(("rename", "out"))
     assert {name for kind, name in events[:renamed] if kind == "sync"} >= {"file", "shadow.json"}
@@ -191,10 +183,15 @@ def test_shards_are_written_in_any_order(tmp_path, direct):
 
 
 def test_a_file_system_without_direct_writes_is_written_through_the_cache(tmp_path, monkeypatch):
-    real = os.pwrite
+    try:
+        os.close(os.open(tmp_path / "probe", os.O_WRONLY | os.O_CREAT | os.O_DIRECT))
+    except OSError:
+        pytest.skip("this file system opens no file for direct writes")
+    real, refused = os.pwrite, []
 
     def refuse(descriptor, data, offset):
-        if descriptor == writer._direct:
+        if fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_DIRECT:
+            refused.append(offset)
             raise OSError(errno.EINVAL, "Invalid argument")
         return real(descriptor, data, offset)
 
@@ -206,3 +203,4 @@ def test_a_file_system_without_direct_writes_is_written_through_the_cache(tmp_pa
     writer.write(0, buffer, 100)
     writer.close()
     assert (tmp_path / "shard").read_bytes() == bytes(range(100))
+    assert refused == [0]

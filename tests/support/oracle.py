@@ -5,6 +5,7 @@ torch converts float64 to 16 bits by way of float32, which rounds twice: it is n
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from fractions import Fraction
 
 import torch
@@ -72,3 +73,9 @@ def wrong(grafted: torch.Tensor, sums: list[Fraction]) -> list[int]:
     """Return the places where the tensor is not the exact sum, rounded once."""
     found = exact(grafted)
     return [n for n, (f, s) in enumerate(zip(found, sums, strict=True)) if f != round_exact(s, grafted.dtype)]
+
+
+def relative_distance(one: Mapping[str, torch.Tensor], other: Mapping[str, torch.Tensor]) -> float:
+    """Return sum|one - other| / (sum|one| + sum|other|) over all weights, in float64."""
+    apart = sum(float((one[name].double() - other[name].double()).abs().sum()) for name in one)
+    return apart / sum(float(side[name].double().abs().sum()) for side in (one, other) for name in one)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from peft import LoraConfig
 from runs import LORA, log_probability, lora, settings
+from safetensors.torch import load_file
 from stages import tuned_weights, weights
 from tiny import make_pair, make_tokenizer, preference_data, save_model, sft_data
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3MoeConfig, TrainerCallback
@@ -24,6 +25,11 @@ pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning:transformers")
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return make_pair(tmp_path_factory.mktemp("fp32"), gap=0.2)
+
+
+@pytest.fixture(scope="module")
+def bf16_pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    return make_pair(tmp_path_factory.mktemp("bf16"), gap=0.2, dtype=torch.bfloat16)
 
 
 class Events(TrainerCallback):
@@ -115,6 +121,27 @@ def test_adapter_on_the_full_model_of_an_earlier_stage(pair, tmp_path):
     last = [line for line in trainer.state.log_history if "eval_loss" in line][-1]
     assert last["eval_grafted_loss"] == pytest.approx(loss, abs=2e-5)
     assert last["eval_grafted_rewards/margins"] == pytest.approx(margin, abs=5e-5)
+
+
+def test_the_graft_in_place_is_rounded_as_it_is_written(bf16_pair, tmp_path):
+    """In bf16 and at random, where the bits depend on the arithmetic, the seed and the place of each element."""
+    trainer = ShadowSFTTrainer(
+        model=str(bf16_pair[0]),
+        instruct_model=str(bf16_pair[1]),
+        args=ShadowSFTConfig(
+            **settings(
+                tmp_path, eval_grafted=True, graft_rounding="stochastic", graft_seed=5, graft_scale=0.7,
+                instruct_scale=0.9, model_init_kwargs={"dtype": "bfloat16"},
+            )
+        ),
+        train_dataset=sft_data(),
+        eval_dataset=sft_data(4),
+    )  # fmt: skip
+    trainer.train()
+    with trainer._exchange.grafted():
+        found = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
+    shipped = load_file(tmp_path / "grafted" / "model.safetensors")
+    assert all(torch.equal(found[name], tensor) for name, tensor in shipped.items())
 
 
 @pytest.mark.filterwarnings("ignore:`return_outputs=True`")  # TRL's own, of what it does for compute_metrics
@@ -278,7 +305,7 @@ def mixture(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 def test_modules_are_searched_in_the_names_on_disk(mixture, tmp_path):
     """As `graft` does: `experts.N.gate_proj` is a name on disk only, `experts.gate_up_proj` one in memory only."""
     trainer = dpo(mixture, tmp_path / "run", graft_modules=[r"experts\.\d+\.(gate|up)_proj"], eval_strategy="no")
-    exchange = trainer._exchange()
+    exchange = trainer._exchange
     with torch.no_grad():
         for parameter in trainer.model.parameters():
             parameter.add_(1.0)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import json
+import shutil
 import weakref
 from pathlib import Path
 
@@ -10,14 +12,17 @@ import pytest
 import torch
 from datasets import Dataset, IterableDataset
 from peft import PeftModel
-from runs import dpo, log_probability, lora, settings
+from runs import dpo, log_probability, lora, settings, sft
+from safetensors.torch import load_file
+from stages import tuned_weights, weights
 from tiny import preference_data, save_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import DPOTrainer
 
-from shadow_trl import ShadowDPOConfig, ShadowDPOTrainer
+from shadow_trl import ShadowDPOConfig, ShadowDPOTrainer, graft
 from shadow_trl.errors import ConfigError
 from shadow_trl.training import reference
+from shadow_trl.training.reference_cache import reference_key
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning:transformers")
 
@@ -46,15 +51,59 @@ def gains(pair, rows, name: str) -> dict[str, float]:
 
 def test_graft_of_a_lora_start_is_made_in_memory(lora_run, tmp_path, monkeypatch):
     options = {"ref_policy": "grafted", "graft_scale": 0.5, "graft_modules": ["q_proj", "mlp"]}
-    with monkeypatch.context() as patch:
-        patch.setattr(reference, "_merges_in_memory", lambda *_: False)
-        written = values(second_stage(str(lora_run), tmp_path / "one", **options))
+    # `shared` has the same rows here, and is for the graft on the disk alone.
+    written = values(second_stage(str(lora_run), tmp_path / "one", graft_vocab="shared", **options))
     monkeypatch.setattr(reference, "graft", lambda **_: pytest.fail("wrote a graft"))
     found = values(second_stage(str(lora_run), tmp_path / "two", **options))
     assert not (tmp_path / "two").exists() or not list((tmp_path / "two").iterdir())
     torch.testing.assert_close(found, written, rtol=0, atol=2e-5)
     everything = values(second_stage(str(lora_run), tmp_path / "three", ref_policy="grafted"))
     assert (everything - found).abs().max() > 1e-3  # or the selection of weights would not be seen
+
+
+def reference_in_memory(run: Path, folder: Path, **changes) -> dict[str, torch.Tensor]:
+    """Weights of the reference `grafted` of a second stage that keeps it in memory."""
+    trainer = second_stage(str(run), folder, ref_policy="grafted", precompute_ref_log_probs=False, **changes)
+    return trainer.ref_model.state_dict()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_graft_of_a_lora_start_is_the_sum_in_float64(fp32_pair, lora_run, tmp_path, dtype):
+    changes = {"model_init_kwargs": {"dtype": dtype}, "graft_scale": 0.5, "graft_modules": ["q_proj", "mlp"]}
+    found = reference_in_memory(lora_run, tmp_path, **changes)
+    base, tuned, instruct = weights(fp32_pair[0]), tuned_weights(fp32_pair[0], lora_run), weights(fp32_pair[1])
+    moved = 0
+    for name, tensor in instruct.items():
+        chosen = "q_proj" in name or "mlp" in name
+        # INSTRUCT is loaded in the policy's dtype before anything is added to it.
+        expected = tensor.to(getattr(torch, dtype)).double() + chosen * 0.5 * (tuned[name] - base[name])
+        bound = expected.abs() * (2**-8 if dtype == "bfloat16" else 2**-23) + 2**-23 * tensor.abs() + 1e-9
+        assert found[name].dtype == getattr(torch, dtype)
+        assert ((found[name].double() - expected).abs() <= bound).all(), name
+        moved += int((found[name].double() != tensor.to(getattr(torch, dtype)).double()).sum())
+    assert moved > 1000
+
+
+def test_graft_of_a_start_in_memory_is_rounded_as_it_is_written(pair, tmp_path):
+    """INSTRUCT in bf16, at random: the bits depend on seed, name and index, and so does what would be shipped."""
+    sft(pair, tmp_path / "run", peft_config=lora()).train()
+    changes = {"model_init_kwargs": {"dtype": "bfloat16"}, "graft_rounding": "stochastic", "graft_seed": 7}
+    found = reference_in_memory(tmp_path / "run", tmp_path / "one", **changes)
+    graft(
+        base=pair[0], instruct=pair[1], tuned=tmp_path / "run", output=tmp_path / "two", format="model",
+        rounding="stochastic", seed=7,
+    )  # fmt: skip
+    shipped = load_file(tmp_path / "two" / "model.safetensors")
+    nearest = reference_in_memory(tmp_path / "run", tmp_path / "three", **{**changes, "graft_rounding": "nearest"})
+    assert all(torch.equal(found[name], tensor) for name, tensor in shipped.items())
+    assert any(not torch.equal(found[name], nearest[name]) for name in shipped)
+
+
+def test_stochastic_rounding_of_the_graft_asks_nothing_of_a_reference_in_fp32(full_run, tmp_path):
+    options = {"ref_policy": "grafted", "graft_dtype": "bfloat16"}
+    plain = values(second_stage(str(full_run), tmp_path / "one", **options))
+    found = values(second_stage(str(full_run), tmp_path / "two", graft_rounding="stochastic", **options))
+    assert torch.equal(found, plain)
 
 
 def test_graft_of_a_full_start_lies_beside_the_results_while_it_is_loaded(full_run, tmp_path, monkeypatch):
@@ -151,16 +200,17 @@ def test_reference_columns_of_the_evaluation_rows_are_used(pair, tmp_path):
 
 
 @pytest.mark.parametrize("policy", ["init", pytest.param("instruct", marks=pytest.mark.slow)])
-def test_reference_columns_of_new_rows_are_used_after_the_release(pair, tmp_path, policy, monkeypatch):
+def test_reference_columns_of_new_rows_are_used_after_the_release(pair, tmp_path, policy):
+    """No model is read for them: nothing is left on the disk that could be."""
     rows = preference_data(4)
+    copies = tuple(shutil.copytree(folder, tmp_path / folder.name) for folder in pair)
     trainer = dpo(
-        pair, tmp_path, ref_policy=policy, precompute_ref_log_probs=True, graft=False, beta=1.0, learning_rate=0,
-        max_steps=1,
+        copies, tmp_path / "run", ref_policy=policy, precompute_ref_log_probs=True, graft=False, beta=1.0,
+        learning_rate=0, max_steps=1,
     )  # fmt: skip
     trainer.train()
-    monkeypatch.setattr(
-        "shadow_trl.training.trainers.load_reference", lambda *_, **__: pytest.fail("loaded a reference")
-    )
+    for folder in copies:
+        (folder / "model.safetensors").unlink()
     base = gains(pair, rows, "base")
     margin = (base["chosen"] / 4 + 1.0) - (base["rejected"] / 4 + 2.0)
     assert trainer.evaluate(with_columns(rows))["eval_loss"] > 0
@@ -224,12 +274,48 @@ def test_other_weights_and_another_template_are_no_hit(pair, tmp_path):
     assert cached(pair, tmp_path, "three", ref_policy="instruct", processing_class=tokenizer) != first
 
 
-def test_the_start_of_a_new_lora_is_no_miss(pair, tmp_path, monkeypatch):
-    """With `init` the reference is BASE below the adapter, whatever random start the adapter has."""
+def test_a_new_lora_in_the_same_run_again_is_no_miss(pair, tmp_path, monkeypatch):
     options = {"precompute_ref_log_probs": True, "max_length": 64}
     first = cached(pair, tmp_path, "one", peft_config=lora(), seed=1, **options)
     monkeypatch.setattr(DPOTrainer, "compute_ref_log_probs", lambda *_: pytest.fail("computed again"))
-    assert cached(pair, tmp_path, "two", peft_config=lora(), seed=2, **options) == first
+    assert cached(pair, tmp_path, "one", peft_config=lora(), seed=1, **options) == first
+
+
+def test_another_config_beside_the_same_weights_is_no_hit(pair, tmp_path):
+    instruct = shutil.copytree(pair[1], tmp_path / "instruct")
+    first = cached((pair[0], instruct), tmp_path, "one", ref_policy="instruct")
+    config = json.loads((instruct / "config.json").read_text())
+    (instruct / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 0.1}))
+    second = cached((pair[0], instruct), tmp_path, "one", ref_policy="instruct")
+    model = AutoModelForCausalLM.from_pretrained(instruct, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(instruct)
+    expected = [log_probability(model, tokenizer, row, "rejected") for row in preference_data(4)]
+    assert second == pytest.approx(expected, abs=1e-4)
+    assert max(abs(one - other) for one, other in zip(first, second, strict=True)) > 1e-3
+
+
+def test_another_alpha_beside_the_same_factors_is_no_hit(fp32_pair, lora_run, tmp_path):
+    """The scale of an adapter that goes on is in its config alone."""
+    run = shutil.copytree(lora_run, tmp_path / "run")
+    options = {"precompute_ref_log_probs": True, "model": str(run)}
+    first = cached(fp32_pair, tmp_path, "one", **options)
+    config = json.loads((run / "adapter_config.json").read_text())
+    (run / "adapter_config.json").write_text(json.dumps({**config, "lora_alpha": 4 * config["lora_alpha"]}))
+    second = cached(fp32_pair, tmp_path, "one", **options)
+    assert max(abs(one - other) for one, other in zip(first, second, strict=True)) > 1e-3
+
+
+def test_key_knows_the_kernels_of_attention_and_no_names(pair, tmp_path):
+    args = ShadowDPOConfig(**settings(tmp_path))
+    moved = shutil.copytree(pair[0], tmp_path / "moved")
+    keys = {
+        (folder, kernels): reference_key(
+            "weights", AutoModelForCausalLM.from_pretrained(folder, attn_implementation=kernels), args
+        )
+        for folder in (pair[0], moved)
+        for kernels in ("eager", "sdpa")
+    }
+    assert keys[pair[0], "eager"] == keys[moved, "eager"] != keys[pair[0], "sdpa"]
 
 
 @pytest.mark.slow
@@ -252,15 +338,7 @@ def test_reference_columns_in_the_data_are_used_and_nothing_is_loaded(pair, tmp_
 
 
 def cached_logps(pair, tmp_path: Path, output: str, **changes) -> list[float]:
-    """Reference log-probabilities of rows in a file, as a new run finds or computes them."""
-    file = tmp_path / "rows.jsonl"
-    if not file.exists():
-        preference_data(4).to_json(file)
-    data = Dataset.from_json(str(file), cache_dir=str(tmp_path / "cache"))
-    trainer = dpo(
-        pair, tmp_path / output, data=data, graft=False, **{"ref_policy": "instruct", "max_length": None, **changes}
-    )
-    return trainer.train_dataset["ref_rejected_logps"][:]
+    return cached(pair, tmp_path, output, **{"ref_policy": "instruct", "max_length": None, **changes})
 
 
 @pytest.mark.parametrize(
@@ -278,7 +356,9 @@ def test_no_stale_value_from_the_cache(pair, tmp_path, changes):
 
 
 def test_no_needless_miss_of_the_cache(pair, tmp_path, monkeypatch):
-    # With a length, TRL's filter closes over the whole config: its fingerprint changes with the output folder.
+    # With a length, TRL's filter closes over the whole config, the output folder included.
     first = cached_logps(pair, tmp_path, "one", max_length=64)
+    without = cached_logps(pair, tmp_path, "one")
     monkeypatch.setattr(DPOTrainer, "compute_ref_log_probs", lambda *_: pytest.fail("computed again"))
-    assert cached_logps(pair, tmp_path, "another", learning_rate=1.0, seed=9, max_length=64) == first
+    assert cached_logps(pair, tmp_path, "one", max_length=64) == first
+    assert cached_logps(pair, tmp_path, "another", learning_rate=1.0, seed=9) == without

@@ -11,7 +11,7 @@ from peft import LoraConfig, PeftModel, PrefixTuningConfig, get_peft_model
 from runs import LORA, dpo, log_probability, lora, saved_files, settings, sft
 from safetensors.torch import load_file
 from tiny import make_tokenizer, preference_data, save_model, sft_data, tiny_config
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 from shadow_trl import ShadowDPOConfig, ShadowDPOTrainer, ShadowSFTConfig, ShadowSFTTrainer
@@ -160,10 +160,15 @@ def test_template_missing_in_the_given_processing_class(pair, tmp_path):
 
 
 def test_manifest_at_start_in_checkpoints_and_at_the_end(pair, tmp_path):
+    class AtStart(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            found.append(read_manifest(tmp_path))
+
+    found = []
     trainer = sft(pair, tmp_path, save_strategy="steps", save_steps=1)
-    trainer._start_manifest()
-    started = read_manifest(tmp_path)
+    trainer.add_callback(AtStart())
     trainer.train()
+    started = found[0]
     for folder in (tmp_path, tmp_path / "checkpoint-1"):
         manifest = read_manifest(folder)
         assert manifest == started
@@ -273,6 +278,44 @@ def test_sync_ref_model_and_explicit_reference_are_refused_with_a_policy(pair, t
         dpo(pair, tmp_path, ref_policy=policy, sync_ref_model=True)
     with pytest.raises(ConfigError, match="ref_model"):
         dpo(pair, tmp_path, ref_policy=policy, ref_model=AutoModelForCausalLM.from_pretrained(pair[1]))
+
+
+@pytest.mark.parametrize(
+    ("case", "message"),
+    [
+        ("another adapter", "r: 4 in .*, 8 in peft_config"),
+        ("eval_grafted", "use_dora = True"),
+        ("changed in memory", r"model\.norm\.weight"),
+        ("no INSTRUCT", "no INSTRUCT is known"),
+        ("sync_ref_model", "sync_ref_model"),
+    ],
+)
+def test_what_the_arguments_show_is_refused_before_any_model_is_loaded(pair, tmp_path, monkeypatch, case, message):
+    options = {"ref_policy": "instruct", "precompute_ref_log_probs": False}  # a reference that is loaded at once
+    model, instruct, peft_config = str(pair[0]), str(pair[1]), None
+    if case == "another adapter":
+        sft(pair, tmp_path / "run", peft_config=lora()).train()
+        model, peft_config = str(tmp_path / "run"), LoraConfig(**{**LORA, "r": 8})
+    elif case == "eval_grafted":
+        options, peft_config = {"eval_grafted": True, "graft": False}, LoraConfig(**LORA, use_dora=True)
+    elif case == "changed in memory":
+        model = AutoModelForCausalLM.from_pretrained(pair[0], dtype=torch.float32)
+        model.model.norm.weight.data += 1
+    elif case == "no INSTRUCT":
+        instruct = None
+    else:
+        options["sync_ref_model"] = True
+    for place in ("utils", "dpo_trainer"):
+        monkeypatch.setattr(f"trl.trainer.{place}.create_model_from_path", lambda *_, **__: pytest.fail("loaded"))
+    with pytest.raises((ConfigError, InputError), match=message):
+        ShadowDPOTrainer(
+            model,
+            instruct_model=instruct,
+            args=ShadowDPOConfig(**settings(tmp_path / "out", **options)),
+            train_dataset=preference_data(),
+            peft_config=peft_config,
+        )
+    assert not (tmp_path / "out").exists()
 
 
 def test_existing_graft_is_refused_before_training_and_replaced_when_asked(pair, tmp_path):

@@ -303,7 +303,7 @@ def test_the_wrong_kind_of_folder_is_refused(tmp_path):
         graft(instruct="instruct", delta="full", output=output)
     with pytest.raises(CheckpointError, match="delta_as_lora is a LoRA adapter made from a delta"):
         graft(instruct="instruct", delta="delta_as_lora", output=output)
-    with pytest.raises(CheckpointError, match=r"lora is no graft: its shadow\.json is of kind run"):
+    with pytest.raises(CheckpointError, match=r"lora is not a graft: its shadow\.json is of kind run"):
         verify("lora")
     with pytest.raises(ConfigError, match="folder delta is a delta, not a model"):
         verify("delta")

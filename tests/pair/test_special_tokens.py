@@ -10,7 +10,8 @@ from pair_cases import EMBEDDING, add_rows, add_tokens, edit_json, edit_weights,
 from safetensors.torch import load_file
 
 from shadow_trl.pair.pairs import ModelPair
-from shadow_trl.pair.token_rows import special_ids, vocabulary_of
+from shadow_trl.pair.special_tokens import special_ids
+from shadow_trl.pair.token_rows import vocabulary_of
 
 
 def drop_template(folder: Path) -> None:

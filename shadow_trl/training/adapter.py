@@ -1,4 +1,6 @@
-"""Keep an adapter as it was before training, where the delta is what it became less what it was (PiSSA, CorDA, ...).
+"""What stands beside the adapter in training: its start, and TRL's frozen copy of it.
+
+The start of an adapter is kept where the delta is what it became less what it was (PiSSA, CorDA, ...).
 
 Such an initialisation takes the start of the product out of the weights under it (LoftQ: about that, by rounding
 them). With the start beside the adapter the graft needs no weight of BASE and has an exact adapter form.
@@ -9,6 +11,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +75,7 @@ def write_start(folder: Path, model: Any, start: dict[str, Tensor] | None, earli
         folder: of the run.
         model: with the adapter.
         start: what `start_of` returned; None writes none.
-        earlier: folder of the adapter that goes on, whose start is this one's too; None for a new adapter.
+        earlier: folder of the adapter that is trained further, whose start is this one's too; None for a new adapter.
     """
     target = folder / START_FOLDER
     shutil.rmtree(target, ignore_errors=True)
@@ -87,3 +90,25 @@ def write_start(folder: Path, model: Any, start: dict[str, Tensor] | None, earli
     target.mkdir(parents=True)
     model.peft_config[model.active_adapters[0]].save_pretrained(str(target))
     save_file({key: value.contiguous() for key, value in start.items()}, target / "adapter_model.safetensors")
+
+
+@contextmanager
+def without_reference_adapter(model: Any) -> Iterator[None]:
+    """Keep TRL's frozen copy of the adapter (`ref`) out of what is saved: it is no part of TUNED."""
+    names = list(model.peft_config) if is_peft_model(model) else []
+    if "ref" not in names or len(names) == 1:
+        yield
+        return
+    # `Trainer` calls `save_pretrained` without PEFT's argument for it. Taking the name out of `peft_config` would not
+    # do: PEFT then takes the frozen weights for the other adapter's.
+    model.save_pretrained = partial(model.save_pretrained, selected_adapters=[name for name in names if name != "ref"])
+    try:
+        yield
+    finally:
+        del model.save_pretrained
+
+
+def drop_reference_adapter(model: Any) -> None:
+    """Remove TRL's frozen copy of the adapter (`ref`), where another model is the reference."""
+    if is_peft_model(model) and "ref" in model.peft_config and len(model.peft_config) > 1:
+        model.delete_adapter("ref")

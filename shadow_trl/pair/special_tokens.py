@@ -1,0 +1,165 @@
+"""Special tokens of INSTRUCT in BASE: are there rows for them, and do these look trained?
+
+Only slices are read: the rows of the tokens in question and a sample of ordinary rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from statistics import median
+
+import torch
+
+from ..checkpoints.checkpoint import Checkpoint, read_json
+from ..errors import Findings, list_names
+from .templates import read_templates, template_tokens
+from .token_rows import embedding_name, row_count, vocabulary_of
+from .vocabularies import NAMED_TOKENS, Vocabulary
+
+_ROLES = (*(f"{role}_id" for role in NAMED_TOKENS), "decoder_start_token_id")
+
+SAMPLE = 512
+"""Ordinary rows that the special rows are compared with."""
+SMALL = 0.5
+"""A row is far too small when its norm is below this share of the norm that all but 1 % of the ordinary rows reach."""
+SAME = 0.02
+"""Two rows are the same when they are closer than this share of their norm; trained rows never are."""
+NEAR_MEAN = 0.1
+"""A row is a copy of the mean row when it is closer to it than this share of the ordinary rows' median distance."""
+
+
+def special_ids(checkpoint: Checkpoint, vocabulary: Vocabulary) -> dict[str, int]:
+    """Return the ids that using INSTRUCT needs, by where they come from.
+
+    These are the ids of the special roles (bos, eos, pad, ...) in generation_config.json, config.json and
+    tokenizer_config.json, and of the tokens in the chat templates. Ids of images or sounds are left out: models replace
+    them before they look anything up.
+    """
+    found: dict[str, int | None] = {}
+    generation = read_json(checkpoint.path / "generation_config.json")
+    for file, config in (("generation_config.json", generation), ("config.json", checkpoint.config)):
+        for role in _ROLES:
+            values = config.get(role) if isinstance(config.get(role), list) else [config.get(role)]
+            # files write -1 for "none"
+            ids = [value for value in values or [] if isinstance(value, int) and value >= 0]
+            found.update({f"{role}{f' ({value})' if len(ids) > 1 else ''} of {file}": value for value in ids})
+    if vocabulary.exists:
+        for role, token in vocabulary.named.items():
+            found[f"{role} {token!r} of the tokenizer"] = vocabulary.id_of(token)
+        for token in template_tokens(read_templates(checkpoint.path), vocabulary.added, vocabulary.named):
+            found[f"{token!r} of the chat template"] = vocabulary.added[token]
+    return {name: index for name, index in found.items() if index is not None}
+
+
+def check_special_ids(base: Checkpoint, instruct: Checkpoint) -> Findings:
+    """Refuse a pair in which INSTRUCT uses token ids for which BASE has no embedding row."""
+    rows = row_count(base)
+    ids = special_ids(instruct, vocabulary_of(instruct))
+    outside = {name: index for name, index in ids.items() if rows is not None and index >= rows}
+    if not outside:
+        return Findings()
+    names = list_names(f"id {index}  {name}" for name, index in outside.items())
+    verb = "special id of instruct has" if len(outside) == 1 else "special ids of instruct have"
+    return Findings(
+        errors=[
+            f"{len(outside)} {verb} no row in base's embedding of {rows} rows.\n{names}\nBase cannot read them. "
+            "Give the base that instruct was made from, or one whose embedding was resized to instruct's vocabulary."
+        ]
+    )
+
+
+def check_template_rows(base: Checkpoint, instruct: Checkpoint) -> Findings:
+    """Warn about special tokens of INSTRUCT's chat template whose rows in BASE's embedding do not look trained.
+
+    A row is named when it is far smaller than ordinary rows, equal to another template token's row, equal to the
+    unused rows behind the vocabulary, or a copy of the mean row. BASE has then never seen that token: what training
+    does to it has to be learnt from scratch, and grafts made like that were worse than the untouched INSTRUCT.
+    """
+    name, vocabulary = embedding_name(base), vocabulary_of(instruct)
+    if name is None or not vocabulary.exists or not base.specs[name].is_float:
+        return Findings()
+    used = template_tokens(read_templates(instruct.path), vocabulary.added, vocabulary.named)
+    matrix = base.tensor(name)
+    tokens = {token: vocabulary.added[token] for token in used if vocabulary.added[token] < matrix.shape[0]}
+    ordinary, unused = _samples(vocabulary, matrix.shape[0])
+    if not tokens or len(ordinary) < 8:
+        return Findings()
+    doubts = _untrained(_rows(matrix, tokens.values()), list(tokens), _rows(matrix, ordinary), _rows(matrix, unused))
+    if not doubts:
+        return Findings()
+    where = {token: "" if used[token] else " (not in a plain conversation)" for token in tokens}
+    lines = list_names(f"{token!r} (id {tokens[token]}){where[token]}: {doubt}" for token, doubt in doubts.items())
+    return Findings(
+        warnings=[
+            f"{len(doubts)} of the {len(tokens)} special tokens of instruct's chat template look untrained in base "
+            f"({name}).\n{lines}\nBase has to learn them from the training data alone, and the graft may "
+            "come out worse than the untouched instruct. Full fine-tuning, or an adapter that trains the embedding, "
+            "can learn them; a base that has seen these tokens is better."
+        ]
+    )
+
+
+def _samples(vocabulary: Vocabulary, rows: int) -> tuple[list[int], list[int]]:
+    """Return ids of at most SAMPLE ordinary tokens, evenly spread, and of at most SAMPLE rows behind the vocabulary."""
+    added = set(vocabulary.added.values())
+    known = sorted(index for index in vocabulary.ids.values() if index < rows and index not in added)
+    end = max(vocabulary.ids.values(), default=rows) + 1
+    step = -(-len(known) // SAMPLE) or 1
+    return known[::step], list(range(end, min(rows, end + SAMPLE)))
+
+
+def _rows(matrix: torch.Tensor, ids: Iterable[int]) -> torch.Tensor:
+    """Return the rows `ids` of `matrix` as float64; nothing else of the matrix is read."""
+    return matrix[torch.tensor(list(ids), dtype=torch.long)].double()
+
+
+def _untrained(rows: torch.Tensor, names: list[str], ordinary: torch.Tensor, unused: torch.Tensor) -> dict[str, str]:
+    """Say why rows do not look trained.
+
+    Args:
+        rows: rows of the special tokens, (tokens, hidden), float64.
+        names: their texts.
+        ordinary: a sample of the rows of ordinary tokens, (sample, hidden).
+        unused: rows that belong to no token, (any number, hidden).
+
+    Returns:
+        Token -> reason with the figures; tokens whose rows look trained are left out.
+
+    """
+    norms = ordinary.norm(dim=1)
+    typical, low = median(norms.tolist()), float(norms.quantile(0.01))
+    mean = ordinary.mean(dim=0)
+    spread = median((ordinary - mean).norm(dim=1).tolist())
+    doubts: dict[str, str] = {}
+    for index, (row, name) in enumerate(zip(rows, names, strict=True)):
+        norm = float(row.norm())
+        twins = [
+            names[other]
+            for other in range(len(names))
+            if other != index and float((rows[other] - row).norm()) <= SAME * norm
+        ]
+        if norm < SMALL * low:
+            doubts[name] = f"norm {norm:.3g}, ordinary rows have {typical:.3g} (99 % of them at least {low:.3g})"
+        elif twins:
+            doubts[name] = f"same row as {twins[0]!r}"
+        elif _like_unused(row, unused, ordinary):
+            doubts[name] = f"direction of the {len(unused)} unused rows behind the vocabulary"
+        elif float((row - mean).norm()) < NEAR_MEAN * spread:
+            distance = float((row - mean).norm())
+            doubts[name] = f"distance {distance:.3g} from the mean row, ordinary rows have {spread:.3g}"
+    return doubts
+
+
+def _like_unused(row: torch.Tensor, unused: torch.Tensor, ordinary: torch.Tensor) -> bool:
+    """True when `row` points where the unused rows point and ordinary rows do not.
+
+    Unused rows of a trained model all moved the same way (weight decay, and the softmax of a tied head), so their
+    mean is a direction that separates them from trained rows; where it does not, no row is named.
+    """
+    if len(unused) < 4 or not bool(unused.any()):
+        return False
+    blank = unused.mean(dim=0)
+    cosine = torch.nn.functional.cosine_similarity
+    own, trained = cosine(unused, blank[None]).quantile(0.1), cosine(ordinary, blank[None]).quantile(0.99)
+    here = float(cosine(row[None], blank[None])[0])
+    return float(trained) < float(own) <= here
