@@ -17,6 +17,7 @@ from ..checkpoints.manifest import Entry, file_digest, read_manifest
 from ..checkpoints.sources import adapter_base
 from ..errors import AdapterError, CheckpointError, ConfigError, list_names
 from ..pair.pairs import ModelPair
+from ..pair.token_rows import vocabulary_of
 from .form import adapter_warnings, form_of, no_adapter_form
 from .options import GraftOptions
 from .trained import Delta, Full, PlainLora
@@ -75,10 +76,13 @@ def open_tuned_inputs(
     for role, side in tuned.sides.items():
         if side.specs:  # BASE of a plain LoRA may be quantised, where its weights are not read
             side.check_not_quantised(role)
-    warnings = []
+    warnings, pair = [], ModelPair(tuned.base, receiver if check_pair else tuned.base)
     if check_pair:
-        warnings += ModelPair(tuned.base, receiver).check(vocab=options.vocab)  # type: ignore[arg-type]
+        warnings += pair.check(vocab=options.vocab)  # type: ignore[arg-type]
         warnings += _check_trained(tuned.base, receiver, tuned.checkpoint)
+    for side in list(tuned.stages.values()) or [tuned.checkpoint]:
+        found = pair.check_trained(side.config, vocabulary_of(side))
+        warnings += [warning for warning in found if warning not in warnings]
     form, reasons = form_of(tuned, receiver, options)
     return Inputs(receiver, tuned, form, [*warnings, *adapter_warnings(tuned, receiver, reasons)], reasons)
 
