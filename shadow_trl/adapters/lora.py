@@ -19,7 +19,6 @@ from ..checkpoints.checkpoint import ADAPTER_CONFIG, Checkpoint
 from ..checkpoints.sources import adapter_base
 from ..checkpoints.weight_names import HEAD_NAMES, is_tied
 from ..errors import AdapterError, PairMismatchError, list_names
-from ..layouts.plan import disk_names
 from .kinds import kind_of
 
 PREFIX = "base_model.model."
@@ -186,6 +185,8 @@ def nearest_names(unmatched: Iterable[str], known: Iterable[str]) -> list[str]:
 def _renamed(placed: dict[str, LoraModule], instruct: Checkpoint) -> dict[str, LoraModule]:
     """Give modules the names that INSTRUCT's weights have on disk: adapters are saved with the names in memory."""
     try:
+        from ..layouts.model_names import disk_names
+
         found = disk_names(instruct, placed)
     except PairMismatchError:
         return placed

@@ -1,4 +1,4 @@
-"""The table at the end of a run: what the graft gained, what it kept, and whether the goal was reached."""
+"""The report at the end of a run: what each model scores, what the graft gained and kept, and where the models are."""
 
 from __future__ import annotations
 
@@ -39,64 +39,6 @@ class Arm:
 
 
 @dataclass(frozen=True)
-class Goal:
-    """What the graft was to achieve on the rows, and what came out.
-
-    Args:
-        text: the goal in plain words.
-        graft: share of the graft, 0 to 1.
-        other: share of the model that it is measured against, 0 to 1.
-        error: standard error of `graft - other`, from the rows both models answered.
-        reached: whether the figures reach the goal.
-
-    """
-
-    text: str
-    graft: float
-    other: float
-    error: float
-    reached: bool
-
-    @property
-    def within_error(self) -> bool:
-        """Whether the difference is below two standard errors, so that other rows may say otherwise."""
-        return abs(self.graft - self.other) < 2 * self.error
-
-    def line(self) -> str:
-        """Return the goal with its figures as one line."""
-        verdict = "reached" if self.reached else "NOT reached"
-        doubt = "; within the sampling error" if self.within_error else ""
-        return (
-            f"{verdict}: {self.text}: {100 * self.graft:.1f} against {100 * self.other:.1f} %, "
-            f"{100 * (self.graft - self.other):+.1f} points (standard error {100 * self.error:.1f}{doubt})"
-        )
-
-
-def goals(scores: Mapping[str, Scores]) -> list[Goal]:
-    """Return the goals that the scores can answer.
-
-    The graft is at least as good as INSTRUCT on the rows of the kind "target", and it loses less than direct tuning on
-    the rows under rules (kinds "rule" and "t_rule", with equal weight).
-
-    Args:
-        scores: for the names in `TITLES` that were scored.
-
-    """
-    found = []
-    graft, instruct, direct = (scores.get(name) for name in ("grafted", "instruct", "direct"))
-    if graft and instruct and "target" in graft.kinds:
-        points, error = difference(graft, instruct, ["target"])
-        shares = graft.share("target"), instruct.share("target")
-        found.append(Goal("the graft is at least as good as INSTRUCT on the target", *shares, error, points >= 0))
-    rules = [kind for kind in (graft.kinds if graft else ()) if kind in ("rule", "t_rule")]
-    if graft and direct and rules:
-        points, error = difference(graft, direct, rules)
-        ours, theirs = (sum(arm.share(kind) for kind in rules) / len(rules) for arm in (graft, direct))
-        found.append(Goal("it loses less under rules than direct tuning", ours, theirs, error, points > 0))
-    return found
-
-
-@dataclass(frozen=True)
 class RunReport:
     """Figures of one run of a recipe.
 
@@ -123,12 +65,28 @@ class RunReport:
         """Scores of the arms that were scored, by name."""
         return {arm.name: arm.scores for arm in self.arms if arm.scores is not None}
 
+    def differences(self) -> dict[str, list[tuple[float, float]]]:
+        """Return by how much the graft scores better than each other scored arm.
+
+        Returns:
+            Name of the other arm -> the difference of the shares, -1 to 1, and its standard error (see
+            `scoring.difference`), for each kind in its order and at the end for the mean over the kinds. Empty when the
+            graft was not scored.
+
+        """
+        others = self.scores
+        graft = others.pop("grafted", None)
+        if graft is None:
+            return {}
+        columns = [*([kind] for kind in graft.kinds), graft.kinds]
+        return {name: [difference(graft, other, kinds) for kinds in columns] for name, other in others.items()}
+
     def to_dict(self) -> dict[str, Any]:
         """Return every figure as plain values for JSON."""
-        reached = [
-            {"goal": goal.text, "graft": goal.graft, "other": goal.other, "error": goal.error, "reached": goal.reached}
-            for goal in goals(self.scores)
-        ]
+        differences = {}
+        for name, columns in self.differences().items():
+            *kinds, mean = [{"difference": points, "error": error} for points, error in columns]
+            differences[name] = {"kinds": dict(zip(self.scores[name].kinds, kinds, strict=True)), "mean": mean}
         return {
             "output": self.output,
             "rows": self.rows,
@@ -136,8 +94,8 @@ class RunReport:
                 arm.name: {"source": arm.source, "scores": arm.scores.to_dict() if arm.scores else None}
                 for arm in self.arms
             },
+            "differences": differences,
             "graft": dict(self.graft) if self.graft else None,
-            "goals": reached,
             "seconds": dict(self.seconds),
         }
 
@@ -150,8 +108,8 @@ class RunReport:
         return path
 
     def text(self) -> str:
-        """Return the report as plain text: the table, the size of the graft, where the result lies, the goals."""
-        blocks = [self._table(), self._graft_lines(), self._places(), self._goal_lines()]
+        """Return the report as plain text: scores, differences, the size of the graft, where the models are."""
+        blocks = [self._table(), self._difference_lines(), self._graft_lines(), self._places()]
         return "\n\n".join("\n".join(block) for block in blocks if block)
 
     def _table(self) -> list[str]:
@@ -168,16 +126,18 @@ class RunReport:
         largest = [max(scores.error(kind) for scores in scored.values()) for kind in kinds]
         largest.append(max(scores.mean_error for scores in scored.values()))
         cells.append(["standard error, at most", *(f"{100 * error:.1f}" for error in largest)])
-        widths = [max(len(row[column]) for row in cells) for column in range(len(cells[0]))]
-        lines = [
-            "  ".join(
-                [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
-            )
-            for row in cells
-        ]
-        lines.insert(2, "-" * len(lines[0]))
-        lines.insert(-1, "-" * len(lines[0]))
-        return [line.rstrip() for line in lines]
+        return _aligned(cells, rules=(2, -1))
+
+    def _difference_lines(self) -> list[str]:
+        """Return the differences in percentage points, one row an arm, one column a kind."""
+        found = self.differences()
+        if not found:
+            return []
+        cells = [[f"{self.titles['grafted']} minus", *self.scores["grafted"].kinds, "mean"]]
+        for name, columns in found.items():
+            points = [f"{100 * points:+.1f} ± {100 * error:.1f}" for points, error in columns]
+            cells.append([self.titles[name], *points])
+        return [*_aligned(cells, rules=(1,)), "(percentage points ± standard error over the same rows)"]
 
     def _graft_lines(self) -> list[str]:
         """Return sigma of the pair, the size of the delta, and what the output dtype keeps of it."""
@@ -192,7 +152,7 @@ class RunReport:
         if graft.get("delta_norm") is not None:
             size = f"delta  norm {graft['delta_norm']:.4g}"
             if graft.get("delta_to_gap") is not None:
-                size += f"; sum|delta| is {graft['delta_to_gap']:.2f} times sum|BASE - INSTRUCT|"
+                size += f"; sum|delta| is {graft['delta_to_gap']:.2g} times sum|BASE - INSTRUCT|"
             lines.append(size)
         if graft.get("realised") is not None:
             noise = f", with rounding noise of {100 * graft['noise']:.1f} % of its norm" if graft.get("noise") else ""
@@ -201,23 +161,23 @@ class RunReport:
         return lines
 
     def _places(self) -> list[str]:
-        """Return where each model that this run made lies; the result first."""
+        """Return the folder of each model that this run made; the result first."""
         names = {"grafted": "result", "tuned": "tuned", "direct": "direct", "sft": "sft"}
         sources = {arm.name: arm.source for arm in self.arms}
         return [
             f"{word.ljust(6)} {sources[name]}  ({self.titles[name]})" for name, word in names.items() if name in sources
         ]
 
-    def _goal_lines(self) -> list[str]:
-        """Return whether the goals were reached, in plain words."""
-        answered = goals(self.scores)
-        if not answered:
-            return []
-        missed = sum(not goal.reached for goal in answered)
-        if missed:
-            head = f"The goal of this run was not reached: {missed} of {len(answered)} parts failed."
-        else:
-            head = (
-                "The goal of this run was reached." if len(answered) > 1 else "The part that was measured was reached."
-            )
-        return [head, *(f"  {goal.line()}" for goal in answered)]
+
+def _aligned(cells: Sequence[Sequence[str]], *, rules: Sequence[int]) -> list[str]:
+    """Return the rows of a table as lines of equal columns, with a rule before each of the rows at `rules`."""
+    widths = [max(len(row[column]) for row in cells) for column in range(len(cells[0]))]
+    lines = [
+        "  ".join(
+            [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
+        )
+        for row in cells
+    ]
+    for at in rules:
+        lines.insert(at, "-" * len(lines[0]))
+    return [line.rstrip() for line in lines]

@@ -26,7 +26,7 @@ class Scores:
         hits: for every kind of row, in the order of the rows, whether the answer was right.
 
     The share p of a kind with n rows has the binomial standard error sqrt(p * (1 - p) / n); the mean is taken over
-    kinds, each with the same weight, whatever their numbers of rows.
+    kinds, each with the same weight, however many rows they have.
 
     >>> scores = Scores({"target": (True, True, True, False), "rule": (True, False)})
     >>> scores.share("target"), round(scores.error("target"), 4), scores.mean
@@ -78,8 +78,8 @@ def difference(left: Scores, right: Scores, kinds: Iterable[str]) -> tuple[float
     """Return how much better `left` is than `right` on the same rows, with the standard error of that difference.
 
     For each kind the difference is the mean of d = left_hit - right_hit over the rows, each d in {-1, 0, 1}, and its
-    variance is (mean(d^2) - mean(d)^2) / n: rows that both models answer alike add no noise, which two separate
-    binomial errors would count twice. Kinds are averaged with equal weight.
+    variance is (mean(d^2) - mean(d)^2) / n: rows that both models answer alike add no noise, whereas two separate
+    binomial errors would count it twice. Kinds are averaged with equal weight.
 
     Args:
         left: scores of the first model.
@@ -103,16 +103,16 @@ def difference(left: Scores, right: Scores, kinds: Iterable[str]) -> tuple[float
 
 
 def read_rows(path: str | Path) -> list[dict[str, Any]]:
-    """Read the rows of a JSONL file, one object `{"prompt": messages, "answer": str, "kind": str}` a line.
+    """Read the rows of a JSONL file, one object `{"prompt": messages, "answer": str, "kind": str}` per line.
 
     Args:
-        path: the file. `kind` may be left out of every row: then all rows are of the kind "all".
+        path: the file. A row without `kind` is of the kind "all".
 
     Returns:
         The rows, each with its kind.
 
     Raises:
-        InputError: there is no such file, it has no rows, or rows that cannot be scored; each is listed.
+        InputError: there is no such file, it has no rows, or some rows cannot be scored; each is listed.
 
     """
     path = Path(path)
@@ -137,7 +137,7 @@ def read_rows(path: str | Path) -> list[dict[str, Any]]:
     if faults:
         wanted = '{"prompt": [{"role": ..., "content": ...}, ...], "answer": ..., "kind": ...}'
         raise InputError(
-            f"{len(faults)} of {len(faults) + len(rows)} rows in {path} cannot be scored; wanted is {wanted}.\n"
+            f"{len(faults)} of {len(faults) + len(rows)} rows in {path} cannot be scored; expected {wanted}.\n"
             f"{list_names(faults)}"
         )
     if not rows:
@@ -146,7 +146,7 @@ def read_rows(path: str | Path) -> list[dict[str, Any]]:
 
 
 def _fault_of(row: Any) -> str | None:
-    """Return what keeps `row` from being scored, or None."""
+    """Return why `row` cannot be scored, or None."""
     if not isinstance(row, dict):
         return f"a {type(row).__name__}, not an object"
     prompt = row.get("prompt")
@@ -175,14 +175,14 @@ def score(
 
     An answer ends at the first end token, or after `max_new_tokens`; special tokens and white space around it do not
     count. Sampling settings of the model's generation config are ignored, so that models that ship different ones are
-    compared alike. Rows of similar length share a batch, padded on the left; the scores keep the order of the rows.
+    compared fairly. Rows of similar length share a batch, padded on the left; the scores keep the order of the rows.
 
     Args:
         model: a causal language model of transformers, on any device, in any dtype.
         tokenizer: a tokenizer with a chat template; its padding settings are not used.
         rows: `{"prompt": messages, "answer": str, "kind": str}`; see `read_rows`.
-        batch_size: rows a forward pass. Default 128.
-        max_new_tokens: longest answer in tokens; what is longer is cut and counts as wrong. Default 32.
+        batch_size: rows per forward pass. Default 128.
+        max_new_tokens: longest answer in tokens; a longer one is cut off and counts as wrong. Default 32.
         eos_token_ids: tokens that end an answer. Default: those of the model's generation config and the tokenizer's
             EOS.
         progress: title of a progress bar. Default: no bar.
@@ -198,7 +198,7 @@ def score(
         raise InputError("there are no rows to score.")
     if not getattr(tokenizer, "chat_template", None):
         raise InputError("scoring needs a tokenizer with a chat template; give INSTRUCT's.")
-    ends = _end_tokens(model, tokenizer) if eos_token_ids is None else sorted(set(eos_token_ids))
+    ends = end_tokens(model.generation_config, tokenizer) if eos_token_ids is None else sorted(set(eos_token_ids))
     if not ends:
         raise InputError("neither the model's generation config nor the tokenizer names an end token (EOS).")
     prompts = [
@@ -206,7 +206,7 @@ def score(
         for row in rows
     ]
     right = [False] * len(rows)
-    # Longest first: a batch that does not fit into memory shows at once.
+    # Longest first: a batch that does not fit into memory fails at once.
     order = sorted(range(len(rows)), key=lambda index: -len(prompts[index]))
     starts = tqdm(range(0, len(order), batch_size), desc=progress, disable=progress is None)
     with _greedy(model, ends, max_new_tokens):
@@ -221,16 +221,16 @@ def score(
     return Scores({kind: tuple(values) for kind, values in hits.items()})
 
 
-def _end_tokens(model: Any, tokenizer: Any) -> list[int]:
-    """Return the ids that end an answer, by the model's generation config and the tokenizer."""
-    named = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+def end_tokens(generation: Any, tokenizer: Any) -> list[int]:
+    """Return the ids that end an answer: those of a generation config, which may be None, and the tokenizer's EOS."""
+    named = getattr(generation, "eos_token_id", None)
     ids = list(named) if isinstance(named, (list, tuple)) else [named]
     return sorted({int(token) for token in (*ids, tokenizer.eos_token_id) if token is not None})
 
 
 @contextmanager
 def _greedy(model: Any, ends: list[int], max_new_tokens: int) -> Iterator[None]:
-    """Give `model` a plain greedy generation config for a while: `generate` fills gaps from the one it has."""
+    """Give `model` a plain greedy generation config for a while: `generate` fills gaps from the model's own."""
     from transformers import GenerationConfig
 
     kept, training = model.generation_config, model.training

@@ -56,14 +56,14 @@ def _measure(base: Checkpoint, instruct: Checkpoint, tuned: Checkpoint | None, p
     with tempfile.TemporaryDirectory(prefix="shadow-trl-") as scratch:
         # A head that only one side has of its own is measured as one. Without TUNED, BASE takes its place in the plan.
         origin, learnt = (base, tuned) if tuned is not None else (None, base)
-        layout, sides = resolve(origin, instruct, learnt, scratch=Path(scratch), untie=True)
+        layout = resolve(origin, instruct, learnt, scratch=Path(scratch), untie=True)
         gaps, deltas = [], []
         for weight in layout.weights:
             if weight.tuned is None:
                 continue
-            end = Place(sides["tuned"], weight.tuned)
-            start = end if weight.base is None else Place(sides["base"], weight.base)
-            gaps.append((weight.name, start, Place(sides["instruct"], weight.instruct)))
+            end = Place(layout.sides["tuned"], weight.tuned)
+            start = end if weight.base is None else Place(layout.sides["base"], weight.base)
+            gaps.append((weight.name, start, Place(layout.sides["instruct"], weight.instruct)))
             deltas.append((weight.name, start, end))
         measured = [gaps, deltas] if tuned is not None else [gaps]
         size = sum(place.spec.nbytes for part in measured for _, *two in part for place in two)

@@ -215,6 +215,8 @@ def _write_dense_form(inputs: Inputs, part: Path, target: Path, options: GraftOp
         write_config(inputs.instruct, part, dtype, jobs.config_edits)
         figures = graft_figures(outcome.sums, options.stats, sigma="base" in inputs.sides)
         notes = [*inputs.warnings, *jobs.warnings, *graft_warnings(figures, dtype or "", options.rounding)]
+        if options.untie and not jobs.config_edits:
+            notes.append("untie changes nothing: no head has a delta of its own on a tied embedding.")
         report = GraftReport(
             target, "model", jobs.grafted, len(jobs.weights) - jobs.grafted, dtype or "", options.scale,
             options.instruct_scale, **figures, warnings=notes, dense_because=inputs.reasons,
@@ -276,9 +278,10 @@ def check_finite(outcome: Outcome, target: Path) -> None:
     """Raise GraftError if a weight has values that are not finite."""
     if not outcome.bad:
         return
-    lines = [f"{name}  not finite in {', '.join(sides)}" for name, sides in outcome.bad.items()]
+    places = {name: ", ".join(bad.sides) or f"result in {bad.dtype}" for name, bad in outcome.bad.items()}
+    lines = [f"{name}  not finite in {place}" for name, place in places.items()]
     hint = " A sum beyond the largest number of the output dtype: write --dtype float32 or bfloat16."
-    overflow = any("result" in side for sides in outcome.bad.values() for side in sides)
+    overflow = any(not bad.sides for bad in outcome.bad.values())
     raise GraftError(
         f"{len(lines)} weight{'s have' if len(lines) > 1 else ' has'} values that are infinite or not a number.\n"
         f"{list_names(lines)}\n"

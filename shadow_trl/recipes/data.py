@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
     from trl import ScriptArguments
 
+    from .options import Options
+
 BUILDERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 """Builder of `datasets` for each suffix of a local file."""
 
@@ -18,21 +20,21 @@ ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assi
 """Names of the speakers in ShareGPT's format and what chat templates call them."""
 
 
-def load_data(script: ScriptArguments, training: Any, *, train_rows: int | None = None) -> dict[str, Any]:
+def load_data(options: Options) -> dict[str, Any]:
     """Load the data sets of a run as keyword arguments of a trainer.
 
     Args:
-        script: TRL's arguments of the data; `dataset_name` is a hub id, a local folder or a local file.
-        training: the trainer's config: with an `eval_strategy` other than "no" the test split is loaded too.
-        train_rows: train on so many rows, drawn with the run's seed. Default: all.
+        options: of the recipe. `dataset_name` is a hub id, a local folder or a local file; with an `eval_strategy`
+            other than "no" the test split is loaded too.
 
     Returns:
         `train_dataset`, and `eval_dataset` where there is an evaluation.
 
     Raises:
-        InputError: a data set or split that cannot be loaded.
+        InputError: a data set or split cannot be loaded.
 
     """
+    script, training, train_rows = options.script, options.training, options.recipe.train_rows
     train = load_split(script, script.dataset_train_split)
     if train_rows is not None and train_rows < len(train):
         train = train.shuffle(seed=training.seed).select(range(train_rows))
@@ -43,10 +45,10 @@ def load_data(script: ScriptArguments, training: Any, *, train_rows: int | None 
 
 
 def load_split(script: ScriptArguments, split: str) -> Dataset | IterableDataset:
-    """Load one split, which may be a slice as `train[:1000]`.
+    """Load one split, which may be a slice such as `train[:1000]`.
 
     Raises:
-        InputError: there is no such data set or split; with what `datasets` says about it.
+        InputError: there is no such data set or split; the message has what `datasets` says about it.
 
     """
     from datasets import load_dataset
@@ -62,13 +64,13 @@ def load_split(script: ScriptArguments, split: str) -> Dataset | IterableDataset
         if split.partition("[")[0] != "train":
             raise InputError(
                 f"{name} is one file, which has the split train only, not {split}. Put train.jsonl and test.jsonl into "
-                "a folder and give that, or set eval_strategy to 'no'. Nothing was written."
+                "a folder and pass that folder, or set eval_strategy to 'no'. Nothing was written."
             )
         source = {"path": builder, "data_files": {"train": name}}
     try:
         data = load_dataset(**source, split=split, streaming=script.dataset_streaming)
         first = next(iter(data), None)
-    # Bad JSON, no such id, split or config, no connection: `datasets` has an exception of its own for each.
+    # Bad JSON, no such id, split or config, no connection: `datasets` has its own exception for each.
     except Exception as reason:
         cause = f"{reason} ({reason.__cause__})" if reason.__cause__ else str(reason)
         raise InputError(f"cannot load the split {split} of {name}: {cause} Nothing was written.") from reason
@@ -82,7 +84,7 @@ def load_split(script: ScriptArguments, split: str) -> Dataset | IterableDataset
 def _repeats_prompt(row: dict[str, Any]) -> bool:
     """Whether `prompt` is a plain string beside whole conversations that begin with it.
 
-    So in UltraChat, UltraFeedback and Tulu 3's preferences. TRL would take it for the prompt of a row that is not
+    As in UltraChat, UltraFeedback and Tulu 3's preferences. TRL would take it for the prompt of a row that is not
     conversational; without it, TRL finds the prompt in the conversations.
     """
     whole = (row.get(name) for name in ("messages", "chosen"))
@@ -92,7 +94,7 @@ def _repeats_prompt(row: dict[str, Any]) -> bool:
 def _as_messages(data: Any) -> Any:
     """Turn ShareGPT's `conversations` of {"from", "value"} into `messages` of {"role", "content"}.
 
-    TRL converts the keys too, but keeps the names of the speakers, which no chat template knows.
+    TRL converts the keys too, but keeps the speakers' names, which no chat template knows.
     """
 
     def convert(row: dict[str, Any]) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Options of the recipes: a YAML file with overrides from the command line, read strictly.
 
-TRL's parser does the work. What it lets pass is an error here: unknown and repeated keys, abbreviated options, and
-values of a wrong type in YAML, which argparse never sees. Paths in a shipped config work from every current folder.
+TRL's parser does the work. What it lets through is an error here: unknown and repeated keys, abbreviated options, and
+values of the wrong type in YAML, which argparse never sees. Paths in a shipped config work from any current folder.
 """
 
 from __future__ import annotations
@@ -35,22 +35,22 @@ class UnknownKeysError(ConfigError):
 
 @dataclass
 class RecipeArguments:
-    """Arguments of a recipe beside those of the trainer, the model and the data.
+    """Arguments of a recipe besides those of the trainer, the model and the data.
 
     Args:
         compare_direct: also tune INSTRUCT directly, with TRL's own trainer on the same data with the same settings,
             into `direct/` in the run's folder. Default False.
         score_rows: JSONL file of held-out rows `{"prompt": messages, "answer": str, "kind": str}`; each model of the
             run answers them greedily and is scored by exact match. Default: no scores.
-        score_batch_size: rows that are answered at once. Default 64.
+        score_batch_size: rows answered at once. Default 64.
         score_max_new_tokens: longest answer in tokens. Default 64.
-        score_dtype: dtype in which all models answer, so that they are compared alike: `float32`, `bfloat16`,
+        score_dtype: dtype in which all models answer, so that the comparison is fair: `float32`, `bfloat16`,
             `float16`, or `auto` (that of their files). Default `float32`.
-        train_rows: train on so many rows, drawn with the run's seed. Default: all.
+        train_rows: train on this many rows, drawn with the run's seed. Default: all.
         merge_adapter: in the DPO stage of the pipeline: merge the adapter of the SFT stage into BASE, and train the
-            result in full, or with a new adapter. Default False: that adapter is trained further.
-        torch_threads: threads of PyTorch on the CPU. Default: PyTorch's own choice, one a core; models of a few million
-            parameters are faster with one.
+            result in full, or with a new adapter. Default False: the same adapter is trained further.
+        torch_threads: threads of PyTorch on the CPU. Default: PyTorch's own choice, one per core; models of a few
+            million parameters are faster with one.
 
     """
 
@@ -60,13 +60,13 @@ class RecipeArguments:
     score_rows: str | None = field(
         default=None, metadata={"help": "JSONL file of held-out rows {prompt, answer, kind} to score the models on."}
     )
-    score_batch_size: int = field(default=64, metadata={"help": "Rows that are answered at once."})
+    score_batch_size: int = field(default=64, metadata={"help": "Rows answered at once."})
     score_max_new_tokens: int = field(default=64, metadata={"help": "Longest answer in tokens."})
     score_dtype: str = field(
         default="float32",
         metadata={"help": "Dtype in which all models answer; auto: that of their files.", "choices": DTYPES},
     )
-    train_rows: int | None = field(default=None, metadata={"help": "Train on so many rows, drawn with the seed."})
+    train_rows: int | None = field(default=None, metadata={"help": "Train on this many rows, drawn with the seed."})
     merge_adapter: bool = field(
         default=False,
         metadata={"help": "Pipeline, DPO stage: merge the adapter of the SFT stage instead of training it further."},
@@ -83,7 +83,7 @@ class RecipeArguments:
 
 @dataclass(frozen=True)
 class Options:
-    """Everything that a recipe is given.
+    """Everything a recipe was given.
 
     Args:
         script: TRL's arguments of the data.
@@ -115,13 +115,13 @@ def parse(
         argv: the command line without the program's name.
         default_config: YAML file for a command line that names neither `--config` nor `--model_name_or_path`.
         prog: name of the program in the help.
-        select: takes the content of the YAML file and returns the keys that are meant for this recipe. Default: all.
+        select: takes the content of the YAML file and returns the keys meant for this recipe. Default: all.
 
     Returns:
         The checked options.
 
     Raises:
-        ConfigError: an unknown, abbreviated, repeated or wrong key or value; nothing was done.
+        ConfigError: an unknown, abbreviated, repeated or wrong key or value.
 
     """
     words = [word for given in argv for word in (given.split("=", 1) if given.startswith("--config=") else [given])]
@@ -148,7 +148,7 @@ def names_model(words: Sequence[str]) -> bool:
 
 
 def _check_together(options: Options) -> None:
-    """Refuse what is missing or cannot go together, as far as the options alone show it."""
+    """Refuse what is missing or cannot be combined, as far as the options alone show it."""
     for name, value in (
         ("model_name_or_path (BASE)", options.model.model_name_or_path),
         ("dataset_name", options.script.dataset_name),
@@ -158,11 +158,11 @@ def _check_together(options: Options) -> None:
     recipe, training = options.recipe, options.training
     if recipe.compare_direct and training.resume_from_checkpoint:
         raise ConfigError(
-            "compare_direct cannot resume from resume_from_checkpoint: that checkpoint is of BASE. Resume without "
+            "compare_direct cannot resume from a checkpoint: resume_from_checkpoint is one of BASE. Resume without "
             "compare_direct."
         )
     if recipe.train_rows is not None and options.script.dataset_streaming:
-        raise ConfigError("train_rows draws rows at random, which a streamed dataset cannot do; leave one of them out.")
+        raise ConfigError("train_rows draws rows at random, which streamed data do not allow; leave one of them out.")
 
 
 class RecipeParser(TrlParser):
@@ -190,7 +190,7 @@ class RecipeParser(TrlParser):
             raise ConfigError(f"the configuration is not valid: {reason}") from reason
 
     def set_defaults_with_config(self, **values: Any) -> list[str]:
-        """Take the YAML file's values as defaults; unknown keys and values of a wrong type are errors."""
+        """Take the YAML file's values as defaults; unknown keys and values of the wrong type are errors."""
         values = self.select(values) if self.select is not None else values
         known = {action.dest for action in self._actions}
         unknown = [_with_guess(key, known) for key in values if key not in known]
@@ -199,12 +199,12 @@ class RecipeParser(TrlParser):
         hints = {name: hint for kind in self.dataclass_types for name, hint in typing.get_type_hints(kind).items()}
         wrong = [fault for key, value in values.items() if (fault := _type_fault(key, value, hints[key]))]
         if wrong:
-            raise ConfigError(f"{self.config_path} has {len(wrong)} values of a wrong type:\n{list_names(wrong)}")
+            raise ConfigError(f"{self.config_path} has {len(wrong)} values of the wrong type:\n{list_names(wrong)}")
         assert self.config_path is not None
         return super().set_defaults_with_config(**resolve_paths(values, self.config_path))
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Namespace, list[str]]:  # type: ignore[override]
-        """Parse as argparse does; anything that is left over is an error."""
+        """Parse as argparse does; anything left over is an error."""
         namespace, rest = super().parse_known_args(args, namespace)
         if rest:
             known = {option for action in self._actions for option in action.option_strings}
@@ -254,7 +254,7 @@ class _UniqueKeyLoader(yaml.SafeLoader):
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """Return the content of a YAML file; raise InputError when it is not a mapping with every key once."""
+    """Return the content of a YAML file; raise InputError if it is not a mapping in which every key occurs once."""
     try:
         content = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)
     except (OSError, UnicodeDecodeError) as reason:
@@ -267,7 +267,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def _with_guess(word: str, known: set[str]) -> str:
-    """Return `word` with the known name that resembles it most, if any does."""
+    """Return `word` with the known name that is most like it, if there is one."""
     name = word.partition("=")[0]
     longer = sorted(one for one in known if one.startswith(name) and len(name) > 3)
     close = longer or difflib.get_close_matches(name, known, n=1)
@@ -275,7 +275,7 @@ def _with_guess(word: str, known: set[str]) -> str:
 
 
 def _type_fault(key: str, value: Any, hint: Any) -> str | None:
-    """Return what is wrong with the YAML value of `key`, or None. A string is left to argparse, which converts it."""
+    """Return what is wrong with the YAML value of `key`, or None. Strings are left to argparse, which converts them."""
     union = typing.get_origin(hint) in (typing.Union, types.UnionType)
     members = typing.get_args(hint) if union else (hint,)
     if value is None or isinstance(value, str) or (key == "resume_from_checkpoint" and isinstance(value, bool)):
@@ -284,11 +284,11 @@ def _type_fault(key: str, value: Any, hint: Any) -> str | None:
         return None
     wanted = " or ".join(getattr(member, "__name__", str(member)) for member in members if member is not type(None))
     advice = "; quote it" if str in members else ""
-    return f"{key}: {value!r} is a {type(value).__name__}, wanted is {wanted}{advice}"
+    return f"{key}: {value!r} has type {type(value).__name__}, expected {wanted}{advice}"
 
 
 def _is_of(value: Any, kind: Any) -> bool:
-    """Whether a YAML value may stand for the type; a bool is not a number, a whole number is a float too."""
+    """Whether a YAML value may stand for the type; a bool is not a number; a whole number is a float too."""
     if isinstance(value, bool):
         return kind is bool
     if kind is float:

@@ -2,8 +2,8 @@
 
     grafted = instruct + scale * (tuned after SFT and DPO - base)
 
-Each stage is a run of its own in `output_dir/sft` and `output_dir/dpo`. A stage that is done stays as it is, so that
-the same command goes on where it stopped.
+Each stage is a run of its own in `output_dir/sft` and `output_dir/dpo`. A finished stage is kept, so the same
+command resumes where it stopped.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from accelerate import PartialState
 
 from ..checkpoints.manifest import read_manifest, write_manifest
 from ..errors import InputError
-from ..evaluation.report import TITLES, Arm, RunReport
+from ..evaluation.report import TITLES, RunReport
 from ..evaluation.scoring import read_rows
-from ..runtime.processes import run_on_main
+from ..runtime.processes import run_on_main, say
 from ..training.loading import Loading, load_adapter
-from ..training.origins import Origins, resolve_origins
+from ..training.origins import resolve_origins
 from ..training.preflight import GRAFTED_FOLDER
-from .compare import graft_figures, score_model
+from .compare import Outcome, make_report
 from .data import load_data
 from .options import Options
 from .pipeline_options import STAGES, Plan, is_done, read_plan
-from .run import end_processes, exit_code, own_folder, say, set_model_options, train_stage
+from .run import exit_code, main_remains, own_folder, set_model_options, train_stage
 
 HELP = """\
 usage: shadow-trl sft-dpo --config FILE.yaml [--stages sft,dpo] [--output_dir DIR] [--KEY VALUE ...]
@@ -39,9 +39,9 @@ usage: shadow-trl sft-dpo --config FILE.yaml [--stages sft,dpo] [--output_dir DI
 Shadow-SFT on BASE, then Shadow-DPO from its folder: grafted = instruct + scale * (tuned - base).
 
   --config FILE.yaml    sections `sft:` and `dpo:` with the keys of the two recipes; keys of both at the top level
-  --stages sft,dpo      which stages to run (default: both); one that is done is left as it is
+  --stages sft,dpo      which stages to run (default: both); a finished one is kept
   --output_dir DIR      the stages go into DIR/sft and DIR/dpo (default: a new folder below outputs/); the same command
-                        again goes on at the stage that is not done
+                        again resumes with the unfinished stage
   --KEY VALUE           overrides a key for both stages, --sft.KEY or --dpo.KEY for one of them
 
 Keys: shadow-trl sft --help, shadow-trl dpo --help."""
@@ -65,13 +65,13 @@ def run_pipeline(argv: Sequence[str], default_config: str | Path | None = None) 
 
     Args:
         argv: options as for `accelerate launch recipes/shadow_sft_dpo.py`, without the program's name.
-        default_config: YAML file that is used when `argv` names neither `--config` nor `--model_name_or_path`.
+        default_config: YAML file used when `argv` names neither `--config` nor `--model_name_or_path`.
 
     Returns:
-        The report, on the main process; None on every other. It is in `output_dir/report.json` as well.
+        The report, on the main process; None on every other. It is also in `output_dir/report.json`.
 
     Raises:
-        InputError: options, data or models cannot be worked with.
+        InputError: the options, data or models are not usable.
         GraftError: a graft failed after training; the tuned BASE of the stage is saved.
 
     """
@@ -80,9 +80,10 @@ def run_pipeline(argv: Sequence[str], default_config: str | Path | None = None) 
     if recipe.torch_threads is not None:
         torch.set_num_threads(recipe.torch_threads)
     rows = read_rows(recipe.score_rows) if recipe.score_rows else None
-    data = {stage: _load(plan, stage) for stage in plan.left}
+    # All of it before the first stage starts: faults in the data of DPO must not show up hours later.
+    data = {stage: load_data(plan.options[stage]) for stage in plan.left}
     state = PartialState()
-    # No process may begin to write before all of them have seen what is done.
+    # No process may start to write before all of them have seen what is done.
     state.wait_for_everyone()
     seconds: dict[str, float] = {}
     with _folder(plan, state) as root:
@@ -93,25 +94,12 @@ def run_pipeline(argv: Sequence[str], default_config: str | Path | None = None) 
                 seconds[stage.upper()] = time.perf_counter() - started
             else:
                 say(f"{stage.upper()} is done: {root / stage / GRAFTED_FOLDER}. Remove {root / stage} to run it again.")
-    is_main = state.is_main_process
-    state.wait_for_everyone()
-    end_processes(state)
-    if not is_main:
-        return None
-    report = _make_report(plan, root, rows, seconds)
-    report.write(root)
-    return report
-
-
-def _load(plan: Plan, stage: str) -> dict[str, Any]:
-    """Load the data of a stage before the first one starts: what is wrong with it must not come up after hours."""
-    options = plan.options[stage]
-    return load_data(options.script, options.training, train_rows=options.recipe.train_rows)
+    return _make_report(plan, root, rows, seconds) if main_remains(state) else None
 
 
 @contextmanager
 def _folder(plan: Plan, state: PartialState) -> Iterator[Path]:
-    """Give the folder of the pipeline; say how to go on in it when a stage fails after another is done."""
+    """Yield the folder of the pipeline; if a stage fails after another is done, say how to resume."""
     if plan.output is not None:
         yield plan.output
         return
@@ -121,7 +109,7 @@ def _folder(plan: Plan, state: PartialState) -> Iterator[Path]:
             yield root
         except BaseException:
             if is_done(root / STAGES[0]):
-                say(f"SFT is done. The same command with --output_dir {root} goes on from there.")
+                say(f"SFT is done. To resume from there, add --output_dir {root} to the same command.")
             raise
 
 
@@ -143,10 +131,10 @@ def _run_stage(plan: Plan, stage: str, root: Path, data: dict[str, Any]) -> None
 def _merge(root: Path, options: Options) -> Path:
     """Merge the adapter of the SFT stage into BASE, in the dtype that the DPO stage trains in; return the folder.
 
-    The folder is a run of its own with the origins of the SFT stage, so that the graft after DPO carries both deltas.
+    The folder is a run in its own right with the origins of the SFT stage, so the graft after DPO carries both deltas.
     """
     merged, run, training = root / MERGED_FOLDER, root / STAGES[0], options.training
-    if merged.is_dir():  # renamed when it was whole
+    if merged.is_dir():  # it was renamed once complete
         return merged
     origins = resolve_origins(str(run), base=training.base_model, instruct=training.instruct_model)
     if origins.adapter is None or origins.policy is None:
@@ -163,39 +151,17 @@ def _merge(root: Path, options: Options) -> Path:
 
 
 def _make_report(plan: Plan, root: Path, rows: list[dict[str, Any]] | None, seconds: dict[str, float]) -> RunReport:
-    """Score INSTRUCT and the graft of each stage up to the last selected one, and put all figures together."""
+    """Compare INSTRUCT and the graft of each stage up to the last selected one."""
     last = plan.stages[-1]
     options, run = plan.options[last], root / last
     training = options.training
     origins = resolve_origins(str(run), base=training.base_model, instruct=training.instruct_model)
     assert origins.instruct is not None  # there is a graft
-    sources = {"instruct": origins.instruct}
+    models = {"instruct": origins.instruct}
     if last != STAGES[0]:
-        sources["sft"] = str(root / STAGES[0] / GRAFTED_FOLDER)
-    sources["grafted"] = str(run / GRAFTED_FOLDER)
+        models["sft"] = str(root / STAGES[0] / GRAFTED_FOLDER)
+    models.update(grafted=str(run / GRAFTED_FOLDER), tuned=str(run))
     titles = {**_TITLES, "grafted": f"graft after {last.upper()}"}
-    started, scores = time.perf_counter(), {}
-    if rows:
-        say(f"Scoring the models on {len(rows)} rows of {options.recipe.score_rows}")
-        for name, source in sources.items():
-            scores[name] = score_model(options, origins, source, rows, title=titles[name])
-        seconds["score"] = time.perf_counter() - started
-    return RunReport(
-        # The tuned BASE is named, not scored: it is what more training goes on from.
-        arms=[*(Arm(name, source, scores.get(name)) for name, source in sources.items()), Arm("tuned", str(run))],
-        output=str(root),
-        graft=_figures(run, origins, scored=bool(rows)),
-        rows=options.recipe.score_rows,
-        seconds={name: round(value, 1) for name, value in seconds.items()},
-        titles=titles,
-    )
-
-
-def _figures(run: Path, origins: Origins, *, scored: bool) -> dict[str, Any]:
-    """Return the figures of the graft of `run` from its manifest, as the recipes show them."""
-    manifest = read_manifest(run / GRAFTED_FOLDER) or {}
-    names = ("form", "grafted", "copied", "dtype", "sigma", "delta_norm", "realised", "noise", "by_kind", "warnings")
-    figures: dict[str, Any] = {name: manifest.get(name) for name in names}
-    figures.update({name: manifest["options"][name] for name in ("scale", "instruct_scale")})
-    figures.update(output=str(run / GRAFTED_FOLDER), warnings=figures["warnings"] or [])
-    return graft_figures(str(run), origins, figures, scored=scored)
+    # The tuned BASE is what more training starts from: it is listed, not scored.
+    outcome = Outcome(origins, models, seconds)
+    return make_report(options, outcome, rows, output=str(root), titles=titles, unscored=("tuned",))

@@ -1,7 +1,7 @@
 """Options of the pipeline SFT, then DPO: one YAML file with a section for each stage, and what is left to do.
 
-Keys at the top level are meant for both stages, keys in a section for that stage only. What the stages pass on is
-stated once: BASE and INSTRUCT belong to the SFT stage, the DPO stage finds them in the manifest of its folder.
+Keys at the top level are meant for both stages, keys in a section for that stage only. What the stages share is
+given once: BASE and INSTRUCT belong to the SFT stage; the DPO stage finds them in the manifest of its folder.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from ..training.preflight import GRAFTED_FOLDER
 from .options import Options, UnknownKeysError, names_model, parse, read_yaml
 
 STAGES = ("sft", "dpo")
-"""Stages of the pipeline in their order; also the names of their sections and folders."""
+"""Stages of the pipeline in order; also the names of their sections and folders."""
 
 ORIGIN_KEYS = (
     "model_name_or_path",
@@ -30,7 +30,7 @@ ORIGIN_KEYS = (
     "base_model",
     "base_revision",
 )
-"""Keys that at the top level are for the SFT stage alone: the DPO stage reads them from its manifest."""
+"""Keys that, at the top level, are for the SFT stage alone: the DPO stage reads them from its manifest."""
 
 TOP_KEYS = ("output_dir", "score_rows", "score_batch_size", "score_max_new_tokens", "score_dtype", "torch_threads")
 """Keys of the whole pipeline, which no section may have."""
@@ -38,12 +38,12 @@ TOP_KEYS = ("output_dir", "score_rows", "score_batch_size", "score_max_new_token
 
 @dataclass(frozen=True)
 class Plan:
-    """What a pipeline is given, and what of it is left to do.
+    """The options of a pipeline, and what is left to do.
 
     Args:
-        stages: the selected stages, in their order.
+        stages: the selected stages, in order.
         options: options of each stage that has any, selected or not.
-        output: folder of the pipeline; None where it gets a new one.
+        output: folder of the pipeline; None if it gets a new one.
         left: for each selected stage that is not done, the checkpoint it resumes from, or None.
 
     """
@@ -55,7 +55,7 @@ class Plan:
 
 
 def read_plan(argv: Sequence[str], default_config: str | Path | None = None) -> Plan:
-    """Read the options of the pipeline and look which of its stages are done.
+    """Read the options of the pipeline and find out which of its stages are done.
 
     Args:
         argv: `--config FILE`, `--stages sft,dpo`, and overrides: `--sft.KEY VALUE` and `--dpo.KEY VALUE` for one stage,
@@ -149,7 +149,7 @@ def _route(argv: Sequence[str]) -> _CommandLine:
 
 
 def _stages(given: str | None) -> tuple[str, ...]:
-    """Return the selected stages in their order; all where none was named."""
+    """Return the selected stages in order; all if none was named."""
     names = [name.strip() for name in given.split(",")] if given is not None else list(STAGES)
     unknown = [repr(name) for name in names if name not in STAGES]
     if unknown:
@@ -196,7 +196,7 @@ def _check_section(stage: str, keys: Sequence[str] | Mapping[str, Any]) -> None:
     if misplaced:
         raise ConfigError(
             f"{', '.join(misplaced)} in {stage} belongs to the whole pipeline: give it at the top level of the "
-            "configuration, on the command line without the name of a stage. Nothing was written."
+            "configuration, or on the command line without the name of a stage. Nothing was written."
         )
     if stage == "dpo" and "model_name_or_path" in keys:
         raise ConfigError(
@@ -206,7 +206,7 @@ def _check_section(stage: str, keys: Sequence[str] | Mapping[str, Any]) -> None:
 
 
 def _check_together(stages: Sequence[str], options: Mapping[str, Options]) -> None:
-    """Refuse what cannot go together in a pipeline."""
+    """Refuse options that cannot be combined in a pipeline."""
     for stage, one in options.items():
         faults = {
             "compare_direct": one.recipe.compare_direct,
@@ -232,7 +232,7 @@ def _check_together(stages: Sequence[str], options: Mapping[str, Options]) -> No
         values = [getattr(one.training, name) for one in (sft, dpo)]
         if values[0] != values[1] and len(stages) > 1:
             raise ConfigError(
-                f"{name} differs: {values[0]} in sft, {values[1]} in dpo. One process has one; give it at the top "
+                f"{name} differs: {values[0]} in sft, {values[1]} in dpo. One process has only one; give it at the top "
                 "level (bf16, fp16, use_cpu), or run the stages one by one with --stages. Nothing was written."
             )
     if dpo.recipe.merge_adapter:
@@ -268,7 +268,7 @@ def _left(stages: Sequence[str], options: Mapping[str, Options], output: Path | 
         raise InputError(f"--stages dpo starts from {first}, which holds no run with its graft. Nothing was written.")
     if not done and second.is_dir() and any(second.iterdir()):
         raise OutputExistsError(
-            f"{second} holds something, but the SFT stage before it is not done: it would not belong to the new one. "
+            f"{second} is not empty, but the SFT stage before it is not done: it would not belong to the new one. "
             f"Remove {second}, or choose another output_dir. Nothing was written."
         )
     return {stage: last_checkpoint(output / stage) for stage in stages if not is_done(output / stage)}
@@ -277,7 +277,7 @@ def _left(stages: Sequence[str], options: Mapping[str, Options], output: Path | 
 def _check_models(folder: Path, options: Mapping[str, Options]) -> None:
     """Check that the SFT stage in `folder` was run on the models that the configuration names.
 
-    A folder that has another name from here, but the same weights, is passed to the DPO stage under this name.
+    A folder with the same weights under another name is passed to the DPO stage under that name.
     """
     manifest = read_manifest(folder) or {}
     given = {"base": options["sft"].model.model_name_or_path, "instruct": options["sft"].training.instruct_model}

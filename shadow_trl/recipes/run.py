@@ -24,10 +24,11 @@ from trl import DPOTrainer, SFTTrainer, get_peft_config, get_quantization_config
 from ..errors import ConfigError, InputError, OutputExistsError, ShadowError
 from ..evaluation.report import RunReport
 from ..evaluation.scoring import read_rows
-from ..runtime.processes import run_on_main
+from ..runtime.processes import run_on_main, say
 from ..training.origins import Origins
+from ..training.preflight import GRAFTED_FOLDER
 from ..training.trainers import ShadowDPOTrainer, ShadowSFTTrainer
-from .compare import DIRECT_FOLDER, Outcome, make_report
+from .compare import Outcome, make_report
 from .data import load_data
 from .options import Options, parse
 
@@ -35,6 +36,7 @@ TRAINERS: dict[str, tuple[Any, Any]] = {"sft": (ShadowSFTTrainer, SFTTrainer), "
 """For each kind of recipe the Shadow trainer and TRL's own, which tunes INSTRUCT directly."""
 
 OUTPUTS_FOLDER = "outputs"
+DIRECT_FOLDER = "direct"
 
 
 def main_sft(argv: Sequence[str] | None = None, *, default_config: str | Path | None = None) -> int:
@@ -52,12 +54,12 @@ def _main(kind: str, argv: Sequence[str] | None, default_config: str | Path | No
 
 
 def exit_code(work: Callable[[], RunReport | None]) -> int:
-    """Print the report that `work` returns and return 0; print what ended it, if that was our error, and its code."""
+    """Print the report that `work` returns and return 0; print an error of ours and return its exit code."""
     rank = int(os.environ.get("RANK", "0"))
     try:
         report = work()
     except ShadowError as error:
-        # Every process says what ended it: the launcher shows one of them, and it need not be the first.
+        # Every process reports its error: the launcher shows one of them, and not necessarily the first.
         print(f"{f'[process {rank}] ' if rank else ''}{type(error).__name__}: {error}", file=sys.stderr, flush=True)
         return error.exit_code
     if report is not None:
@@ -71,13 +73,13 @@ def run(kind: str, argv: Sequence[str], default_config: str | Path | None = None
     Args:
         kind: "sft" or "dpo".
         argv: options as for `accelerate launch recipes/shadow_dpo.py`, without the program's name.
-        default_config: YAML file that is used when `argv` names neither `--config` nor `--model_name_or_path`.
+        default_config: YAML file used when `argv` names neither `--config` nor `--model_name_or_path`.
 
     Returns:
         The report, on the main process; None on every other.
 
     Raises:
-        InputError: options, data or models cannot be worked with; nothing was written.
+        InputError: the options, data or models are not usable; nothing was written.
         GraftError: the graft failed after training; the tuned BASE is saved.
 
     """
@@ -85,32 +87,22 @@ def run(kind: str, argv: Sequence[str], default_config: str | Path | None = None
     recipe = options.recipe
     if recipe.merge_adapter:
         raise ConfigError(
-            "merge_adapter is for the DPO stage of recipes/shadow_sft_dpo.py. Here, merge the adapter yourself "
+            "merge_adapter belongs to the DPO stage of recipes/shadow_sft_dpo.py. Here, merge the adapter yourself "
             "(PeftModel.merge_and_unload, then save_pretrained) and name BASE with base_model. Nothing was written."
         )
     if recipe.torch_threads is not None:
         torch.set_num_threads(recipe.torch_threads)
     rows = read_rows(recipe.score_rows) if recipe.score_rows else None
-    data = load_data(options.script, options.training, train_rows=recipe.train_rows)
+    data = load_data(options)
     set_model_options(options)
     state = PartialState()
     with _run_folder(kind, options, state):
         outcome = train_stage(kind, options, data)
-    is_main = state.is_main_process
-    state.wait_for_everyone()
-    # Nothing below needs the other processes: they end here, and no barrier can time out while the main one scores.
-    end_processes(state)
-    if not is_main:
-        return None
-    if rows:
-        say(f"Scoring the models on {len(rows)} rows of {recipe.score_rows}")
-    report = make_report(options, outcome, rows)
-    report.write(options.training.output_dir)
-    return report
+    return make_report(options, outcome, rows, output=options.training.output_dir) if main_remains(state) else None
 
 
 def train_stage(kind: str, options: Options, data: dict[str, Any]) -> Outcome:
-    """Train BASE and graft; then tune INSTRUCT directly where that was asked for.
+    """Train BASE and graft; then tune INSTRUCT directly if asked to.
 
     Args:
         kind: "sft" or "dpo".
@@ -118,36 +110,41 @@ def train_stage(kind: str, options: Options, data: dict[str, Any]) -> Outcome:
         data: keyword arguments of the trainer, as `load_data` returns them.
     """
     training, compare = options.training, options.recipe.compare_direct
-    # Taken before the first trainer: what that changes in its arguments is not to leak into the second run.
+    # Copied before the first trainer, so that its changes to the arguments do not leak into the second run.
     direct_args = _direct_args(training)
     trainer = _shadow_trainer(kind, options, data)
     origins = trainer.origins
     if origins.instruct is None and (compare or options.recipe.score_rows):
-        raise ConfigError("compare_direct and score_rows need instruct_model, which no one named. Nothing was written.")
+        raise ConfigError("compare_direct and score_rows need an instruct_model. Nothing was written.")
     say(f"Tuning BASE {origins.base}" + (f", then grafting onto {origins.instruct}" if training.graft else ""))
     seconds = {"train and graft": _timed(lambda: trainer.train(_resume_point(training)))}
     if not training.graft:
         trainer.save_model()
-    outcome = Outcome(origins, trainer.graft_report, seconds)
     _free(trainer)
     if compare:
         if kind == "dpo":
-            # What the Shadow run decided about computing the reference beforehand holds for the direct run too.
+            # The direct run precomputes the reference if the Shadow run does.
             direct_args.precompute_ref_log_probs = bool(trainer.args.precompute_ref_log_probs)
         _set_revision(direct_args, origins.instruct_revision)
         say(f"Tuning INSTRUCT {origins.instruct} directly, with the same data and settings")
         seconds["tune INSTRUCT directly"] = _timed(lambda: _train_direct(kind, options, origins, direct_args, data))
-    return outcome
+    models = {
+        "instruct": origins.instruct,
+        "direct": direct_args.output_dir if compare else None,
+        "tuned": training.output_dir,
+        "grafted": str(Path(training.output_dir) / GRAFTED_FOLDER) if training.graft else None,
+    }
+    return Outcome(origins, {name: source for name, source in models.items() if source is not None}, seconds)
 
 
 def _resume_point(training: Any) -> str | bool | None:
-    """Return the checkpoint to go on from: a folder, True for the last one in `output_dir`, or None."""
+    """Return the checkpoint to resume from: a folder, True for the last one in `output_dir`, or None."""
     given = training.resume_from_checkpoint
     return str(given).lower() == "true" or (given or None)
 
 
 def set_model_options(options: Options) -> None:
-    """Put TRL's model arguments into `model_init_kwargs`; what has TRL's default stays with the trainer."""
+    """Put TRL's model arguments into `model_init_kwargs`; values that are TRL's defaults are left to the trainer."""
     model, training = options.model, options.training
     revision = model.model_revision if model.model_revision != "main" else None
     if revision is None and training.base_model is None:
@@ -164,7 +161,7 @@ def set_model_options(options: Options) -> None:
 
 @contextmanager
 def _run_folder(kind: str, options: Options, state: PartialState) -> Iterator[None]:
-    """Give the run a folder of its own unless `output_dir` was given; take it away again when the input was bad."""
+    """Give the run its own folder unless `output_dir` was given; remove it again if the input was bad."""
     training = options.training
     if options.output_given:
         direct = Path(training.output_dir) / DIRECT_FOLDER
@@ -181,13 +178,13 @@ def _run_folder(kind: str, options: Options, state: PartialState) -> Iterator[No
 
 @contextmanager
 def own_folder(name: str, state: PartialState) -> Iterator[str]:
-    """Make a new folder for a run below `outputs/`; take it away again when the run fails before it wrote anything."""
+    """Make a new folder for a run below `outputs/`; remove it again if the run fails before writing anything."""
     folder = Path(run_on_main(state, lambda: _claim_folder(name), what="making the run's folder"))
     try:
         yield str(folder)
     except BaseException:
         if state.is_main_process:
-            with suppress(OSError):  # a folder that holds something stays
+            with suppress(OSError):  # a folder that is not empty stays
                 folder.rmdir()
                 folder.parent.rmdir()
         raise
@@ -202,7 +199,7 @@ def _claim_folder(name: str) -> str:
         try:
             folder.mkdir(parents=True)
         except FileExistsError:
-            number += 1  # another run began in the same second
+            number += 1  # another run started in the same second
         except OSError as reason:
             raise InputError(f"cannot make the run's folder {folder}: {reason}. Pass --output_dir.") from reason
         else:
@@ -210,7 +207,7 @@ def _claim_folder(name: str) -> str:
 
 
 def _shadow_trainer(kind: str, options: Options, data: dict[str, Any]) -> Any:
-    """Build the Shadow trainer, which makes every check that can be made before training."""
+    """Build the Shadow trainer, which runs every check that is possible before training."""
     try:
         trainer = TRAINERS[kind][0](
             model=options.model.model_name_or_path,
@@ -221,8 +218,8 @@ def _shadow_trainer(kind: str, options: Options, data: dict[str, Any]) -> Any:
         )
     except ShadowError:
         raise
-    except ValueError as reason:  # TRL's word for options and data that do not go together
-        raise ConfigError(f"the trainer refuses this run: {reason} Nothing was written.") from reason
+    except ValueError as reason:  # what TRL raises for options and data that do not fit together
+        raise ConfigError(f"the trainer rejected this run: {reason} Nothing was written.") from reason
     return _ignore_bias_buffers(trainer, options)
 
 
@@ -234,13 +231,13 @@ def _direct_args(training: Any) -> Any:
 
 
 def _set_revision(args: Any, revision: str | None) -> None:
-    """Let `model_init_kwargs` name INSTRUCT's revision in place of BASE's."""
+    """Put INSTRUCT's revision into `model_init_kwargs` in place of BASE's."""
     kwargs = {name: value for name, value in (args.model_init_kwargs or {}).items() if name != "revision"}
     args.model_init_kwargs = {**kwargs, "revision": revision} if revision is not None else kwargs or None
 
 
 def _train_direct(kind: str, options: Options, origins: Origins, args: Any, data: dict[str, Any]) -> None:
-    """Tune INSTRUCT itself with TRL's own trainer and save it; in DPO its reference is its own start, TRL's default."""
+    """Tune INSTRUCT itself with TRL's own trainer and save it; the reference of DPO is the start, TRL's default."""
     trainer = TRAINERS[kind][1](
         model=origins.instruct,
         args=args,
@@ -254,7 +251,7 @@ def _train_direct(kind: str, options: Options, origins: Origins, args: Any, data
 
 
 def _ignore_bias_buffers(trainer: Any, options: Options) -> Any:
-    """Keep boolean buffers out of DDP's broadcasts where TRL's option of that name asks for it."""
+    """Keep boolean buffers out of DDP's broadcasts if TRL's option `ignore_bias_buffers` asks for it."""
     if options.script.ignore_bias_buffers:
         trainer.model._ddp_params_and_buffers_to_ignore = [
             name for name, buffer in trainer.model.named_buffers() if buffer.dtype == torch.bool
@@ -271,16 +268,16 @@ def _free(trainer: Any) -> None:
         torch.cuda.empty_cache()
 
 
-def end_processes(state: PartialState) -> None:
-    """Destroy the process group, if there is one: the processes go their own ways from here."""
+def main_remains(state: PartialState) -> bool:
+    """Destroy the process group, if there is one, and return whether this is the main process.
+
+    Nothing after training needs the other processes: they end, so no barrier can time out while the main one scores.
+    """
+    is_main = state.is_main_process
+    state.wait_for_everyone()
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         state.destroy_process_group()
-
-
-def say(text: str) -> None:
-    """Print a headline of the run, once for all processes."""
-    if PartialState().is_main_process:
-        print(f"\n== {text}", flush=True)
+    return is_main
 
 
 def _timed(work: Any) -> float:

@@ -1,4 +1,4 @@
-"""Work that one of several processes does for all of them."""
+"""What one of several processes does for all of them."""
 
 from __future__ import annotations
 
@@ -44,3 +44,11 @@ def run_on_main(accelerator: Accelerator | PartialState, work: Callable[[], _Res
     if outcome[1] is not None:
         raise GraftError(f"{what} failed on the main process: {outcome[1]}")
     return outcome[0]
+
+
+def say(text: str) -> None:
+    """Print a headline of the run, once for all processes."""
+    from accelerate import PartialState
+
+    if PartialState().is_main_process:
+        print(f"\n== {text}", flush=True)

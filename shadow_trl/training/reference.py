@@ -23,7 +23,7 @@ from ..grafting.options import GraftOptions
 from ..layouts.model_names import ModelNames
 from ..operations.graft import graft
 from ..runtime.processes import run_on_main
-from .loading import Loading, is_adapted
+from .loading import Loading
 from .origins import require_base, require_instruct
 from .start import Start
 
@@ -127,9 +127,7 @@ def _write_graft_of_start(start: Start) -> str:
         tuned = origins.adapter or with_revision(origins.policy or "", origins.policy_revision)
         if start.in_memory:
             tuned = f"{folder}/start"
-            # TRL's frozen copy of the adapter may be there already.
-            selected = {"selected_adapters": ["default"]} if is_adapted(start.model) else {}
-            start.model.save_pretrained(tuned, **selected)
+            start.model.save_pretrained(tuned)
         graft(
             base=start.base,
             instruct=start.instruct,

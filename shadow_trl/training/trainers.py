@@ -39,6 +39,7 @@ class ShadowDPOTrainer(ShadowMixin, DPOTrainer):
 
     _config_class = ShadowDPOConfig
     _reference: Reference | None
+    _graft_of_object: PreTrainedModel | None
     _tag_names: ClassVar[list[str]] = [*DPOTrainer._tag_names, "shadow-ft"]  # type: ignore[misc]
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -47,6 +48,7 @@ class ShadowDPOTrainer(ShadowMixin, DPOTrainer):
             self._initialising: ExitStack | None = scope
             super().__init__(*args, **kwargs)
         self._initialising = None
+        self._graft_of_object = None
         if self._reference is not None:
             drop_reference_adapter(self.model)
 
@@ -57,6 +59,9 @@ class ShadowDPOTrainer(ShadowMixin, DPOTrainer):
         # In full fine-tuning TRL loads the start by its name, which an object may have left behind.
         by_name = self._reference is None and not (start.is_free and start.adapter is None)
         decide_precompute(config, given, preferred=not by_name and given.get("ref_model") is None)
+        # What an object holds is known from the object alone, until an adapter or training changes it.
+        of_object = self._reference is not None and self._reference.grafted and start.in_memory
+        self._graft_of_object = graft_of_start(start) if of_object else None
         if self._reference is not None and not config.precompute_ref_log_probs:
             given["ref_model"] = self._load_reference()
 
@@ -65,13 +70,15 @@ class ShadowDPOTrainer(ShadowMixin, DPOTrainer):
         if not self._reference.grafted:
             source, revision = self._reference.source, self._reference.revision
             return load_reference(source, loading=self._start.loading, revision=revision)
-        # What an object holds is known from the object alone, and only until training changes it.
-        if self._start.in_memory and self._initialising is None:
+        if not self._start.in_memory:
+            return graft_of_start(self._start)
+        model, self._graft_of_object = self._graft_of_object, None
+        if model is None:
             raise ConfigError(
                 "the graft of the start is no longer known: the model was given as an object, which training has "
                 "changed. Give this data as eval_dataset to the trainer, or save the start and pass model=folder."
             )
-        return graft_of_start(self._start)
+        return model
 
     def _hold_reference(self, scope: ExitStack) -> None:
         """Load the reference; it is released when `scope` ends."""

@@ -292,3 +292,8 @@ def test_a_shared_head_takes_no_product_wherever_the_config_says_that_it_is_shar
     factors = {f"base_model.model.lm_head.lora_{side}.weight": torch.ones(2, 2) for side in "AB"}
     save_file(factors, adapter / "adapter_model.safetensors", metadata={"format": "pt"})
     assert [streams(Checkpoint.open(adapter), receiver) for receiver in (tied, untied, None)] == [False, True, True]
+
+
+def test_an_untie_without_effect_is_reported(sides, tmp_path):
+    report = run(sides, lora(tmp_path / "adapter"), tmp_path / "out", untie=True)
+    assert [text for text in report.warnings if "untie changes nothing" in text]

@@ -1,4 +1,4 @@
-"""The end-of-run table: cells, goals and their errors by hand, and the same figures as JSON."""
+"""The end-of-run report: cells, differences and their errors by hand, and the same figures as JSON."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from shadow_trl.evaluation.report import Arm, RunReport, goals
+from shadow_trl.evaluation.report import Arm, RunReport
 from shadow_trl.evaluation.scoring import Scores
 
 
@@ -31,7 +31,7 @@ def report(grafted: Scores, direct: Scores | None = None) -> RunReport:
     return RunReport(arms, output="out", graft=GRAFT, rows="test.jsonl", seconds={"score": 1.5})
 
 
-def test_the_whole_text_of_a_run_that_reached_its_goals() -> None:
+def test_the_whole_text_of_a_run() -> None:
     text = report(scores(18, 14, 18), direct=scores(19, 4, 14)).text()
     assert text == "\n".join(
         [
@@ -45,6 +45,14 @@ def test_the_whole_text_of_a_run_that_reached_its_goals() -> None:
             "---------------------------------------------------",
             "standard error, at most     8.9    10.2  10.2   4.9",
             "",
+            # Against INSTRUCT two of 20 rows won: sqrt((0.1 - 0.01) / 20) = 6.7 points; one lost: 4.9 points.
+            "grafted INSTRUCT minus        target        t_rule         rule         mean",
+            "----------------------------------------------------------------------------",
+            "INSTRUCT untouched       +10.0 ± 6.7    -5.0 ± 4.9   +0.0 ± 0.0   +1.7 ± 2.8",
+            "INSTRUCT tuned directly   -5.0 ± 4.9  +50.0 ± 11.2  +20.0 ± 8.9  +21.7 ± 5.0",
+            "tuned BASE                -5.0 ± 4.9  +60.0 ± 11.0  +75.0 ± 9.7  +43.3 ± 5.1",
+            "(percentage points ± standard error over the same rows)",
+            "",
             "pair   sigma 2.50 %: sum|BASE - INSTRUCT| / (sum|BASE| + sum|INSTRUCT|)",
             "delta  norm 2; sum|delta| is 0.25 times sum|BASE - INSTRUCT|",
             "       99.0 % of it realised in bfloat16, with rounding noise of 5.0 % of its norm",
@@ -52,48 +60,30 @@ def test_the_whole_text_of_a_run_that_reached_its_goals() -> None:
             "result out/grafted  (grafted INSTRUCT)",
             "tuned  out  (tuned BASE)",
             "direct out/direct  (INSTRUCT tuned directly)",
-            "",
-            "The goal of this run was reached.",
-            # Two of 20 rows won, none lost: sqrt((0.1 - 0.01) / 20) = 6.7 points.
-            "  reached: the graft is at least as good as INSTRUCT on the target: 90.0 against 80.0 %, +10.0 points "
-            "(standard error 6.7; within the sampling error)",
-            # t_rule 10 of 20 won: variance 0.25 / 20; rule 4 of 20: 0.16 / 20; sqrt(sum) / 2 = 7.2 points.
-            "  reached: it loses less under rules than direct tuning: 80.0 against 45.0 %, +35.0 points "
-            "(standard error 7.2)",
         ]
     )
 
 
-def test_goals_that_were_missed_are_said_to_be() -> None:
-    missed = report(scores(12, 3, 10), direct=scores(19, 4, 14))
-    text = missed.text()
-    assert "The goal of this run was not reached: 2 of 2 parts failed." in text
-    assert "NOT reached: the graft is at least as good as INSTRUCT on the target: 60.0 against 80.0 %, -20.0" in text
-    assert "NOT reached: it loses less under rules than direct tuning: 32.5 against 45.0 %, -12.5" in text
+def test_the_errors_of_the_differences_are_the_paired_ones() -> None:
+    made = report(scores(18, 14, 18), direct=scores(19, 4, 14))
+    (target, t_rule, rule, mean) = made.differences()["direct"]
+    # One of 20 rows lost, ten won, four won: the mean of d, and (mean of d^2 - its square) / 20.
+    assert target == pytest.approx((-0.05, math.sqrt((0.05 - 0.0025) / 20)))
+    assert t_rule == pytest.approx((0.5, math.sqrt((0.5 - 0.25) / 20)))
+    assert rule == pytest.approx((0.2, math.sqrt((0.2 - 0.04) / 20)))
+    assert mean == pytest.approx((0.65 / 3, math.sqrt((0.0475 + 0.25 + 0.16) / 20) / 3))
+    assert made.to_dict()["differences"]["direct"]["kinds"]["t_rule"] == {"difference": t_rule[0], "error": t_rule[1]}
+    assert list(made.differences()) == ["instruct", "direct", "tuned"]
 
 
-def test_equal_is_enough_on_the_target_but_not_under_rules() -> None:
-    same = scores(16, 15, 18)
-    target, rules = goals({"instruct": same, "grafted": same, "direct": same})
-    assert (target.reached, target.error) == (True, 0.0)
-    assert (rules.reached, rules.error) == (False, 0.0)
-    assert not target.within_error
+def test_only_what_was_measured_is_compared() -> None:
+    assert "direct" not in report(scores(18, 14, 18)).text()
+    without_graft = RunReport([Arm("instruct", "i", scores(16, 15, 18))], output="out")
+    assert without_graft.differences() == without_graft.to_dict()["differences"] == {}
+    assert "minus" not in without_graft.text()
 
 
-def test_error_of_the_goal_under_rules_is_the_paired_one() -> None:
-    (_, rules) = goals({"instruct": scores(0, 0, 0), "grafted": scores(0, 14, 18), "direct": scores(0, 4, 14)})
-    assert rules.error == pytest.approx(math.sqrt((0.5 - 0.25) / 20 + (0.2 - 0.04) / 20) / 2)
-
-
-def test_only_what_was_measured_is_judged() -> None:
-    without_direct = report(scores(18, 14, 18)).text()
-    assert "The part that was measured was reached." in without_direct
-    assert "direct" not in without_direct
-    other_kinds = Scores({"all": (True, False)})
-    assert goals({"instruct": other_kinds, "grafted": other_kinds, "direct": other_kinds}) == []
-
-
-def test_a_run_without_scores_or_graft_still_says_where_the_result_lies() -> None:
+def test_a_run_without_scores_or_graft_still_says_where_the_result_is() -> None:
     text = RunReport([Arm("tuned", "out")], output="out").text()
     assert text == "tuned  out  (tuned BASE)"
     adapter = {"sigma": None, "delta_norm": None, "realised": None, "noise": None, "dtype": "bfloat16"}
@@ -109,6 +99,6 @@ def test_json_has_the_same_figures(tmp_path: Path) -> None:
     assert figures["arms"]["grafted"]["scores"]["kinds"]["t_rule"]["share"] == 0.7
     assert figures["arms"]["direct"]["source"] == "out/direct"
     assert figures["graft"]["sigma"] == 0.025
-    assert [goal["reached"] for goal in figures["goals"]] == [True, True]
+    assert figures["differences"]["instruct"]["mean"]["difference"] == pytest.approx((2 - 1 + 0) / 60)
     assert figures["seconds"] == {"score": 1.5}
     assert figures["rows"] == "test.jsonl"

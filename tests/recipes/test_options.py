@@ -94,11 +94,11 @@ def test_an_option_of_the_other_recipe_is_unknown(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("key", "value", "words"),
     [
-        ("learning_rate", [1e-5], "learning_rate: .* is a list, wanted is float"),
-        ("per_device_train_batch_size", 2.5, "is a float, wanted is int"),
-        ("num_train_epochs", True, "is a bool, wanted is float"),
-        ("save_strategy", False, "is a bool.*quote it"),  # YAML reads an unquoted `no` as false
-        ("dataset_config", 405, "is a int.*quote it"),  # and an unquoted 0625 as an octal number
+        ("learning_rate", [1e-5], "learning_rate: .* has type list, expected float"),
+        ("per_device_train_batch_size", 2.5, "has type float, expected int"),
+        ("num_train_epochs", True, "has type bool, expected float"),
+        ("save_strategy", False, "has type bool.*quote it"),  # YAML reads an unquoted `no` as false
+        ("dataset_config", 405, "has type int.*quote it"),  # and an unquoted 0625 as an octal number
         ("compare_direct", "perhaps", "compare_direct"),
         ("learning_rate", "fast", "learning_rate"),
         ("lr_scheduler_type", "cosin", "cosin"),

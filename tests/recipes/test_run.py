@@ -67,7 +67,7 @@ def test_sft_leaves_the_run_the_graft_the_direct_model_and_the_report(
     assert report["arms"]["direct"]["scores"]["kinds"]["rule"]["rows"] == 3
     assert report["graft"]["delta_to_gap"] > 0
     assert set(report["seconds"]) == {"train and graft", "tune INSTRUCT directly", "score"}
-    assert len(report["goals"]) == 2
+    assert set(report["differences"]) == {"instruct", "direct", "tuned"}
 
 
 @pytest.mark.slow
@@ -147,7 +147,7 @@ def test_without_a_graft_tuned_is_saved_all_the_same(workspace: Path) -> None:
         ("dpo", ["--dataset_train_split", "validation"], "split train only"),
         ("sft", ["--model_name_or_path", "nothing"], "nothing"),
         ("dpo", ["--instruct_model", "nothing"], "nothing"),
-        ("dpo", ["--loss_type", "apo_zero", "--f_divergence_type", "forward_kl"], "the trainer refuses this run"),
+        ("dpo", ["--loss_type", "apo_zero", "--f_divergence_type", "forward_kl"], "the trainer rejected this run"),
         ("sft", ["--output_dir", "base"], "base"),
     ],
 )
@@ -214,7 +214,7 @@ def test_two_processes_make_one_run(workspace: Path) -> None:
     done = launch_two("--ref_policy", "grafted", *COMPARE)
     assert done.returncode == 0, done.stderr[-3000:]
     (run,) = made(workspace)
-    assert done.stdout.count("INSTRUCT untouched") == 1
+    assert done.stdout.count("exact match, %") == 1
     for name in ("report.json", "grafted/model.safetensors", "direct/model.safetensors"):
         assert (run / name).is_file()
 
@@ -238,4 +238,8 @@ def test_the_embedded_run_needs_no_argument(kind: str, tmp_path: Path) -> None:
     (run,) = (tmp_path / "outputs").iterdir()
     report = json.loads((run / "report.json").read_text())
     assert list(report["arms"]["grafted"]["scores"]["kinds"]) == ["target", "t_rule", "rule", "skill", "refuse"]
-    assert done.stdout.rstrip().splitlines()[-1].startswith(("  reached", "  NOT reached"))
+    judge = [sys.executable, str(ROOT / "data/goals.py"), str(run)]
+    judged = subprocess.run(judge, capture_output=True, text=True, timeout=60, check=False)
+    lines = judged.stdout.splitlines()
+    assert len(lines) == 2
+    assert judged.returncode == int("NOT reached" in judged.stdout), judged.stderr

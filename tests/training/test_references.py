@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import json
 import shutil
@@ -150,6 +151,46 @@ def test_start_changed_in_memory_is_the_reference(fp32_pair, tmp_path):
     # Against itself the margin of the first step is 0 and the loss log 2; against BASE on the disk they are not.
     assert trainer.state.log_history[0]["rewards/margins"] == pytest.approx(0, abs=1e-5)
     assert trainer.state.log_history[0]["loss"] == pytest.approx(0.693147, abs=1e-5)
+
+
+@pytest.mark.parametrize("precompute", [True, False], ids=["precomputed", "in memory"])
+def test_graft_of_an_object_that_gets_a_new_adapter(fp32_pair, tmp_path, precompute):
+    """PEFT puts its layers into the object itself: its graft is made before."""
+    model = AutoModelForCausalLM.from_pretrained(fp32_pair[0], dtype=torch.float32)
+    torch.manual_seed(5)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    base, instruct, start = weights(fp32_pair[0]), weights(fp32_pair[1]), model.state_dict()
+    by_hand = AutoModelForCausalLM.from_pretrained(fp32_pair[1], dtype=torch.float64)
+    grafted = {name: instruct[name] + (start[name].double() - base[name]) for name in base}
+    by_hand.load_state_dict(grafted, strict=False)
+    by_hand.tie_weights()
+    policy, tokenizer, rows = (
+        copy.deepcopy(model).double(),
+        AutoTokenizer.from_pretrained(fp32_pair[1]),
+        preference_data(4),
+    )
+    margins = [
+        sign * (log_probability(policy, tokenizer, row, answer) - log_probability(by_hand, tokenizer, row, answer))
+        for row in rows
+        for answer, sign in (("chosen", 1), ("rejected", -1))
+    ]
+    trainer = ShadowDPOTrainer(
+        model=model,
+        base_model=str(fp32_pair[0]),
+        instruct_model=str(fp32_pair[1]),
+        args=ShadowDPOConfig(
+            **settings(
+                tmp_path, ref_policy="grafted", precompute_ref_log_probs=precompute, graft=False, max_steps=1, beta=1.0
+            )
+        ),
+        train_dataset=rows,
+        peft_config=lora(),
+    )
+    trainer.train()
+    assert abs(sum(margins)) > 1e-3
+    assert trainer.state.log_history[0]["rewards/margins"] == pytest.approx(sum(margins) / 4, abs=1e-4)
 
 
 @pytest.mark.parametrize("with_lora", [False, True], ids=["full", "lora"])
