@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from . import __version__
-from .errors import ConfigError, ShadowError
+from .errors import ConfigError, ShadowError, ends_with
 from .grafting.options import DTYPES, declared
 from .runtime.startup import collector_paused
 
@@ -32,9 +32,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if arguments and arguments[0] in _RECIPES:
             return _recipe(arguments[0], arguments[1:])
-        options = _parser().parse_args(arguments)
-        run: Callable[[argparse.Namespace], int] = options.run
-        return run(options)
+        with ends_with("Nothing was written."):
+            options = _parser().parse_args(arguments)
+            run: Callable[[argparse.Namespace], int] = options.run
+            return run(options)
     except ShadowError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return error.exit_code
