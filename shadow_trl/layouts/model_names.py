@@ -14,7 +14,6 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from copy import deepcopy
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -42,14 +41,8 @@ class _Placed(NamedTuple):
     pattern: str | None
 
 
-@dataclass(frozen=True)
-class LinearModule:
-    """A linear module that an adapter can be on.
-
-    Args:
-        name: in memory.
-        transposed: whether its weight is stored as (in, out), as transformers' Conv1D does.
-    """
+class LinearModule(NamedTuple):
+    """A linear module by its name in memory, and whether its weight is stored as (in, out), as in Conv1D."""
 
     name: str
     transposed: bool
@@ -172,24 +165,6 @@ class ModelNames:
                 key = f"{prefix}.{key}" if place.startswith(f"{prefix}.") and not key.startswith(f"{prefix}.") else key
             placed.append(_Placed(name, key, place, pattern))
         return placed, rules
-
-
-def disk_names(checkpoint: Checkpoint, names: Iterable[str]) -> dict[str, str]:
-    """Return name -> on-disk name in `checkpoint` of the weights that transformers knows by `names`.
-
-    Args:
-        checkpoint: whose names are wanted.
-        names: in-memory names, as adapters have them, or names in an older spelling.
-
-    Returns:
-        an entry for each name that is a weight on disk, renamed at most; others are left out.
-
-    Raises:
-        PairMismatchError: transformers has no class for the checkpoint's config.
-    """
-    known = ModelNames(checkpoint)
-    on_disk, wanted = known.keys(checkpoint.specs), known.keys(names)
-    return {name: on_disk[key] for key, name in wanted.items() if key in on_disk}
 
 
 def _empty_model(checkpoint: Checkpoint) -> Any:
