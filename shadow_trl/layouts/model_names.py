@@ -32,6 +32,13 @@ SHARD_BYTES = 2 * 2**30
 """Size of the files of a normalised checkpoint; with one block of the model, the memory that normalising needs."""
 
 
+class LinearModule(NamedTuple):
+    """A linear module by its name in memory, and whether its weight is stored as (in, out), as in Conv1D."""
+
+    name: str
+    transposed: bool
+
+
 class _Placed(NamedTuple):
     """A weight on disk, its key, its name in memory, and the pattern of its converter where it is reshaped as well."""
 
@@ -39,13 +46,6 @@ class _Placed(NamedTuple):
     key: str
     place: str
     pattern: str | None
-
-
-class LinearModule(NamedTuple):
-    """A linear module by its name in memory, and whether its weight is stored as (in, out), as in Conv1D."""
-
-    name: str
-    transposed: bool
 
 
 class ModelNames:
