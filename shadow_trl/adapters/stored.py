@@ -126,7 +126,7 @@ def without_cast(merged: Checkpoint, start: Checkpoint, base: Checkpoint) -> Ite
     Args:
         merged: the full model of that run with the adapter merged, its changed weights in fp32 or wider.
         start: the full model of that run, in the dtype that it loaded BASE in.
-        base: as it lies.
+        base: as stored.
 
     Yields:
         name on disk and `merged + base - base in start's dtype`, where that is another value.
