@@ -6,12 +6,15 @@ The engine of a graft does the work, with zeros where INSTRUCT would be.
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from ..adapters.lora import base_model_of
 from ..checkpoints.checkpoint import Checkpoint, Place
@@ -30,8 +33,8 @@ from ..results.cards import write_delta_card
 from ..results.copied import copied_files, copy_files
 from ..results.folder import OutputFolder, check_free, check_place, check_space, recover
 from ..runtime.progress import Progress
-from .delta_lora import write_low_rank
 from .graft import check_finite
+from .truncate import truncated
 
 
 def extract_delta(
@@ -172,7 +175,13 @@ def _write_adapter(
     jobs = inputs.tuned.jobs(inputs.instruct, options, scratch)
     small = copied_files(inputs.instruct, adapter=True)
     with Digests(inputs.tuned.sides, [], options) as digests:
-        report = write_low_rank(jobs, inputs.instruct, part, target, options, rank, progress)
+        dtype = getattr(torch, options.dtype)
+        found = truncated(jobs, inputs.instruct, rank, target, dtype=dtype, progress=progress)
+        found.write(part, inputs.instruct)
+        report = DeltaReport(
+            target, "adapter", len(found.factors), options.dtype, delta_norm=math.sqrt(found.total), rank=rank,
+            kept=found.kept, modules=found.modules, lost=found.lost, warnings=found.warnings,
+        )  # fmt: skip
         shutil.rmtree(scratch, ignore_errors=True)
         _finish(part, inputs, report, options, sides=digests.collect(), small=small, left_out=jobs.left_out)
     return report

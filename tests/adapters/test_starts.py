@@ -164,7 +164,7 @@ def test_an_unknown_start_is_refused(pair, tmp_path):
 def test_starts_are_named_as_peft_compares_them():
     assert start_setting({"peft_type": "LORA", "init_lora_weights": "OLoRA"}) == "olora"
     assert kind_of({"peft_type": "LORA", "init_lora_weights": "OLoRA"}).subtracted
-    assert kind_of({"peft_type": "LORA", "init_lora_weights": "Gaussian"}).streams
+    assert not kind_of({"peft_type": "LORA", "init_lora_weights": "Gaussian"}).beyond
     assert [lost_start(start) for start in (True, False, "eva", "mica", "pissa", "olora")] == [None] * 6
     assert all(lost_start(start) for start in ("corda", "lora_ga", "loftq", "pissa_niter_4", "of_tomorrow"))
 
