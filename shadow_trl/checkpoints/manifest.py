@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
+import logging
 import os
 import re
 from collections.abc import Mapping
@@ -17,10 +18,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, InputError
 
 if TYPE_CHECKING:
     from .checkpoint import Checkpoint
+
+logger = logging.getLogger(__name__)
 
 MANIFEST_NAME = "shadow.json"
 FORMAT = 1
@@ -63,6 +66,10 @@ class Entry:
 
     def __str__(self) -> str:
         return f"{self.source}@{self.revision}" if self.revision else self.source
+
+    def recorded(self) -> dict[str, Any]:
+        """Return what a run writes of the side as it is now: of a local folder with digests of its weights."""
+        return vars(Entry.of(self.source, self.revision, weight_digests(self.source)))
 
     def find(self, home: Path, role: str) -> Entry:
         """Return the entry with the name under which the side is found now: from the current folder, else from `home`.
@@ -170,3 +177,67 @@ def file_digest(path: str | os.PathLike[str]) -> str:
         return f"sha256:{real.name}"
     with open(real, "rb") as file:
         return f"sha256:{hashlib.file_digest(file, 'sha256').hexdigest()}"
+
+
+def weight_digests(source: str) -> dict[str, str] | None:
+    """Return `{file name: digest}` of the weight files of a local folder, None for a hub id."""
+    folder = Path(source).expanduser()
+    if not folder.is_dir():
+        return None
+    return {path.name: file_digest(path) for path in sorted(folder.glob("*.safetensors"))}
+
+
+def from_manifest(role: str, manifest: Mapping[str, Any], folder: Path, given: Entry | None = None) -> Entry | None:
+    """Return the name and revision of `role`: what the user gave, else what the manifest of `folder` says.
+
+    Raises:
+        InputError: the manifest names a folder that is not to be found or has changed.
+    """
+    entry = Entry.read(manifest, role)
+    if given is not None:
+        if entry and str(given) != str(entry):
+            logger.warning("%s is %s as given; %s names %s.", role, given, folder / MANIFEST_NAME, entry)
+        return given
+    if entry is None:
+        return None
+    found = entry.find(folder, role)
+    changed = found.changed(Path(found.source))
+    if changed:
+        raise InputError(
+            f"{role} of the run in {folder} has changed since: {len(changed)} of {len(found.digests or {})} weight "
+            f"files of {found} are missing or differ ({', '.join(sorted(changed))}). The delta would be measured from "
+            f"other weights than the run started from. {way_out(role)}"
+        )
+    return Entry(found.source, found.revision)
+
+
+def stage_below(tuned: str | os.PathLike[str], base: str | None = None) -> tuple[str, str] | None:
+    """Return (start, base) of an adapter that was trained on the full model of an earlier run, else None.
+
+    Args:
+        tuned: folder of what was trained; a folder without a manifest, or a full model, is no such adapter.
+        base: BASE as the user named it; wins over the manifest.
+
+    Raises:
+        InputError: the manifest names a folder that is not to be found or has changed.
+    """
+    folder = Path(tuned)
+    manifest = read_manifest(folder) if (folder / "adapter_config.json").is_file() else None
+    if manifest is None or manifest["kind"] != "run" or Entry.read(manifest, "policy") == Entry.read(manifest, "base"):
+        return None
+    start = from_manifest("policy", manifest, folder)
+    return str(start), str(from_manifest("base", manifest, folder, Entry(base) if base else None))
+
+
+def adapter_base(config: Mapping[str, Any], folder: Path) -> Entry | None:
+    """Return the model under an adapter, found from the current folder or else from the adapter's.
+
+    Args:
+        config: content of `adapter_config.json`.
+        folder: of the adapter.
+
+    Returns:
+        its name and revision; None where the adapter names none.
+    """
+    name = config.get("base_model_name_or_path")
+    return Entry(str(name), config.get("revision")).find(folder, "base") if name else None
