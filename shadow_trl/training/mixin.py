@@ -20,6 +20,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl.trainer.utils import get_config_model_id
 
 from ..checkpoints.manifest import write_manifest
+from ..errors import ends_with
 from ..grafting.options import BASE_DTYPES
 from ..grafting.reports import GraftReport
 from ..operations.graft import check_graft, graft
@@ -71,6 +72,7 @@ class ShadowMixin(GraftedEvaluation):
     _name: ClassVar[str]
     args: Any
 
+    @ends_with("Nothing was written.")
     def __init__(
         self, *args: Any, instruct_model: str | None = None, base_model: str | None = None, **kwargs: Any
     ) -> None:
@@ -105,7 +107,8 @@ class ShadowMixin(GraftedEvaluation):
         given = inspect.signature(super().train).bind(*args, **kwargs).arguments
         in_search = given.get("trial") is not None
         if self.args.graft and not in_search:
-            check_free(self._grafted_folder, self.args.graft_overwrite)
+            with ends_with("Nothing was written."):
+                check_free(self._grafted_folder, self.args.graft_overwrite)
         if not in_search and (self.args.graft or not given.get("resume_from_checkpoint")):
             run_on_main(self.accelerator, self._begin, what="preparing the output folder")
         output = super().train(*args, **kwargs)
@@ -137,6 +140,7 @@ class ShadowMixin(GraftedEvaluation):
         instruct, base = str(self._start.instruct), str(self._start.base)
         self.accelerator.wait_for_everyone()
 
+        @ends_with(f"TUNED is in {tuned}.", instead=True)
         def write() -> GraftReport:
             return graft(
                 base=base,

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 from trl.trainer.utils import get_config_model_id
 
-from ..adapters.kinds import is_subtracted, start_setting
 from ..checkpoints.checkpoint import ADAPTER_CONFIG, Checkpoint, read_json
 from ..checkpoints.delta import refuse_deltas
 from ..checkpoints.manifest import Entry, adapter_base, from_manifest, read_manifest
@@ -216,11 +215,6 @@ class Start:
     def adapter_on_base(self) -> bool:
         """Whether an adapter is trained on BASE, not on the full model of an earlier run."""
         return self.adapter is not None and self.origins.policy == self.origins.base
-
-    @property
-    def adapter_changes_base(self) -> bool:
-        """Whether the model without its adapter is BASE less the adapter's start (PiSSA, OLoRA, ...)."""
-        return self.adapter is not None and is_subtracted(start_setting(self.adapter))
 
     @property
     def is_quantised(self) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -11,9 +10,10 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-import torch
 from accelerate.logging import get_logger
+from accelerate.utils.memory import clear_device_cache
 
+from ..adapters.kinds import is_subtracted, start_setting
 from ..adapters.lora import place_on, read_lora, streams
 from ..arithmetic.grafter import graft_low_rank
 from ..checkpoints.checkpoint import Checkpoint
@@ -53,7 +53,8 @@ class Reference:
         origins = start.origins
         if policy == "init" or (policy == "base" and start.is_raw_base):
             # TRL's reference is the model without its adapter: with PiSSA or OLoRA not what training starts from.
-            if start.adapter_changes_base and origins.adapter is None and origins.policy is not None:
+            subtracted = start.adapter is not None and is_subtracted(start_setting(start.adapter))
+            if subtracted and origins.adapter is None and origins.policy is not None:
                 return cls(origins.policy)
             return None
         if policy == "base":
@@ -174,9 +175,7 @@ def prepared(model: PreTrainedModel, accelerator: Accelerator) -> Iterator[PreTr
         # The accelerator keeps a list of every model it prepared; dropping one's own name alone frees nothing.
         accelerator._models = [kept for kept in accelerator._models if kept is not ready]
         del model, ready
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        clear_device_cache(garbage_collection=True)
 
 
 def decide_precompute(config: Any, given: Mapping[str, Any], *, preferred: bool) -> None:
@@ -218,7 +217,7 @@ def reference_key(model_hash: str, model: Any, args: DPOConfig) -> str:
     from datasets.fingerprint import Hasher
 
     adapters, bare = model.peft_config if is_adapted(model) else {}, bare_model(model)
-    settings = {name: _without_names(config.to_dict()) for name, config in adapters.items()}
+    settings = {name: {**config.to_dict(), "base_model_name_or_path": None} for name, config in adapters.items()}
     how = (args.ld_alpha, args.max_length, args.truncation_mode, args.bf16, args.fp16)
     return Hasher.hash((model_hash, type(bare).__name__, _settings(bare.config), settings, *how))
 
@@ -226,16 +225,9 @@ def reference_key(model_hash: str, model: Any, args: DPOConfig) -> str:
 def _settings(config: Any) -> list[Any]:
     """Return what a config and those inside it say, with the kernels of attention, which `to_dict` leaves out."""
     inside = [getattr(config, name, None) for name in config.sub_configs]
-    return [
-        {name: value for name, value in _without_names(config.to_dict()).items() if name not in config.sub_configs},
-        config._attn_implementation,
-        *(_settings(one) for one in inside if one is not None),
-    ]
-
-
-def _without_names(settings: dict[str, Any]) -> dict[str, Any]:
     # The graft of a start is loaded from a folder that has another name in every run.
-    return {name: value for name, value in settings.items() if name not in ("_name_or_path", "base_model_name_or_path")}
+    own = {**config.to_dict(), **dict.fromkeys(["_name_or_path", *config.sub_configs])}
+    return [own, config._attn_implementation, *(_settings(one) for one in inside if one is not None)]
 
 
 def shared_on_disk(dataset: Any, accelerator: Accelerator) -> Any:

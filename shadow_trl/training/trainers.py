@@ -28,8 +28,6 @@ from .reference import (
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["ShadowDPOTrainer", "ShadowMixin", "ShadowSFTTrainer"]
-
 
 class ShadowSFTTrainer(ShadowMixin, SFTTrainer):
     """TRL's `SFTTrainer` on BASE; `train()` ends with the graft onto INSTRUCT (Shadow-FT, 2505.12716, equation 2)."""
