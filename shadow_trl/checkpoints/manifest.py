@@ -1,8 +1,6 @@
-"""Provenance: `shadow.json` beside a run, a graft or a delta.
+"""Provenance: `shadow.json` says what a run and its checkpoints were trained from, or what a graft or delta is made of.
 
-Three kinds of manifest. `kind: run` lies in the folder that a Shadow trainer writes (and in its checkpoints) and says
-what was trained from what. `kind: graft` lies in the grafted folder and says what was added to what, with figures.
-`kind: delta` lies beside a delta on its own (`form: delta`) or a LoRA made from one (`form: adapter`).
+A manifest of kind `delta` is of form `delta`, or `adapter` for a LoRA made from one.
 """
 
 from __future__ import annotations
@@ -14,11 +12,13 @@ import logging
 import os
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import CheckpointError, InputError
+from .hub import Source
 
 if TYPE_CHECKING:
     from .checkpoint import Checkpoint
@@ -109,11 +109,11 @@ class Entry:
 def way_out(role: str) -> str:
     """Return what helps where the side that a manifest names for `role` is gone or has changed."""
     if role == "policy":
-        return "Restore it, or merge the adapter into the right model and start from that. Nothing was written."
-    return f"Restore it, or name it: --{role}, in training {role}_model=... Nothing was written."
+        return "Restore it, or merge the adapter into the right model and start from that."
+    return f"Restore it, or name it: --{role}, in training {role}_model=..."
 
 
-def read_manifest(folder: str | os.PathLike[str]) -> dict[str, Any] | None:
+def read_manifest(folder: Source) -> dict[str, Any] | None:
     """Return the manifest of `folder` as a dictionary, None where there is none.
 
     Raises:
@@ -139,7 +139,12 @@ def read_manifest(folder: str | os.PathLike[str]) -> dict[str, Any] | None:
     return content
 
 
-def write_manifest(folder: str | os.PathLike[str], content: Mapping[str, Any]) -> Path:
+def kind_found(manifest: Mapping[str, Any] | None) -> str:
+    """Return what a folder has instead of the manifest that was looked for, for messages."""
+    return f"its {MANIFEST_NAME} is of kind {manifest['kind']}" if manifest else f"it has no {MANIFEST_NAME}"
+
+
+def write_manifest(folder: Source, content: Mapping[str, Any]) -> Path:
     """Write `content` as the manifest of `folder`, whole or not at all; return its path.
 
     Args:
@@ -159,20 +164,15 @@ def versions() -> dict[str, str]:
     """Return the installed version of every package that can change the numbers, without importing any."""
     found = {}
     for package in _PACKAGES:
-        try:
+        with suppress(importlib.metadata.PackageNotFoundError):
             found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
     return found
 
 
-def file_digest(path: str | os.PathLike[str]) -> str:
-    """Return `sha256:<hex>` of a file; a large file of the hub cache is not read, its blob's name is the digest.
-
-    The hub cache stores each file under `blobs/<name>`: 64 hexadecimal digits are the SHA-256 of a large file. Names
-    of 40 digits (small files under git) are no SHA-256 and are not used.
-    """
+def file_digest(path: Source) -> str:
+    """Return `sha256:<hex>` of a file; a large file of the hub cache is not read, its blob's name is the digest."""
     real = Path(path).resolve()
+    # Names of 40 digits are those of small files under git, and no SHA-256.
     if real.parent.name == "blobs" and re.fullmatch(r"[0-9a-f]{64}", real.name):
         return f"sha256:{real.name}"
     with open(real, "rb") as file:
@@ -211,7 +211,7 @@ def from_manifest(role: str, manifest: Mapping[str, Any], folder: Path, given: E
     return Entry(found.source, found.revision)
 
 
-def stage_below(tuned: str | os.PathLike[str], base: str | None = None) -> tuple[str, str] | None:
+def stage_below(tuned: Source, base: str | None = None) -> tuple[str, str] | None:
     """Return (start, base) of an adapter that was trained on the full model of an earlier run, else None.
 
     Args:
@@ -230,14 +230,6 @@ def stage_below(tuned: str | os.PathLike[str], base: str | None = None) -> tuple
 
 
 def adapter_base(config: Mapping[str, Any], folder: Path) -> Entry | None:
-    """Return the model under an adapter, found from the current folder or else from the adapter's.
-
-    Args:
-        config: content of `adapter_config.json`.
-        folder: of the adapter.
-
-    Returns:
-        its name and revision; None where the adapter names none.
-    """
+    """Return the model that the `adapter_config.json` in `folder` names, found from here or there; None if none."""
     name = config.get("base_model_name_or_path")
     return Entry(str(name), config.get("revision")).find(folder, "base") if name else None
