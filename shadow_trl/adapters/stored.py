@@ -160,6 +160,12 @@ def _cast_of(base: Tensor, dtype: torch.dtype) -> Tensor:
     return base.double() - base.to(dtype).double()
 
 
+def may_change(adapter: Checkpoint) -> set[str]:
+    """Return every name that a weight under a tensor of the adapter can have in memory."""
+    paths = [_WRAPPED.sub("", name.removeprefix(PREFIX)).split(".") for name in adapter.specs]
+    return {".".join([*path[:end], "weight"]) for path in paths for end in range(1, len(path))}
+
+
 def module_of(key: str, known: set[str]) -> str | None:
     """Return the module of the plain model that a tensor of an adapter belongs to; None for one that all share."""
     parts = key.removeprefix(PREFIX).split(".")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Set
 from dataclasses import dataclass
 
 from ..checkpoints.checkpoint import Checkpoint, Place
@@ -42,7 +42,8 @@ class Sides:
         tuned: BASE after training, or a delta when there is no base.
         base: BASE before training, or None.
         ties: key of a head -> key of the embedding whose weight it may share.
-        ignores: says of a key that transformers drops it on load.
+        ignores: says of a key that transformers drops it on load by a rule of the architecture.
+        unknown: keys of BASE that the class of TUNED has no weight for.
     """
 
     instruct: Side
@@ -50,6 +51,7 @@ class Sides:
     base: Side | None
     ties: Mapping[str, str]
     ignores: Callable[[str], bool] = lambda key: False
+    unknown: Set[str] = frozenset()
 
     def __post_init__(self) -> None:
         self._partners: dict[str, list[str]] = {}
@@ -69,8 +71,15 @@ class Sides:
         return next((name for name in self._partners.get(key, ()) if name in side.names), None)
 
     def dropped(self, key: str) -> bool:
-        """Whether loading drops `key`, so that a trained checkpoint need not have it."""
-        return bool(COMPUTED_ON_LOAD.search(key)) or self.ignores(key)
+        """Whether loading drops `key`, so that a trained checkpoint need not have it.
+
+        What the class of TUNED does not know may be missing in TUNED; that TUNED or INSTRUCT alone has it is no such
+        case, for there somebody added a weight.
+        """
+        if COMPUTED_ON_LOAD.search(key) or self.ignores(key):
+            return True
+        there = self.base is not None and key in self.base.names
+        return key in self.unknown and there and key not in self.tuned.names
 
     def counts_rows(self, key: str) -> bool:
         """Whether the weight has one row for each token id."""

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..checkpoints.checkpoint import Checkpoint
 from ..errors import PairMismatchError, list_names
+from ..pair.architectures import is_text_class
 from ..results.folder import check_space
 from .matching import Side, Sides, embedding_ties, found_specs, left_out, mismatch_error, mismatches, side_rows
 from .ties import Tie, config_edits, decide
@@ -120,7 +121,7 @@ def resolve(
     from .model_names import ModelNames, normalise
 
     check_space(scratch, sum(spec.nbytes for role in layout.converts for spec in checkpoints[role].specs.values()))
-    names = ModelNames(instruct)
+    names = ModelNames(_named_by(checkpoints))
     like = None if "instruct" in layout.converts else list(instruct.specs)
     copies: dict[int, Checkpoint] = {}  # BASE may stand in for TUNED: one copy is enough
     for role in layout.converts:
@@ -146,7 +147,7 @@ def _plan(checkpoints: dict[str, Checkpoint], choices: Choices) -> Layout:
     from .model_names import ModelNames
 
     try:
-        names = ModelNames(checkpoints["instruct"])
+        names = ModelNames(_named_by(checkpoints))
     except PairMismatchError as error:
         raise mismatch_error(problems, str(error)) from error
     sides = _renamed(names, checkpoints, {})
@@ -154,7 +155,8 @@ def _plan(checkpoints: dict[str, Checkpoint], choices: Choices) -> Layout:
     if not problems:
         return _build("renamed", sides, choices)
     failures = []
-    for like in (list(checkpoints["instruct"].specs), None):
+    whole = _named_by(checkpoints) is checkpoints["instruct"]
+    for like in (list(checkpoints["instruct"].specs), None) if whole else (list(checkpoints["instruct"].specs),):
         try:
             converted = _conversions(names, checkpoints, like)
             sides = _renamed(names, checkpoints, converted)
@@ -166,6 +168,12 @@ def _plan(checkpoints: dict[str, Checkpoint], choices: Choices) -> Layout:
             notices = [_notice_of(role, checkpoints[role], like) for role in sorted(converted)]
             return replace(layout, converts=tuple(sorted(converted)), warnings=[*layout.warnings, *notices])
     raise mismatch_error(problems, "\n".join(dict.fromkeys(failures)))
+
+
+def _named_by(checkpoints: dict[str, Checkpoint]) -> Checkpoint:
+    """Return the checkpoint whose class names the weights: INSTRUCT, or TUNED where it is the text-only class of it."""
+    tuned, instruct = checkpoints["tuned"], checkpoints["instruct"]
+    return tuned if is_text_class(tuned.config, instruct.config) else instruct
 
 
 def _notice_of(role: str, checkpoint: Checkpoint, like: list[str] | None) -> str:
@@ -197,7 +205,8 @@ def _renamed(names: ModelNames, checkpoints: dict[str, Checkpoint], converted: d
         of_name = {name: key for key, name in names.keys(specs).items()}
         keys = {of_name[name]: name for name in specs}
         made[role] = Side(role, checkpoint, keys, {k: specs[n] for k, n in keys.items()}, role not in converted)
-    return Sides(made["instruct"], made["tuned"], made.get("base"), names.ties, names.ignores)
+    unknown = names.unknown(made["base"].names.values()) if "base" in made else frozenset()
+    return Sides(made["instruct"], made["tuned"], made.get("base"), names.ties, names.ignores, unknown)
 
 
 def _build(tier: str, sides: Sides, choices: Choices) -> Layout:
@@ -274,8 +283,8 @@ def _notices(sides: Sides, plans: Iterable[WeightPlan], choices: Choices) -> lis
     unmatched = [plan.name for plan in plans if plan.copied and choices.wanted(plan.name)]
     if unmatched:
         notices.append(
-            f"{len(unmatched)} weights of instruct are copied: they are whole numbers, or buffers and extra parts that "
-            f"transformers does not load.\n{list_names(unmatched)}"
+            f"{len(unmatched)} weights of instruct are copied: they are whole numbers, or buffers and parts that the "
+            f"model that was trained does not have.\n{list_names(unmatched)}"
         )
     partial = [plan for plan in plans if plan.rows is not None]
     if partial:

@@ -82,7 +82,7 @@ def compare_trained(
     if sizes := {**other_class, **_sizes(base, tuned)}:
         findings.errors.append(
             f"{_settings(sizes)} of config.json: tuned is another network than base.\n"
-            f"{_listed(sizes, ('base', 'tuned'))}\nGive what was trained from this base, or the base it was trained from."
+            f"{_listed(sizes, ('base', 'tuned'))}\nGive the base that tuned was trained from."
         )
     known = {key: values[0] for key, values in _behaviour(base, instruct).items()}
     found = _behaviour(tuned, instruct)

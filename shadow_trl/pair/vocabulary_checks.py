@@ -132,7 +132,7 @@ def compare_trained_vocabulary(tuned: Vocabulary, instruct: Vocabulary, role: st
             way_out = f"The same ids mean other tokens in the grafted model. Train with {role}'s tokenizer."
             findings.errors.append(f"{text}\n{way_out}")
             return findings
-        findings.warnings.append(f"{text}\nThe grafted model has instruct's tokenizer: what only tuned's knows is lost.")
+        findings.warnings.append(f"{text}\nThe grafted model has instruct's tokenizer.")
     if other := _split_otherwise(tuned, instruct, roles):
         findings.warnings.append(
             f"{len(other)} of {len(PROBE_TEXTS)} probe texts become other token ids with the tokenizer of tuned "
