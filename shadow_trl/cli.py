@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from . import __version__
-from .errors import ConfigError, ShadowError
+from .errors import ConfigError, ShadowError, ends_with
 from .grafting.options import DTYPES, declared
 from .runtime.startup import collector_paused
 
@@ -32,7 +32,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if arguments and arguments[0] in _RECIPES:
             return _recipe(arguments[0], arguments[1:])
-        options = _parser().parse_args(arguments)
+        with ends_with("Nothing was written."):
+            options = _parser().parse_args(arguments)
         run: Callable[[argparse.Namespace], int] = options.run
         return run(options)
     except ShadowError as error:
@@ -176,13 +177,14 @@ def _graft(options: argparse.Namespace) -> int:
 
 
 def _gap(options: argparse.Namespace) -> int:
-    for path in (options.json, options.plot):
-        if path is not None and not path.absolute().parent.is_dir():
-            raise ConfigError(f"the folder of {path} does not exist.")
-    if options.plot is not None:
-        from .operations.gap_plot import require_matplotlib
+    with ends_with("Nothing was written."):
+        for path in (options.json, options.plot):
+            if path is not None and not path.absolute().parent.is_dir():
+                raise ConfigError(f"the folder of {path} does not exist.")
+        if options.plot is not None:
+            from .operations.gap_plot import require_matplotlib
 
-        require_matplotlib()
+            require_matplotlib()
     from .operations.gap import gap
 
     report = gap(options.base, options.instruct, options.tuned, progress=not options.quiet)

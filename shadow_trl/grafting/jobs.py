@@ -41,7 +41,7 @@ class WeightJob:
         name: name in the result.
         code: dtype in the result, in the words of safetensors.
         shape: its shape.
-        instruct: where INSTRUCT's weight lies.
+        instruct: where INSTRUCT's weight is.
         base, tuned: where the delta comes from; None where there is none.
         low_rank: the delta as a product, in the place of `tuned`.
         runs: ranges of elements that receive the delta, the others are copied; None for all.
@@ -76,7 +76,7 @@ class Jobs:
         config_edits: dotted key -> value to change in config.json.
         warnings: what the user should know.
         grafted: number of weights that receive a delta.
-        left_out: names of BASE and TUNED that land nowhere.
+        left_out: names of BASE and TUNED without a matching weight.
     """
 
     weights: list[WeightJob]
@@ -116,12 +116,12 @@ def full_jobs(
         from ..pair.token_rows import shared_rows
 
         rows = shared_rows(base, instruct)
-    layout, sides = resolve(
+    layout = resolve(
         None if is_delta else base, instruct, tuned, scratch=scratch, vocab=options.vocab, rows=rows,
         untie=options.untie, wanted=options.selector(),
     )  # fmt: skip
-    home = sides["instruct"]
-    origin = Zeros.like(sides["tuned"]) if is_delta else sides["base"]
+    home, learnt = layout.sides["instruct"], layout.sides["tuned"]
+    origin = Zeros.like(learnt) if is_delta else layout.sides["base"]
     names = [plan.name for plan in layout.weights]
     check_selection(options, [plan.name for plan in layout.weights if not plan.copied], names)
     if layout.converts and scratch is None:
@@ -131,18 +131,16 @@ def full_jobs(
         spec = home.specs[plan.instruct]
         job = WeightJob(plan.name, output_code(spec.code, options), spec.shape, Place(home, plan.instruct))
         if plan.tuned is not None:
-            end = Place(sides["tuned"], plan.tuned)
+            end = Place(learnt, plan.tuned)
             start = Place(origin, plan.base or plan.tuned, base.cast(end.spec))
             job = replace(job, base=start, tuned=end, runs=_runs(plan, spec.shape))
         weights.append(job)
     grafted = [job for job in weights if job.grafted]
-    edits, warnings = dict(layout.config_edits), list(layout.warnings)
-    warnings += [] if is_delta else _narrower(grafted)
-    if options.untie and not edits:
-        warnings.append("untie changes nothing: no head has a delta of its own on a tied embedding.")
+    warnings = layout.warnings if is_delta else [*layout.warnings, *_narrower(grafted)]
     return Jobs.of(
-        weights, home, options, config_edits=edits, warnings=warnings, grafted=len(grafted), left_out=layout.left_out
-    )
+        weights, home, options, config_edits=layout.config_edits, warnings=warnings, grafted=len(grafted),
+        left_out=layout.left_out,
+    )  # fmt: skip
 
 
 def check_rounding(jobs: Jobs, options: GraftOptions) -> None:

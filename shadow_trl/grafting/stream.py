@@ -13,13 +13,14 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..arithmetic.grafter import BLOCK, BlockGrafter, is_finite
 from ..arithmetic.sums import Sums
-from ..checkpoints.header import dtype_of
+from ..checkpoints.header import TORCH_NAMES, dtype_of
 from ..results.shard_writer import ShardWriter
 from ..runtime.threads import run_threads
 from .files import OutputFile
@@ -31,16 +32,29 @@ CHUNK = 4 * 2**20
 
 
 @dataclass
+class NotFinite:
+    """A weight with values that are infinite or not a number.
+
+    Args:
+        dtype: torch name of the dtype of the result.
+        sides: on which they are; empty where only the result overflows.
+    """
+
+    dtype: str
+    sides: list[str] = field(default_factory=list)
+
+
+@dataclass
 class Outcome:
     """What was measured.
 
     Args:
         sums: name of each weight -> its sums.
-        bad: name of each weight with values that are not finite -> the sides on which they are.
+        bad: name of each weight with values that are not finite -> where they are.
     """
 
     sums: dict[str, Sums] = field(default_factory=dict)
-    bad: dict[str, list[str]] = field(default_factory=dict)
+    bad: dict[str, NotFinite] = field(default_factory=dict)
 
 
 def stream(
@@ -135,8 +149,8 @@ class _Worker:
             if first >= last:
                 continue
             sums = Sums()
-            for start, stop, delta in blocks_of(job, first, last):
-                sums += self._block(job, start, stop, delta, begin + start * size - low)
+            for block in blocks_of(job, first, last):
+                sums += self._block(job, *block, begin + block.start * size - low)
             found.append((job.name, sums))
             for place in (job.instruct, job.base, job.tuned):
                 if place is not None:
@@ -158,7 +172,7 @@ class _Worker:
             if dtype.is_floating_point:
                 sums.finite = math.isfinite(out.sum()) or is_finite(out)
         if not sums.finite:
-            self._blame(job, out, start, stop, delta)
+            self._blame(job, start, stop, delta)
         if not whole:
             skip = max(-at, 0)
             room = min(nbytes - skip, CHUNK - max(at, 0))
@@ -198,7 +212,7 @@ class _Worker:
         left.release(first, last)
         return wanted, cached[1]
 
-    def _blame(self, job: WeightJob, out: Tensor, start: int, stop: int, delta: bool) -> None:
+    def _blame(self, job: WeightJob, start: int, stop: int, delta: bool) -> None:
         sides = []
         places = {"instruct": job.instruct, **({"base": job.base, "tuned": job.tuned} if delta else {})}
         for side, place in places.items():
@@ -208,14 +222,20 @@ class _Worker:
             if not is_finite(factor.checkpoint.tensor(factor.name)):
                 sides.append(f"tuned {factor.checkpoint}")
         with self.lock:
-            known = self.outcome.bad.setdefault(job.name, [])
-            known.extend(
-                side for side in sides or [f"result in {str(out.dtype).removeprefix('torch.')}"] if side not in known
-            )
+            known = self.outcome.bad.setdefault(job.name, NotFinite(TORCH_NAMES[job.code])).sides
+            known.extend(side for side in sides if side not in known)
 
 
-def blocks_of(job: WeightJob, first: int, last: int) -> Iterator[tuple[int, int, bool]]:
-    """Cut elements `first` to `last` into blocks: (start, stop, whether the delta is added)."""
+class Block(NamedTuple):
+    """Elements `start` to `stop` of a flattened weight; `grafted` says whether the delta is added to them."""
+
+    start: int
+    stop: int
+    grafted: bool
+
+
+def blocks_of(job: WeightJob, first: int, last: int) -> Iterator[Block]:
+    """Cut elements `first` to `last` of a weight into blocks, each grafted or copied as a whole."""
     runs = job.runs if job.runs is not None else ((0, last),)
     at = first
     for run_start, run_stop in runs if job.grafted else ():
@@ -223,14 +243,14 @@ def blocks_of(job: WeightJob, first: int, last: int) -> Iterator[tuple[int, int,
         if start >= stop:
             continue
         for low in range(at, start, BLOCK):
-            yield low, min(low + BLOCK, start), False
+            yield Block(low, min(low + BLOCK, start), False)
         at = start
         while at < stop:
             end = min(at + BLOCK, stop)
             if job.low_rank is not None and end < stop:  # whole rows, where a block has room for one
                 end = max(end // job.low_rank.columns * job.low_rank.columns, 0) or end
                 end = end if end > at else min(at + BLOCK, stop)
-            yield at, end, True
+            yield Block(at, end, True)
             at = end
     for low in range(at, last, BLOCK):
-        yield low, min(low + BLOCK, last), False
+        yield Block(low, min(low + BLOCK, last), False)

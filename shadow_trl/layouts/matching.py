@@ -97,7 +97,7 @@ class Problems:
         """Return the error that lists every name; `also` is one more line of explanation."""
         parts = [
             ("without a counterpart on another side", self.missing),
-            ("of base or tuned that would land nowhere on instruct", self.extra),
+            ("of base or tuned without a matching weight on instruct", self.extra),
             ("of different shapes", self.shapes),
             ("of whole numbers that training changed", self.kinds),
         ]
@@ -143,7 +143,7 @@ def mismatches(sides: Sides, wanted: Callable[[str], bool]) -> Problems:
 
 
 def unplaced(sides: Sides, wanted: Callable[[str], bool]) -> list[tuple[str, str]]:
-    """Return (role, name on disk) of the weights of BASE and TUNED that carry a delta which lands nowhere."""
+    """Return (role, name on disk) of the weights with a delta that have no match on INSTRUCT."""
     found = []
     for side in sides.trained:
         other = sides.base if side is sides.tuned else sides.tuned

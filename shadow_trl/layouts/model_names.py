@@ -14,8 +14,9 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from copy import deepcopy
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,6 +31,28 @@ LAYER = re.compile(r"(.*?\.\d+)\.")
 """The layer that a weight is in; few conversions reach over layers."""
 SHARD_BYTES = 2 * 2**30
 """Size of the files of a normalised checkpoint; with one block of the model, the memory that normalising needs."""
+
+
+class _Placed(NamedTuple):
+    """A weight on disk, its key, its name in memory, and the pattern of its converter where it is reshaped as well."""
+
+    name: str
+    key: str
+    place: str
+    pattern: str | None
+
+
+@dataclass(frozen=True)
+class LinearModule:
+    """A linear module that an adapter can be on.
+
+    Args:
+        name: in memory.
+        transposed: whether its weight is stored as (in, out), as transformers' Conv1D does.
+    """
+
+    name: str
+    transposed: bool
 
 
 class ModelNames:
@@ -68,26 +91,27 @@ class ModelNames:
             PairMismatchError: two names on disk are the same weight in memory.
         """
         keys: dict[str, str] = {}
-        for name, key, _, _ in self._placed(names)[0]:
-            if key in keys:
+        for at in self._placed(names)[0]:
+            if at.key in keys:
                 raise PairMismatchError(
-                    f"cannot graft: two weights of one checkpoint are the same weight in memory, {key}.\n"
-                    f"{list_names([keys[key], name])}\nRemove one of them from the checkpoint. Nothing was written."
+                    f"cannot graft: two weights of one checkpoint are the same weight in memory, {at.key}.\n"
+                    f"{list_names([keys[at.key], at.name])}\nRemove one of them from the checkpoint. "
+                    "Nothing was written."
                 )
-            keys[key] = name
+            keys[at.key] = at.name
         return keys
 
     def to_memory(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return on-disk `tensors` under the names and in the shapes of memory; meta tensors work too."""
         placed, rules = self._placed(tensors)
         converters = {p: rule for rule in rules if hasattr(rule, "operations") for p in rule.source_patterns}
-        memory = {place: tensors[name] for name, _, place, pattern in placed if pattern is None}
+        memory = {at.place: tensors[at.name] for at in placed if at.pattern is None}
         steps: dict[str, Any] = {}
-        for name, _, place, pattern in placed:
-            if pattern is not None:
-                if place not in steps:
-                    steps[place] = deepcopy(converters[pattern])
-                steps[place].add_tensor(place, name, pattern, tensors[name])
+        for at in placed:
+            if at.pattern is not None:
+                if at.place not in steps:
+                    steps[at.place] = deepcopy(converters[at.pattern])
+                steps[at.place].add_tensor(at.place, at.name, at.pattern, tensors[at.name])
         for place, step in steps.items():
             made = step.convert(place, model=self.model, config=self.model.config)
             memory.update({key: value[0] if isinstance(value, list) else value for key, value in made.items()})
@@ -104,15 +128,29 @@ class ModelNames:
         """Return the rules that loading a checkpoint with these on-disk names uses; for None (as in memory), none."""
         return [] if names is None else [rule for rule in self._placed(names)[1] if rule.was_used()]
 
+    def linear(self, names: Iterable[str]) -> dict[str, LinearModule]:
+        """Return on-disk name -> module of the weights that belong to a linear one, as PEFT tells by its class.
+
+        The router of a mixture and its fused experts look like one on disk.
+        """
+        from transformers.pytorch_utils import Conv1D
+
+        found = {
+            f"{name}.weight": LinearModule(name, isinstance(module, Conv1D))
+            for name, module in self.model.named_modules()
+            if isinstance(module, (torch.nn.Linear, Conv1D))
+        }
+        return {name: found[key] for key, name in self.keys(names).items() if key in found}
+
     def groups(self, names: Iterable[str]) -> dict[str, list[str]]:
         """Return in-memory name -> on-disk names of the weights that loading makes it of."""
         groups: dict[str, list[str]] = {}
-        for name, _, place, _ in self._placed(names)[0]:
-            groups.setdefault(place, []).append(name)
+        for at in self._placed(names)[0]:
+            groups.setdefault(at.place, []).append(at.name)
         return groups
 
-    def _placed(self, names: Iterable[str]) -> tuple[list[tuple[str, str, str, str | None]], list[Any]]:
-        """Return (name, key, place in memory, pattern of its converter) for each name, and the rules that were used.
+    def _placed(self, names: Iterable[str]) -> tuple[list[_Placed], list[Any]]:
+        """Return where each name goes, and the rules that were used.
 
         This follows the first steps of transformers' `convert_and_load_state_dict_in_model`.
         """
@@ -132,8 +170,26 @@ class ModelNames:
             if pattern is not None:
                 key = rename_source_key(name, renamings, [])[0]
                 key = f"{prefix}.{key}" if place.startswith(f"{prefix}.") and not key.startswith(f"{prefix}.") else key
-            placed.append((name, key, place, pattern))
+            placed.append(_Placed(name, key, place, pattern))
         return placed, rules
+
+
+def disk_names(checkpoint: Checkpoint, names: Iterable[str]) -> dict[str, str]:
+    """Return name -> on-disk name in `checkpoint` of the weights that transformers knows by `names`.
+
+    Args:
+        checkpoint: whose names are wanted.
+        names: in-memory names, as adapters have them, or names in an older spelling.
+
+    Returns:
+        an entry for each name that is a weight on disk, renamed at most; others are left out.
+
+    Raises:
+        PairMismatchError: transformers has no class for the checkpoint's config.
+    """
+    known = ModelNames(checkpoint)
+    on_disk, wanted = known.keys(checkpoint.specs), known.keys(names)
+    return {name: on_disk[key] for key, name in wanted.items() if key in on_disk}
 
 
 def _empty_model(checkpoint: Checkpoint) -> Any:

@@ -9,7 +9,7 @@ from pathlib import Path
 from ..checkpoints.checkpoint import Checkpoint, Place
 from ..checkpoints.delta import refuse_deltas
 from ..checkpoints.distance import measure_gap
-from ..errors import AdapterError, GraftError, PairMismatchError, list_names
+from ..errors import AdapterError, GraftError, PairMismatchError, ends_with, list_names
 from ..grafting.reports import GapReport, gap_report
 from ..layouts.plan import resolve
 from ..pair.architectures import compare_architectures
@@ -18,6 +18,7 @@ from ..runtime.progress import Progress
 Source = str | os.PathLike[str]
 
 
+@ends_with("Nothing was written.")
 def gap(base: Source, instruct: Source, tuned: Source | None = None, *, progress: bool = True) -> GapReport:
     """Measure how far INSTRUCT lies from BASE: `sigma = sum|B - I| / (sum|B| + sum|I|)`.
 
@@ -56,14 +57,14 @@ def _measure(base: Checkpoint, instruct: Checkpoint, tuned: Checkpoint | None, p
     with tempfile.TemporaryDirectory(prefix="shadow-trl-") as scratch:
         # A head that only one side has of its own is measured as one. Without TUNED, BASE takes its place in the plan.
         origin, learnt = (base, tuned) if tuned is not None else (None, base)
-        layout, sides = resolve(origin, instruct, learnt, scratch=Path(scratch), untie=True)
+        layout = resolve(origin, instruct, learnt, scratch=Path(scratch), untie=True)
         gaps, deltas = [], []
         for weight in layout.weights:
             if weight.tuned is None:
                 continue
-            end = Place(sides["tuned"], weight.tuned)
-            start = end if weight.base is None else Place(sides["base"], weight.base)
-            gaps.append((weight.name, start, Place(sides["instruct"], weight.instruct)))
+            end = Place(layout.sides["tuned"], weight.tuned)
+            start = end if weight.base is None else Place(layout.sides["base"], weight.base)
+            gaps.append((weight.name, start, Place(layout.sides["instruct"], weight.instruct)))
             deltas.append((weight.name, start, end))
         measured = [gaps, deltas] if tuned is not None else [gaps]
         size = sum(place.spec.nbytes for part in measured for _, *two in part for place in two)

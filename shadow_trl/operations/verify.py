@@ -22,7 +22,7 @@ from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.delta import refuse_deltas
 from ..checkpoints.hub import locate
 from ..checkpoints.manifest import MANIFEST_NAME, Entry, read_manifest
-from ..errors import CheckpointError, ConfigError, list_names
+from ..errors import CheckpointError, ConfigError, ends_with, list_names
 from ..grafting.inputs import Source
 from ..grafting.options import declared
 from ..grafting.tuned import weighted_sources
@@ -78,6 +78,7 @@ class VerifyReport:
         return "\n".join(lines)
 
 
+@ends_with("Nothing was written.")
 def verify(
     folder: Source,
     *,

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from accelerate.logging import get_logger
 
-from ..adapters.lora import LoraModule, is_plain, place_on, read_lora
+from ..adapters.lora import LoraModule, place_on, read_lora, streams
 from ..arithmetic.grafter import graft_low_rank
 from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.sources import with_revision
@@ -153,9 +153,9 @@ def _modules_in_memory(start: Start) -> dict[str, LoraModule] | None:
     if args.instruct_scale != 1.0 or args.graft_vocab != "strict":
         return None
     adapter = Checkpoint.open(str(origins.adapter))
-    if not is_plain(adapter):
-        return None
     instruct = Checkpoint.open(start.instruct)
+    if not streams(adapter, instruct):
+        return None
     placed = place_on(read_lora(adapter), adapter, instruct)
     known = ModelNames(instruct).memory
     return placed if all(f"{lora.module}.weight" in known for lora in placed.values()) else None

@@ -99,12 +99,12 @@ def test_conversion_keeps_every_value_and_dtype(families: Any, tmp_path: Path) -
 
     mixed = rewrite(family / "tuned", tmp_path / "mixed", change)
     base, fused, tuned, single = open_all(family / "base-memory", family / "instruct-memory", mixed, family / "base")
-    _, sources = resolve(base, fused, tuned, scratch=tmp_path / "one")
+    sources = resolve(base, fused, tuned, scratch=tmp_path / "one").sides
     assert sources["base"] is base
     there = sources["tuned"]
     assert there.specs.keys() == fused.specs.keys()
     assert {there.specs[name].code for name in there.specs if "mlp.gate." in name} == {"F32"}
-    _, sources = resolve(single, single, there, scratch=tmp_path / "two")
+    sources = resolve(single, single, there, scratch=tmp_path / "two").sides
     back = sources["tuned"]
     assert back.specs.keys() == tuned.specs.keys()
     for name in tuned.specs:

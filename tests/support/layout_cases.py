@@ -76,8 +76,8 @@ def carry_out(layout: Layout, sources: dict[str, Checkpoint], output: Path) -> P
 
 def graft_by_layout(tmp_path: Path, name: str, folders: tuple[Path, Path, Path], **options: Any) -> Layout:
     base, instruct, tuned = open_all(*folders)
-    layout, sources = resolve(base, instruct, tuned, scratch=tmp_path / "scratch", **options)
-    assert_sum(name, *folders, carry_out(layout, sources, tmp_path / "grafted"))
+    layout = resolve(base, instruct, tuned, scratch=tmp_path / "scratch", **options)
+    assert_sum(name, *folders, carry_out(layout, layout.sides, tmp_path / "grafted"))
     return layout
 
 

@@ -103,7 +103,8 @@ def test_bad_input_is_one_error_with_code_2_and_nothing_written(tmp_path, capsys
         (["knit"], "invalid choice: 'knit'"),
         ([], "required: COMMAND"),
     ):
-        fails(capsys, argv, 2, *texts)
+        error = fails(capsys, argv, 2, *texts)
+        assert error.endswith("Nothing was written.\n"), argv
         assert sorted(tmp_path.rglob("*")) == before, argv
 
 
