@@ -34,8 +34,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _recipe(arguments[0], arguments[1:])
         with ends_with("Nothing was written."):
             options = _parser().parse_args(arguments)
-        run: Callable[[argparse.Namespace], int] = options.run
-        return run(options)
+            run: Callable[[argparse.Namespace], int] = options.run
+            return run(options)
     except ShadowError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return error.exit_code
@@ -177,24 +177,23 @@ def _graft(options: argparse.Namespace) -> int:
 
 
 def _gap(options: argparse.Namespace) -> int:
-    with ends_with("Nothing was written."):
-        for path in (options.json, options.plot):
-            if path is not None and not path.absolute().parent.is_dir():
-                raise ConfigError(f"the folder of {path} does not exist.")
-        if options.plot is not None:
-            from .operations.gap_plot import require_matplotlib
+    for path in (options.json, options.plot):
+        if path is not None and not path.absolute().parent.is_dir():
+            raise ConfigError(f"the folder of {path} does not exist.")
+    if options.plot is not None:
+        from .operations.gap_plot import require_matplotlib
 
-            require_matplotlib()
+        require_matplotlib()
     from .operations.gap import gap
 
     report = gap(options.base, options.instruct, options.tuned, progress=not options.quiet)
     _show(report, options.quiet)
-    if options.json is not None:
-        options.json.write_text(json.dumps(report.to_dict(), indent=2) + "\n", encoding="utf-8")
-    if options.plot is not None:
+    if options.plot is not None:  # before the figures: an image of an unknown format leaves nothing behind
         from .operations.gap_plot import plot_gap
 
         plot_gap(report, options.plot)
+    if options.json is not None:
+        options.json.write_text(json.dumps(report.to_dict(), indent=2) + "\n", encoding="utf-8")
     return 0
 
 

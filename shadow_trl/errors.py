@@ -72,7 +72,7 @@ def ends_with(ending: str | Callable[[], str], *, instead: bool = False) -> Iter
 def one_of(name: str, value: str, allowed: Sequence[str]) -> str:
     """Return `value` if it is one of `allowed`; raise ConfigError with the `name` of the option if not."""
     if value not in allowed:
-        raise ConfigError(f"{name} must be one of {', '.join(allowed)}; got {value!r}. Nothing was written.")
+        raise ConfigError(f"{name} must be one of {', '.join(allowed)}; got {value!r}.")
     return value
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoints.checkpoint import ADAPTER_CONFIG, Checkpoint
-from ..checkpoints.sources import adapter_base
+from ..checkpoints.manifest import adapter_base
 from ..checkpoints.weight_names import HEAD_NAMES, is_tied
 from ..errors import AdapterError, PairMismatchError, list_names
 from .kinds import kind_of

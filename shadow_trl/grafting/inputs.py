@@ -13,8 +13,7 @@ from ..adapters.kinds import check_has_delta
 from ..adapters.lora import base_model_of, read_lora, streams
 from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.delta import DeltaCheckpoint, refuse_deltas
-from ..checkpoints.manifest import Entry, file_digest, read_manifest
-from ..checkpoints.sources import adapter_base
+from ..checkpoints.manifest import Entry, adapter_base, file_digest, read_manifest
 from ..errors import AdapterError, CheckpointError, ConfigError, list_names
 from ..pair.pairs import ModelPair
 from .form import adapter_warnings, form_of, no_adapter_form

@@ -33,15 +33,6 @@ SHARD_BYTES = 2 * 2**30
 """Size of the files of a normalised checkpoint; with one block of the model, the memory that normalising needs."""
 
 
-class _Placed(NamedTuple):
-    """A weight on disk, its key, its name in memory, and the pattern of its converter where it is reshaped as well."""
-
-    name: str
-    key: str
-    place: str
-    pattern: str | None
-
-
 @dataclass(frozen=True)
 class LinearModule:
     """A linear module that an adapter can be on.
@@ -53,6 +44,15 @@ class LinearModule:
 
     name: str
     transposed: bool
+
+
+class _Placed(NamedTuple):
+    """A weight on disk, its key, its name in memory, and the pattern of its converter where it is reshaped as well."""
+
+    name: str
+    key: str
+    place: str
+    pattern: str | None
 
 
 class ModelNames:

@@ -25,7 +25,7 @@ from ..errors import ConfigError, InputError, OutputExistsError, ShadowError
 from ..evaluation.report import RunReport
 from ..evaluation.scoring import read_rows
 from ..runtime.processes import run_on_main, say
-from ..training.origins import Origins
+from ..training.origins import Origins, require_instruct
 from ..training.preflight import GRAFTED_FOLDER
 from ..training.trainers import ShadowDPOTrainer, ShadowSFTTrainer
 from .compare import Outcome, make_report
@@ -125,11 +125,11 @@ def train_stage(kind: str, options: Options, data: dict[str, Any]) -> Outcome:
         if kind == "dpo":
             # The direct run precomputes the reference if the Shadow run does.
             direct_args.precompute_ref_log_probs = bool(trainer.args.precompute_ref_log_probs)
-        _set_revision(direct_args, origins.instruct_revision)
+        _set_revision(direct_args, require_instruct(origins).revision)
         say(f"Tuning INSTRUCT {origins.instruct} directly, with the same data and settings")
         seconds["tune INSTRUCT directly"] = _timed(lambda: _train_direct(kind, options, origins, direct_args, data))
     models = {
-        "instruct": origins.instruct,
+        "instruct": origins.instruct and origins.instruct.source,
         "direct": direct_args.output_dir if compare else None,
         "tuned": training.output_dir,
         "grafted": str(Path(training.output_dir) / GRAFTED_FOLDER) if training.graft else None,
@@ -239,7 +239,7 @@ def _set_revision(args: Any, revision: str | None) -> None:
 def _train_direct(kind: str, options: Options, origins: Origins, args: Any, data: dict[str, Any]) -> None:
     """Tune INSTRUCT itself with TRL's own trainer and save it; the reference of DPO is the start, TRL's default."""
     trainer = TRAINERS[kind][1](
-        model=origins.instruct,
+        model=require_instruct(origins).source,
         args=args,
         quantization_config=get_quantization_config(options.model),
         peft_config=get_peft_config(options.model),

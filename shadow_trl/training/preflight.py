@@ -59,7 +59,7 @@ def check_folders(output_dir: Path, start: Start) -> None:
     """Refuse an output folder in which TUNED would overwrite an input or mix with weights of the other kind."""
     for role in ("policy", "base", "instruct", "adapter"):
         source = getattr(start.origins, role)
-        if source is not None and output_dir.exists() and Path(source).exists() and output_dir.samefile(source):
+        if source and (there := Path(str(source))).exists() and output_dir.exists() and output_dir.samefile(there):
             raise OutputExistsError(
                 f"output_dir {output_dir} is the folder of {role}: saving TUNED there would overwrite it. Choose "
                 "another output_dir. Nothing was written."

@@ -151,6 +151,16 @@ def test_gap_draws(tmp_path):
     assert (tmp_path / "gap.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_plot_of_an_unknown_format_leaves_nothing_behind(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    sides = family(tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    argv = ["gap", "--base", str(sides["base"]), "--instruct", str(sides["instruct"]), "--quiet"]
+    more = ["--json", str(tmp_path / "gap.json"), "--plot", str(tmp_path / "gap.xyz")]
+    assert fails(capsys, [*argv, *more], 2, "cannot draw").endswith("Nothing was written.\n")
+    assert sorted(tmp_path.rglob("*")) == before
+
+
 def test_a_plot_without_matplotlib_says_what_to_install(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)  # as where it is not installed
     argv = ["gap", "--base", "a", "--instruct", "b", "--plot", str(tmp_path / "gap.png")]
