@@ -45,7 +45,7 @@ class Plan:
 
     stages: tuple[str, ...]
     options: Mapping[str, Options]
-    output: Path | None
+    output: str | None
     left: Mapping[str, str | None]
 
 
@@ -76,8 +76,7 @@ def read_plan(argv: Sequence[str], default_config: str | Path | None = None) -> 
     options = {stage: _parse(stage, routed[stage], content, config) for stage in wanted}
     _check_together(stages, options)
     output = options[stages[0]].output
-    folder = Path(output) if output is not None else None
-    return Plan(stages, options, folder, _left(stages, options, folder))
+    return Plan(stages, options, output, _left(stages, options, output))
 
 
 def is_done(folder: Path) -> bool:
@@ -208,13 +207,13 @@ def _adapter_faults(sft: Options, dpo: Options) -> list[str]:
     ]
 
 
-def _left(stages: Sequence[str], options: Mapping[str, Options], output: Path | None) -> dict[str, str | None]:
+def _left(stages: Sequence[str], options: Mapping[str, Options], output: str | None) -> dict[str, str | None]:
     """Return what is left to do: stage -> checkpoint to resume from, or None."""
     if output is None:
         if STAGES[0] not in stages:
             raise InputError("--stages dpo needs the output_dir of a pipeline whose SFT stage is done.")
         return dict.fromkeys(stages)
-    first, second = (output / stage for stage in STAGES)
+    first, second = (Path(output, stage) for stage in STAGES)
     done = is_done(first)
     if done and "sft" in options:
         _check_models(first, options)
@@ -225,7 +224,7 @@ def _left(stages: Sequence[str], options: Mapping[str, Options], output: Path | 
             f"{second} is not empty, but the SFT stage before it is not done: it would not belong to the new one. "
             f"Remove {second}, or choose another output_dir."
         )
-    return {stage: last_checkpoint(output / stage) for stage in stages if not is_done(output / stage)}
+    return {stage: last_checkpoint(Path(output, stage)) for stage in stages if not is_done(Path(output, stage))}
 
 
 def _check_models(folder: Path, options: Mapping[str, Options]) -> None:

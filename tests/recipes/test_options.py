@@ -151,7 +151,7 @@ def test_env_of_a_config_sets_variables_as_with_trl(tmp_path: Path, monkeypatch:
     monkeypatch.setenv("SHADOW_TEST_COUNT", "0")
     parse("dpo", ["--config", str(write(tmp_path, env={"SHADOW_TEST_COUNT": 3}))])
     assert os.environ["SHADOW_TEST_COUNT"] == "3"
-    with pytest.raises(ConfigError, match="`env` of .* is a list"):
+    with pytest.raises(ConfigError, match=r"`env` of .* is a list"):
         parse("dpo", ["--config", str(write(tmp_path, env=["SHADOW_TEST_COUNT"]))])
 
 
