@@ -50,15 +50,12 @@ class Plan:
 
 
 def read_plan(argv: Sequence[str], default_config: str | Path | None = None) -> Plan:
-    """Read the options of the pipeline and find out which of its stages are done.
+    """Read and check the options of the pipeline, and find out which of its stages are done.
 
     Args:
         argv: `--config FILE`, `--stages sft,dpo`, and overrides: `--sft.KEY VALUE` and `--dpo.KEY VALUE` for one stage,
             `--KEY VALUE` for both.
         default_config: YAML file for a command line that names neither `--config` nor a model.
-
-    Returns:
-        The checked plan.
 
     Raises:
         ConfigError: an unknown stage, or an unknown, misplaced, repeated or wrong key or value.
@@ -67,10 +64,9 @@ def read_plan(argv: Sequence[str], default_config: str | Path | None = None) -> 
     """
     config, words = find_config(argv, default_config)
     given, words = take_option("stages", words)
-    names = (
-        [one_of("each of --stages", name.strip(), STAGES) for name in given.split(",")] if given is not None else STAGES
-    )
-    stages = tuple(stage for stage in STAGES if stage in names)
+    named = given.split(",") if given is not None else STAGES
+    selected = {one_of("each of --stages", name.strip(), STAGES) for name in named}
+    stages = tuple(stage for stage in STAGES if stage in selected)
     routed, content = _route(words), read_yaml(config) if config is not None else {}
     wanted = [stage for stage in STAGES if stage in stages or stage in content]
     options = {stage: _parse(stage, routed[stage], content, config) for stage in wanted}

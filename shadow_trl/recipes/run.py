@@ -30,7 +30,6 @@ from .options import Options, RecipeArguments, parse
 TRAINERS: dict[str, tuple[Any, Any]] = {"sft": (ShadowSFTTrainer, SFTTrainer), "dpo": (ShadowDPOTrainer, DPOTrainer)}
 """For each kind of recipe the Shadow trainer and TRL's own, which tunes INSTRUCT directly."""
 
-OUTPUTS_FOLDER = "outputs"
 DIRECT_FOLDER = "direct"
 
 
@@ -199,7 +198,7 @@ def run_folder(name: str, given: str | None, state: PartialState) -> Iterator[st
 def _claim_folder(name: str) -> str:
     """Make a new folder `outputs/<name>-<date>-<time>` in the current folder and return its path."""
     stem = f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
-    folder, number = Path(OUTPUTS_FOLDER) / stem, 1
+    folder, number = Path("outputs") / stem, 1
     while True:
         try:
             folder.mkdir(parents=True)
