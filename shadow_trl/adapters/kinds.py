@@ -36,8 +36,8 @@ _LOST_STARTS = {
     "lora_ga": "PEFT leaves the weights under it as they are without the gradients that it was made from",
     "loftq": "PEFT quantises the weights under it again, which needs a GPU",
 }
-# Full values stand in the file: a delta once BASE's are subtracted.
-_STORED = ("bias", "modules_to_save", "trainable_token_indices")
+# Beside the factors of linear layers: full values, a delta once BASE's are subtracted, and factors of bare parameters.
+_PARTS = ("bias", "modules_to_save", "trainable_token_indices", "target_parameters")
 _NOTHING: tuple[Any, ...] = (None, False, [], {}, "none")
 
 _NO_DELTA = {
@@ -86,16 +86,20 @@ class AdapterKind:
     """What can be done with an adapter of a config.
 
     Args:
-        streams: whether it is a plain low-rank product: BASE's weights are not needed.
+        beyond: what makes it more than a plain LoRA, `factor * lora_B @ lora_A`, as `name = value  (why)`; empty: it is
+            one by its settings, and `lora.streams` asks its weights.
         obstacles: settings that leave no exact adapter form on INSTRUCT, as `name = value  (why)`; empty: there is one.
         subtracted: whether the delta is the product less the product before training, and nothing else.
-        stored: whether full values may stand in the file, which belong to BASE.
     """
 
-    streams: bool
+    beyond: tuple[str, ...]
     obstacles: tuple[str, ...] = ()
     subtracted: bool = False
-    stored: bool = False
+
+    @property
+    def needs_base(self) -> bool:
+        """Whether BASE's weights are needed to work out the delta."""
+        return bool(self.beyond) and not self.subtracted
 
 
 def kind_of(config: Mapping[str, Any]) -> AdapterKind:
@@ -106,8 +110,9 @@ def kind_of(config: Mapping[str, Any]) -> AdapterKind:
     """
     check_has_delta(config)
     name = peft_type(config)
+    beyond = (f"peft_type = {name}",)
     if name not in _SAME_DELTA:
-        return AdapterKind(False, (f"peft_type = {name}  (its delta depends on the weights under it)",))
+        return AdapterKind(beyond, (f"{beyond[0]}  (its delta depends on the weights under it)",))
     if name in ("LORA", "ADALORA"):
         return _kind_of_lora(config, adaptive=name == "ADALORA")
     wrong = [
@@ -115,27 +120,27 @@ def kind_of(config: Mapping[str, Any]) -> AdapterKind:
         for setting, values in _SAME_DELTA[name].items()
         if setting in config and config[setting] not in values
     ]
-    return AdapterKind(False, tuple(wrong), stored=True)
+    return AdapterKind(beyond, tuple(wrong))
 
 
 def _kind_of_lora(config: Mapping[str, Any], *, adaptive: bool) -> AdapterKind:
     start = start_setting(config)
     subtracted = is_subtracted(start)
+    parts = [f"{name} = {config[name]}" for name in _PARTS if config.get(name) not in _NOTHING]
     wrong = []
     if start not in _PLAIN_STARTS and not subtracted:
         wrong.append(f"init_lora_weights = {start}  (not known: it may change the weights under the adapter)")
-    if subtracted:
-        wrong += [f"{name} = {config[name]}  (with init_lora_weights = {start})"
-                  for name in (*_STORED, "target_parameters") if config.get(name) not in _NOTHING]  # fmt: skip
-    known = {"init_lora_weights", "target_parameters", *_STORED, *_HARMLESS}
+    known = {"init_lora_weights", *_PARTS, *_HARMLESS}
     if adaptive:
         known |= {
             "init_r", "target_r", "tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight", "total_step",
         }  # fmt: skip
     wrong += [f"{name} = {value}" for name, value in config.items() if value and name not in known]
-    stored = any(config.get(name) not in _NOTHING for name in _STORED)
-    plain = not (adaptive or subtracted or stored or wrong or config.get("target_parameters"))
-    return AdapterKind(plain, tuple(wrong), subtracted and not wrong, stored or not plain)
+    beyond = [*(["peft_type = ADALORA"] if adaptive else []), *wrong, *parts]
+    if subtracted:
+        beyond.append(f"init_lora_weights = {start}  (changes the weights under the adapter)")
+        wrong += [f"{part}  (with init_lora_weights = {start})" for part in parts]
+    return AdapterKind(tuple(beyond), tuple(wrong), subtracted and not wrong)
 
 
 def start_setting(config: Mapping[str, Any]) -> Any:
@@ -175,21 +180,6 @@ def more_than_a_product(start: Any, reasons: Iterable[str]) -> AdapterError:
         f"{lost_start(start)}, and this one is more than a product.\n{list_names(reasons)}\nLeave these out, or use "
         "'pissa' or 'olora', whose start PEFT works out again. Nothing was written."
     )
-
-
-def unsupported_features(config: Mapping[str, Any]) -> list[str]:
-    """Return the settings of an adapter config that make it more than a plain LoRA, as `name = value`."""
-    name = peft_type(config)
-    if name != "LORA":
-        return [f"peft_type = {name}"]
-    kind = _kind_of_lora(config, adaptive=False)
-    found = list(kind.obstacles)
-    if kind.subtracted:
-        found.append(f"init_lora_weights = {start_setting(config)}  (changes the weights under the adapter)")
-    found += [f"{item} = {config[item]}" for item in (*_STORED, "target_parameters")
-              if config.get(item) and config[item] != "none"]  # fmt: skip
-    found += [f"{item} = {config[item]}" for item in _NO_DELTA_SETTINGS if config.get(item) and item not in str(found)]
-    return found
 
 
 def check_has_delta(config: Mapping[str, Any]) -> None:

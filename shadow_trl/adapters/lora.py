@@ -10,16 +10,16 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 from ..checkpoints.checkpoint import ADAPTER_CONFIG, Checkpoint
-from ..checkpoints.sources import adapter_base
-from ..checkpoints.weight_names import is_tied
+from ..checkpoints.manifest import adapter_base
+from ..checkpoints.weight_names import HEAD_NAMES, is_tied
 from ..errors import AdapterError, PairMismatchError, list_names
-from .kinds import unsupported_features
+from .kinds import kind_of
 
 PREFIX = "base_model.model."
 WEIGHTS = "adapter_model.safetensors"
@@ -83,9 +83,23 @@ def base_model_of(adapter: Checkpoint) -> str | None:
     return None if found is None else str(found)
 
 
-def is_plain(adapter: Checkpoint) -> bool:
-    """Whether an adapter is a low-rank product and nothing else, by its settings and by its weights."""
-    return not unsupported_features(adapter.adapter_config) and not no_factors(adapter.specs)
+def streams(adapter: Checkpoint, receiver: Checkpoint | None) -> bool:
+    """Whether an adapter is a plain LoRA: its product is added as it is, and BASE's weights are not needed.
+
+    Args:
+        adapter: of any kind.
+        receiver: the model that the product is added to. Its head is left alone where it has none of its own or the
+            config ties it: that weight is the embedding too. None: a sum of products, which is added to no model yet.
+
+    Raises:
+        AdapterError: the adapter has no weight delta.
+    """
+    if kind_of(adapter.adapter_config).beyond or no_factors(adapter.specs):
+        return False
+    head = any(f"{name.rpartition('.lora_')[0]}.weight".endswith(HEAD_NAMES) for name in adapter.specs)
+    if receiver is None or not head:
+        return True
+    return not is_tied(receiver.config) and any(name.endswith(HEAD_NAMES) for name in receiver.specs)
 
 
 def no_factors(names: Iterable[str]) -> list[str]:
@@ -101,7 +115,7 @@ def read_lora(adapter: Checkpoint) -> dict[str, LoraModule]:
             not fit each other.
     """
     config = adapter.adapter_config
-    features = unsupported_features(config)
+    features = list(kind_of(config).beyond)
     keys: dict[str, dict[str, str]] = {}
     for name in adapter.specs:
         match = _KEY.fullmatch(name)
@@ -135,22 +149,15 @@ def place_on(modules: Mapping[str, LoraModule], adapter: Checkpoint, instruct: C
     placed = {f"{module}.weight": lora for module, lora in modules.items()}
     if not placed.keys() <= instruct.specs.keys():
         placed = _renamed(placed, instruct)
+    if _has_conv1d(instruct):
+        placed = _as_stored(placed, instruct)
     names = list(instruct.specs)
     unmatched = [name for name in placed if name not in instruct.specs]
     if unmatched:
         lines = nearest_names([name.removesuffix(".weight") for name in unmatched], names)
         raise AdapterError(
             f"{len(unmatched)} of {len(placed)} modules of adapter {adapter} have no weight in instruct {instruct}.\n"
-            f"{list_names(lines)}\nThe adapter belongs to another architecture, or to a weight that instruct shares "
-            "with "
-            "another one (a tied lm_head). Nothing was written."
-        )
-    tied = [name for name in placed if name.endswith("lm_head.weight") and is_tied(instruct.config)]
-    if tied:
-        raise AdapterError(
-            f"adapter {adapter} changes {tied[0]}, which instruct {instruct} shares with its embedding: the change "
-            "would "
-            "be lost on loading. Train without lm_head in target_modules. Nothing was written."
+            f"{list_names(lines)}\nThe adapter belongs to another architecture. Nothing was written."
         )
     wrong = [
         f"{name}\n    adapter   {lora.stored_shape}\n    instruct  {instruct.specs[name].shape}"
@@ -184,6 +191,30 @@ def _renamed(placed: dict[str, LoraModule], instruct: Checkpoint) -> dict[str, L
     except PairMismatchError:
         return placed
     return {found.get(name, name): lora for name, lora in placed.items()}
+
+
+def _has_conv1d(instruct: Checkpoint) -> bool:
+    """Whether weights are stored as (in, out): a bias, which every Conv1D has, is as long as its weight has columns."""
+    biases = {name.removesuffix("bias"): spec.shape for name, spec in instruct.specs.items() if name.endswith(".bias")}
+    weights = ((instruct.specs.get(f"{name}weight"), shape) for name, shape in biases.items())
+    return any(
+        spec is not None and len(spec.shape) == 2 and spec.shape[0] != spec.shape[1] and spec.shape[1:] == shape
+        for spec, shape in weights
+    )
+
+
+def _as_stored(placed: dict[str, LoraModule], instruct: Checkpoint) -> dict[str, LoraModule]:
+    """Tell by the class of each module how its weight is stored: PEFT saves the setting of the last one only."""
+    from ..layouts.model_names import ModelNames
+
+    try:
+        linear = ModelNames(instruct).linear(instruct.specs)
+    except PairMismatchError:
+        return placed
+    return {
+        name: replace(lora, transposed=linear[name].transposed) if name in linear else lora
+        for name, lora in placed.items()
+    }
 
 
 def _module(adapter: Checkpoint, module: str, sides: Mapping[str, str]) -> LoraModule:

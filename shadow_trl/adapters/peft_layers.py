@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ..checkpoints.checkpoint import Checkpoint
-from ..checkpoints.header import read_header
+from ..checkpoints.overlay import Overlay
 from ..errors import AdapterError, list_names
 from ..layouts.model_names import ModelNames
 from .kinds import START_FOLDER, lost_start, start_setting
@@ -28,92 +28,47 @@ from .peft_configs import is_blind, only_module, peft_config_of, tuner_of
 from .stored import MemoryWeights, StoredValues, module_of, read_stored
 
 
-def merge_into_base(base: Checkpoint, adapter: Checkpoint, folder: Path) -> tuple[Checkpoint, list[str]]:
-    """Return BASE with an adapter of any type merged, and the names in memory of the weights that it changes.
+def merge_into_base(base: Checkpoint, adapter: Checkpoint, folder: Path) -> Checkpoint:
+    """Return BASE with an adapter of any type merged, in BASE's layout.
 
     Args:
         base: what the adapter was trained on. The adapter is a delta to it as training loaded it (`loaded_in`, `tuned`
             for the dtype of each stored value); the delta is added to BASE as stored.
         adapter: of any PEFT type with a weight delta.
-        folder: for the changed weights, in fp32 (fp64 where BASE is fp32); made here, removed by the caller.
-
-    Returns:
-        the merged checkpoint in BASE's layout; its unchanged weights are BASE's files.
+        folder: for the changed weights; made here, removed by the caller.
 
     Raises:
-        AdapterError: an adapter that PEFT cannot merge, or weights of it that land nowhere.
+        AdapterError: an adapter that PEFT cannot merge, or weights of it that have no place in its base.
     """
     names = ModelNames(base)
     weights = MemoryWeights(base, names)
     stored = read_stored(adapter, names.memory)
-    result = Scratch(weights, folder)
+    result, rules = Overlay.over(base, adapter, folder), names.rules_of(base.specs)
+    together = bool(stored.rows) or bool(adapter.adapter_config.get("ensure_weight_tying"))
+    shared = {alias: name for alias, name in names.ties.items() if alias not in weights}
+
+    def keep(name: str, value: Tensor) -> None:
+        for alias, other in shared.items():
+            # When the embedding changes, a head that shares its weight stays as it was.
+            if name == alias or (name == other and not together):
+                (key,) = names.to_disk({alias: torch.empty(0, device="meta")}, rules)
+                result.detach(key, weights.sources(other)[0])
+        result.put(names.to_disk({name: value}, rules))
+
     as_stored = base.loaded_in in (None, "tuned")
     loaded = weights if as_stored else MemoryWeights(base, names, getattr(torch, str(base.loaded_in)))
+    left = dict.fromkeys(stored.names)
     for name, value in _changed_by_layers(adapter, stored, loaded):
-        result.add(name, value if as_stored else weights[name].double() + (value - loaded[name].double()))
-    for name in stored.names:
+        merged = value if as_stored else weights[name].double() + (value - loaded[name].double())
+        if name in left:
+            del left[name]
+            merged = merged.double() + stored.delta(name, weights)
+        keep(name, merged)
+    for name in left:
         delta = stored.delta(name, weights)
         if bool(delta.any()):
-            before = result.value(name)
-            result.add(name, (weights[name] if before is None else before).double() + delta)
-    together = bool(stored.rows) or bool(adapter.adapter_config.get("ensure_weight_tying"))
-    return result.checkpoint(adapter, apart=not together), list(result.changed)
-
-
-class Scratch:
-    """Changed weights of BASE in files of their own, and the checkpoint that they make with the others.
-
-    Args:
-        weights: BASE's.
-        folder: made here, removed by the caller.
-    """
-
-    def __init__(self, weights: MemoryWeights, folder: Path) -> None:
-        self.weights = weights
-        self.folder = folder
-        self.changed: dict[str, Path] = {}
-        self.rules = weights.names.rules_of(weights.checkpoint.specs)
-        folder.mkdir(parents=True, exist_ok=True)
-
-    def add(self, name: str, value: Tensor) -> None:
-        """Keep weight `name`, in memory's shape, as BASE's layout has it on disk."""
-        from safetensors.torch import save_file
-
-        # Exact enough for one rounding later: 16-bit weights in fp32, wider ones in fp64.
-        wide = any(self.weights.checkpoint.specs[source].itemsize >= 4 for source in self.weights.sources(name))
-        kept = value.to(torch.float64 if wide else torch.float32)
-        disk = self.weights.names.to_disk({name: kept}, self.rules)
-        path = self.changed.get(name, self.folder / f"{len(self.changed):05d}.safetensors")
-        save_file({key: tensor.contiguous() for key, tensor in disk.items()}, path)
-        self.changed[name] = path
-
-    def value(self, name: str) -> Tensor | None:
-        """Return what weight `name` is by now, in memory's shape; None for BASE's."""
-        if name not in self.changed:
-            return None
-        from safetensors.torch import load_file
-
-        return self.weights.names.to_memory(load_file(self.changed[name]))[name]
-
-    def checkpoint(self, source: Checkpoint, *, apart: bool = True) -> Checkpoint:
-        """Return BASE with the changed weights, called as `source` in messages.
-
-        Args:
-            source: what changed them.
-            apart: whether a head that shares the embedding's weight stays as it was when the embedding changes.
-        """
-        base = self.weights.checkpoint
-        made = Checkpoint(source.source, source.revision, base.path, config=base.config, files=list(base.files))
-        made.specs = dict(base.specs)
-        for alias, other in self.weights.names.ties.items():
-            if apart and alias not in self.weights and {alias, other} & self.changed.keys():
-                (name,) = self.weights.names.to_disk({alias: torch.empty(0, device="meta")}, self.rules)
-                made.specs[name] = base.specs[self.weights.sources(other)[0]]
-        for path in self.changed.values():
-            made.files.append(path)
-            made.headers[path] = read_header(path)
-            made.specs.update(made.headers[path].specs)
-        return made
+            keep(name, weights[name].double() + delta)
+    return result
 
 
 def _changed_by_layers(

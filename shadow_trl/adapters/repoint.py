@@ -23,7 +23,7 @@ from ..checkpoints.checkpoint import ADAPTER_CONFIG, Checkpoint
 from ..errors import AdapterError, list_names
 from ..layouts.model_names import ModelNames
 from .kinds import START_FOLDER
-from .lora import PREFIX, WEIGHTS, LoraModule, is_plain, nearest_names, no_factors, read_lora
+from .lora import PREFIX, WEIGHTS, LoraModule, nearest_names, no_factors, read_lora, streams
 from .stored import MemoryWeights, StoredValues, module_of, read_stored
 
 
@@ -121,7 +121,7 @@ def write_adapter(adapter: Checkpoint, base: Checkpoint, instruct: Checkpoint, s
     config = {**adapter.adapter_config, "base_model_name_or_path": instruct.source, "revision": instruct.revision}
     (folder / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     stored = StoredValues(adapter, others=list(adapter.specs))
-    plain = is_plain(adapter)
+    plain = streams(adapter, instruct)
     if not plain:
         names = ModelNames(base)
         stored = read_stored(adapter, names.memory)
@@ -146,8 +146,7 @@ def write_adapter(adapter: Checkpoint, base: Checkpoint, instruct: Checkpoint, s
 def _check_modules(stored: StoredValues, adapter: Checkpoint, receiver: MemoryWeights) -> int:
     """Refuse tensors of an adapter whose module INSTRUCT lacks; return the number of modules and full values."""
     known = {name.rpartition(".")[0] for name in receiver.names.memory}
-    inside = {part for name in known for part in _parents(name)}
-    modules = {key: module_of(key, inside) for key in stored.others}
+    modules = {key: module_of(key, known) for key in stored.others}
     # Tensors that all modules share belong to none.
     lost = [key for key, module in modules.items() if module is None and not key.startswith("base_model.")]
     lost += [key for key, module in modules.items() if module is None and key.startswith(PREFIX)]
@@ -160,11 +159,6 @@ def _check_modules(stored: StoredValues, adapter: Checkpoint, receiver: MemoryWe
             "Give the instruct that belongs to the adapter's base. Nothing was written."
         )
     return len({module for module in modules.values() if module is not None}) + len(stored.names)
-
-
-def _parents(name: str) -> list[str]:
-    parts = name.split(".")
-    return [".".join(parts[:end]) for end in range(max(len(parts) - 1, 1), len(parts) + 1)]
 
 
 def _scaled(name: str, tensor: Tensor, scale: float) -> Tensor:

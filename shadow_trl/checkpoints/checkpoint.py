@@ -1,7 +1,6 @@
-"""Reading checkpoints: which weights a folder holds, where their bytes lie, and its configuration.
+"""Checkpoints, read: opening reads headers only, the weights are mapped into memory.
 
-Opening reads headers only. The weights are mapped into memory; a block of a tensor is a view of the mapping, without a
-copy, and can be dropped from resident memory as soon as it was used.
+A block of a tensor is a view of the mapping, and can be dropped from resident memory as soon as it was used.
 """
 
 from __future__ import annotations
@@ -9,7 +8,6 @@ from __future__ import annotations
 import copy
 import json
 import mmap
-import os
 import re
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -17,9 +15,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import CheckpointError, list_names
-from . import header as safetensors_header
 from . import hub
-from .header import CODES, TensorSpec, dtype_of
+from .header import CODES, Header, TensorSpec, dtype_of, read_header
+from .hub import Source
 
 if TYPE_CHECKING:
     import numpy
@@ -67,12 +65,12 @@ class Checkpoint:
     index: str | None = None
     files: list[Path] = field(default_factory=list)
     specs: dict[str, TensorSpec] = field(default_factory=dict)
-    headers: dict[Path, safetensors_header.Header] = field(default_factory=dict)
+    headers: dict[Path, Header] = field(default_factory=dict)
     loaded_in: str | None = None
     _views: dict[str, torch.Tensor] = field(default_factory=dict, repr=False)
 
     @classmethod
-    def open(cls, source: str | os.PathLike[str], revision: str | None = None, *, weights: bool = True) -> Checkpoint:
+    def open(cls, source: Source, revision: str | None = None, *, weights: bool = True) -> Checkpoint:
         """Read the headers and the configuration of `source`.
 
         Args:
@@ -85,18 +83,14 @@ class Checkpoint:
                 points outside the checkpoint.
         """
         name, revision, path = hub.locate(source, revision, weights=weights)
-        checkpoint = cls(name, revision, path)
-        checkpoint.config = read_json(path / "config.json")
-        has_model = any((path / file).is_file() for file in (_SAFE, _SAFE_INDEX, _BIN, _BIN_INDEX))
-        if (path / ADAPTER_CONFIG).is_file() and not has_model:
-            checkpoint.is_adapter = True
-            checkpoint.adapter_config = read_json(path / ADAPTER_CONFIG)
-        elif (path / ADAPTER_CONFIG).is_file():
+        is_adapter = (path / ADAPTER_CONFIG).is_file()
+        if is_adapter and any((path / file).is_file() for file in (_SAFE, _SAFE_INDEX, _BIN, _BIN_INDEX)):
             raise CheckpointError(
                 f"{name} holds both a model and an adapter ({ADAPTER_CONFIG}): it is not clear which one is meant. "
-                "Move "
-                "one of them to a folder of its own."
+                "Move one of them to a folder of its own."
             )
+        config, adapter_config = read_json(path / "config.json"), read_json(path / ADAPTER_CONFIG)
+        checkpoint = cls(name, revision, path, is_adapter, config, adapter_config)
         if weights:
             checkpoint._read_headers()
         return checkpoint
@@ -126,9 +120,8 @@ class Checkpoint:
         reason = f"quantised ({method})" if method else f"quantised: {len(packed)} packed tensors"
         listed = f"\n{list_names(packed)}" if packed else ""
         raise CheckpointError(
-            f"cannot graft: {role} {self} is {reason}, its weights are no numbers to add to.{listed}\nGive the "
-            "16-bit or "
-            f"32-bit checkpoint that it was made from, graft, and quantise the result. Nothing was written."
+            f"cannot graft: {role} {self} is {reason}, its weights are not numbers that can be added to.{listed}\n"
+            "Give the 16-bit or 32-bit checkpoint that it was made from, graft, and quantise the result."
         )
 
     def loaded(self, dtype: str | None) -> Checkpoint:
@@ -203,7 +196,7 @@ class Checkpoint:
         self.files, self.index = self._weight_files()
         for path in self.files:
             if path.suffix == ".safetensors":
-                self.headers[path] = safetensors_header.read_header(path)
+                self.headers[path] = read_header(path)
                 specs = self.headers[path].specs
             else:
                 specs = {name: _spec_of(path, tensor) for name, tensor in self._pickled[path].items()}
@@ -224,14 +217,16 @@ class Checkpoint:
         ]
         if wrong:
             raise CheckpointError(
-                f"{self}: {len(wrong)} weights of {self.index} are not in the file that it "
-                f"names.\n{list_names(wrong)}\n"
+                f"{self}: {len(wrong)} weights of {self.index} are not in the file it names.\n{list_names(wrong)}\n"
                 "The folder mixes files of two checkpoints or a download is incomplete: fetch or save it again."
             )
 
-    def _weight_files(self) -> tuple[list[Path], str | None]:
+    def _weight_names(self) -> tuple[str, ...]:
         # The order in which transformers and PEFT look for them.
-        names = (_ADAPTER_SAFE, _ADAPTER_BIN) if self.is_adapter else (_SAFE, _SAFE_INDEX, _BIN, _BIN_INDEX)
+        return (_ADAPTER_SAFE, _ADAPTER_BIN) if self.is_adapter else (_SAFE, _SAFE_INDEX, _BIN, _BIN_INDEX)
+
+    def _weight_files(self) -> tuple[list[Path], str | None]:
+        names = self._weight_names()
         for name in names:
             if not (self.path / name).is_file():
                 continue
@@ -279,7 +274,7 @@ class Place:
         return self.checkpoint.array(self.name, start, stop)
 
     def release(self, start: int, stop: int) -> None:
-        """Drop these elements from memory."""
+        """Drop these elements from memory, see `Checkpoint.release`."""
         self.checkpoint.release(self.name, start, stop)
 
 
@@ -315,7 +310,7 @@ def _load_pickled(path: Path) -> dict[str, torch.Tensor]:
 
 
 def _spec_of(path: Path, tensor: torch.Tensor) -> TensorSpec:
-    code = safetensors_header.CODES.get(str(tensor.dtype).removeprefix("torch."))
+    code = CODES.get(str(tensor.dtype).removeprefix("torch."))
     if code is None:
         raise CheckpointError(f"{path} holds a tensor of {tensor.dtype}, which safetensors cannot store.")
     return TensorSpec(code, tuple(tensor.shape), path, None, tensor.numel() * tensor.element_size())

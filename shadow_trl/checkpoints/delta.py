@@ -1,13 +1,10 @@
-"""The folder of a delta on its own, `tuned - base`: how it is told from a model, read, and refused as one.
+"""The folder of a delta on its own, `tuned - base`: read as one, and refused as a model.
 
-Nothing may load a delta as a model by accident, so its files have no name that a loader looks for: the weights are
-`delta*.safetensors` and BASE's config is `base_config.json`, with which the architecture is still checked. BASE's
-tokenizer files lie beside them under their own names, for the checks of vocabularies; a tokenizer alone is no model.
+No loader looks for its files' names, except the tokenizer's, which the checks of vocabularies need.
 """
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +12,8 @@ from ..errors import CheckpointError, ConfigError
 from . import hub
 from .checkpoint import Checkpoint, read_json
 from .header import TensorSpec
-from .manifest import MANIFEST_NAME, read_manifest
+from .hub import Source
+from .manifest import kind_found, read_manifest
 
 if TYPE_CHECKING:
     import torch
@@ -31,9 +29,7 @@ class DeltaCheckpoint(Checkpoint):
     manifest: dict[str, Any]
 
     @classmethod
-    def open(
-        cls, source: str | os.PathLike[str], revision: str | None = None, *, weights: bool = True
-    ) -> DeltaCheckpoint:
+    def open(cls, source: Source, revision: str | None = None, *, weights: bool = True) -> DeltaCheckpoint:
         """Read the headers of `source`, a folder or hub id that `shadow-trl delta` wrote.
 
         Raises:
@@ -42,36 +38,26 @@ class DeltaCheckpoint(Checkpoint):
         name, revision, path = hub.locate(source, revision, weights=weights)
         manifest = read_manifest(path)
         if manifest is None or manifest["kind"] != "delta":
-            found = f"its {MANIFEST_NAME} is of kind {manifest['kind']}" if manifest else f"it has no {MANIFEST_NAME}"
             raise CheckpointError(
-                f"{name} is no delta: {found}. Make one with `shadow-trl delta`, or give a model or adapter as tuned. "
-                "Nothing was written."
+                f"{name} is no delta: {kind_found(manifest)}. Make one with `shadow-trl delta`, or give a model or "
+                "adapter as tuned."
             )
         if manifest["form"] == "adapter":
-            raise CheckpointError(
-                f"{name} is a LoRA adapter made from a delta. Give it as tuned, not as delta. Nothing was written."
-            )
-        delta = cls(name, revision, path)
-        delta.config = read_json(path / BASE_CONFIG)
+            raise CheckpointError(f"{name} is a LoRA adapter made from a delta. Give it as tuned, not as delta.")
+        delta = cls(name, revision, path, config=read_json(path / BASE_CONFIG))
         delta.manifest = manifest
         if weights:
             delta._read_headers()
         return delta
 
-    def _weight_files(self) -> tuple[list[Path], str | None]:
-        if (self.path / WEIGHTS).is_file():
-            return [hub.inside(self.path, WEIGHTS)], None
-        weight_map = read_json(self.path / INDEX).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise CheckpointError(f"{self} has no weights: neither {WEIGHTS} nor {INDEX}. Fetch or make it again.")
-        return [hub.inside(self.path, str(file)) for file in dict.fromkeys(weight_map.values())], INDEX
+    def _weight_names(self) -> tuple[str, ...]:
+        return WEIGHTS, INDEX
 
 
 class Zeros(Checkpoint):
-    """Zeros under the names and shapes of another checkpoint: they take no room.
+    """Zeros under the names and shapes of another checkpoint, which take no room.
 
-    With zeros as INSTRUCT the engine of a graft writes `0 + (tuned - base)`, the delta; with zeros as BASE and the
-    delta as TUNED it writes `instruct + (delta - 0)`, the graft.
+    As INSTRUCT they make a graft the delta, `0 + (tuned - base)`; as BASE, with the delta as TUNED, `instruct + delta`.
     """
 
     @classmethod
@@ -96,17 +82,12 @@ class Zeros(Checkpoint):
         """Do nothing: no page of a file is held."""
 
 
-def is_delta(source: str | os.PathLike[str] | None) -> bool:
-    """Whether `source` is a local folder that holds a delta on its own (a LoRA made from one is an adapter)."""
-    manifest = read_manifest(source) if source is not None and Path(source).is_dir() else None
-    return manifest is not None and manifest["kind"] == "delta" and manifest.get("form") != "adapter"
-
-
-def refuse_deltas(**sides: str | os.PathLike[str] | None) -> None:
-    """Raise ConfigError if one of the sides, by role, is the folder of a delta."""
+def refuse_deltas(**sides: Source | None) -> None:
+    """Raise ConfigError if one of the sides, by role, is the local folder of a delta; a LoRA made from one is not."""
     for role, source in sides.items():
-        if is_delta(source):
+        manifest = read_manifest(source) if source is not None and Path(source).is_dir() else None
+        if manifest is not None and manifest["kind"] == "delta" and manifest.get("form") != "adapter":
             raise ConfigError(
                 f"{role} {source} is a delta, not a model: it holds tuned - base. Add it to an instruct model with "
-                f"`shadow-trl graft --delta {source} --instruct INSTRUCT --output OUTPUT`. Nothing was written."
+                f"`shadow-trl graft --delta {source} --instruct INSTRUCT --output OUTPUT`."
             )

@@ -40,7 +40,7 @@ def measure_gap(
             _, base, instruct = pairs[number]
             sums = Sums()
             for start in range(low, high, _BLOCK):
-                sums += block_gap(base, instruct, start, min(start + _BLOCK, high), scratch)
+                sums += _block_gap(base, instruct, start, min(start + _BLOCK, high), scratch)
             found[chunk] = sums
             for place in (base, instruct):
                 place.release(low, high)
@@ -56,16 +56,8 @@ def measure_gap(
     return totals
 
 
-def block_gap(base: Place, instruct: Place, start: int, stop: int, scratch: np.ndarray) -> Sums:
-    """Return the sums of |base - instruct| and of |base| + |instruct| over elements `start` to `stop`.
-
-    Args:
-        base: where BASE's weight lies.
-        instruct: where INSTRUCT's does.
-        start: first element of the flattened weights.
-        stop: the one after the last.
-        scratch: (3, n), fp32, overwritten. Where fp32 overflows or a side is fp64, the sums are made in fp64.
-    """
+def _block_gap(base: Place, instruct: Place, start: int, stop: int, scratch: np.ndarray) -> Sums:
+    """Return the sums over elements `start` to `stop`; in fp64, not `scratch`, (3, n), where fp32 is too narrow."""
     sides = [(place.array(start, stop), place.spec.code) for place in (base, instruct)]
     wide = np.empty((3, stop - start)) if "F64" in (base.spec.code, instruct.spec.code) else None
     with np.errstate(over="ignore", invalid="ignore"):

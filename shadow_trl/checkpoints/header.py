@@ -112,11 +112,11 @@ def read_header(path: Path) -> Header:
             raw = file.read(length)
         content = json.loads(raw)
         metadata = content.pop("__metadata__", None)
-        specs = {name: _spec(path, name, entry, 8 + length) for name, entry in content.items()}
+        found = [(name, _spec(path, name, entry, 8 + length)) for name, entry in content.items()]
+        specs = dict(sorted(found, key=lambda item: (item[1].offset, item[1].nbytes)))
+        _check_places(specs, 8 + length, size)
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise _damaged(path, str(error)) from error
-    specs = dict(sorted(specs.items(), key=lambda item: (item[1].offset, item[1].nbytes)))
-    _check_places(path, specs, 8 + length, size)
+        raise CheckpointError(f"{path} is no complete safetensors file: {error}. Download or save it again.") from error
     return Header(start + raw, metadata, specs)
 
 
@@ -150,15 +150,11 @@ def _spec(path: Path, name: str, entry: dict[str, Any], data: int) -> TensorSpec
     return TensorSpec(code, shape, path, data + begin, end - begin)
 
 
-def _check_places(path: Path, specs: dict[str, TensorSpec], data: int, size: int) -> None:
+def _check_places(specs: dict[str, TensorSpec], data: int, size: int) -> None:
     expected = data
     for name, spec in specs.items():
         if spec.offset != expected:
-            raise _damaged(path, f"tensor {name!r} begins at byte {spec.offset}, not at {expected}")
+            raise ValueError(f"tensor {name!r} begins at byte {spec.offset}, not at {expected}")
         expected += spec.nbytes
     if expected != size:
-        raise _damaged(path, f"its tensors end at byte {expected}, the file at {size}")
-
-
-def _damaged(path: Path, reason: str) -> CheckpointError:
-    return CheckpointError(f"{path} is no complete safetensors file: {reason}. Download or save it again.")
+        raise ValueError(f"its tensors end at byte {expected}, the file at {size}")

@@ -8,13 +8,12 @@ from pathlib import Path, PurePosixPath
 
 from ..errors import CheckpointError
 
+Source = str | os.PathLike[str]
 _SMALL = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.spm", "LICENSE*", "NOTICE*", "USE_POLICY*", "*.py")
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
-def locate(
-    source: str | os.PathLike[str], revision: str | None = None, *, weights: bool = True
-) -> tuple[str, str | None, Path]:
+def locate(source: Source, revision: str | None = None, *, weights: bool = True) -> tuple[str, str | None, Path]:
     """Return (name without revision, revision, folder on this machine) of a folder or hub id.
 
     Args:
@@ -33,14 +32,10 @@ def locate(
     revision, folder = tail or revision, Path(name).expanduser()
     if folder.is_dir():
         if tail or (revision is not None and is_hub_id(name)):
-            raise CheckpointError(
-                f"{name} is a local folder, which has no revision {revision!r}. Leave the revision out."
-            )
+            raise CheckpointError(f"{name} is a local folder, which has no revision {revision!r}. Leave it out.")
         return name, None, folder
     if not is_hub_id(name):
-        raise CheckpointError(
-            f"there is no folder {source}. Give the folder of a checkpoint, or a hub id like owner/name."
-        )
+        raise CheckpointError(f"there is no folder {source}. Give a checkpoint's folder or a hub id like owner/name.")
     return name, revision, _download(name, revision, weights)
 
 
@@ -59,13 +54,11 @@ def inside(folder: Path, name: str) -> Path:
     """
     pure = PurePosixPath(name)
     if pure.is_absolute() or len(pure.parts) != 1 or name in (".", "..") or "\\" in name or "\0" in name:
-        raise CheckpointError(
-            f"{folder}: the weight file {name!r} lies outside the checkpoint's folder. It is not read."
-        )
+        raise CheckpointError(f"{folder}: the weight file {name!r} lies outside the folder; it is not read.")
     path, real, home = folder / name, (folder / name).resolve(), folder.resolve()
     blobs = home.parent.parent / "blobs"
     if real.parent != home and not (home.parent.name == "snapshots" and real.parent == blobs):
-        raise CheckpointError(f"{path} is a link to a file outside the checkpoint's folder. It is not read.")
+        raise CheckpointError(f"{path} is a link to a file outside the checkpoint's folder; it is not read.")
     if not path.is_file():
         raise CheckpointError(f"{folder} lacks the weight file {name}. Download or save the checkpoint again.")
     return path

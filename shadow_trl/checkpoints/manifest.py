@@ -1,8 +1,6 @@
-"""Provenance: `shadow.json` beside a run, a graft or a delta.
+"""Provenance: `shadow.json` says what a run and its checkpoints were trained from, or what a graft or delta is made of.
 
-Three kinds of manifest. `kind: run` lies in the folder that a Shadow trainer writes (and in its checkpoints) and says
-what was trained from what. `kind: graft` lies in the grafted folder and says what was added to what, with figures.
-`kind: delta` lies beside a delta on its own (`form: delta`) or a LoRA made from one (`form: adapter`).
+A manifest of kind `delta` is of form `delta`, or `adapter` for a LoRA made from one.
 """
 
 from __future__ import annotations
@@ -10,17 +8,22 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
+import logging
 import os
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, InputError
+from .hub import Source
 
 if TYPE_CHECKING:
     from .checkpoint import Checkpoint
+
+logger = logging.getLogger(__name__)
 
 MANIFEST_NAME = "shadow.json"
 FORMAT = 1
@@ -64,6 +67,10 @@ class Entry:
     def __str__(self) -> str:
         return f"{self.source}@{self.revision}" if self.revision else self.source
 
+    def recorded(self) -> dict[str, Any]:
+        """Return what a run writes of the side as it is now: of a local folder with digests of its weights."""
+        return vars(Entry.of(self.source, self.revision, weight_digests(self.source)))
+
     def find(self, home: Path, role: str) -> Entry:
         """Return the entry with the name under which the side is found now: from the current folder, else from `home`.
 
@@ -102,11 +109,11 @@ class Entry:
 def way_out(role: str) -> str:
     """Return what helps where the side that a manifest names for `role` is gone or has changed."""
     if role == "policy":
-        return "Restore it, or merge the adapter into the right model and start from that. Nothing was written."
-    return f"Restore it, or name it: --{role}, in training {role}_model=... Nothing was written."
+        return "Restore it, or merge the adapter into the right model and start from that."
+    return f"Restore it, or name it: --{role}, in training {role}_model=..."
 
 
-def read_manifest(folder: str | os.PathLike[str]) -> dict[str, Any] | None:
+def read_manifest(folder: Source) -> dict[str, Any] | None:
     """Return the manifest of `folder` as a dictionary, None where there is none.
 
     Raises:
@@ -132,7 +139,12 @@ def read_manifest(folder: str | os.PathLike[str]) -> dict[str, Any] | None:
     return content
 
 
-def write_manifest(folder: str | os.PathLike[str], content: Mapping[str, Any]) -> Path:
+def kind_found(manifest: Mapping[str, Any] | None) -> str:
+    """Return what a folder has instead of the manifest that was looked for, for messages."""
+    return f"its {MANIFEST_NAME} is of kind {manifest['kind']}" if manifest else f"it has no {MANIFEST_NAME}"
+
+
+def write_manifest(folder: Source, content: Mapping[str, Any]) -> Path:
     """Write `content` as the manifest of `folder`, whole or not at all; return its path.
 
     Args:
@@ -152,21 +164,72 @@ def versions() -> dict[str, str]:
     """Return the installed version of every package that can change the numbers, without importing any."""
     found = {}
     for package in _PACKAGES:
-        try:
+        with suppress(importlib.metadata.PackageNotFoundError):
             found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
     return found
 
 
-def file_digest(path: str | os.PathLike[str]) -> str:
-    """Return `sha256:<hex>` of a file; a large file of the hub cache is not read, its blob's name is the digest.
-
-    The hub cache stores each file under `blobs/<name>`: 64 hexadecimal digits are the SHA-256 of a large file. Names
-    of 40 digits (small files under git) are no SHA-256 and are not used.
-    """
+def file_digest(path: Source) -> str:
+    """Return `sha256:<hex>` of a file; a large file of the hub cache is not read, its blob's name is the digest."""
     real = Path(path).resolve()
+    # Names of 40 digits are those of small files under git, and no SHA-256.
     if real.parent.name == "blobs" and re.fullmatch(r"[0-9a-f]{64}", real.name):
         return f"sha256:{real.name}"
     with open(real, "rb") as file:
         return f"sha256:{hashlib.file_digest(file, 'sha256').hexdigest()}"
+
+
+def weight_digests(source: str) -> dict[str, str] | None:
+    """Return `{file name: digest}` of the weight files of a local folder, None for a hub id."""
+    folder = Path(source).expanduser()
+    if not folder.is_dir():
+        return None
+    return {path.name: file_digest(path) for path in sorted(folder.glob("*.safetensors"))}
+
+
+def from_manifest(role: str, manifest: Mapping[str, Any], folder: Path, given: Entry | None = None) -> Entry | None:
+    """Return the name and revision of `role`: what the user gave, else what the manifest of `folder` says.
+
+    Raises:
+        InputError: the manifest names a folder that is not to be found or has changed.
+    """
+    entry = Entry.read(manifest, role)
+    if given is not None:
+        if entry and str(given) != str(entry):
+            logger.warning("%s is %s as given; %s names %s.", role, given, folder / MANIFEST_NAME, entry)
+        return given
+    if entry is None:
+        return None
+    found = entry.find(folder, role)
+    changed = found.changed(Path(found.source))
+    if changed:
+        raise InputError(
+            f"{role} of the run in {folder} has changed since: {len(changed)} of {len(found.digests or {})} weight "
+            f"files of {found} are missing or differ ({', '.join(sorted(changed))}). The delta would be measured from "
+            f"other weights than the run started from. {way_out(role)}"
+        )
+    return Entry(found.source, found.revision)
+
+
+def stage_below(tuned: Source, base: str | None = None) -> tuple[str, str] | None:
+    """Return (start, base) of an adapter that was trained on the full model of an earlier run, else None.
+
+    Args:
+        tuned: folder of what was trained; a folder without a manifest, or a full model, is no such adapter.
+        base: BASE as the user named it; wins over the manifest.
+
+    Raises:
+        InputError: the manifest names a folder that is not to be found or has changed.
+    """
+    folder = Path(tuned)
+    manifest = read_manifest(folder) if (folder / "adapter_config.json").is_file() else None
+    if manifest is None or manifest["kind"] != "run" or Entry.read(manifest, "policy") == Entry.read(manifest, "base"):
+        return None
+    start = from_manifest("policy", manifest, folder)
+    return str(start), str(from_manifest("base", manifest, folder, Entry(base) if base else None))
+
+
+def adapter_base(config: Mapping[str, Any], folder: Path) -> Entry | None:
+    """Return the model that the `adapter_config.json` in `folder` names, found from here or there; None if none."""
+    name = config.get("base_model_name_or_path")
+    return Entry(str(name), config.get("revision")).find(folder, "base") if name else None

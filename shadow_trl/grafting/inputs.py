@@ -5,17 +5,15 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
 from ..adapters.kinds import check_has_delta
-from ..adapters.lora import base_model_of, is_plain, read_lora
+from ..adapters.lora import base_model_of, read_lora, streams
 from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.delta import DeltaCheckpoint, refuse_deltas
-from ..checkpoints.manifest import Entry, file_digest, read_manifest
-from ..checkpoints.sources import adapter_base
-from ..checkpoints.weight_names import is_tied
+from ..checkpoints.manifest import Entry, adapter_base, file_digest, read_manifest
 from ..errors import AdapterError, CheckpointError, ConfigError, list_names
 from ..pair.pairs import ModelPair
 from .form import adapter_warnings, form_of, no_adapter_form
@@ -105,8 +103,7 @@ def open_delta(base: Source | None, instruct: Source, delta: Source, options: Gr
     _check_delta_options(options)
     learnt, receiver = DeltaCheckpoint.open(delta), _open_model("instruct", instruct)
     receiver.check_not_quantised("instruct")
-    facts = Checkpoint(f"{learnt} (what the delta keeps of base)", None, learnt.path, config=learnt.config)
-    facts.specs, facts.files = learnt.specs, learnt.files
+    facts = replace(learnt, source=f"{learnt} (what the delta keeps of base)", revision=None)
     origin = _named_base(learnt) if base is None else Checkpoint.open(base)
     warnings = []
     if base is not None and origin is not None:
@@ -122,7 +119,7 @@ def _open_trained(single: SingleTuned, receiver: Checkpoint, options: GraftOptio
     learnt, stages, weights = single.checkpoint, single.stages, single.weights
     if learnt.is_adapter:
         check_has_delta(learnt.adapter_config)
-    modules = read_lora(learnt) if learnt.is_adapter and _streams(learnt, receiver) else {}
+    modules = read_lora(learnt) if learnt.is_adapter and streams(learnt, receiver) else {}
     needed = not modules or options.instruct_scale != 1.0 or options.rank is not None
     base = as_subtracted(_open_base(single, needed).loaded(options.base_dtype), stages)
     return PlainLora(base, learnt, stages, weights, modules) if modules else Full(base, learnt, stages, weights)
@@ -199,12 +196,6 @@ def other_base(tuned: Full | PlainLora | Delta, sides: Mapping[str, Entry]) -> l
                 "differ by is in the delta, unless they are the same weights. Give the base that it was trained on."
             )
     return found
-
-
-def _streams(adapter: Checkpoint, instruct: Checkpoint) -> bool:
-    """Whether an adapter is added without BASE's weights: a plain LoRA that leaves a shared head alone."""
-    tied = is_tied(instruct.config) and any(".lm_head." in name for name in adapter.specs)
-    return is_plain(adapter) and not tied
 
 
 def _check_delta_options(options: GraftOptions) -> None:

@@ -56,7 +56,7 @@ class Full:
             return full_jobs(self.base, instruct, self.checkpoint, options, scratch)
         learnt = self.checkpoint
         if learnt.is_adapter:
-            learnt, _ = merged_checkpoint(self.base, learnt, scratch / "merged")
+            learnt = merged_checkpoint(self.base, learnt, scratch / "merged")
         jobs = full_jobs(self.base.loaded(None), instruct, learnt, options, scratch)
         return jobs if options.instruct_scale != 1.0 else _without_unchanged(jobs)
 

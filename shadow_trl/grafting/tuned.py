@@ -9,23 +9,20 @@ from __future__ import annotations
 import math
 import os
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..adapters.kinds import kind_of
-from ..adapters.lora import base_model_of, is_plain, open_tuned, place_on, read_lora
+from ..adapters.lora import base_model_of, open_tuned, place_on, read_lora, streams
 from ..checkpoints.checkpoint import Checkpoint, Place
 from ..checkpoints.delta import refuse_deltas
-from ..checkpoints.header import read_header
-from ..checkpoints.sources import stage_below
+from ..checkpoints.manifest import stage_below
+from ..checkpoints.overlay import Overlay
 from ..errors import AdapterError, ConfigError, list_names
 from ..results.folder import make_parents, remove_empty
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 Source = str | os.PathLike[str]
 Stages = dict[str, Checkpoint]
@@ -81,54 +78,23 @@ def one_tuned(base: Source | None, tuned: Any, target: Path, base_dtype: str | N
             yield _summed(found, scratch / "sum", base_dtype)
 
 
-def merged_checkpoint(base: Checkpoint, adapter: Checkpoint, folder: Path) -> tuple[Checkpoint, list[str]]:
-    """Return BASE with an adapter merged, in fp32 or wider, and the names of the weights that it changes.
+def merged_checkpoint(base: Checkpoint, adapter: Checkpoint, folder: Path) -> Checkpoint:
+    """Return BASE with an adapter merged, what it changes in fp32 or wider.
 
     Args:
         base: what the adapter was trained on, as in `merge_into_base`.
         adapter: of any type.
         folder: for the changed weights; removed by the caller.
     """
-    if not is_plain(adapter):
+    if not streams(adapter, base):
         from ..adapters.peft_layers import merge_into_base
 
         return merge_into_base(base, adapter, folder)
-    placed = place_on(read_lora(adapter), adapter, base)
-
-    def merge(name: str) -> Tensor:
-        lora = placed[name]
+    merged = Overlay.over(base, adapter, folder)
+    for name, lora in place_on(read_lora(adapter), adapter, base).items():
         product = lora.factor * adapter.tensor(lora.left).double() @ adapter.tensor(lora.right).double()
-        return base.tensor(name).double() + (product.T if lora.transposed else product)
-
-    return with_changes(base, ((name, merge(name)) for name in placed), folder, adapter), list(placed)
-
-
-def with_changes(
-    base: Checkpoint, changes: Iterable[tuple[str, Tensor]], folder: Path, source: Checkpoint
-) -> Checkpoint:
-    """Return `base` with some weights changed, called as `source` in messages.
-
-    Args:
-        base: whose other weights stay where they are.
-        changes: name on disk and new value, one at a time; kept in fp32 where BASE has 16 bits, else in fp64, which is
-            exact enough for one rounding later.
-        folder: for the changed weights; made here.
-        source: what changed them.
-    """
-    import torch
-    from safetensors.torch import save_file
-
-    folder.mkdir(parents=True, exist_ok=True)
-    made = Checkpoint(source.source, source.revision, base.path, config=base.config, files=list(base.files))
-    made.specs = dict(base.specs)
-    for number, (name, value) in enumerate(changes):
-        wide = base.specs[name].itemsize >= 4
-        path = folder / f"{number:05d}.safetensors"
-        save_file({name: value.to(torch.float64 if wide else torch.float32).contiguous()}, path)
-        made.files.append(path)
-        made.headers[path] = read_header(path)
-        made.specs.update(made.headers[path].specs)
-    return made
+        merged.put({name: base.tensor(name).double() + (product.T if lora.transposed else product)})
+    return merged
 
 
 @contextmanager
@@ -179,12 +145,15 @@ def _on_base(base: Source | None, source: Source, weight: float, scratch: Path, 
     if below is None:
         return SingleTuned(base if base is not None else base_model_of(learnt), tuned, {"tuned": learnt}, (weight,))
     first = Checkpoint.open(below[0]).loaded(base_dtype)
-    merged, _ = merged_checkpoint(first, tuned, scratch / "merged")
+    merged = merged_checkpoint(first, tuned, scratch / "merged")
     if base_dtype is not None:
         from ..adapters.stored import without_cast
 
         # Merged weights are wider than the start's, and no longer tell in which dtype BASE was loaded for them.
-        merged = with_changes(merged, without_cast(merged, first, Checkpoint.open(below[1])), scratch / "plain", learnt)
+        plain = Overlay.over(merged, learnt, scratch / "plain")
+        for name, value in without_cast(merged, first, Checkpoint.open(below[1])):
+            plain.put({name: value})
+        merged = plain
     return SingleTuned(below[1], merged, {"start": first, "tuned": learnt}, (weight,))
 
 
@@ -196,7 +165,7 @@ def _summed(parts: Sequence[SingleTuned], scratch: Path, base_dtype: str | None)
         for number, part in enumerate(parts, start=1)
         for role, side in part.stages.items()
     }
-    if all(part.checkpoint.is_adapter and is_plain(part.checkpoint) for part in parts):
+    if all(part.checkpoint.is_adapter and streams(part.checkpoint, None) for part in parts):
         from ..adapters.repoint import concatenated
 
         total = concatenated([(part.checkpoint, part.weights[0]) for part in parts], scratch)
@@ -213,7 +182,7 @@ def _summed_on(base: Checkpoint, parts: Sequence[SingleTuned], scratch: Path) ->
     for number, part in enumerate(parts):
         side, start = part.checkpoint, as_subtracted(base, part.stages)
         if side.is_adapter:  # what a merged adapter adds, it adds to BASE as stored
-            side, start = merged_checkpoint(base, side, scratch / str(number))[0], base.loaded(None)
+            side, start = merged_checkpoint(base, side, scratch / str(number)), base.loaded(None)
         full.append((side, start, part.weights[0]))
     strange = [f"{name}  {side}" for side, _, _ in full for name in side.specs.keys() ^ base.specs.keys()]
     if strange:
@@ -223,60 +192,14 @@ def _summed_on(base: Checkpoint, parts: Sequence[SingleTuned], scratch: Path) ->
         )
     changed = [name for name in base.specs if any(side.specs[name] != base.specs[name] for side, _, _ in full)]
 
-    def total(name: str) -> Tensor:
+    total = Overlay.over(base, full[0][0], scratch / "changed")
+    for name in changed:
         value = base.tensor(name).double()
         for side, loaded, weight in full:
-            start = Place(loaded, name, loaded.cast(side.specs[name])).tensor().double()
-            value = value + weight * (side.tensor(name).double() - start)
-        return value
-
-    return with_changes(base, ((name, total(name)) for name in changed), scratch / "changed", full[0][0])
-
-
-def truncated(base: Checkpoint, adapter: Checkpoint, rank: int, folder: Path) -> tuple[Checkpoint, str]:
-    """Return the plain LoRA of a rank that is nearest to an adapter's delta, and what it loses in words.
-
-    Args:
-        base: what the adapter was trained on, as in `merged_checkpoint`.
-        adapter: of any type.
-        rank: of the LoRA.
-        folder: made here, removed by the caller.
-    """
-    from ..adapters.repoint import write_factors
-    from ..adapters.stored import MemoryWeights
-    from ..arithmetic.low_rank import truncate
-    from ..layouts.model_names import ModelNames
-
-    merged, _ = merged_checkpoint(base, adapter, folder / "merged")
-    names = ModelNames(base)
-    before, after = MemoryWeights(base, names), MemoryWeights(merged, names)
-    factors, without, lost, total = {}, [], 0.0, 0.0
-    for name in names.memory:
-        if all(merged.specs[source] == base.specs.get(source) for source in after.sources(name)):
-            continue
-        delta = after[name].double() - before[name].double()
-        size = float(delta.square().sum())
-        total += size
-        if delta.dim() == 2 and name.endswith("_proj.weight"):
-            left, right, energy = truncate(delta, rank)
-            factors[name.removesuffix(".weight")] = (left, right)
-            lost += (1.0 - energy) * size
-        else:
-            without.append(name)
-            lost += size
-    if not factors or not total:
-        raise AdapterError(
-            f"adapter {adapter} changes no projection, so there is no LoRA near it.\n{list_names(without)}\n"
-            "Use format='model'. Nothing was written."
-        )
-    note = f"the adapter is the rank-{rank} part of the delta: relative error {math.sqrt(max(lost, 0.0) / total):.3g}."
-    if without:
-        note += f" {len(without)} changed weights have no room in it.\n{list_names(without)}"
-    settings = {
-        "peft_type": "LORA", "task_type": adapter.adapter_config.get("task_type"), "inference_mode": True,
-        "bias": "none", "lora_dropout": 0.0, "fan_in_fan_out": False, "target_modules": sorted(factors),
-    }  # fmt: skip
-    return write_factors(factors, settings, folder / "lora"), note
+            origin = Place(loaded, name, loaded.cast(side.specs[name])).tensor().double()
+            value = value + weight * (side.tensor(name).double() - origin)
+        total.put({name: value})
+    return total
 
 
 def weighted_sources(tuned: Any) -> list[tuple[Source, float]]:

@@ -14,6 +14,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from copy import deepcopy
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,6 +31,19 @@ LAYER = re.compile(r"(.*?\.\d+)\.")
 """The layer that a weight is in; few conversions reach over layers."""
 SHARD_BYTES = 2 * 2**30
 """Size of the files of a normalised checkpoint; with one block of the model, the memory that normalising needs."""
+
+
+@dataclass(frozen=True)
+class LinearModule:
+    """A linear module that an adapter can be on.
+
+    Args:
+        name: in memory.
+        transposed: whether its weight is stored as (in, out), as transformers' Conv1D does.
+    """
+
+    name: str
+    transposed: bool
 
 
 class _Placed(NamedTuple):
@@ -113,6 +127,20 @@ class ModelNames:
     def rules_of(self, names: Iterable[str] | None) -> list[Any]:
         """Return the rules that loading a checkpoint with these on-disk names uses; for None (as in memory), none."""
         return [] if names is None else [rule for rule in self._placed(names)[1] if rule.was_used()]
+
+    def linear(self, names: Iterable[str]) -> dict[str, LinearModule]:
+        """Return on-disk name -> module of the weights that belong to a linear one, as PEFT tells by its class.
+
+        The router of a mixture and its fused experts look like one on disk.
+        """
+        from transformers.pytorch_utils import Conv1D
+
+        found = {
+            f"{name}.weight": LinearModule(name, isinstance(module, Conv1D))
+            for name, module in self.model.named_modules()
+            if isinstance(module, (torch.nn.Linear, Conv1D))
+        }
+        return {name: found[key] for key, name in self.keys(names).items() if key in found}
 
     def groups(self, names: Iterable[str]) -> dict[str, list[str]]:
         """Return in-memory name -> on-disk names of the weights that loading makes it of."""

@@ -6,6 +6,7 @@ The engine of a graft does the work, with zeros where INSTRUCT would be.
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -13,12 +14,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ..adapters.lora import base_model_of
 from ..checkpoints.checkpoint import Checkpoint, Place
 from ..checkpoints.delta import BASE_CONFIG, INDEX, WEIGHTS, Zeros, refuse_deltas
 from ..checkpoints.header import FLOATS, nbytes_of
 from ..checkpoints.manifest import Entry, write_manifest
-from ..errors import AdapterError, ConfigError
+from ..errors import AdapterError, ConfigError, ends_with
 from ..grafting.files import OutputFile, main_dtype, plan_files
 from ..grafting.inputs import Digests, Inputs, Source, open_tuned_inputs, other_base
 from ..grafting.jobs import Jobs, WeightJob
@@ -30,10 +33,11 @@ from ..results.cards import write_delta_card
 from ..results.copied import copied_files, copy_files
 from ..results.folder import OutputFolder, check_free, check_place, check_space, recover
 from ..runtime.progress import Progress
-from .delta_lora import write_low_rank
 from .graft import check_finite
+from .truncate import truncated
 
 
+@ends_with("Nothing was written.")
 def extract_delta(
     *,
     base: Source | None = None,
@@ -172,7 +176,13 @@ def _write_adapter(
     jobs = inputs.tuned.jobs(inputs.instruct, options, scratch)
     small = copied_files(inputs.instruct, adapter=True)
     with Digests(inputs.tuned.sides, [], options) as digests:
-        report = write_low_rank(jobs, inputs.instruct, part, target, options, rank, progress)
+        dtype = getattr(torch, options.dtype)
+        found = truncated(jobs, inputs.instruct, rank, target, dtype=dtype, progress=progress)
+        found.write(part, inputs.instruct)
+        report = DeltaReport(
+            target, "adapter", len(found.factors), options.dtype, delta_norm=math.sqrt(found.total), rank=rank,
+            kept=found.kept, modules=found.modules, lost=found.lost, warnings=found.warnings,
+        )  # fmt: skip
         shutil.rmtree(scratch, ignore_errors=True)
         _finish(part, inputs, report, options, sides=digests.collect(), small=small, left_out=jobs.left_out)
     return report

@@ -18,7 +18,7 @@ from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.delta import refuse_deltas
 from ..checkpoints.header import TORCH_NAMES
 from ..checkpoints.manifest import Entry, write_manifest
-from ..errors import ConfigError, GraftError, list_names
+from ..errors import ConfigError, GraftError, ends_with, list_names
 from ..grafting.files import main_dtype, plan_files, write_index
 from ..grafting.form import is_local, no_adapter_form
 from ..grafting.inputs import Digests, Inputs, Source, open_delta, open_tuned_inputs, other_base
@@ -26,14 +26,16 @@ from ..grafting.jobs import check_rounding, full_jobs
 from ..grafting.options import GraftOptions
 from ..grafting.reports import GraftReport, graft_figures, graft_warnings
 from ..grafting.stream import Outcome, stream
-from ..grafting.trained import PlainLora
-from ..grafting.tuned import one_tuned, truncated
+from ..grafting.trained import Full, PlainLora
+from ..grafting.tuned import one_tuned
 from ..results.cards import write_model_card
 from ..results.copied import copied_files, copy_files, write_config
 from ..results.folder import OutputFolder, check_free, check_place, check_space, recover
 from ..runtime.progress import Progress
+from .truncate import truncated
 
 
+@ends_with("Nothing was written.")
 def graft(
     *,
     base: Source | None = None,
@@ -115,7 +117,7 @@ def graft(
         check_place(target, inputs.folders)
         with OutputFolder(target, settings.overwrite) as place:
             if inputs.form == "adapter":
-                report = _write_adapter_form(inputs, place.part, target, settings)
+                report = _write_adapter_form(inputs, place.part, target, settings, progress)
             else:
                 report = _write_dense_form(inputs, place.part, target, settings, progress)
             place.commit()
@@ -175,7 +177,7 @@ def check_graft(
     folders = [("instruct", receiver.path)]
     if base is not None:
         kind = kind_of(adapter_config or {"peft_type": "LORA"})
-        origin = Checkpoint.open(base, weights=not (adapter and (kind.streams or kind.subtracted)))
+        origin = Checkpoint.open(base, weights=not adapter or kind.needs_base)
         folders.append(("base", origin.path))
         if not adapter:
             origin.check_not_quantised("base")
@@ -224,18 +226,17 @@ def _write_dense_form(inputs: Inputs, part: Path, target: Path, options: GraftOp
     return report
 
 
-def _write_adapter_form(inputs: Inputs, part: Path, target: Path, options: GraftOptions) -> GraftReport:
+def _write_adapter_form(inputs: Inputs, part: Path, target: Path, options: GraftOptions, progress: bool) -> GraftReport:
     from ..adapters.repoint import write_adapter
 
-    scratch, notes, base, adapter = (
-        part / ".truncated",
-        list(inputs.warnings),
-        inputs.tuned.base,
-        inputs.tuned.checkpoint,
-    )
+    scratch, notes = part / ".truncated", list(inputs.warnings)
+    base, adapter = inputs.tuned.base, inputs.tuned.checkpoint
     if options.rank is not None:
-        adapter, note = truncated(base, adapter, options.rank, scratch)
-        notes.append(note)
+        jobs = Full(base, adapter).jobs(base, GraftOptions(untie=True), scratch)
+        found = truncated(jobs, base, options.rank, target, progress=progress)
+        adapter = found.write(scratch / "lora", base)
+        notes.append(f"the adapter is the rank-{options.rank} part of the delta: relative error {found.error:.3g}.")
+        notes += found.warnings
     elif isinstance(inputs.tuned, PlainLora):
         place_on(inputs.tuned.modules, adapter, inputs.instruct)
     small = copied_files(inputs.instruct, adapter=True)

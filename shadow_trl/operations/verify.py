@@ -20,16 +20,14 @@ import torch
 from ..arithmetic.grafter import BLOCK
 from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.delta import refuse_deltas
-from ..checkpoints.hub import locate
-from ..checkpoints.manifest import MANIFEST_NAME, Entry, read_manifest
-from ..errors import CheckpointError, ConfigError, list_names
-from ..grafting.inputs import Source
+from ..checkpoints.hub import Source, locate
+from ..checkpoints.manifest import MANIFEST_NAME, Entry, kind_found, read_manifest
+from ..errors import CheckpointError, ConfigError, ends_with, list_names
 from ..grafting.options import declared
 from ..grafting.tuned import weighted_sources
 from ..results.folder import check_space
 from .graft import graft
 
-_ROLES = ("base", "instruct", "tuned", "delta", "start")
 _OUR_OWN = (MANIFEST_NAME, "README.md")
 
 
@@ -78,6 +76,7 @@ class VerifyReport:
         return "\n".join(lines)
 
 
+@ends_with("Nothing was written.")
 def verify(
     folder: Source,
     *,
@@ -113,8 +112,7 @@ def verify(
     there = Checkpoint.open(folder)
     manifest = read_manifest(there.path)
     if manifest is None or manifest["kind"] != "graft":
-        kind = f"its {MANIFEST_NAME} is of kind {manifest['kind']}" if manifest else f"it has no {MANIFEST_NAME}"
-        raise CheckpointError(f"{there} is not a graft: {kind}. Give the folder that `graft` wrote.")
+        raise CheckpointError(f"{there} is not a graft: {kind_found(manifest)}. Give the folder that `graft` wrote.")
     given = {"base": base, "instruct": instruct, "tuned": tuned, "delta": delta}
     sides = _sides(given, manifest, there.path)
     wrong = _other_digests(sides, manifest)
@@ -138,7 +136,7 @@ def _sides(given: Mapping[str, Any], manifest: Mapping[str, Any], folder: Path) 
     """Return the inputs of the graft, by role: what was given, else what the manifest names."""
     learnt = [role for role in ("tuned", "delta") if given[role] is not None]
     if len(learnt) > 1:
-        raise ConfigError("give either tuned or delta. Nothing was written.")
+        raise ConfigError("give either tuned or delta.")
     role = learnt[0] if learnt else ("delta" if "delta" in manifest else "tuned")
     # BASE of a delta is only checked, and where an adapter needs none the manifest still names it.
     wanted = [role, "instruct", *(["base"] if role == "tuned" or given["base"] is not None else [])]
@@ -157,7 +155,7 @@ def _found(role: str, manifest: Mapping[str, Any], folder: Path) -> Source:
     """Return the source that the manifest of `folder` names: from the current folder, else from `folder`."""
     entry = Entry.read(manifest, role)
     if entry is None:
-        raise ConfigError(f"{MANIFEST_NAME} of {folder} names no {role}. Give it with --{role}. Nothing was written.")
+        raise ConfigError(f"{MANIFEST_NAME} of {folder} names no {role}. Give it with --{role}.")
     return str(entry.find(folder, role))
 
 

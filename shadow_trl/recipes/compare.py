@@ -10,14 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoints.manifest import read_manifest
-from ..checkpoints.sources import with_revision
 from ..errors import ShadowError
-from ..evaluation.report import TITLES, Arm, RunReport
+from ..evaluation.report import TITLES, RunReport
 from ..evaluation.scoring import Scores, end_tokens, score
 from ..grafting.reports import GraftReport
 from ..operations.gap import gap
 from ..runtime.processes import say
-from ..training.origins import Origins
+from ..training.origins import Origins, require_base, require_instruct
 from ..training.preflight import GRAFTED_FOLDER
 from .options import Options
 
@@ -62,8 +61,9 @@ def make_report(
                 scores[name] = _score_model(options, origins, models[name], rows, title=titles[name])
     graft = _graft_figures(Path(models["tuned"]), origins, scored=bool(rows)) if "grafted" in models else None
     report = RunReport(
-        arms=[Arm(name, source, scores.get(name)) for name, source in models.items()],
+        models=models,
         output=output,
+        scores=scores,
         graft=graft,
         rows=options.recipe.score_rows,
         seconds=seconds,
@@ -80,17 +80,13 @@ def _graft_figures(run: Path, origins: Origins, *, scored: bool) -> dict[str, An
     all models are on the disk anyway.
     """
     manifest = read_manifest(run / GRAFTED_FOLDER)
-    # There is a graft, so all three exist.
-    assert manifest is not None
-    assert origins.base is not None
-    assert origins.instruct is not None
+    assert manifest is not None  # there is a graft
     found = {**manifest["options"], **manifest, "output": str(run / GRAFTED_FOLDER)}
     figures = {field.name: found[field.name] for field in fields(GraftReport)}
     full = (run / "config.json").is_file()
     if not full and not scored:
         return figures
-    base = with_revision(origins.base, origins.base_revision)
-    instruct = with_revision(origins.instruct, origins.instruct_revision)
+    base, instruct = str(require_base(origins)), str(require_instruct(origins))
     try:
         measured = gap(base, instruct, str(run) if full else None, progress=False)
     except ShadowError as reason:  # the result is on the disk; its report must not fail for a figure
@@ -104,9 +100,8 @@ def _score_model(options: Options, origins: Origins, source: str, rows: list[dic
     """Score one model, a folder (weights or adapter) or hub id, with INSTRUCT's tokenizer and end tokens."""
     from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-    recipe, instruct = options.recipe, origins.instruct
-    assert instruct is not None
-    revision = origins.instruct_revision or "main"
+    recipe, instruct = options.recipe, require_instruct(origins).source
+    revision = require_instruct(origins).revision or "main"
     tokenizer = AutoTokenizer.from_pretrained(instruct, revision=revision)
     try:
         generation = GenerationConfig.from_pretrained(instruct, revision=revision)

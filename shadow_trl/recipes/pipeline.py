@@ -18,7 +18,7 @@ from ..errors import InputError
 from ..evaluation.report import TITLES, RunReport
 from ..runtime.processes import run_on_main, say
 from ..training.loading import Loading, load_adapter
-from ..training.origins import resolve_origins
+from ..training.origins import require_instruct, resolve_origins
 from ..training.preflight import GRAFTED_FOLDER
 from .compare import make_report, timed
 from .data import load_data
@@ -114,7 +114,7 @@ def _merge(root: Path, options: Options) -> Path:
     origins = resolve_origins(str(run), base=training.base_model, instruct=training.instruct_model)
     if origins.adapter is None or origins.policy is None:
         raise InputError(f"merge_adapter: {run} holds no adapter to merge. Leave merge_adapter out.")
-    below = Loading(training).load(origins.policy, origins.policy_revision)
+    below = Loading(training).load(origins.policy)
     model = load_adapter(origins.adapter, below, trainable=False).merge_and_unload()
     unfinished = root / f".{MERGED_FOLDER}-unfinished"
     shutil.rmtree(unfinished, ignore_errors=True)
@@ -131,9 +131,13 @@ def _make_report(plan: Plan, root: Path, rows: list[dict[str, Any]] | None, seco
     options, run = plan.options[last], root / last
     training = options.training
     origins = resolve_origins(str(run), base=training.base_model, instruct=training.instruct_model)
-    assert origins.instruct is not None  # there is a graft
     sft = {"sft": str(root / STAGES[0] / GRAFTED_FOLDER)} if last != STAGES[0] else {}
-    models = {"instruct": origins.instruct, **sft, "grafted": str(run / GRAFTED_FOLDER), "tuned": str(run)}
+    models = {
+        "instruct": require_instruct(origins).source,
+        **sft,
+        "grafted": str(run / GRAFTED_FOLDER),
+        "tuned": str(run),
+    }
     titles = {**TITLES, "sft": "graft after SFT", "grafted": f"graft after {last.upper()}"}
     # The tuned BASE is what more training starts from: it is listed, not scored.
     return make_report(

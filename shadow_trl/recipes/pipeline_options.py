@@ -9,8 +9,7 @@ from typing import Any
 
 from trl import get_peft_config
 
-from ..checkpoints.manifest import Entry, read_manifest
-from ..checkpoints.sources import weight_digests
+from ..checkpoints.manifest import Entry, read_manifest, weight_digests
 from ..errors import ConfigError, InputError, OutputExistsError, list_names, one_of
 from ..training.preflight import GRAFTED_FOLDER
 from .options import Options, UnknownKeysError, find_config, parse_values, read_yaml, take_option

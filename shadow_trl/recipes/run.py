@@ -20,7 +20,7 @@ from ..errors import ConfigError, InputError, OutputExistsError, ShadowError
 from ..evaluation.report import RunReport
 from ..evaluation.scoring import read_rows
 from ..runtime.processes import run_on_main, say
-from ..training.origins import Origins
+from ..training.origins import Origins, require_instruct
 from ..training.preflight import GRAFTED_FOLDER
 from ..training.trainers import ShadowDPOTrainer, ShadowSFTTrainer
 from .compare import make_report, timed
@@ -148,7 +148,7 @@ def train_stage(kind: str, options: Options, data: dict[str, Any]) -> tuple[Orig
         with timed(seconds, "tune INSTRUCT directly"):
             _train_direct(plain_trainer, options, origins, direct_args, data)
     models = {
-        "instruct": origins.instruct,
+        "instruct": origins.instruct and origins.instruct.source,
         "direct": direct_args.output_dir if compare else None,
         "tuned": training.output_dir,
         "grafted": str(Path(training.output_dir) / GRAFTED_FOLDER) if training.graft else None,
@@ -158,8 +158,9 @@ def train_stage(kind: str, options: Options, data: dict[str, Any]) -> tuple[Orig
 
 def _train_direct(trainer_class: Any, options: Options, origins: Origins, args: Any, data: dict[str, Any]) -> None:
     """Tune INSTRUCT itself with TRL's own trainer and save it; its revision takes the place of BASE's."""
-    args.model_init_kwargs = {**(args.model_init_kwargs or {}), "revision": origins.instruct_revision or "main"}
-    trainer = _trainer(trainer_class, origins.instruct, args, options, data)
+    instruct = require_instruct(origins)
+    args.model_init_kwargs = {**(args.model_init_kwargs or {}), "revision": instruct.revision or "main"}
+    trainer = _trainer(trainer_class, instruct.source, args, options, data)
     trainer.train()
     trainer.save_model()
     _free(trainer)

@@ -1,14 +1,13 @@
-"""Writing results: whole or not at all, and past the page cache where the file system allows it.
+"""Results, written whole or not at all: to a hidden sibling that is synced and renamed when it is complete.
 
-A result is written to a hidden sibling of its folder, synced, and renamed when it is complete. A kill at any moment
-leaves either no result or a complete one, and at most siblings that the next run for the same folder removes or
-restores.
+A kill at any moment leaves at most such siblings, which the next run for the same folder removes or restores.
 """
 
 from __future__ import annotations
 
 import errno
 import fcntl
+import glob
 import os
 import shutil
 import threading
@@ -56,7 +55,7 @@ class OutputFolder:
             self._lock = _lock(self.part)
         except OSError as error:
             self._discard()
-            raise GraftError(f"cannot write to {self.path}: {error.strerror}. Nothing was written.") from error
+            raise GraftError(f"cannot write to {self.path}: {error.strerror}.") from error
         return self
 
     def __exit__(
@@ -70,7 +69,7 @@ class OutputFolder:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise GraftError(
                 f"the disk of {self.path} is full ({free_bytes(self.path):,} bytes free). Make room or choose another "
-                f"output. Nothing was written to {self.path}."
+                "output."
             ) from error
 
     def commit(self) -> None:
@@ -112,14 +111,14 @@ def check_free(path: Path, overwrite: bool, kind: str = "graft") -> None:
     if not overwrite:
         raise OutputExistsError(
             f"{path} exists. Choose another output, remove it, or overwrite it (--overwrite; in training "
-            "graft_overwrite). Nothing was written."
+            "graft_overwrite)."
         )
     there = path if os.path.lexists(path) else old
     manifest = _manifest(there)
     if there.is_symlink() or not there.is_dir() or manifest is None or manifest.get("kind") != kind:
         raise OutputExistsError(
             f"{path} exists and is no {kind} (it has no {MANIFEST_NAME} of kind {kind}), so it is not overwritten. "
-            "Choose another output or remove it yourself. Nothing was written."
+            "Choose another output or remove it yourself."
         )
 
 
@@ -131,7 +130,7 @@ def check_place(path: Path, inputs: Iterable[tuple[str, Path]], *, room_in: str 
         inputs: (role, folder) of each input.
         room_in: the role whose folder may hold the output, as the folder of a run holds its graft.
     """
-    place = _real(path)
+    place = Path(os.path.realpath(path))
     for role, folder in inputs:
         home = folder.resolve()
         if place == home:
@@ -144,7 +143,7 @@ def check_place(path: Path, inputs: Iterable[tuple[str, Path]], *, room_in: str 
             continue
         raise ConfigError(
             f"the output {path} {how} the folder of {role} ({folder}): the input would be changed or replaced. Choose "
-            "another output. Nothing was written."
+            "another output."
         )
 
 
@@ -154,7 +153,7 @@ def check_space(path: Path, needed: int) -> None:
     if needed > free:
         raise GraftError(
             f"the result needs {needed:,} bytes and the disk of {path} has {free:,} free. Make room or choose another "
-            "output. Nothing was written."
+            "output."
         )
 
 
@@ -171,7 +170,7 @@ def recover(path: Path) -> None:
     path = Path(os.path.abspath(path))
     if not path.parent.is_dir():
         return
-    for part in path.parent.glob(f".{_glob_safe(path.name)}.{_PART}-*"):
+    for part in path.parent.glob(f".{glob.escape(path.name)}.{_PART}-*"):
         lock = _lock(part)
         if lock >= 0:
             _remove(part)
@@ -193,23 +192,14 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _real(path: Path) -> Path:
-    return Path(os.path.realpath(path))
-
-
 def _old(path: Path) -> Path:
     return path.with_name(f".{path.name}.{_OLD}")
 
 
 def _manifest(folder: Path) -> dict[str, object] | None:
-    try:
+    with suppress(CheckpointError):
         return read_manifest(folder)
-    except CheckpointError:
-        return None
-
-
-def _glob_safe(name: str) -> str:
-    return "".join(f"[{letter}]" if letter in "*?[" else letter for letter in name)
+    return None
 
 
 def make_parents(folder: Path) -> list[Path]:

@@ -50,13 +50,10 @@ class ShardWriter:
         if self._direct >= 0 and offset % ALIGNMENT == 0:
             padded = -(-length // ALIGNMENT) * ALIGNMENT
             try:
-                _write_all(self._direct, buffer, padded, offset)
+                return _write_all(self._direct, buffer, padded, offset)
             except OSError as error:
                 if error.errno != errno.EINVAL:
                     raise
-                self._direct_wanted = False
-            else:
-                return
         _write_all(self._file, buffer, length, offset)
 
     def close(self) -> None:

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..checkpoints.checkpoint import Checkpoint
+from ..checkpoints.manifest import Entry
 from ..errors import ConfigError, GraftError, list_names
 from ..grafting.options import GraftOptions
 from ..layouts.model_names import ModelNames
 from .exchange import GraftExchange
 from .loading import bare_model
-from .origins import require_base, require_instruct
 from .start import Start
 
 if TYPE_CHECKING:
@@ -103,22 +103,20 @@ class GraftedEvaluation(_Trainer):
         start = self._start
         kwargs = {"dtype": bare_model(self.model).dtype, "device_map": None}
         loading = replace(start.loading, quantization_config=None, kwargs=kwargs)
-        source, revision = require_instruct(start.origins), start.origins.instruct_revision
         options = GraftOptions(**self.args.graft_options())
-        instruct, base = loading.load(source, revision).state_dict(), {}
+        instruct, base = loading.load(start.instruct).state_dict(), {}
         # Below an adapter BASE is needed where it was put on something else: on the full model of a stage before.
         if not start.adapter_on_base:
-            base = loading.load(require_base(start.origins), start.origins.base_revision).state_dict()
-        return GraftExchange(self.model, instruct, base, options, receiver(options, source, revision))
+            base = loading.load(start.base).state_dict()
+        return GraftExchange(self.model, instruct, base, options, receiver(options, start.instruct))
 
 
-def receiver(options: GraftOptions, instruct: str, revision: str | None) -> Callable[[str], bool]:
+def receiver(options: GraftOptions, instruct: Entry) -> Callable[[str], bool]:
     """Return the test whether a weight in memory receives the delta; `modules` is searched in INSTRUCT's names on disk.
 
     Args:
         options: of the graft.
         instruct: folder or hub id of INSTRUCT.
-        revision: of it.
 
     Raises:
         ConfigError: `modules` selects a part only of what is one weight in memory, as single experts are.
@@ -126,7 +124,7 @@ def receiver(options: GraftOptions, instruct: str, revision: str | None) -> Call
     chosen = options.selector()
     if options.patterns() is None:
         return chosen
-    checkpoint = Checkpoint.open(instruct, revision)
+    checkpoint = Checkpoint.open(str(instruct))
     stored = ModelNames(checkpoint).groups(checkpoint.specs)
     count = {place: sum(chosen(name) for name in names) for place, names in stored.items()}
     split = [f"{place}  {count[place]} of {len(names)} weights on disk" for place, names in stored.items()

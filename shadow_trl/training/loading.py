@@ -11,6 +11,7 @@ from accelerate.logging import get_logger
 from accelerate.utils import is_peft_model
 
 from ..checkpoints.checkpoint import Checkpoint
+from ..checkpoints.manifest import Entry
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -33,32 +34,27 @@ class Loading:
     quantization_config: Any = None
     kwargs: Mapping[str, Any] = field(default_factory=dict)
 
-    def load(self, source: str, revision: str | None = None) -> PreTrainedModel:
-        """Load the model in `source`.
+    def load(self, source: Entry) -> PreTrainedModel:
+        """Load the model in `source`, whose revision replaces the policy's (None: the main branch).
 
-        Args:
-            source: folder or hub id.
-            revision: of `source` on the hub; replaces the policy's. Default the main branch.
-
-        Returns:
-            the model. The state of the random generators is as before: loading must not change what is trained.
+        The state of the random generators is as before: loading must not change what is trained.
         """
         from trl.trainer.utils import create_model_from_path
 
         # The config's own parsing has made a dictionary of what was a string on the command line.
         given = cast("dict[str, Any]", self.args.model_init_kwargs or {})
-        kwargs = {**given, **self.kwargs, "revision": revision or "main"}
+        kwargs = {**given, **self.kwargs, "revision": source.revision or "main"}
         kwargs.setdefault("trust_remote_code", self.args.trust_remote_code)
         if self.quantization_config is not None:
             kwargs["quantization_config"] = self.quantization_config
         if self.args.distributed_state.distributed_type in ("MULTI_GPU", "DEEPSPEED"):
             kwargs["device_map"] = None  # as TRL: `auto` would spread one rank's model over every device
         with torch.random.fork_rng():
-            return create_model_from_path(source, **kwargs)
+            return create_model_from_path(source.source, **kwargs)
 
-    def like(self, model: Any, revision: str | None = None) -> Loading:
-        """Return this with the dtype in which `model`, a name or a loaded model, is loaded, and its attention."""
-        if model is not None and not isinstance(model, str):
+    def like(self, model: Any) -> Loading:
+        """Return this with the dtype in which `model`, an `Entry` or a loaded model, is loaded, and its attention."""
+        if not isinstance(model, Entry):
             bare = bare_model(model)
             return replace(self, kwargs={"dtype": bare.dtype, "attn_implementation": bare.config._attn_implementation})
         dtype = (self.args.model_init_kwargs or {}).get("dtype", "float32")
@@ -66,8 +62,8 @@ class Loading:
             from transformers import AutoConfig
 
             # INSTRUCT's own dtype may be another one than BASE's.
-            how = {"revision": revision or "main", "trust_remote_code": self.args.trust_remote_code}
-            dtype = AutoConfig.from_pretrained(str(model), **how).dtype or "float32"
+            how = {"revision": model.revision or "main", "trust_remote_code": self.args.trust_remote_code}
+            dtype = AutoConfig.from_pretrained(model.source, **how).dtype or "float32"
         return replace(self, kwargs={"dtype": dtype})
 
 

@@ -20,7 +20,6 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl.trainer.utils import get_config_model_id
 
 from ..checkpoints.manifest import write_manifest
-from ..checkpoints.sources import describe
 from ..errors import ConfigError, OutputExistsError
 from ..grafting.options import BASE_DTYPES
 from ..grafting.reports import GraftReport
@@ -32,7 +31,7 @@ from .adapter import start_of, without_reference_adapter, without_second_start, 
 from .config import ShadowArguments
 from .evaluation import GraftedEvaluation
 from .loading import bare_model, load_adapter, reload_converted
-from .origins import check_unchanged, require_base
+from .origins import check_unchanged
 from .preflight import (
     GRAFTED_FOLDER,
     SHARDED,
@@ -138,7 +137,7 @@ class ShadowMixin(GraftedEvaluation):
         return self.graft_report
 
     def _write_graft(self, tuned: str, output: Path, **changes: Any) -> GraftReport:
-        instruct, base = self._start.instruct, self._start.base
+        instruct, base = str(self._start.instruct), str(self._start.base)
         self.accelerator.wait_for_everyone()
 
         def write() -> GraftReport:
@@ -209,11 +208,11 @@ class ShadowMixin(GraftedEvaluation):
         if config.eval_grafted:
             check_exchangeable(start, config)
         if config.graft and start.in_memory and start.adapter is None and not start.base_named:
-            check_unchanged(start.model, require_base(start.origins), start.origins.policy_revision)
+            check_unchanged(start.model, start.base)
 
     def _check_graft(self, config: Any, given: Mapping[str, Any]) -> None:
         start = self._start
-        instruct, base = start.instruct, start.base
+        instruct, base = str(start.instruct), str(start.base)
         check_folders(Path(config.output_dir), start)
         for warning in ModelPair.open(base, instruct).check(
             level=config.pair_check or ("weights" if start.adapter is None else "headers"),
@@ -240,17 +239,18 @@ class ShadowMixin(GraftedEvaluation):
             )
 
     def _choose_processing_class(self, config: Any, given: dict[str, Any]) -> None:
-        if given.get("processing_class") is None and self.origins.instruct is not None:
+        instruct = self.origins.instruct
+        if given.get("processing_class") is None and instruct is not None:
             from transformers import AutoProcessor
 
             given["processing_class"] = AutoProcessor.from_pretrained(
-                self.origins.instruct,
-                revision=self.origins.instruct_revision,
-                trust_remote_code=config.trust_remote_code,
+                instruct.source, revision=instruct.revision, trust_remote_code=config.trust_remote_code
             )
         if given.get("processing_class") is not None and not getattr(config, "chat_template_path", None):
             conversational = is_conversational(given.get("train_dataset"))
-            check_processing_class(given["processing_class"], conversational, instruct=self.origins.instruct)
+            check_processing_class(
+                given["processing_class"], conversational, instruct=instruct.source if instruct else None
+            )
 
     def _choose_reference(self, config: Any, given: dict[str, Any]) -> None:
         """Set what the reference policy is; only preference trainers have one."""
@@ -258,7 +258,8 @@ class ShadowMixin(GraftedEvaluation):
     def _load_adapter(self, given: dict[str, Any]) -> None:
         """Make the adapter of the earlier run, on the model it was trained on, the model of this one."""
         origins = self._start.origins
-        below = replace(self._start.loading, kwargs={}).load(str(origins.policy), origins.policy_revision)
+        assert origins.policy is not None
+        below = replace(self._start.loading, kwargs={}).load(origins.policy)
         given["model"] = load_adapter(str(origins.adapter), below, trainable=True)
         # Used up: TRL would refuse them beside a loaded model, or say that it ignores them.
         given.pop("peft_config", None)
@@ -277,14 +278,14 @@ class ShadowMixin(GraftedEvaluation):
     def _manifest(self) -> dict[str, Any]:
         # Digests of whole models are worked out once a run.
         origins = self.origins
-        base = describe(origins.base, origins.base_revision)
+        base = origins.base and origins.base.recorded()
         method = getattr(bare_model(self.model), "quantization_method", None)
         return {
             "kind": "run",
             "trainer": type(self).__name__,
             "base": base,
-            "instruct": describe(origins.instruct, origins.instruct_revision),
-            "policy": base if origins.policy == origins.base else describe(origins.policy, origins.policy_revision),
+            "instruct": origins.instruct and origins.instruct.recorded(),
+            "policy": base if origins.policy == origins.base else origins.policy and origins.policy.recorded(),
             "adapter": {"source": origins.adapter} if origins.adapter else None,
             "ref_policy": getattr(self.args, "ref_policy", None),
             "options": self.args.graft_options(),

@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING
 
 from ..checkpoints.checkpoint import ADAPTER_CONFIG, read_json
 from ..checkpoints.delta import refuse_deltas
-from ..checkpoints.manifest import Entry, read_manifest
-from ..checkpoints.sources import adapter_base, from_manifest
+from ..checkpoints.manifest import Entry, adapter_base, from_manifest, read_manifest
 from ..errors import AdapterError, ConfigError, InputError, list_names
 
 if TYPE_CHECKING:
@@ -21,29 +20,25 @@ if TYPE_CHECKING:
 
 _WAYS_OUT = (
     "Save the model first (model.save_pretrained(folder)) and pass model=folder, or name the origin of the delta with "
-    "base_model=... Nothing was written."
+    "base_model=..."
 )
 
 
 @dataclass(frozen=True)
 class Origins:
-    """Where the parts of a run come from; each a local folder or a hub id, as the user gave it.
+    """Where the parts of a run come from; each a local folder or a hub id with its revision, as the user gave it.
 
     Args:
         policy: what the model is loaded from; under `adapter`, the model below it. None for an object without a name.
-        base: origin of the delta.
+        base: origin of the delta; None where neither it nor the policy has a name.
         instruct: receiver of the delta; None only where nothing is grafted.
         adapter: folder of the PEFT adapter that is trained further; None where there is none.
-        policy_revision, base_revision, instruct_revision: revisions on the hub.
     """
 
-    policy: str | None
-    base: str | None
-    instruct: str | None
+    policy: Entry | None
+    base: Entry | None
+    instruct: Entry | None
     adapter: str | None = None
-    policy_revision: str | None = None
-    base_revision: str | None = None
-    instruct_revision: str | None = None
 
     @property
     def from_raw_base(self) -> bool:
@@ -78,57 +73,59 @@ def resolve_origins(
         InputError: `policy` is a grafted folder, or a manifest names a folder that is not to be found or has changed.
         AdapterError: an adapter that does not say what it was trained on.
     """
-    manifest = read_manifest(policy) if policy is not None else None
+    start, origin, receiver = (
+        Entry(source, revision) if source else None
+        for source, revision in ((policy, policy_revision), (base, base_revision), (instruct, instruct_revision))
+    )
+    home = Path(policy or "")
+    manifest = read_manifest(home) if policy else None
     if manifest is not None and manifest["kind"] == "graft":
         run = (manifest.get("tuned") or {}).get("source", "unknown")
         raise InputError(
             f"{policy} is a grafted model: INSTRUCT with the delta already added. Training continues from the tuned "
-            f"model; give the folder of the run instead: {run}. Nothing was written."
+            f"model; give the folder of the run instead: {run}."
         )
     if manifest is not None and manifest["kind"] == "delta":
         refuse_deltas(model=policy)
         manifest = None  # a LoRA made from a delta is an adapter like any other
-    adapter = policy if policy is not None and (Path(policy) / "adapter_config.json").is_file() else None
+    adapter = policy if policy and (home / ADAPTER_CONFIG).is_file() else None
     if manifest is not None:
-        assert policy is not None
-        named = {"base": (base, base_revision), "instruct": (instruct, instruct_revision)}
-        (base, base_revision), (instruct, instruct_revision) = (
-            from_manifest(role, manifest, Path(policy), given) for role, given in named.items()
-        )
-        if adapter is not None and Entry.read(manifest, "policy") == Entry.read(manifest, "base"):
-            policy, policy_revision = base, base_revision
-        elif adapter is not None:
-            # The adapter was trained on something else than BASE: on the full model of a stage before.
-            policy, policy_revision = from_manifest("policy", manifest, Path(adapter), (None, None))
+        origin = from_manifest("base", manifest, home, origin)
+        receiver = from_manifest("instruct", manifest, home, receiver)
+        if adapter is not None:
+            # It was trained on BASE, or on the full model of a stage before.
+            on_base = Entry.read(manifest, "policy") == Entry.read(manifest, "base")
+            start = origin if on_base else from_manifest("policy", manifest, home)
     elif adapter is not None:
-        policy, policy_revision = (base, base_revision) if base else _adapter_base(Path(adapter), base_revision)
-    if base is None:
-        base, base_revision = policy, base_revision or policy_revision
-    return Origins(policy, base, instruct, adapter, policy_revision, base_revision, instruct_revision)
+        start = origin or _adapter_base(home, base_revision)
+    if origin is None and start is not None:
+        origin = Entry(start.source, base_revision or start.revision)
+    return Origins(start, origin, receiver, adapter)
 
 
-def _adapter_base(adapter: Path, revision: str | None) -> tuple[str, str | None]:
+def _adapter_base(adapter: Path, revision: str | None) -> Entry:
     found = adapter_base(read_json(adapter / ADAPTER_CONFIG), adapter)
     if found is None:
         raise AdapterError(
             f"the adapter in {adapter} does not say what it was trained on (base_model_name_or_path is empty). "
-            "Name it with base_model=... Nothing was written."
+            "Name it with base_model=..."
         )
-    return found.source, revision or found.revision
+    return Entry(found.source, revision or found.revision)
 
 
-def check_unchanged(model: PreTrainedModel, source: str, revision: str | None) -> None:
+def check_unchanged(model: PreTrainedModel, source: Entry) -> None:
     """Check that a loaded model still has the weights of `source`, cast to its dtype: the delta is measured from there.
 
     Args:
         model: the model that training starts from.
         source: the folder or hub id its config names.
-        revision: of `source` on the hub.
 
     Raises:
         InputError: the model has weights that differ from those of `source`.
     """
-    fresh = type(model).from_pretrained(source, revision=revision or "main", dtype=model.dtype).state_dict()
+    fresh = (
+        type(model).from_pretrained(source.source, revision=source.revision or "main", dtype=model.dtype).state_dict()
+    )
     state = model.state_dict()
     changed = [
         f"{name}: {tuple(fresh[name].shape) if name in fresh else 'absent'} in {source}, "
@@ -143,26 +140,18 @@ def check_unchanged(model: PreTrainedModel, source: str, revision: str | None) -
         )
 
 
-def require_base(origins: Origins) -> str:
-    """Return BASE of `origins`.
-
-    Raises:
-        InputError: the model has no name, and none was given.
-    """
+def require_base(origins: Origins) -> Entry:
+    """Return BASE of `origins`; InputError where the model has no name, and none was given."""
     if origins.base is None:
         raise InputError(f"the model has no name, so BASE cannot be found on the disk. {_WAYS_OUT}")
     return origins.base
 
 
-def require_instruct(origins: Origins) -> str:
-    """Return INSTRUCT of `origins`.
-
-    Raises:
-        ConfigError: none is known.
-    """
+def require_instruct(origins: Origins) -> Entry:
+    """Return INSTRUCT of `origins`; ConfigError where none is known."""
     if origins.instruct is None:
         raise ConfigError(
             "no INSTRUCT is known: neither instruct_model=... was given nor does the model come from a shadow run. "
-            "Name the model that receives the delta, or pass graft=False to train BASE only. Nothing was written."
+            "Name the model that receives the delta, or pass graft=False to train BASE only."
         )
     return origins.instruct

@@ -14,7 +14,6 @@ from ..adapters.kinds import (
     lost_start,
     more_than_a_product,
     start_setting,
-    unsupported_features,
 )
 from ..checkpoints.checkpoint import ADAPTER_CONFIG, read_json
 from ..errors import AdapterError, ConfigError, OutputExistsError, list_names
@@ -60,7 +59,7 @@ def check_folders(output_dir: Path, start: Start) -> None:
     """Refuse an output folder in which TUNED would overwrite an input or mix with weights of the other kind."""
     for role in ("policy", "base", "instruct", "adapter"):
         source = getattr(start.origins, role)
-        if source is not None and output_dir.exists() and Path(source).exists() and output_dir.samefile(source):
+        if source and (there := Path(str(source))).exists() and output_dir.exists() and output_dir.samefile(there):
             raise OutputExistsError(
                 f"output_dir {output_dir} is the folder of {role}: saving TUNED there would overwrite it. Choose "
                 "another output_dir. Nothing was written."
@@ -179,7 +178,7 @@ def check_exchangeable(start: Start, args: Any) -> None:
     if start.is_quantised:
         reasons.append("BASE is quantised: its weights cannot be exchanged for INSTRUCT's")
     if start.adapter is not None:
-        reasons += [f"the adapter is more than a plain LoRA: {name}" for name in unsupported_features(start.adapter)]
+        reasons += [f"the adapter is more than a plain LoRA: {name}" for name in kind_of(start.adapter).beyond]
         if args.instruct_scale != 1.0:
             reasons.append("instruct_scale other than 1 needs BASE's weights beside the adapter")
     if reasons:

@@ -15,16 +15,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from accelerate.logging import get_logger
 
-from ..adapters.lora import LoraModule, is_plain, place_on, read_lora
+from ..adapters.lora import LoraModule, place_on, read_lora, streams
 from ..arithmetic.grafter import graft_low_rank
 from ..checkpoints.checkpoint import Checkpoint
-from ..checkpoints.sources import with_revision
+from ..checkpoints.manifest import Entry
 from ..grafting.options import GraftOptions
 from ..layouts.model_names import ModelNames
 from ..operations.graft import graft
 from ..runtime.processes import run_on_main
 from .loading import Loading
-from .origins import require_base, require_instruct
 from .start import Start
 
 if TYPE_CHECKING:
@@ -42,12 +41,10 @@ class Reference:
 
     Args:
         source: folder or hub id.
-        revision: of `source` on the hub.
         grafted: whether it is `source`, an INSTRUCT, with the delta that training starts from.
     """
 
-    source: str
-    revision: str | None = None
+    source: Entry
     grafted: bool = False
 
     @classmethod
@@ -57,22 +54,21 @@ class Reference:
         if policy == "init" or (policy == "base" and start.is_raw_base):
             # TRL's reference is the model without its adapter: with PiSSA or OLoRA not what training starts from.
             if start.adapter_changes_base and origins.adapter is None and origins.policy is not None:
-                return cls(origins.policy, origins.policy_revision)
+                return cls(origins.policy)
             return None
         if policy == "base":
-            return cls(require_base(origins), origins.base_revision)
+            return cls(start.base)
         # A graft of an untrained BASE adds nothing: it is INSTRUCT.
         grafted = policy == "grafted" and not start.is_raw_base
-        return cls(require_instruct(origins), origins.instruct_revision, grafted)
+        return cls(start.instruct, grafted)
 
 
-def load_reference(source: str, *, loading: Loading, revision: str | None = None) -> PreTrainedModel:
+def load_reference(source: Entry, *, loading: Loading) -> PreTrainedModel:
     """Load the model in `source` as a frozen reference policy, in the way the policy was loaded.
 
     Args:
         source: folder or hub id.
         loading: how the policy is loaded.
-        revision: of `source` on the hub. Default the main branch.
 
     Returns:
         the model in evaluation mode, without dropout where the policy trains without it, no parameter requiring a
@@ -80,7 +76,7 @@ def load_reference(source: str, *, loading: Loading, revision: str | None = None
     """
     from trl.trainer.utils import disable_dropout_in_model
 
-    model = loading.load(source, revision)
+    model = loading.load(source)
     if loading.args.disable_dropout:
         disable_dropout_in_model(model)
     return model.eval().requires_grad_(False)
@@ -106,7 +102,7 @@ def graft_of_start(start: Start) -> PreTrainedModel:
         state, partial(_write_graft_of_start, start), what="the graft of the start, as the reference policy"
     )
     try:
-        return load_reference(str(Path(folder) / "grafted"), loading=start.loading)
+        return load_reference(Entry(f"{folder}/grafted"), loading=start.loading)
     finally:
         state.wait_for_everyone()
         if state.is_main_process:
@@ -124,13 +120,13 @@ def _write_graft_of_start(start: Start) -> str:
     if dtype == "float32":
         options["rounding"] = "nearest"  # nothing is rounded to 16 bits
     try:
-        tuned = origins.adapter or with_revision(origins.policy or "", origins.policy_revision)
+        tuned = origins.adapter or str(origins.policy)
         if start.in_memory:
             tuned = f"{folder}/start"
             start.model.save_pretrained(tuned)
         graft(
-            base=start.base,
-            instruct=start.instruct,
+            base=str(start.base),
+            instruct=str(start.instruct),
             tuned=tuned,
             output=Path(folder) / "grafted",
             base_dtype="tuned",
@@ -152,10 +148,9 @@ def _modules_in_memory(start: Start) -> dict[str, LoraModule] | None:
         return None
     if args.instruct_scale != 1.0 or args.graft_vocab != "strict":
         return None
-    adapter = Checkpoint.open(str(origins.adapter))
-    if not is_plain(adapter):
+    adapter, instruct = Checkpoint.open(str(origins.adapter)), Checkpoint.open(str(start.instruct))
+    if not streams(adapter, instruct):
         return None
-    instruct = Checkpoint.open(start.instruct)
     placed = place_on(read_lora(adapter), adapter, instruct)
     known = ModelNames(instruct).memory
     return placed if all(f"{lora.module}.weight" in known for lora in placed.values()) else None
@@ -163,8 +158,7 @@ def _modules_in_memory(start: Start) -> dict[str, LoraModule] | None:
 
 def _merge_on_instruct(start: Start, modules: Mapping[str, LoraModule]) -> PreTrainedModel:
     """Load INSTRUCT and add the scaled delta of the start's LoRA to its weights, as the graft of it is written."""
-    source, revision = require_instruct(start.origins), start.origins.instruct_revision
-    model = load_reference(source, loading=start.loading, revision=revision)
+    model = load_reference(start.instruct, loading=start.loading)
     adapter = Checkpoint.open(str(start.origins.adapter))
     options = GraftOptions(**start.loading.args.graft_options())
     receives = options.selector()

@@ -12,7 +12,7 @@ from trl.trainer.utils import get_config_model_id
 
 from ..adapters.kinds import is_subtracted, start_setting
 from ..checkpoints.checkpoint import ADAPTER_CONFIG, Checkpoint, read_json
-from ..checkpoints.sources import with_revision
+from ..checkpoints.manifest import Entry
 from .loading import Loading, bare_model, is_adapted
 from .origins import Origins, require_base, require_instruct, resolve_origins
 
@@ -60,7 +60,7 @@ class Start:
             adapter = read_json(Path(origins.adapter) / ADAPTER_CONFIG)
         # A copy: the trainer changes its config while it is built.
         loading = Loading(copy.copy(config), given.get("quantization_config"))
-        loading = loading.like(origins.policy if origins.adapter else model, origins.policy_revision)
+        loading = loading.like(origins.policy if origins.adapter or isinstance(model, str) else model)
         return cls(model, origins, loading, adapter, bool(base))
 
     @property
@@ -102,15 +102,15 @@ class Start:
             return any(getattr(bare_model(self.model), name, False) for name in names)
         if self.loading.quantization_config or (self.loading.args.model_init_kwargs or {}).get("quantization_config"):
             return True
-        policy = Checkpoint.open(str(self.origins.policy), self.origins.policy_revision, weights=False)
+        policy = Checkpoint.open(str(self.origins.policy), weights=False)
         return policy.quantisation is not None
 
     @property
-    def base(self) -> str:
-        """BASE with its revision; InputError where it is not known."""
-        return with_revision(require_base(self.origins), self.origins.base_revision)
+    def base(self) -> Entry:
+        """BASE; InputError where it is not known."""
+        return require_base(self.origins)
 
     @property
-    def instruct(self) -> str:
-        """INSTRUCT with its revision; ConfigError where it is not known."""
-        return with_revision(require_instruct(self.origins), self.origins.instruct_revision)
+    def instruct(self) -> Entry:
+        """INSTRUCT; ConfigError where it is not known."""
+        return require_instruct(self.origins)

@@ -68,8 +68,7 @@ class ShadowDPOTrainer(ShadowMixin, DPOTrainer):
     def _load_reference(self) -> PreTrainedModel:
         assert self._reference is not None
         if not self._reference.grafted:
-            source, revision = self._reference.source, self._reference.revision
-            return load_reference(source, loading=self._start.loading, revision=revision)
+            return load_reference(self._reference.source, loading=self._start.loading)
         if not self._start.in_memory:
             return graft_of_start(self._start)
         model, self._graft_of_object = self._graft_of_object, None

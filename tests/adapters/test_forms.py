@@ -15,9 +15,10 @@ from hub_cache import into_cache
 from peft import LoraConfig, PeftModel
 from runs import LORA
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from tiny import make_tokenizer
+from transformers import AutoModelForCausalLM, GPT2Config, GPTNeoXConfig
 
-from shadow_trl import graft
+from shadow_trl import extract_delta, graft
 from shadow_trl.adapters.kinds import check_has_delta, kind_of
 from shadow_trl.checkpoints.manifest import read_manifest
 from shadow_trl.errors import AdapterError, ConfigError
@@ -59,13 +60,62 @@ def test_the_truncated_adapter_tells_its_error(tied_pair, tmp_path):
         graft(**sides, output=tmp_path / "x", rank=6, format="model")
 
 
+@pytest.mark.parametrize("kind", ["gpt_neox", "gpt2"])
+def test_both_ranks_take_every_linear_module_whatever_its_name(kind, tmp_path):
+    """`graft --rank` of an adapter and `delta --rank` of the same adapter merged by PEFT: the delta on every module."""
+    common = {"vocab_size": 49, "bos_token_id": 1, "eos_token_id": 1, "tie_word_embeddings": False}
+    if kind == "gpt_neox":
+        sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+        config = GPTNeoXConfig(**common, **sizes)
+        modules = ["query_key_value", "dense_h_to_4h", "lm_head"]
+    else:
+        # Square weights among those that are stored as (in, out), and nn.Linear beside them in one adapter.
+        config = GPT2Config(**common, n_embd=16, n_layer=1, n_head=2)
+        modules = ["attn.c_proj", "c_fc", "lm_head"]
+    base, instruct = tmp_path / "base", tmp_path / "instruct"
+    for seed, side in enumerate((base, instruct)):
+        torch.manual_seed(seed)
+        AutoModelForCausalLM.from_config(config).save_pretrained(side)
+        make_tokenizer(template=side is instruct).save_pretrained(side)
+    settings = {**LORA, "target_modules": modules}
+    model, before = adapter_on((base, instruct), tmp_path / "dora", LoraConfig(**settings, use_dora=True))
+    merged = model.double().merge_and_unload()
+    delta = {name: value.detach() - before[name] for name, value in merged.named_parameters()}
+    changed = {name for name, value in delta.items() if float(value.norm()) > 1e-5}
+    assert len(changed) == len(modules)
+    merged.float().save_pretrained(tmp_path / "merged")
+    for rank in (16, 2):
+        lost = sum(float(torch.linalg.svdvals(delta[name])[rank:].square().sum()) for name in changed)
+        total = sum(float(delta[name].square().sum()) for name in changed)
+        wanted, tolerance = (lost / total) ** 0.5, 2e-6
+        report = graft(base=base, instruct=instruct, tuned=tmp_path / "dora", output=tmp_path / f"form{rank}",
+                       rank=rank, progress=False)  # fmt: skip
+        assert report.grafted == len(modules)
+        told = next(text for text in report.warnings if "relative error" in text)
+        assert float(told.partition("relative error ")[2].rstrip(".")) == pytest.approx(wanted, rel=1e-2, abs=tolerance)
+        made = extract_delta(base=base, tuned=tmp_path / "merged", output=tmp_path / f"delta{rank}", rank=rank,
+                             progress=False)  # fmt: skip
+        assert {f"{name}.weight" for name, found in made.modules.items() if found["share"] > 1e-9} == changed
+        assert made.kept == pytest.approx(1 - wanted**2, abs=tolerance)
+        for side, adapter in ((instruct, f"form{rank}"), (base, f"delta{rank}")):
+            found = adapter_delta(side, tmp_path / adapter)
+            assert error(found, delta) == pytest.approx(wanted, rel=1e-3, abs=tolerance)
+        # Our own reading of the adapter that was written, some modules stored as (in, out), is PEFT's.
+        graft(base=base, instruct=instruct, tuned=tmp_path / f"delta{rank}", output=tmp_path / f"dense{rank}",
+              progress=False)  # fmt: skip
+        first = load(instruct)
+        ours = {name.replace("embed_out", "lm_head"): value - first[name]
+                for name, value in load(tmp_path / f"dense{rank}").items()}  # fmt: skip
+        assert error(ours, delta) == pytest.approx(wanted, rel=1e-3, abs=1e-5)
+
+
 def test_truncation_of_no_delta_or_of_some_modules_is_refused(sides, tmp_path):
     one = lora(tmp_path / "one")
     with pytest.raises(ConfigError, match=r"whole delta(.|\n)*Nothing was written"):
         graft(**sides, tuned=one, output=tmp_path / "out", rank=1, modules="linear")
     path = one / "adapter_model.safetensors"
     save_file({name: torch.zeros_like(value) for name, value in load_file(path).items()}, path)
-    with pytest.raises(AdapterError, match=r"changes no projection(.|\n)*Nothing was written"):
+    with pytest.raises(ConfigError, match=r"no linear module(.|\n)*Nothing was written"):
         graft(**sides, tuned=one, output=tmp_path / "out", rank=1)
     assert not (tmp_path / "out").exists()
 
@@ -98,7 +148,9 @@ def test_auto_says_why_it_is_dense(tied_pair, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("config", "reason"),
     [({"peft_type": "PROMPT_TUNING"}, "prompt"), ({"peft_type": "XLORA"}, "depends on the input"),
-     ({"peft_type": "LORA", "layer_replication": [[0, 1]]}, "adds layers")],
+     ({"peft_type": "LORA", "layer_replication": [[0, 1]]}, "adds layers"),
+     ({"peft_type": "LORA", "r": 2, "bias": "none", "alora_invocation_tokens": [1]},
+      r"alora_invocation_tokens = \[1\]  \(the adapter acts after certain tokens")],
 )  # fmt: skip
 def test_adapters_without_a_delta_are_refused(config, reason):
     with pytest.raises(AdapterError, match=f"no weight delta(.|\n)*{reason}"):
@@ -107,7 +159,7 @@ def test_adapters_without_a_delta_are_refused(config, reason):
 
 def test_an_unknown_type_has_no_adapter_form():
     kind = kind_of({"peft_type": "OF_TOMORROW"})
-    assert not kind.streams
+    assert kind.beyond
     assert "OF_TOMORROW" in kind.obstacles[0]
 
 

@@ -11,8 +11,8 @@ from hub_cache import into_cache
 from safetensors.torch import load_file, save_file
 
 from shadow_trl import graft
-from shadow_trl.adapters.kinds import unsupported_features
-from shadow_trl.adapters.lora import LoraModule, place_on
+from shadow_trl.adapters.kinds import kind_of
+from shadow_trl.adapters.lora import streams
 from shadow_trl.checkpoints.checkpoint import Checkpoint
 from shadow_trl.checkpoints.manifest import read_manifest
 from shadow_trl.errors import AdapterError, ConfigError, GraftError
@@ -229,12 +229,12 @@ def test_other_shapes_are_refused(sides, tmp_path):
     [
         {"peft_type": "IA3"}, {"use_dora": True}, {"bias": "all"}, {"init_lora_weights": "pissa"}, {"lora_bias": True},
         {"modules_to_save": ["lm_head"]}, {"trainable_token_indices": [1]}, {"target_parameters": ["x"]},
-        {"alora_invocation_tokens": [1]}, {"something_new": True},
+        {"something_new": True},
     ],
 )  # fmt: skip
 def test_features_beyond_a_product_are_named(config):
     (name, value), *_ = config.items()
-    found = unsupported_features({"peft_type": "LORA", "r": 2, "bias": "none", **config})
+    found = kind_of({"peft_type": "LORA", "r": 2, "bias": "none", **config}).beyond
     assert [line.partition("  ")[0] for line in found] == [f"{name} = {value}"]
 
 
@@ -258,7 +258,7 @@ def test_the_settings_of_peft_itself_are_a_plain_lora():
     peft = pytest.importorskip("peft")
     for options in ({}, {"use_rslora": True}, {"rank_pattern": {"q": 4}}, {"init_lora_weights": False}):
         config = peft.LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM", **options).to_dict()
-        assert unsupported_features({**config, "peft_type": "LORA"}) == []
+        assert kind_of({**config, "peft_type": "LORA"}).beyond == ()
 
 
 def test_factors_that_are_not_finite_are_named(sides, tmp_path):
@@ -284,12 +284,14 @@ def test_adapter_on_bf16_instruct_is_rounded_once(sides, tmp_path):
 
 
 @pytest.mark.parametrize("config", [{"tie_word_embeddings": True}, {"text_config": {"tie_word_embeddings": True}}])
-def test_a_change_of_a_shared_head_is_refused_wherever_the_config_says_that_it_is_shared(tmp_path, config):
+def test_a_shared_head_takes_no_product_wherever_the_config_says_that_it_is_shared(tmp_path, config):
     weights = {"model.embed_tokens.weight": torch.ones(4, 2), "lm_head.weight": torch.ones(4, 2)}
-    instruct = Checkpoint.open(write(tmp_path / "instruct", weights, config=config))
-    module = LoraModule("lm_head", "left", "right", 1.0, (4, 2), transposed=False)
-    with pytest.raises(AdapterError, match=r"changes lm_head\.weight, which instruct .* shares with its embedding"):
-        place_on({"lm_head": module}, Checkpoint("adapter", None, tmp_path), instruct)
+    tied = Checkpoint.open(write(tmp_path / "tied", weights, config=config))
+    untied = Checkpoint.open(write(tmp_path / "untied", weights, config={"tie_word_embeddings": False}))
+    adapter = lora(tmp_path / "adapter")
+    factors = {f"base_model.model.lm_head.lora_{side}.weight": torch.ones(2, 2) for side in "AB"}
+    save_file(factors, adapter / "adapter_model.safetensors", metadata={"format": "pt"})
+    assert [streams(Checkpoint.open(adapter), receiver) for receiver in (tied, untied, None)] == [False, True, True]
 
 
 def test_an_untie_without_effect_is_reported(sides, tmp_path):

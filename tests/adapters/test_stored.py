@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from adapter_cases import adapter_delta, adapter_on, error, product
 from families import load
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from runs import LORA, settings, sft
 from safetensors.torch import load_file, save_file
-from tiny import make_pair, sft_data
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Qwen3MoeConfig
+from tiny import config_of, make_pair, make_tokenizer, sft_data
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GPT2Config, Qwen3MoeConfig
 
-from shadow_trl import ShadowSFTConfig, ShadowSFTTrainer, graft
+from shadow_trl import ShadowSFTConfig, ShadowSFTTrainer, extract_delta, graft
 from shadow_trl.checkpoints.manifest import read_manifest
-from shadow_trl.errors import AdapterError
+from shadow_trl.errors import AdapterError, PairMismatchError
 
 FP32 = torch.float32
 
@@ -61,6 +63,54 @@ def test_head_of_a_tied_model(tied_pair, tmp_path):
         dense = AutoModelForCausalLM.from_pretrained(tmp_path / "dense")
         ids = torch.arange(2, 20)[None]
         torch.testing.assert_close(loaded(ids).logits, dense(ids).logits, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["qwen3", "gpt2"])
+def test_a_plain_lora_on_the_head_of_a_tied_model(kind, tmp_path):
+    """Nothing but factors in the file, and (GPT-2) no word of ties in the config: BASE has no weight of that name."""
+    if kind == "qwen3":
+        base, instruct = make_pair(tmp_path / "pair", gap=0.3)
+        body, embedding = "q_proj", "model.embed_tokens.weight"
+    else:
+        settings = {"vocab_size": 49, "n_embd": 16, "n_layer": 2, "n_head": 2, "bos_token_id": 1, "eos_token_id": 1}
+        base, instruct = (tmp_path / "pair" / role for role in ("base", "instruct"))
+        for seed, side in enumerate((base, instruct)):
+            torch.manual_seed(seed)
+            AutoModelForCausalLM.from_config(GPT2Config(**settings)).save_pretrained(side)
+            make_tokenizer(template=side is instruct).save_pretrained(side)
+            told = {key: value for key, value in config_of(side).items() if key != "tie_word_embeddings"}
+            (side / "config.json").write_text(json.dumps(told))
+        body, embedding = "c_fc", "transformer.wte.weight"
+    config = LoraConfig(**{**LORA, "target_modules": ["lm_head", body]})
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
+    with torch.no_grad():
+        for value in model.parameters():
+            value.add_(0.05 * torch.randn_like(value) if value.requires_grad else 0.0)
+    model.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
+    sides = {"base": base, "tuned": tmp_path / "adapter", "progress": False}
+    with pytest.raises(PairMismatchError, match="--untie"):
+        graft(**sides, instruct=instruct, output=tmp_path / "dense")
+    graft(**sides, instruct=instruct, output=tmp_path / "dense", untie=True)
+    extract_delta(**sides, output=tmp_path / "delta")
+    before, after, delta = (load(folder) for folder in (instruct, tmp_path / "dense", tmp_path / "delta"))
+    wanted = {"lm_head.weight": product(tmp_path / "adapter", "lm_head.weight", 2.0)}
+    for name in before:
+        found = product(tmp_path / "adapter", name, 2.0)
+        if found.any():
+            wanted[name] = found if body == "q_proj" else found.T
+    assert len(wanted) == 3
+    assert after.keys() == {*before, "lm_head.weight"}
+    for name, value in after.items():
+        change = value.double() - before[embedding if name == "lm_head.weight" else name].double()
+        if name not in wanted:
+            assert not change.any()
+            continue
+        for found in (change, delta[name].double()):
+            assert float((found - wanted[name]).norm() / wanted[name].norm()) < 1e-5
+    path = tmp_path / "adapter" / "adapter_model.safetensors"
+    save_file({name.replace(".1.", ".7."): value for name, value in load_file(path).items()}, path)
+    with pytest.raises(AdapterError, match=rf"belong to modules that instruct(.|\n)*\.7\.(.|\n)*{body}"):
+        graft(**sides, instruct=instruct, output=tmp_path / "form", format="adapter")
 
 
 def test_token_rows_of_a_tied_model_change_head_and_embedding(tied_pair, tmp_path):

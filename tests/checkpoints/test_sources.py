@@ -104,7 +104,7 @@ def test_an_adapter_names_one_base_for_training_and_for_a_graft(tmp_path, monkey
         shutil.copytree(sides["base"], folder)
     source, at = found[0].format(adapter=adapter), found[1]
     origins = resolve_origins(str(adapter))
-    assert (origins.policy, origins.policy_revision) == (origins.base, origins.base_revision) == (source, at)
+    assert origins.policy == origins.base == Entry(source, at)
     if at is None:
         graft(instruct=sides["instruct"], tuned=adapter, output=tmp_path / "out", progress=False)
         extract_delta(tuned=adapter, output=tmp_path / "delta", progress=False)
@@ -120,7 +120,13 @@ def test_an_adapter_names_one_base_for_training_and_for_a_graft(tmp_path, monkey
 def test_a_revision_that_was_given_wins_over_the_adapter(tmp_path):
     adapter = lora(tmp_path / "adapter", base_model_name_or_path="owner/base", revision="v1")
     origins = resolve_origins(str(adapter), base_revision="v2")
-    assert (origins.policy, origins.policy_revision, origins.base_revision) == ("owner/base", "v2", "v2")
+    assert origins.policy == origins.base == Entry("owner/base", "v2")
+
+
+def test_another_revision_of_the_same_name_is_not_the_raw_base():
+    assert resolve_origins("owner/base", policy_revision="v1").from_raw_base
+    assert not resolve_origins("owner/base", policy_revision="v1", base="owner/base").from_raw_base
+    assert not resolve_origins("owner/base", base_revision="v2").from_raw_base
 
 
 @pytest.mark.parametrize("digest", ["sha256", "none"])

@@ -474,7 +474,7 @@ def test_the_adapter_is_an_adapter_of_base_for_everything_else(tmp_path):
     for name, value in load(tmp_path / "two").items():
         torch.testing.assert_close(load(tmp_path / "one")[name], value, rtol=1e-5, atol=1e-8)
     origins = resolve_origins(str(adapter), instruct=str(sides["instruct"]))
-    assert (origins.base, origins.adapter) == (str(sides["base"]), str(adapter))
+    assert (str(origins.base), origins.adapter) == (str(sides["base"]), str(adapter))
     with pytest.raises(CheckpointError, match="Give it as tuned"):
         by_delta(sides, adapter, tmp_path / "three")
 

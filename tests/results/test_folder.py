@@ -51,7 +51,7 @@ def test_a_failure_leaves_nothing(tmp_path):
 
 
 def test_a_full_disk_says_so(tmp_path):
-    with pytest.raises(GraftError, match=r"is full.*bytes free.*Nothing was written"), OutputFolder(tmp_path / "out"):
+    with pytest.raises(GraftError, match=r"is full.*bytes free"), OutputFolder(tmp_path / "out"):
         raise OSError(errno.ENOSPC, "No space left on device")
     assert list(tmp_path.iterdir()) == []
 

@@ -111,7 +111,7 @@ def test_graft_of_a_full_start_lies_beside_the_results_while_it_is_loaded(full_r
     seen = []
 
     def load(source, **how):
-        seen.append(Path(source))
+        seen.append(Path(source.source))
         assert (seen[-1] / "model.safetensors").is_file()
         return original(source, **how)
 

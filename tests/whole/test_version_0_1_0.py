@@ -215,17 +215,18 @@ def test_the_gap_of_the_pair_and_a_run():
 def test_a_next_stage_finds_the_pair(tmp_path, kind, run):
     trainer = next_stage(kind, run, tmp_path / "next")
     origins = trainer.origins
-    assert (origins.base, origins.instruct) == ("base", "instruct")
+    assert (str(origins.base), str(origins.instruct)) == ("base", "instruct")
     # An adapter lies on BASE, or on the full model of the stage before.
     policy = {"full": "full", "pipeline/dpo": "pipeline/sft", "pissa/checkpoint-1": "base"}[run]
-    assert (origins.policy, origins.adapter) == (policy, None if run == "full" else run)
+    assert (str(origins.policy), origins.adapter) == (policy, None if run == "full" else run)
     assert trainer.processing_class.chat_template == Path("instruct/chat_template.jinja").read_text()
 
 
 @pytest.mark.parametrize(("kind", "run"), [("dpo", "lora"), ("sft", "pissa")])
 def test_the_graft_of_a_next_stage_carries_both_deltas(tmp_path, kind, run):
     trainer = next_stage(kind, run, tmp_path / "next", max_steps=1, graft_dtype="float32")
-    assert (trainer.origins.base, trainer.origins.instruct, trainer.origins.adapter) == ("base", "instruct", run)
+    origins = trainer.origins
+    assert (str(origins.base), str(origins.instruct), origins.adapter) == ("base", "instruct", run)
     trainer.train()
     learnt = product(tmp_path / "next")
     before = product(run)

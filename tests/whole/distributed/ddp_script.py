@@ -30,8 +30,8 @@ def watch_the_temporary_folder(seen: list[Path]) -> None:
     original = reference.load_reference
 
     def load(source, **how):
-        assert (Path(source) / "model.safetensors").is_file()
-        seen.append(Path(source))
+        assert (Path(source.source) / "model.safetensors").is_file()
+        seen.append(Path(source.source))
         return original(source, **how)
 
     reference.load_reference = load

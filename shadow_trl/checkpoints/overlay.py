@@ -1,0 +1,55 @@
+"""A checkpoint with changed weights beside it: only these are written, the others stay where they are."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .checkpoint import Checkpoint
+from .header import TensorSpec, read_header
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class Overlay(Checkpoint):
+    """BASE with some weights changed, called in messages as what changed them.
+
+    A changed weight is kept in fp32 where BASE has 16 bits, else in fp64: exact enough for one rounding later.
+    """
+
+    folder: Path
+    before: dict[str, TensorSpec]
+
+    @classmethod
+    def over(cls, base: Checkpoint, source: Checkpoint, folder: Path) -> Overlay:
+        """Return `base` without a change yet.
+
+        Args:
+            base: whose other weights stay where they are.
+            source: what changes them.
+            folder: for the changed weights; made here, removed by the caller.
+        """
+        made = cls(source.source, source.revision, base.path, config=base.config, files=list(base.files))
+        made.specs, made.before, made.folder = dict(base.specs), dict(base.specs), folder
+        folder.mkdir(parents=True, exist_ok=True)
+        return made
+
+    def put(self, tensors: Mapping[str, Tensor]) -> None:
+        """Change weights, by their names on disk."""
+        import torch
+        from safetensors.torch import save_file
+
+        path = self.folder / f"{len(self.headers):05d}.safetensors"
+        wide = {name for name in tensors if name not in self.before or self.before[name].itemsize >= 4}
+        kept = {n: value.to(torch.float64 if n in wide else torch.float32).contiguous() for n, value in tensors.items()}
+        save_file(kept, path)
+        self.files.append(path)
+        self.headers[path] = read_header(path)
+        self.specs.update(self.headers[path].specs)
+
+    def detach(self, alias: str, name: str) -> None:
+        """Make `alias`, which BASE stores under `name` only, a weight of its own that is as BASE has it."""
+        if alias not in self.before:
+            self.specs[alias] = self.before[alias] = self.before[name]
