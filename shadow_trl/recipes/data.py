@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import InputError
+from ..errors import InputError, ends_with
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
@@ -20,6 +20,7 @@ ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assi
 """Names of the speakers in ShareGPT's format and what chat templates call them."""
 
 
+@ends_with("Nothing was written.")
 def load_data(options: Options) -> dict[str, Any]:
     """Load `train_dataset`, and `eval_dataset` where there is an evaluation, as keyword arguments of a trainer.
 

@@ -20,7 +20,7 @@ from typing import Any
 import yaml
 from trl import ModelConfig, ScriptArguments, TrlParser
 
-from ..errors import ConfigError, InputError, ShadowError, list_names, one_of
+from ..errors import ConfigError, InputError, ShadowError, ends_with, list_names, one_of
 from ..grafting.options import DTYPES
 from ..training.config import ShadowDPOConfig, ShadowSFTConfig
 
@@ -100,6 +100,7 @@ class Options:
         return self.training.output_dir if self.output_given else None
 
 
+@ends_with("Nothing was written.")
 def parse(kind: str, argv: Sequence[str], default_config: str | Path | None = None) -> Options:
     """Read the options of a recipe: the config file, then overrides from the command line.
 
@@ -112,7 +113,13 @@ def parse(kind: str, argv: Sequence[str], default_config: str | Path | None = No
         ConfigError: an unknown, abbreviated, repeated or wrong key or value.
     """
     config, words = find_config(argv, default_config)
-    return parse_values(kind, words, read_yaml(config) if config else {}, config)
+    options = parse_values(kind, words, read_yaml(config) if config else {}, config)
+    if options.recipe.merge_adapter:
+        raise ConfigError(
+            "merge_adapter belongs to the DPO stage of recipes/shadow_sft_dpo.py. Here, merge the adapter yourself "
+            "(PeftModel.merge_and_unload, then save_pretrained) and name BASE with base_model."
+        )
+    return options
 
 
 def parse_values(kind: str, words: Sequence[str], values: Mapping[str, Any], config: Path | None) -> Options:

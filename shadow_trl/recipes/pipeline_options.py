@@ -10,7 +10,7 @@ from typing import Any
 from trl import get_peft_config
 
 from ..checkpoints.manifest import Entry, read_manifest, weight_digests
-from ..errors import ConfigError, InputError, OutputExistsError, list_names, one_of
+from ..errors import ConfigError, InputError, OutputExistsError, ends_with, list_names, one_of
 from ..training.preflight import GRAFTED_FOLDER
 from .options import Options, UnknownKeysError, find_config, parse_values, read_yaml, take_option
 
@@ -48,6 +48,7 @@ class Plan:
     left: Mapping[str, str | None]
 
 
+@ends_with("Nothing was written.")
 def read_plan(argv: Sequence[str], default_config: str | Path | None = None) -> Plan:
     """Read and check the options of the pipeline, and find out which of its stages are done.
 

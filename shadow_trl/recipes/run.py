@@ -16,7 +16,7 @@ import torch
 from accelerate import PartialState
 from trl import DPOTrainer, SFTTrainer, get_peft_config, get_quantization_config
 
-from ..errors import ConfigError, InputError, OutputExistsError, ShadowError
+from ..errors import ConfigError, InputError, OutputExistsError, ShadowError, ends_with
 from ..evaluation.report import RunReport
 from ..evaluation.scoring import read_rows
 from ..runtime.processes import run_on_main, say
@@ -77,27 +77,17 @@ def run(kind: str, argv: Sequence[str], default_config: str | Path | None = None
         GraftError: the graft failed after training; the tuned BASE is saved.
     """
     options = parse(kind, argv, default_config)
-    recipe, training = options.recipe, options.training
-    if recipe.merge_adapter:
-        raise ConfigError(
-            "merge_adapter belongs to the DPO stage of recipes/shadow_sft_dpo.py. Here, merge the adapter yourself "
-            "(PeftModel.merge_and_unload, then save_pretrained) and name BASE with base_model."
-        )
-    rows = prepare(recipe)
+    rows = prepare(options.recipe)
     data = load_data(options)
-    direct = Path(training.output_dir) / DIRECT_FOLDER
-    if options.output_given and recipe.compare_direct and direct.exists() and not training.graft_overwrite:
-        raise OutputExistsError(
-            f"{direct} already holds a result. Choose another output_dir, or pass graft_overwrite to replace it."
-        )
     state = PartialState()
-    with run_folder(f"shadow_{kind}", options.output, state) as training.output_dir:
+    with run_folder(f"shadow_{kind}", options.output, state) as options.training.output_dir:
         origins, models, seconds = train_stage(kind, options, data)
     if not main_remains(state):
         return None
-    return make_report(options, origins, models, rows, seconds=seconds, output=training.output_dir)
+    return make_report(options, origins, models, rows, seconds=seconds, output=options.training.output_dir)
 
 
+@ends_with("Nothing was written.")
 def prepare(recipe: RecipeArguments) -> list[dict[str, Any]] | None:
     """Set the threads of PyTorch, and return the rows to score, if there are any."""
     if recipe.torch_threads is not None:
@@ -118,21 +108,13 @@ def train_stage(kind: str, options: Options, data: dict[str, Any]) -> tuple[Orig
         wall-clock seconds of each step.
     """
     training, compare = options.training, options.recipe.compare_direct
-    shadow_trainer, plain_trainer = TRAINERS[kind]
     _set_model_options(options)
     # Copied before the first trainer, so that its changes to the arguments do not leak into the second run.
     direct_args = copy.copy(training)
     direct_args.output_dir = str(Path(training.output_dir) / DIRECT_FOLDER)
-    try:
-        trainer = _trainer(shadow_trainer, options.model.model_name_or_path, training, options, data)
-    except ShadowError:
-        raise
-    except ValueError as reason:  # what TRL raises for options and data that do not fit together
-        raise ConfigError(f"the trainer rejected this run: {reason}") from reason
+    trainer = _shadow_trainer(kind, options, Path(direct_args.output_dir), data)
     origins: Origins = trainer.origins
     seconds: dict[str, float] = {}
-    if origins.instruct is None and (compare or options.recipe.score_rows):
-        raise ConfigError("compare_direct and score_rows need an instruct_model.")
     say(f"Tuning BASE {origins.base}" + (f", then grafting onto {origins.instruct}" if training.graft else ""))
     resume = training.resume_from_checkpoint  # a folder, or true for the last checkpoint in `output_dir`
     with timed(seconds, "train and graft"):
@@ -146,7 +128,7 @@ def train_stage(kind: str, options: Options, data: dict[str, Any]) -> tuple[Orig
             direct_args.precompute_ref_log_probs = bool(trainer.args.precompute_ref_log_probs)
         say(f"Tuning INSTRUCT {origins.instruct} directly, with the same data and settings")
         with timed(seconds, "tune INSTRUCT directly"):
-            _train_direct(plain_trainer, options, origins, direct_args, data)
+            _train_direct(kind, options, origins, direct_args, data)
     models = {
         "instruct": origins.instruct and origins.instruct.source,
         "direct": direct_args.output_dir if compare else None,
@@ -156,11 +138,30 @@ def train_stage(kind: str, options: Options, data: dict[str, Any]) -> tuple[Orig
     return origins, {name: source for name, source in models.items() if source is not None}, seconds
 
 
-def _train_direct(trainer_class: Any, options: Options, origins: Origins, args: Any, data: dict[str, Any]) -> None:
+@ends_with("Nothing was written.")
+def _shadow_trainer(kind: str, options: Options, direct: Path, data: dict[str, Any]) -> Any:
+    """Build the trainer of BASE, which runs every check that is possible before training."""
+    recipe, training = options.recipe, options.training
+    if recipe.compare_direct and direct.exists() and not training.graft_overwrite:
+        raise OutputExistsError(
+            f"{direct} already holds a result. Choose another output_dir, or pass graft_overwrite to replace it."
+        )
+    try:
+        trainer = _trainer(TRAINERS[kind][0], options.model.model_name_or_path, training, options, data)
+    except ShadowError:
+        raise
+    except ValueError as reason:  # what TRL raises for options and data that do not fit together
+        raise ConfigError(f"the trainer rejected this run: {reason}") from reason
+    if trainer.origins.instruct is None and (recipe.compare_direct or recipe.score_rows):
+        raise ConfigError("compare_direct and score_rows need an instruct_model.")
+    return trainer
+
+
+def _train_direct(kind: str, options: Options, origins: Origins, args: Any, data: dict[str, Any]) -> None:
     """Tune INSTRUCT itself with TRL's own trainer and save it; its revision takes the place of BASE's."""
     instruct = require_instruct(origins)
     args.model_init_kwargs = {**(args.model_init_kwargs or {}), "revision": instruct.revision or "main"}
-    trainer = _trainer(trainer_class, instruct.source, args, options, data)
+    trainer = _trainer(TRAINERS[kind][1], instruct.source, args, options, data)
     trainer.train()
     trainer.save_model()
     _free(trainer)

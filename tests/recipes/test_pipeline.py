@@ -255,6 +255,8 @@ def test_bad_input_ends_with_one_error_and_nothing_written(
     error = capsys.readouterr().err
     assert "Error: " in error
     assert message in error
+    assert error.strip().count("Nothing was written.") == 1
+    assert error.strip().endswith("Nothing was written.")
     assert "Traceback" not in error
     assert sorted(str(path) for path in workspace.rglob("*")) == before
 
