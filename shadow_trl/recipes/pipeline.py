@@ -48,7 +48,7 @@ def main_sft_dpo(argv: Sequence[str] | None = None, *, default_config: str | Pat
     if "-h" in words or "--help" in words:
         print(HELP)
         return 0
-    return exit_code(lambda: run_pipeline(words, default_config))
+    return exit_code(lambda given: run_pipeline(given, default_config), words)
 
 
 def run_pipeline(argv: Sequence[str], default_config: str | Path | None = None) -> RunReport | None:
@@ -132,12 +132,8 @@ def _make_report(plan: Plan, root: Path, rows: list[dict[str, Any]] | None, seco
     training = options.training
     origins = resolve_origins(str(run), base=training.base_model, instruct=training.instruct_model)
     sft = {"sft": str(root / STAGES[0] / GRAFTED_FOLDER)} if last != STAGES[0] else {}
-    models = {
-        "instruct": require_instruct(origins).source,
-        **sft,
-        "grafted": str(run / GRAFTED_FOLDER),
-        "tuned": str(run),
-    }
+    instruct = require_instruct(origins).source
+    models = {"instruct": instruct, **sft, "grafted": str(run / GRAFTED_FOLDER), "tuned": str(run)}
     titles = {**TITLES, "sft": "graft after SFT", "grafted": f"graft after {last.upper()}"}
     # The tuned BASE is what more training starts from: it is listed, not scored.
     return make_report(

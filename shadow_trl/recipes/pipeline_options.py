@@ -195,12 +195,11 @@ def _adapter_faults(sft: Options, dpo: Options) -> list[str]:
         return []
     old, new = before.to_dict(), after.to_dict()
     changed = [f"{key}: {old[key]!r} in sft, {new[key]!r} in dpo" for key in old if old[key] != new[key]]
-    if not changed:
-        return []
-    return [
+    fault = (
         f"one adapter goes through both stages, but {len(changed)} of its settings differ:\n{list_names(changed)}\n"
         "Give them at the top level, or leave them out of dpo."
-    ]
+    )
+    return [fault] if changed else []
 
 
 def _left(stages: Sequence[str], options: Mapping[str, Options], output: str | None) -> dict[str, str | None]:

@@ -35,23 +35,19 @@ DIRECT_FOLDER = "direct"
 
 def main_sft(argv: Sequence[str] | None = None, *, default_config: str | Path | None = None) -> int:
     """Run Shadow-SFT; return the exit code: 0, 2 for bad input (nothing is written), 1 for a failed graft."""
-    return _main("sft", argv, default_config)
+    return exit_code(lambda words: run("sft", words, default_config), argv)
 
 
 def main_dpo(argv: Sequence[str] | None = None, *, default_config: str | Path | None = None) -> int:
     """Run Shadow-DPO; return the exit code: 0, 2 for bad input (nothing is written), 1 for a failed graft."""
-    return _main("dpo", argv, default_config)
+    return exit_code(lambda words: run("dpo", words, default_config), argv)
 
 
-def _main(kind: str, argv: Sequence[str] | None, default_config: str | Path | None) -> int:
-    return exit_code(lambda: run(kind, sys.argv[1:] if argv is None else argv, default_config))
-
-
-def exit_code(work: Callable[[], RunReport | None]) -> int:
-    """Print the report that `work` returns and return 0; print an error of ours and return its exit code."""
+def exit_code(work: Callable[[Sequence[str]], RunReport | None], argv: Sequence[str] | None) -> int:
+    """Print what `work` reports of `argv` (None: the process's) and return 0; or print our error, return its code."""
     rank = int(os.environ.get("RANK", "0"))
     try:
-        report = work()
+        report = work(sys.argv[1:] if argv is None else argv)
     except ShadowError as error:
         # Every process reports its error: the launcher shows one of them, and not necessarily the first.
         print(f"{f'[process {rank}] ' if rank else ''}{type(error).__name__}: {error}", file=sys.stderr, flush=True)
