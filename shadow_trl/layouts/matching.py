@@ -14,6 +14,17 @@ BLOCK = 2**22
 """Elements that are compared at a time."""
 
 
+@dataclass
+class Announced(Checkpoint):
+    """A checkpoint that does not exist yet: names and shapes are known, the values are BASE's where nothing is trained.
+
+    Args:
+        trained: names of the weights that training will change.
+    """
+
+    trained: frozenset[str] = frozenset()
+
+
 @dataclass(frozen=True, eq=False)
 class Side:
     """One checkpoint under keys that mean the same weight on every side.
@@ -181,7 +192,14 @@ def _shapes_fit(specs: Mapping[str, TensorSpec], counts_rows: bool) -> bool:
 
 
 def same_values(side: Side, key: str, other: Side, other_key: str) -> bool:
-    """Whether two weights hold equal numbers, whatever their dtypes; True where values cannot be read yet."""
+    """Whether two weights hold equal numbers, whatever their dtypes; True where values cannot be read yet.
+
+    A weight that is going to be trained is equal to no other.
+    """
+    ahead = [(at.checkpoint, at.names[k]) for at, k in ((side, key), (other, other_key))
+             if isinstance(at.checkpoint, Announced)]  # fmt: skip
+    if ahead:
+        return not any(name in checkpoint.trained for checkpoint, name in ahead)
     if not (side.readable and other.readable):
         return True
     if side.specs[key].shape != other.specs[other_key].shape:

@@ -18,7 +18,7 @@ from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.delta import refuse_deltas
 from ..checkpoints.header import TORCH_NAMES
 from ..checkpoints.manifest import Entry, write_manifest
-from ..errors import ConfigError, GraftError, ends_with, list_names
+from ..errors import ConfigError, GraftError, PairMismatchError, both_sides, ends_with, list_names
 from ..grafting.files import main_dtype, plan_files, write_index
 from ..grafting.form import is_local, no_adapter_form
 from ..grafting.inputs import Digests, Inputs, Source, open_delta, open_tuned_inputs, other_base
@@ -28,6 +28,9 @@ from ..grafting.reports import GraftReport, graft_figures, graft_warnings
 from ..grafting.stream import Outcome, stream
 from ..grafting.trained import Full, PlainLora
 from ..grafting.tuned import one_tuned
+from ..layouts.matching import Announced
+from ..pair.pairs import ModelPair
+from ..pair.token_rows import vocabulary_of
 from ..results.cards import write_model_card
 from ..results.copied import copied_files, copy_files, write_config
 from ..results.folder import OutputFolder, check_free, check_place, check_space, recover
@@ -190,6 +193,45 @@ def check_graft(
         raise no_adapter_form(list(kind_of(adapter_config).obstacles), rank=False)
     if settings.format == "model" or not adapter:
         check_space(target, _size(receiver, settings))
+
+
+def check_trained(
+    *, base: Source, instruct: Source, tuned: Announced, adapter: bool, has_weights: bool = True, **options: Any
+) -> list[str]:
+    """Check before the first step that the model in memory, as it will be saved, can be grafted.
+
+    Args:
+        base: as for `graft`.
+        instruct: as for `graft`.
+        tuned: the model in memory.
+        adapter: whether it is saved as an adapter for BASE.
+        has_weights: whether its weights are numbers; those of a quantised model are not compared.
+        **options: as for `graft`.
+
+    Returns:
+        warnings, one text each.
+
+    Raises:
+        InputError: what would be found wrong with TUNED after training.
+
+    """
+    origin, receiver = Checkpoint.open(base), Checkpoint.open(instruct)
+    warnings = ModelPair(origin, receiver).check_trained(tuned.config, vocabulary_of(tuned))
+    if not has_weights:
+        return warnings
+    grown = [
+        both_sides(name, origin.specs[name].shape, spec.shape, ("base", "training"))
+        for name, spec in tuned.specs.items()
+        if name in origin.specs and origin.specs[name].shape != spec.shape
+    ]
+    if adapter and grown:
+        raise PairMismatchError(
+            f"the model to be trained is not base {origin}: {len(grown)} weights differ in shape, and the adapter "
+            f"would be saved without the model that it fits.\n{list_names(grown)}\nSave that model with its tokenizer and pass "
+            "its folder as model, or train base as it is."
+        )
+    full_jobs(origin, receiver, tuned, _options(options), None)
+    return warnings
 
 
 def _options(options: dict[str, Any]) -> GraftOptions:

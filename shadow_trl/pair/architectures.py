@@ -145,9 +145,7 @@ def _behaviour(ours: dict[str, Any], theirs: dict[str, Any]) -> Values:
     return found
 
 
-def _both_parts(
-    ours: dict[str, Any], theirs: dict[str, Any]
-) -> Iterator[tuple[str, dict[str, Any], dict[str, Any]]]:
+def _both_parts(ours: dict[str, Any], theirs: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any], dict[str, Any]]]:
     one, two = _parts(ours), _parts(theirs)
     yield from ((f"{part}." if part else "", one[part], two[part]) for part in one.keys() & two.keys())
 

@@ -141,9 +141,7 @@ def compare_trained_vocabulary(tuned: Vocabulary, instruct: Vocabulary, role: st
     return findings
 
 
-def _split_otherwise(
-    one: Vocabulary, two: Vocabulary, roles: tuple[str, str] = ("base", "instruct")
-) -> list[str]:
+def _split_otherwise(one: Vocabulary, two: Vocabulary, roles: tuple[str, str] = ("base", "instruct")) -> list[str]:
     """Return a row for each probe text that becomes other ids on the two sides."""
     encodings = zip(PROBE_TEXTS, one.encode(PROBE_TEXTS), two.encode(PROBE_TEXTS), strict=True)
     return [both_sides(repr(text), ours, theirs, roles) for text, ours, theirs in encodings if ours != theirs]
