@@ -54,7 +54,7 @@ class Sides:
         base: BASE before training, or None.
         ties: key of a head -> key of the embedding whose weight it may share.
         ignores: says of a key that transformers drops it on load by a rule of the architecture.
-        unknown: keys of BASE that the class of TUNED has no weight for.
+        unknown: keys of BASE that the model that was trained has no weight for.
     """
 
     instruct: Side
@@ -89,7 +89,7 @@ class Sides:
         """
         if COMPUTED_ON_LOAD.search(key) or self.ignores(key):
             return True
-        there = self.base is not None and key in self.base.names
+        there = self.base is None or key in self.base.names
         return key in self.unknown and there and key not in self.tuned.names
 
     def counts_rows(self, key: str) -> bool:

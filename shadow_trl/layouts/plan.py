@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..checkpoints.checkpoint import Checkpoint
+from ..checkpoints.delta import DeltaCheckpoint
 from ..errors import PairMismatchError, list_names
 from ..pair.architectures import is_text_class
 from ..results.folder import check_space
@@ -140,7 +141,7 @@ def _plan(checkpoints: dict[str, Checkpoint], choices: Choices) -> Layout:
     """Plan with the names as they are or, where these do not match, with the names and layouts of transformers."""
     ties = embedding_ties(name for checkpoint in checkpoints.values() for name in checkpoint.specs)
     made = {role: Side(role, c, {name: name for name in c.specs}, c.specs) for role, c in checkpoints.items()}
-    sides = Sides(made["instruct"], made["tuned"], made.get("base"), ties)
+    sides = Sides(made["instruct"], made["tuned"], made.get("base"), ties, unknown=_absent(checkpoints["tuned"]))
     problems = mismatches(sides, choices.wanted)
     if not problems:
         return _build("equal", sides, choices)
@@ -176,6 +177,10 @@ def _named_by(checkpoints: dict[str, Checkpoint]) -> Checkpoint:
     return tuned if is_text_class(tuned.config, instruct.config) else instruct
 
 
+def _absent(tuned: Checkpoint) -> frozenset[str]:
+    return tuned.absent if isinstance(tuned, DeltaCheckpoint) else frozenset()
+
+
 def _notice_of(role: str, checkpoint: Checkpoint, like: list[str] | None) -> str:
     size = sum(spec.nbytes for spec in checkpoint.specs.values()) / 1e9
     where = "instruct's layout" if like is not None else "the layout that transformers has in memory"
@@ -205,7 +210,10 @@ def _renamed(names: ModelNames, checkpoints: dict[str, Checkpoint], converted: d
         of_name = {name: key for key, name in names.keys(specs).items()}
         keys = {of_name[name]: name for name in specs}
         made[role] = Side(role, checkpoint, keys, {k: specs[n] for k, n in keys.items()}, role not in converted)
-    unknown = names.unknown(made["base"].names.values()) if "base" in made else frozenset()
+    if "base" in made:
+        unknown = names.unknown(made["base"].names.values())
+    else:
+        unknown = frozenset(names.keys(_absent(checkpoints["tuned"])))
     return Sides(made["instruct"], made["tuned"], made.get("base"), names.ties, names.ignores, unknown)
 
 

@@ -227,8 +227,8 @@ def check_trained(
     if adapter and grown:
         raise PairMismatchError(
             f"the model to be trained is not base {origin}: {len(grown)} weights differ in shape, and the adapter "
-            f"would be saved without the model that it fits.\n{list_names(grown)}\nSave that model with its tokenizer and pass "
-            "its folder as model, or train base as it is."
+            f"would be saved without the model that it fits.\n{list_names(grown)}\nSave that model with its "
+            "tokenizer and pass its folder as model, or train base as it is."
         )
     full_jobs(origin, receiver, tuned, _options(options), None)
     return warnings
