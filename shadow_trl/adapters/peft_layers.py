@@ -72,6 +72,9 @@ def merge_into_base(base: Checkpoint, adapter: Checkpoint, folder: Path) -> Chec
             merged = merged.double() + stored.delta(name, weights)
         keep(name, merged)
     for name in left:
+        if (whole := stored.grown(name, weights)) is not None:
+            keep(name, whole)
+            continue
         delta = stored.delta(name, weights)
         if bool(delta.any()):
             keep(name, weights[name].double() + delta)

@@ -103,6 +103,20 @@ class StoredValues:
         delta[rows] = stored.double() - before
         return delta
 
+    def grown(self, name: str, base: MemoryWeights) -> Tensor | None:
+        """Return a whole weight with another number of rows than BASE's, float64; None where the shapes are the same.
+
+        BASE's rows get their delta, further rows are as stored.
+        """
+        key, rows = self.values[name]
+        stored, origin, cast = self.adapter.tensor(key), base[name], base.checkpoint.cast(self.adapter.specs[key])
+        if rows is not ... or stored.shape == origin.shape or stored.shape[1:] != origin.shape[1:]:
+            return None
+        value, shared = stored.double(), min(len(stored), len(origin))
+        loaded = origin if cast is None else origin.to(dtype_of(cast))
+        value[:shared] += origin[:shared].double() - loaded[:shared].double()
+        return value
+
 
 def read_stored(adapter: Checkpoint, memory: Mapping[str, Any]) -> StoredValues:
     """Sort the tensors of an adapter of any type; `memory` has the names of the weights of the model under it."""

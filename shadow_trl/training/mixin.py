@@ -23,7 +23,8 @@ from ..checkpoints.manifest import write_manifest
 from ..errors import ends_with
 from ..grafting.options import BASE_DTYPES
 from ..grafting.reports import GraftReport
-from ..operations.graft import check_graft, check_trained, graft
+from ..operations.checks import check_graft, check_trained
+from ..operations.graft import graft
 from ..pair.pairs import ModelPair
 from ..pair.templates import check_processing_class
 from ..results.folder import check_free
@@ -243,7 +244,7 @@ class ShadowMixin(GraftedEvaluation):
                 base=str(start.base),
                 instruct=str(start.instruct),
                 tuned=tuned,
-                adapter=start.adapter_on_base,
+                under=None if start.adapter is None else str(start.origins.policy or start.base),
                 has_weights=not start.is_quantised,
                 **self.args.graft_options(),
             ):

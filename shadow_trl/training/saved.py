@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +16,8 @@ from ..checkpoints.checkpoint import read_json
 from ..checkpoints.header import CODES, TensorSpec
 from ..layouts.matching import Announced
 from .loading import bare_model
+
+_WRAPPED = re.compile(r"\.(?:base_layer|original_module|token_adapter)(?=\.)")
 
 
 @contextmanager
@@ -66,11 +69,11 @@ def _in_memory(bare: Any) -> dict[str, tuple[torch.Tensor, bool]]:
     found: dict[str, tuple[torch.Tensor, bool]] = {}
     seen: set[tuple[int, ...]] = set()
     for name, tensor in bare.state_dict(keep_vars=True).items():
-        plain = name.replace(".base_layer.", ".").replace(".original_module.", ".")
+        plain = _WRAPPED.sub("", name)
         above = next((module for path, module in wrapped.items() if name.startswith(f"{path}.")), None)
-        if above is not None and plain == name:
+        if above is not None and not _is_below(name):
             continue  # of the adapter itself
-        added = [] if above is None else [p for key, p in above.named_parameters() if not _is_below(key)]
+        added = [] if above is None else [p for key, p in above.named_parameters() if not _is_below(f".{key}")]
         one = (id(tensor), *map(id, added))
         ignored = name in (getattr(bare, "_keys_to_ignore_on_save", None) or ())
         if one in seen or ignored:
@@ -80,5 +83,5 @@ def _in_memory(bare: Any) -> dict[str, tuple[torch.Tensor, bool]]:
     return found
 
 
-def _is_below(key: str) -> bool:
-    return key.startswith(("base_layer.", "original_module."))
+def _is_below(name: str) -> bool:
+    return ".base_layer." in name or ".original_module." in name

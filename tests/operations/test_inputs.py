@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from shadow_trl import extract_delta, graft
 from shadow_trl.checkpoints.manifest import Entry, write_manifest
 from shadow_trl.errors import CheckpointError, ConfigError, GraftError
-from shadow_trl.operations.graft import check_graft
+from shadow_trl.operations.checks import check_graft
 
 WEIGHT = "model.layers.0.mlp.up_proj.weight"
 STEM = WEIGHT.removesuffix(".weight")
