@@ -132,7 +132,7 @@ def _open_base(single: SingleTuned, weights: bool) -> Checkpoint:
     adapter = single.checkpoint
     named = base_model_of(adapter) if adapter.is_adapter else None
     if named is None:
-        raise ConfigError("base is missing: only an adapter that names its own may leave it out. Nothing was written.")
+        raise ConfigError("base is missing: only an adapter that names its own may leave it out.")
     try:
         return _open_model("base", named, weights)
     except CheckpointError as error:
@@ -145,7 +145,7 @@ def _open_base(single: SingleTuned, weights: bool) -> Checkpoint:
 def _open_model(role: str, source: Source, weights: bool = True) -> Checkpoint:
     side = Checkpoint.open(source, weights=weights)
     if side.is_adapter:
-        raise AdapterError(f"{role} {side} is an adapter, not a model. Merge it first. Nothing was written.")
+        raise AdapterError(f"{role} {side} is an adapter, not a model. Merge it first.")
     return side
 
 
@@ -162,7 +162,7 @@ def _check_trained(base: Checkpoint, instruct: Checkpoint, tuned: Checkpoint) ->
         run = Entry.read(manifest, "tuned") or "what was trained"
         raise ConfigError(
             f"tuned {tuned} is a graft of this base, not what training made of it: instruct - base is in it already "
-            f"and would be added twice. Give what was trained: {run}. Nothing was written."
+            f"and would be added twice. Give what was trained: {run}."
         )
     if base.path == instruct.path:
         return [f"base and instruct are one folder, {instruct}: the result is what was trained, no graft."]
@@ -209,7 +209,7 @@ def _check_delta_options(options: GraftOptions) -> None:
     if wrong:
         raise ConfigError(
             f"{' and '.join(wrong)} needs the weights of BASE, which a delta does not have. Give base and tuned in the "
-            "place of delta. Nothing was written."
+            "place of delta."
         )
 
 
@@ -236,7 +236,7 @@ def _check_base(base: Checkpoint, delta: DeltaCheckpoint, options: GraftOptions)
         raise ConfigError(
             f"base {base} is not what delta {delta} was taken from: {len(wrong)} of {len(entry.digests)} files are "
             f"missing or differ from the digests in its manifest.\n{list_names(wrong)}\nGive the base named there "
-            f"({entry}), or leave base out. Nothing was written."
+            f"({entry}), or leave base out."
         )
     return []
 
@@ -270,6 +270,4 @@ class Digests:
             }
             return {role: Entry.of(side.source, side.revision, digests.get(role)) for role, side in self._sides.items()}
         except OSError as error:
-            raise CheckpointError(
-                f"cannot read an input again for its digest: {error}. Nothing was written."
-            ) from error
+            raise CheckpointError(f"cannot read an input again for its digest: {error}.") from error

@@ -89,7 +89,7 @@ def extract_delta(
         if rank is not None and inputs.tuned.checkpoint.is_adapter:
             raise AdapterError(
                 f"tuned {inputs.tuned.checkpoint} is an adapter already: rank is for full checkpoints. Leave rank out "
-                "for its dense delta. Nothing was written."
+                "for its dense delta."
             )
         with OutputFolder(target, overwrite, "delta") as place:
             if rank is None:
@@ -102,9 +102,9 @@ def extract_delta(
 
 def _options(dtype: Any, rank: int | None, **options: Any) -> GraftOptions:
     if str(dtype) == "auto":
-        raise ConfigError(f"dtype of a delta must be one of {', '.join(DTYPES[1:])}. Nothing was written.")
+        raise ConfigError(f"dtype of a delta must be one of {', '.join(DTYPES[1:])}.")
     if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
-        raise ConfigError(f"rank must be a whole number of at least 1, got {rank!r}. Nothing was written.")
+        raise ConfigError(f"rank must be a whole number of at least 1, got {rank!r}.")
     # A head that only TUNED has of its own is part of the delta; whether INSTRUCT can take it is asked at the graft.
     return GraftOptions(format="model", dtype=dtype, untie=True, **options)
 
@@ -121,7 +121,7 @@ def _opened(base: Source | None, tuned: Source, target: Path, options: GraftOpti
 def _base_of(tuned: Checkpoint) -> Source:
     base = base_model_of(tuned) if tuned.is_adapter else None
     if base is None:
-        raise ConfigError("base is missing: only an adapter that names its own may leave it out. Nothing was written.")
+        raise ConfigError("base is missing: only an adapter that names its own may leave it out.")
     return base
 
 
@@ -136,7 +136,7 @@ def _write_dense(inputs: Inputs, part: Path, target: Path, options: GraftOptions
     check_space(target, sum(file.size for file in files) + sum(path.stat().st_size for path in small))
     with Digests(inputs.tuned.sides, [], options) as digests, Progress(sum(f.size for f in files), progress) as bar:
         outcome = stream(files, part, options, bar.add)
-        check_finite(outcome, target)
+        check_finite(outcome)
         shutil.rmtree(scratch, ignore_errors=True)
         figures = graft_figures(outcome.sums, options.stats, sigma=False)
         figures.pop("sigma", None)
