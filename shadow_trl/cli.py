@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from . import __version__
-from .errors import ConfigError, ShadowError
+from .errors import ConfigError, ShadowError, ends_with
 from .grafting.options import DTYPES, declared
 from .runtime.startup import collector_paused
 
@@ -20,6 +20,7 @@ _RECIPES = {
     "dpo": "train BASE with DPO, then graft",
     "sft-dpo": "train BASE with SFT, then with DPO, then graft",
 }
+_QUIET = "print nothing but errors and warnings"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -29,11 +30,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
-        if arguments[:1] and arguments[0] in _RECIPES:
-            return _recipe(arguments[0], arguments[1:]) or 0
-        options = _parser().parse_args(arguments)
-        run: Callable[[argparse.Namespace], int | None] = options.run
-        return run(options) or 0
+        if arguments and arguments[0] in _RECIPES:
+            return _recipe(arguments[0], arguments[1:])
+        with ends_with("Nothing was written."):
+            options = _parser().parse_args(arguments)
+            run: Callable[[argparse.Namespace], int] = options.run
+            return run(options)
     except ShadowError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return error.exit_code
@@ -57,7 +59,7 @@ class _Parser(argparse.ArgumentParser):
         return super().parse_known_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"{message}. See `{self.prog} --help`. Nothing was written.")
+        raise ConfigError(f"{message}. See `{self.prog} --help`.")
 
 
 class _Switch(argparse.Action):
@@ -99,8 +101,7 @@ def _add_graft(parser: argparse.ArgumentParser) -> None:
     sums, form = parser.add_argument_group("arithmetic"), parser.add_argument_group("result")
     for name, option in declared().items():
         _add_option(sums if option.recorded else form, name)
-    form.add_argument("--quiet", action="store_true", help="print nothing but errors and warnings")
-    form.add_argument("--json", action="store_true", help="print the report as JSON on stdout")
+    _add_output(form)
     parser.set_defaults(run=_graft)
 
 
@@ -126,7 +127,7 @@ def _add_gap(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tuned", metavar="T", help="BASE after training: set its delta against the gap")
     parser.add_argument("--json", metavar="FILE", type=Path, help="write the figures as JSON")
     parser.add_argument("--plot", metavar="FILE.png", type=Path, help="draw sigma by layer (needs matplotlib)")
-    parser.add_argument("--quiet", action="store_true", help="print nothing but errors and warnings")
+    parser.add_argument("--quiet", action="store_true", help=_QUIET)
     parser.set_defaults(run=_gap)
 
 
@@ -144,8 +145,7 @@ def _add_delta(parser: argparse.ArgumentParser) -> None:
     _add_option(parser, "overwrite", help="replace an existing delta")
     _add_option(parser, "digest")
     _add_option(parser, "stats", help="measure the delta")
-    parser.add_argument("--quiet", action="store_true", help="print nothing but errors and warnings")
-    parser.add_argument("--json", action="store_true", help="print the report as JSON on stdout, with every module")
+    _add_output(parser, ", with every module")
     parser.set_defaults(run=_delta)
 
 
@@ -160,23 +160,26 @@ def _add_verify(parser: argparse.ArgumentParser) -> None:
     learnt = parser.add_mutually_exclusive_group()
     learnt.add_argument("--tuned", metavar="T[:WEIGHT]", action="append", help="BASE after training")
     learnt.add_argument("--delta", metavar="D", help="what `shadow-trl delta` wrote")
-    parser.add_argument("--quiet", action="store_true", help="print nothing but errors and warnings")
-    parser.add_argument("--json", action="store_true", help="print the report as JSON on stdout")
+    _add_output(parser)
     parser.set_defaults(run=_verify)
 
 
-def _graft(options: argparse.Namespace) -> None:
+def _add_output(parser: argparse._ActionsContainer, more: str = "") -> None:
+    parser.add_argument("--quiet", action="store_true", help=_QUIET)
+    parser.add_argument("--json", action="store_true", help=f"print the report as JSON on stdout{more}")
+
+
+def _graft(options: argparse.Namespace) -> int:
     with collector_paused():
         from .operations.graft import graft
 
-    report = graft(**_named(options), progress=not options.quiet)
-    _show(report, options)
+    return _show(graft(**_named(options)), options.quiet, options.json)
 
 
-def _gap(options: argparse.Namespace) -> None:
+def _gap(options: argparse.Namespace) -> int:
     for path in (options.json, options.plot):
         if path is not None and not path.absolute().parent.is_dir():
-            raise ConfigError(f"the folder of {path} does not exist. Nothing was written.")
+            raise ConfigError(f"the folder of {path} does not exist.")
     if options.plot is not None:
         from .operations.gap_plot import require_matplotlib
 
@@ -184,40 +187,33 @@ def _gap(options: argparse.Namespace) -> None:
     from .operations.gap import gap
 
     report = gap(options.base, options.instruct, options.tuned, progress=not options.quiet)
-    _warn(report.warnings)
+    _show(report, options.quiet)
     if options.json is not None:
         options.json.write_text(json.dumps(report.to_dict(), indent=2) + "\n", encoding="utf-8")
     if options.plot is not None:
         from .operations.gap_plot import plot_gap
 
         plot_gap(report, options.plot)
-    if not options.quiet:
-        print(report.text())
+    return 0
 
 
-def _delta(options: argparse.Namespace) -> None:
+def _delta(options: argparse.Namespace) -> int:
     with collector_paused():
         from .operations.delta import extract_delta
 
-    report = extract_delta(**_named(options), progress=not options.quiet)
-    _show(report, options)
+    return _show(extract_delta(**_named(options)), options.quiet, options.json)
 
 
 def _verify(options: argparse.Namespace) -> int:
     with collector_paused():
         from .operations.verify import verify
 
-    sides = {name: getattr(options, name) for name in ("base", "instruct", "tuned", "delta")}
-    report = verify(options.folder, **sides, progress=not options.quiet)
-    _warn(report.warnings)
-    if options.json:
-        print(json.dumps(report.to_dict(), indent=2))
-    elif not (options.quiet and report.same):
-        print(report.text())
+    report = verify(**_named(options))
+    _show(report, options.quiet and report.same, options.json)
     return 0 if report.same else 1
 
 
-def _recipe(name: str, argv: list[str]) -> int | None:
+def _recipe(name: str, argv: list[str]) -> int:
     if name == "sft-dpo":
         from .recipes.pipeline import main_sft_dpo
 
@@ -229,20 +225,19 @@ def _recipe(name: str, argv: list[str]) -> int | None:
 
 def _named(options: argparse.Namespace) -> dict[str, Any]:
     """Return what the command's function is called with."""
-    return {name: value for name, value in vars(options).items() if name not in ("run", "command", "quiet", "json")}
+    given = {name: value for name, value in vars(options).items() if name not in ("run", "command", "quiet", "json")}
+    return {**given, "progress": not options.quiet}
 
 
-def _show(report: Any, options: argparse.Namespace) -> None:
-    _warn(report.warnings)
-    if options.json:
-        print(json.dumps(report.to_dict(), indent=2))
-    elif not options.quiet:
-        print(report.text())
-
-
-def _warn(warnings: Sequence[str]) -> None:
-    for warning in warnings:
+def _show(report: Any, quiet: bool, as_json: bool = False) -> int:
+    """Print what a command found; the exit code is 0."""
+    for warning in report.warnings:
         print(f"warning: {warning}", file=sys.stderr)
+    if as_json:
+        print(json.dumps(report.to_dict(), indent=2))
+    elif not quiet:
+        print(report.text())
+    return 0
 
 
 if __name__ == "__main__":

@@ -7,7 +7,8 @@ out, and what is on the disk now.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 
@@ -15,10 +16,15 @@ class ShadowError(Exception):
     """Base class of every error raised on purpose by shadow_trl."""
 
     exit_code = 1
+    ending = ""
+    """What is on the disk now, as the last sentence of the message: see `ends_with`."""
+
+    def __str__(self) -> str:
+        return f"{super().__str__()} {self.ending}".rstrip()
 
 
 class InputError(ShadowError, ValueError):
-    """The input cannot be worked with; nothing was computed and nothing was written."""
+    """The input cannot be worked with; found before any work is done."""
 
     exit_code = 2
 
@@ -44,13 +50,29 @@ class OutputExistsError(InputError):
 
 
 class GraftError(ShadowError, RuntimeError):
-    """A graft failed after it had started (non-finite values, full disk); nothing half-done is left."""
+    """A graft failed after it had started: values that are not finite, a full disk."""
+
+
+@contextmanager
+def ends_with(ending: str | Callable[[], str], *, instead: bool = False) -> Iterator[None]:
+    """Let an error that leaves the block, or the decorated function, end with what is on the disk now.
+
+    Args:
+        ending: a sentence, or a function that makes one when the error comes.
+        instead: whether it takes the place of what an inner block said. Default False: the innermost knows best.
+    """
+    try:
+        yield
+    except ShadowError as error:
+        if instead or not error.ending:
+            error.ending = ending if isinstance(ending, str) else ending()
+        raise
 
 
 def one_of(name: str, value: str, allowed: Sequence[str]) -> str:
     """Return `value` if it is one of `allowed`; raise ConfigError with the `name` of the option if not."""
     if value not in allowed:
-        raise ConfigError(f"{name} must be one of {', '.join(allowed)}; got {value!r}. Nothing was written.")
+        raise ConfigError(f"{name} must be one of {', '.join(allowed)}; got {value!r}.")
     return value
 
 

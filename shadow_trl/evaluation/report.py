@@ -19,23 +19,7 @@ TITLES = {
     "tuned": "tuned BASE",
     "grafted": "grafted INSTRUCT",
 }
-"""Arms of a run in the order of the table."""
-
-
-@dataclass(frozen=True)
-class Arm:
-    """One of the models that a run compares.
-
-    Args:
-        name: a key of `TITLES`.
-        source: folder or hub id of the model.
-        scores: its exact-match scores, or None where no rows were scored.
-
-    """
-
-    name: str
-    source: str
-    scores: Scores | None = None
+"""Models of a run in the order of the table."""
 
 
 @dataclass(frozen=True)
@@ -43,46 +27,46 @@ class RunReport:
     """Figures of one run of a recipe.
 
     Args:
-        arms: the compared models, in the order of the table.
+        models: name of each compared model -> its folder or hub id, in the order of the table.
         output: folder of the run, which holds the tuned BASE.
+        scores: exact-match scores of the models that were scored, in the same order. Default: none.
         graft: the graft's own report as plain values (`GraftReport.to_dict()`), with `delta_to_gap` where that was
             measured; None for a run without a graft.
         rows: file of the scored rows, or None.
         seconds: wall-clock seconds of each stage.
-        titles: what the table calls each arm. Default `TITLES`.
+        titles: what the table calls each model. Default `TITLES`.
 
     """
 
-    arms: Sequence[Arm]
+    models: Mapping[str, str]
     output: str
+    scores: Mapping[str, Scores] = field(default_factory=dict)
     graft: Mapping[str, Any] | None = None
     rows: str | None = None
     seconds: Mapping[str, float] = field(default_factory=dict)
     titles: Mapping[str, str] = field(default_factory=lambda: TITLES)
 
-    @property
-    def scores(self) -> dict[str, Scores]:
-        """Scores of the arms that were scored, by name."""
-        return {arm.name: arm.scores for arm in self.arms if arm.scores is not None}
-
     def differences(self) -> dict[str, list[tuple[float, float]]]:
-        """Return by how much the graft scores better than each other scored arm.
+        """Return by how much the graft scores better than each other scored model.
 
         Returns:
-            Name of the other arm -> the difference of the shares, -1 to 1, and its standard error (see
+            Name of the other model -> the difference of the shares, -1 to 1, and its standard error (see
             `scoring.difference`), for each kind in its order and at the end for the mean over the kinds. Empty when the
             graft was not scored.
 
         """
-        others = self.scores
-        graft = others.pop("grafted", None)
+        graft = self.scores.get("grafted")
         if graft is None:
             return {}
         columns = [*([kind] for kind in graft.kinds), graft.kinds]
+        others = {name: scores for name, scores in self.scores.items() if name != "grafted"}
         return {name: [difference(graft, other, kinds) for kinds in columns] for name, other in others.items()}
 
     def to_dict(self) -> dict[str, Any]:
         """Return every figure as plain values for JSON."""
+        arms: dict[str, Any] = {name: {"source": source, "scores": None} for name, source in self.models.items()}
+        for name, scores in self.scores.items():
+            arms[name]["scores"] = scores.to_dict()
         differences = {}
         for name, columns in self.differences().items():
             *kinds, mean = [{"difference": points, "error": error} for points, error in columns]
@@ -90,10 +74,7 @@ class RunReport:
         return {
             "output": self.output,
             "rows": self.rows,
-            "arms": {
-                arm.name: {"source": arm.source, "scores": arm.scores.to_dict() if arm.scores else None}
-                for arm in self.arms
-            },
+            "arms": arms,
             "differences": differences,
             "graft": dict(self.graft) if self.graft else None,
             "seconds": dict(self.seconds),
@@ -113,23 +94,22 @@ class RunReport:
         return "\n\n".join("\n".join(block) for block in blocks if block)
 
     def _table(self) -> list[str]:
-        """Return the scores in percent, one row an arm, one column a kind."""
-        scored = self.scores
-        if not scored:
+        """Return the scores in percent, one row a model, one column a kind."""
+        if not self.scores:
             return []
-        first = next(iter(scored.values()))
-        kinds = first.kinds
-        cells = [["exact match, %", *kinds, "mean"], ["rows", *(str(len(first.hits[kind])) for kind in kinds), ""]]
-        for name, scores in scored.items():
-            shares = [*(scores.share(kind) for kind in kinds), scores.mean]
+        first = next(iter(self.scores.values()))
+        cells = [["exact match, %", *first.kinds, "mean"]]
+        cells.append(["rows", *(str(len(hits)) for hits in first.hits.values()), ""])
+        for name, scores in self.scores.items():
+            shares = [*map(scores.share, first.kinds), scores.mean]
             cells.append([self.titles[name], *(f"{100 * share:.1f}" for share in shares)])
-        largest = [max(scores.error(kind) for scores in scored.values()) for kind in kinds]
-        largest.append(max(scores.mean_error for scores in scored.values()))
+        errors = [[*map(scores.error, first.kinds), scores.mean_error] for scores in self.scores.values()]
+        largest = [max(column) for column in zip(*errors, strict=True)]
         cells.append(["standard error, at most", *(f"{100 * error:.1f}" for error in largest)])
         return _aligned(cells, rules=(2, -1))
 
     def _difference_lines(self) -> list[str]:
-        """Return the differences in percentage points, one row an arm, one column a kind."""
+        """Return the differences in percentage points, one row a model, one column a kind."""
         found = self.differences()
         if not found:
             return []
@@ -141,14 +121,10 @@ class RunReport:
 
     def _graft_lines(self) -> list[str]:
         """Return sigma of the pair, the size of the delta, and what the output dtype keeps of it."""
-        graft = self.graft
-        if not graft:
-            return []
-        lines = []
+        graft, lines = self.graft or {}, []
         if graft.get("sigma") is not None:
-            lines.append(
-                f"pair   sigma {100 * graft['sigma']:.2f} %: sum|BASE - INSTRUCT| / (sum|BASE| + sum|INSTRUCT|)"
-            )
+            sigma = 100 * graft["sigma"]
+            lines.append(f"pair   sigma {sigma:.2f} %: sum|BASE - INSTRUCT| / (sum|BASE| + sum|INSTRUCT|)")
         if graft.get("delta_norm") is not None:
             size = f"delta  norm {graft['delta_norm']:.4g}"
             if graft.get("delta_to_gap") is not None:
@@ -157,27 +133,22 @@ class RunReport:
         if graft.get("realised") is not None:
             noise = f", with rounding noise of {100 * graft['noise']:.1f} % of its norm" if graft.get("noise") else ""
             lines.append(f"       {100 * graft['realised']:.1f} % of it realised in {graft['dtype']}{noise}")
-        lines += [f"warning: {text}" for text in graft.get("warnings") or ()]
-        return lines
+        return lines + [f"warning: {text}" for text in graft.get("warnings") or ()]
 
     def _places(self) -> list[str]:
         """Return the folder of each model that this run made; the result first."""
-        names = {"grafted": "result", "tuned": "tuned", "direct": "direct", "sft": "sft"}
-        sources = {arm.name: arm.source for arm in self.arms}
-        return [
-            f"{word.ljust(6)} {sources[name]}  ({self.titles[name]})" for name, word in names.items() if name in sources
-        ]
+        words = {"grafted": "result", "tuned": "tuned", "direct": "direct", "sft": "sft"}
+        made = {name: word for name, word in words.items() if name in self.models}
+        return [f"{word:<6} {self.models[name]}  ({self.titles[name]})" for name, word in made.items()]
 
 
 def _aligned(cells: Sequence[Sequence[str]], *, rules: Sequence[int]) -> list[str]:
     """Return the rows of a table as lines of equal columns, with a rule before each of the rows at `rules`."""
-    widths = [max(len(row[column]) for row in cells) for column in range(len(cells[0]))]
-    lines = [
-        "  ".join(
-            [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
-        )
-        for row in cells
-    ]
+    first, *others = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = []
+    for title, *values in cells:
+        columns = [value.rjust(width) for value, width in zip(values, others, strict=True)]
+        lines.append("  ".join([title.ljust(first), *columns]))
     for at in rules:
         lines.insert(at, "-" * len(lines[0]))
     return [line.rstrip() for line in lines]

@@ -115,7 +115,7 @@ def full_jobs(
     if options.vocab == "shared":
         from ..pair.token_rows import shared_rows
 
-        rows = shared_rows(base, instruct).ids
+        rows = shared_rows(base, instruct)
     layout = resolve(
         None if is_delta else base, instruct, tuned, scratch=scratch, vocab=options.vocab, rows=rows,
         untie=options.untie, wanted=options.selector(),

@@ -21,7 +21,7 @@ from ..checkpoints.checkpoint import Checkpoint, Place
 from ..checkpoints.delta import BASE_CONFIG, INDEX, WEIGHTS, Zeros, refuse_deltas
 from ..checkpoints.header import FLOATS, nbytes_of
 from ..checkpoints.manifest import Entry, write_manifest
-from ..errors import AdapterError, ConfigError
+from ..errors import AdapterError, ConfigError, ends_with
 from ..grafting.files import OutputFile, main_dtype, plan_files
 from ..grafting.inputs import Digests, Inputs, Source, open_tuned_inputs, other_base
 from ..grafting.jobs import Jobs, WeightJob
@@ -37,6 +37,7 @@ from .graft import check_finite
 from .truncate import truncated
 
 
+@ends_with("Nothing was written.")
 def extract_delta(
     *,
     base: Source | None = None,

@@ -9,7 +9,7 @@ from pathlib import Path
 from ..checkpoints.checkpoint import Checkpoint, Place
 from ..checkpoints.delta import refuse_deltas
 from ..checkpoints.distance import measure_gap
-from ..errors import AdapterError, GraftError, PairMismatchError, list_names
+from ..errors import AdapterError, GraftError, PairMismatchError, ends_with, list_names
 from ..grafting.reports import GapReport, gap_report
 from ..layouts.plan import resolve
 from ..pair.architectures import compare_architectures
@@ -18,6 +18,7 @@ from ..runtime.progress import Progress
 Source = str | os.PathLike[str]
 
 
+@ends_with("Nothing was written.")
 def gap(base: Source, instruct: Source, tuned: Source | None = None, *, progress: bool = True) -> GapReport:
     """Measure how far INSTRUCT lies from BASE: `sigma = sum|B - I| / (sum|B| + sum|I|)`.
 

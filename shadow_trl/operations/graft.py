@@ -18,7 +18,7 @@ from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.delta import refuse_deltas
 from ..checkpoints.header import TORCH_NAMES
 from ..checkpoints.manifest import Entry, write_manifest
-from ..errors import ConfigError, GraftError, list_names
+from ..errors import ConfigError, GraftError, ends_with, list_names
 from ..grafting.files import main_dtype, plan_files, write_index
 from ..grafting.form import is_local, no_adapter_form
 from ..grafting.inputs import Digests, Inputs, Source, open_delta, open_tuned_inputs, other_base
@@ -35,6 +35,7 @@ from ..runtime.progress import Progress
 from .truncate import truncated
 
 
+@ends_with("Nothing was written.")
 def graft(
     *,
     base: Source | None = None,

@@ -20,7 +20,7 @@ from ..checkpoints.checkpoint import ADAPTER_CONFIG, Checkpoint, read_json
 from ..checkpoints.delta import refuse_deltas
 from ..checkpoints.hub import Source, locate
 from ..checkpoints.manifest import MANIFEST_NAME, Entry, kind_found, read_manifest
-from ..errors import CheckpointError, ConfigError, list_names
+from ..errors import CheckpointError, ConfigError, ends_with, list_names
 from ..grafting.options import declared
 from ..grafting.tuned import weighted_sources
 from ..results.folder import check_space
@@ -74,6 +74,7 @@ class VerifyReport:
         return "\n".join(lines)
 
 
+@ends_with("Nothing was written.")
 def verify(
     folder: Source,
     *,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -43,16 +44,16 @@ def compare_architectures(base: dict[str, Any], instruct: dict[str, Any]) -> Fin
     Another architecture or size is an error. Another rotary embedding, activation, norm epsilon, attention window or
     tied head is a warning. Settings that only one side states are not compared: the weights' shapes tell the rest.
     """
-    sizes = [row for key in ("architectures", "model_type") for row in _differing(base, instruct, key)]
+    sizes = _differing(base, instruct, ("architectures", "model_type"))
     behaviour: list[str] = []
     base_parts, instruct_parts = _parts(base), _parts(instruct)
     for part in base_parts.keys() & instruct_parts.keys():
         ours, theirs = base_parts[part], instruct_parts[part]
         prefix = f"{part}." if part else ""
-        sizes += [row for key in sorted(SIZES) for row in _differing(ours, theirs, key, prefix)]
-        behaviour += [row for key in sorted(BEHAVIOUR) for row in _differing(ours, theirs, key, prefix)]
+        sizes += _differing(ours, theirs, sorted(SIZES), prefix)
+        behaviour += _differing(ours, theirs, sorted(BEHAVIOUR), prefix)
         behaviour += _rope_rows(ours, theirs, prefix)
-        behaviour += _differing(ours, theirs, "tie_word_embeddings", prefix)
+        behaviour += _differing(ours, theirs, ("tie_word_embeddings",), prefix)
     findings = Findings()
     if sizes:
         findings.errors.append(
@@ -72,8 +73,8 @@ def compare_processors(base: Path, instruct: Path) -> Findings:
     rows: list[str] = []
     for name in PROCESSOR_FILES:
         ours, theirs = _flat(read_json(base / name)), _flat(read_json(instruct / name))
-        keys = [key for key in sorted(ours.keys() & theirs.keys()) if not key.endswith(_PROCESSOR_NAMES)]
-        rows += [row for key in keys for row in _differing(ours, theirs, key, f"{name}: ")]
+        keys = [key for key in sorted(ours) if not key.endswith(_PROCESSOR_NAMES)]
+        rows += _differing(ours, theirs, keys, f"{name}: ")
     if not rows:
         return Findings()
     headline = f"{_settings(len(rows))} of the processors; training and the grafted model use instruct's."
@@ -84,19 +85,14 @@ def _settings(count: int) -> str:
     return "1 setting differs" if count == 1 else f"{count} settings differ"
 
 
-def _differing(base: dict[str, Any], instruct: dict[str, Any], key: str, prefix: str = "") -> list[str]:
-    """Return the row for `key` when both sides state it with different values."""
-    ours, theirs = base.get(key), instruct.get(key)
-    if ours is None or theirs is None or ours == theirs:
-        return []
-    return [both_sides(prefix + key, ours, theirs)]
+def _differing(base: dict[str, Any], instruct: dict[str, Any], keys: Iterable[str], prefix: str = "") -> list[str]:
+    """Return a row for each of `keys` that both sides state with different values."""
+    values = [(prefix + key, base.get(key), instruct.get(key)) for key in keys]
+    return [both_sides(*row) for row in values if None not in row and row[1] != row[2]]
 
 
 def _parts(config: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Split a config into its text part (name "") and its other sub-configs by name.
-
-    The text part of a multimodal config stands at the top level in old files and in `text_config` in newer ones.
-    """
+    """Split a config into its text part (name ""), at the top level or in `text_config`, and its other sub-configs."""
     subs = {key: value for key, value in config.items() if key.endswith("_config") and isinstance(value, dict)}
     top = {key: value for key, value in config.items() if key not in subs}
     text = {**top, **subs.pop("text_config", {})}
@@ -107,7 +103,7 @@ def _parts(config: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def _rope_rows(base: dict[str, Any], instruct: dict[str, Any], prefix: str) -> list[str]:
-    """Return the rows of rotary parameters that differ, whichever of the two ways of writing them each side uses."""
+    """Return the rows of rotary parameters that differ, in whichever of the two ways each side writes them."""
     ours, theirs = _rope(base), _rope(instruct)
     if not ours or not theirs:
         return []

@@ -1,8 +1,4 @@
-"""The pair: BASE and INSTRUCT together, and every check that they belong together.
-
-INSTRUCT must have been made from BASE by post-training: the same network, the same token ids, weights close by. Checks
-run before any work, and one error names everything that is wrong.
-"""
+"""The pair: the checks that INSTRUCT was made from BASE, made before any work; one error names all that is wrong."""
 
 from __future__ import annotations
 
@@ -21,7 +17,7 @@ from ..errors import Findings, PairMismatchError, both_sides, list_names, one_of
 from .architectures import compare_architectures, compare_processors
 from .special_tokens import check_special_ids, check_template_rows
 from .templates import read_templates
-from .token_rows import row_count, shared_rows, vocabulary_of
+from .token_rows import explain_rows, row_count, vocabulary_of
 from .vocabulary_checks import SHARED_ADVICE, compare_vocabularies
 
 GAP_WARNING = 0.1
@@ -34,39 +30,20 @@ _SAMPLED_ELEMENTS = 4096
 
 @dataclass(frozen=True)
 class ModelPair:
-    """BASE and INSTRUCT.
-
-    Args:
-        base: the model that is trained.
-        instruct: the model, made from `base` by post-training, that receives what `base` learnt.
-
-    """
+    """BASE, which is trained, and INSTRUCT, made from it by post-training, which receives what it learnt."""
 
     base: Checkpoint
     instruct: Checkpoint
 
     @classmethod
-    def open(
-        cls,
-        base: str | Path,
-        instruct: str | Path,
-        *,
-        base_revision: str | None = None,
-        instruct_revision: str | None = None,
-    ) -> ModelPair:
-        """Open both checkpoints; headers, configs and tokenizer files are read, weights are not.
-
-        Args:
-            base: folder or hub id, with "@revision" if wished.
-            instruct: the same for INSTRUCT.
-            base_revision: branch, tag or commit of BASE on the hub. Default: the main branch.
-            instruct_revision: the same for INSTRUCT.
+    def open(cls, base: str | Path, instruct: str | Path) -> ModelPair:
+        """Open both sides, each a folder or hub id, with "@revision" if wished; no weights are read.
 
         Raises:
             CheckpointError: a side is missing or cannot be read.
 
         """
-        return cls(Checkpoint.open(base, base_revision), Checkpoint.open(instruct, instruct_revision))
+        return cls(Checkpoint.open(base), Checkpoint.open(instruct))
 
     @cached_property
     def common(self) -> list[str]:
@@ -103,10 +80,8 @@ class ModelPair:
         one_of("vocab", vocab, ("strict", "shared"))
         adapters = [str(side) for side in (self.base, self.instruct) if side.is_adapter]
         if adapters:
-            text = (
-                f"{' and '.join(adapters)} is an adapter, not a model.\n  Give the model under it, or merge it first."
-            )
-            raise PairMismatchError(self._refusal([text]))
+            what = f"{' and '.join(adapters)} is an adapter, not a model."
+            raise self._refusal([f"{what}\n  Give the model under it, or merge it first."])
         shared = vocab == "shared"
         findings = compare_architectures(self.base.config, self.instruct.config)
         findings.add(self._check_shapes(shared=shared))
@@ -119,7 +94,7 @@ class ModelPair:
             findings.add(check_template_rows(self.base, self.instruct))
             findings.add(self._check_gap(allow_wide_gap) if level == "weights" else self._check_sample())
         if findings.errors:
-            raise PairMismatchError(self._refusal(findings.errors))
+            raise self._refusal(findings.errors)
         return findings.warnings
 
     def gap(self) -> float | None:
@@ -141,74 +116,69 @@ class ModelPair:
         return measure_gap([(name, Place(self.base, name), Place(self.instruct, name)) for name in names])
 
     def _comparable(self) -> list[str]:
-        ours, theirs = self.base.specs, self.instruct.specs
-        return [name for name in self.common if tuple(ours[name].shape) == tuple(theirs[name].shape)]
+        return [name for name in self.common if self.base.specs[name].shape == self.instruct.specs[name].shape]
 
     def _check_shapes(self, *, shared: bool) -> Findings:
         rows = (row_count(self.base), row_count(self.instruct))
         wrong, only_rows = [], True
         for name in self.common:
-            ours, theirs = (tuple(side.specs[name].shape) for side in (self.base, self.instruct))
-            if ours == theirs:
-                continue
+            ours, theirs = (side.specs[name].shape for side in (self.base, self.instruct))
             of_tokens = ours[1:] == theirs[1:] and ours[:1] + theirs[:1] == rows
-            if not (shared and of_tokens):
+            if ours != theirs and not (shared and of_tokens):
                 wrong.append(both_sides(name, ours, theirs))
                 only_rows = only_rows and of_tokens
         if not wrong:
             return Findings()
         verb = "differs" if len(wrong) == 1 else "differ"
-        way_out = self._rows_advice() if only_rows else "Give the base that instruct was made from."
         headline = f"{len(wrong)} of {len(self.common)} weights {verb} in shape between base and instruct."
+        way_out = "Give the base that instruct was made from."
+        if only_rows:
+            try:
+                way_out = f"{explain_rows(self.base, self.instruct)} {SHARED_ADVICE}"
+            except PairMismatchError:  # its own finding says so
+                way_out = (
+                    "They have other numbers of token rows, and their tokenizers do not say which rows they share."
+                )
         return Findings(errors=[f"{headline}\n{list_names(wrong)}\n{way_out}"])
-
-    def _rows_advice(self) -> str:
-        """Say what the token rows are that only one side has, and the way out."""
-        try:
-            return f"{shared_rows(self.base, self.instruct).explanation()} {SHARED_ADVICE}"
-        except PairMismatchError:  # its own finding says so
-            return "The two have other numbers of token rows, and their tokenizers do not say which rows they share."
 
     def _check_template(self, *, need_template: bool) -> Findings:
         ours, theirs = read_templates(self.base.path), read_templates(self.instruct.path)
         if theirs or not (ours or need_template):
             return Findings()
-        text = (
-            "but base has one.\n  The two look swapped: give the chat model as instruct, the pre-trained one as base."
-            if ours
-            else "but the training data are conversations.\n  Give a chat model as instruct, or save its template as "
-            "chat_template.jinja in its folder."
-        )
-        return Findings(errors=[f"instruct has no chat template, {text}"])
+        if ours:
+            text = (
+                "base has one.\n  The two look swapped: give the chat model as instruct, the pre-trained one as base."
+            )
+        else:
+            text = (
+                "the training data are conversations.\n  Give a chat model as instruct, or save its template as "
+                "chat_template.jinja in its folder."
+            )
+        return Findings(errors=[f"instruct has no chat template, but {text}"])
 
     def _check_sample(self) -> Findings:
-        """Warn when a sample of the weights is the same on both sides; matrices first, norms are often alike."""
-        names = sorted(self._comparable(), key=lambda name: -len(self.base.specs[name].shape))
-        matrices = [name for name in names if len(self.base.specs[name].shape) > 1]
-        step = -(-len(matrices) // _SAMPLED_TENSORS) or 1
-        sampled = matrices[::step]
+        """Warn when the first values of a sample of matrices are the same on both sides; norms are often alike."""
+        matrices = [name for name in self._comparable() if len(self.base.specs[name].shape) > 1]
+        sampled = matrices[:: -(-len(matrices) // _SAMPLED_TENSORS) or 1]
         if not sampled or not all(_same_start(self.base.tensor(name), self.instruct.tensor(name)) for name in sampled):
             return Findings()
-        return Findings(warnings=[f"{self._same_weights()} (compared: the first values of {len(sampled)} weights)."])
+        return self._same_weights(f"compared: the first values of {len(sampled)} weights")
 
-    def _same_weights(self) -> str:
-        return (
-            f"base ({self.base}) and instruct ({self.instruct}) look like the same weights: the graft will be the "
-            "tuned base"
-        )
+    def _same_weights(self, how: str) -> Findings:
+        text = f"base ({self.base}) and instruct ({self.instruct}) look like the same weights: the graft will be the"
+        return Findings(warnings=[f"{text} tuned base ({how})."])
 
     def _check_gap(self, allow_wide_gap: bool) -> Findings:
         sigma = self.gap()
         broken = [name for name, sums in self._gaps.items() if not sums.finite]
         if broken:
             headline = f"{len(broken)} of {len(self.common)} weights hold values that are not finite."
-            way_out = "Download or save the model again."
-            return Findings(errors=[f"{headline}\n{list_names(broken)}\n{way_out}"])
+            return Findings(errors=[f"{headline}\n{list_names(broken)}\nDownload or save the model again."])
         if sigma is None:
             reason = "base and instruct store their weights under different names."
             return Findings(warnings=[f"sigma was not measured: {reason}"])
         if sigma == 0:
-            return Findings(warnings=[f"{self._same_weights()} (sigma is 0)."])
+            return self._same_weights("sigma is 0")
         text = f"base and instruct are far apart: sigma is {sigma:.3g}"
         if sigma > GAP_LIMIT and not allow_wide_gap:
             reason = f"pairs of one family stay below 0.05.\n  Above {GAP_LIMIT} one was not made from the other."
@@ -218,12 +188,13 @@ class ModelPair:
             return Findings(warnings=[f"{text} (pairs of one family stay below 0.05); the graft may transfer badly."])
         return Findings()
 
-    def _refusal(self, errors: list[str]) -> str:
-        many = len(errors) > 1
-        head = f"this pair cannot be used: {f'{len(errors)} things are wrong with it.' if many else errors[0]}"
-        listed = [f"\n{number}. {text}" for number, text in enumerate(errors, 1)] if many else []
-        sides = f"\n  base      {self.base}\n  instruct  {self.instruct}\n"
-        return head + "".join(listed) + sides + "Nothing was trained and nothing was written."
+    def _refusal(self, errors: list[str]) -> PairMismatchError:
+        what = errors[0]
+        if len(errors) > 1:
+            listed = "\n".join(f"{number}. {text}" for number, text in enumerate(errors, 1))
+            what = f"{len(errors)} things are wrong with it.\n{listed}"
+        sides = f"  base      {self.base}\n  instruct  {self.instruct}"
+        return PairMismatchError(f"this pair cannot be used: {what}\n{sides}")
 
 
 def _same_start(base: torch.Tensor, instruct: torch.Tensor) -> bool:

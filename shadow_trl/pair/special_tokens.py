@@ -1,7 +1,4 @@
-"""Special tokens of INSTRUCT in BASE: are there rows for them, and do these look trained?
-
-Only slices are read: the rows of the tokens in question and a sample of ordinary rows.
-"""
+"""Special tokens of INSTRUCT in BASE: are there rows for them, and do these look trained? Only slices are read."""
 
 from __future__ import annotations
 
@@ -9,6 +6,7 @@ from collections.abc import Iterable
 from statistics import median
 
 import torch
+from torch.nn.functional import cosine_similarity
 
 from ..checkpoints.checkpoint import Checkpoint, read_json
 from ..errors import Findings, list_names
@@ -55,17 +53,13 @@ def check_special_ids(base: Checkpoint, instruct: Checkpoint) -> Findings:
     """Refuse a pair in which INSTRUCT uses token ids for which BASE has no embedding row."""
     rows = row_count(base)
     ids = special_ids(instruct, vocabulary_of(instruct))
-    outside = {name: index for name, index in ids.items() if rows is not None and index >= rows}
+    outside = [f"id {index}  {name}" for name, index in ids.items() if rows is not None and index >= rows]
     if not outside:
         return Findings()
-    names = list_names(f"id {index}  {name}" for name, index in outside.items())
     verb = "special id of instruct has" if len(outside) == 1 else "special ids of instruct have"
-    return Findings(
-        errors=[
-            f"{len(outside)} {verb} no row in base's embedding of {rows} rows.\n{names}\nBase cannot read them. "
-            "Give the base that instruct was made from, or one whose embedding was resized to instruct's vocabulary."
-        ]
-    )
+    way_out = "Give the base that instruct was made from, or one whose embedding was resized to instruct's vocabulary."
+    headline = f"{len(outside)} {verb} no row in base's embedding of {rows} rows."
+    return Findings(errors=[f"{headline}\n{list_names(outside)}\n{way_out}"])
 
 
 def check_template_rows(base: Checkpoint, instruct: Checkpoint) -> Findings:
@@ -89,14 +83,13 @@ def check_template_rows(base: Checkpoint, instruct: Checkpoint) -> Findings:
         return Findings()
     where = {token: "" if used[token] else " (not in a plain conversation)" for token in tokens}
     lines = list_names(f"{token!r} (id {tokens[token]}){where[token]}: {doubt}" for token, doubt in doubts.items())
-    return Findings(
-        warnings=[
-            f"{len(doubts)} of the {len(tokens)} special tokens of instruct's chat template look untrained in base "
-            f"({name}).\n{lines}\nBase has to learn them from the training data alone, and the graft may "
-            "come out worse than the untouched instruct. Full fine-tuning, or an adapter that trains the embedding, "
-            "can learn them; a base that has seen these tokens is better."
-        ]
+    headline = f"{len(doubts)} of the {len(tokens)} special tokens of instruct's chat template look untrained in base"
+    advice = (
+        "Base has to learn them from the training data alone, and the graft may come out worse than the untouched "
+        "instruct. Full fine-tuning, or an adapter that trains the embedding, can learn them; a base that has seen "
+        "these tokens is better."
     )
+    return Findings(warnings=[f"{headline} ({name}).\n{lines}\n{advice}"])
 
 
 def _samples(vocabulary: Vocabulary, rows: int) -> tuple[list[int], list[int]]:
@@ -114,52 +107,35 @@ def _rows(matrix: torch.Tensor, ids: Iterable[int]) -> torch.Tensor:
 
 
 def _untrained(rows: torch.Tensor, names: list[str], ordinary: torch.Tensor, unused: torch.Tensor) -> dict[str, str]:
-    """Say why rows do not look trained.
+    """Return why rows (tokens, hidden) with texts `names` do not look trained, with the figures; others are left out.
 
-    Args:
-        rows: rows of the special tokens, (tokens, hidden), float64.
-        names: their texts.
-        ordinary: a sample of the rows of ordinary tokens, (sample, hidden).
-        unused: rows that belong to no token, (any number, hidden).
-
-    Returns:
-        Token -> reason with the figures; tokens whose rows look trained are left out.
-
+    They are compared with those of ordinary tokens, (sample, hidden), and of no token, (any number, hidden); fp64.
     """
-    norms = ordinary.norm(dim=1)
+    norms, mean = ordinary.norm(dim=1), ordinary.mean(dim=0)
     typical, low = median(norms.tolist()), float(norms.quantile(0.01))
-    mean = ordinary.mean(dim=0)
     spread = median((ordinary - mean).norm(dim=1).tolist())
     doubts: dict[str, str] = {}
-    for index, (row, name) in enumerate(zip(rows, names, strict=True)):
-        norm = float(row.norm())
-        twins = [
-            names[other]
-            for other in range(len(names))
-            if other != index and float((rows[other] - row).norm()) <= SAME * norm
-        ]
+    for row, name in zip(rows, names, strict=True):
+        norm, distance = float(row.norm()), float((row - mean).norm())
+        near = zip(names, (rows - row).norm(dim=1).tolist(), strict=True)
+        twins = [other for other, apart in near if other != name and apart <= SAME * norm]
         if norm < SMALL * low:
             doubts[name] = f"norm {norm:.3g}, ordinary rows have {typical:.3g} (99 % of them at least {low:.3g})"
         elif twins:
             doubts[name] = f"same row as {twins[0]!r}"
         elif _like_unused(row, unused, ordinary):
             doubts[name] = f"direction of the {len(unused)} unused rows behind the vocabulary"
-        elif float((row - mean).norm()) < NEAR_MEAN * spread:
-            distance = float((row - mean).norm())
+        elif distance < NEAR_MEAN * spread:
             doubts[name] = f"distance {distance:.3g} from the mean row, ordinary rows have {spread:.3g}"
     return doubts
 
 
 def _like_unused(row: torch.Tensor, unused: torch.Tensor, ordinary: torch.Tensor) -> bool:
-    """True when `row` points where the unused rows point and ordinary rows do not.
-
-    Unused rows of a trained model all moved the same way (weight decay, and the softmax of a tied head), so their
-    mean is a direction that separates them from trained rows; where it does not, no row is named.
-    """
+    """True when `row` points where the unused rows point and ordinary rows do not."""
+    # Unused rows of a trained model all moved the same way (weight decay, and the softmax of a tied head), so their
+    # mean is a direction that separates them from trained rows; where it does not, no row is named.
     if len(unused) < 4 or not bool(unused.any()):
         return False
     blank = unused.mean(dim=0)
-    cosine = torch.nn.functional.cosine_similarity
-    own, trained = cosine(unused, blank[None]).quantile(0.1), cosine(ordinary, blank[None]).quantile(0.99)
-    here = float(cosine(row[None], blank[None])[0])
-    return float(trained) < float(own) <= here
+    here, own, trained = (cosine_similarity(side, blank[None]) for side in (row[None], unused, ordinary))
+    return float(trained.quantile(0.99)) < float(own.quantile(0.1)) <= float(here)

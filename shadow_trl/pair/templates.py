@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable
+from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -12,16 +13,18 @@ from typing import Any
 from ..checkpoints.checkpoint import read_json
 from ..errors import CheckpointError, ConfigError
 
-_SYSTEM = {"role": "system", "content": "a"}
-_TURNS = [{"role": "user", "content": "b"}, {"role": "assistant", "content": "c"}, {"role": "user", "content": "d"}]
+_TURNS = [
+    {"role": role, "content": text}
+    for role, text in (("system", "a"), ("user", "b"), ("assistant", "c"), ("user", "d"))
+]
 _GENERATION_TAG = re.compile(r"\{%-?\s*(?:end)?generation\s*-?%\}")
 
 
 def read_templates(folder: Path) -> dict[str, str]:
     """Return the chat templates of a model folder by name ("default" is the one used unasked), {} when there is none.
 
-    Read as transformers reads them: chat_template.jinja and additional_chat_templates/*.jinja go before
-    tokenizer_config.json, and the old chat_template.json of processors fills in when there is nothing else.
+    As in transformers, chat_template.jinja and additional_chat_templates/*.jinja take precedence over
+    tokenizer_config.json, and the old chat_template.json of processors is read when there is nothing else.
     """
     templates: dict[str, str] = {}
     single = folder / "chat_template.jinja"
@@ -85,23 +88,17 @@ def _render(template: str, named: dict[str, str]) -> str:
     def raise_exception(message: str) -> None:
         raise TemplateError(message)
 
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-    )
+    extensions = ["jinja2.ext.loopcontrols"]
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
     environment.filters["tojson"] = lambda value, **options: json.dumps(value, ensure_ascii=False)
     environment.globals.update(raise_exception=raise_exception, strftime_now=lambda form: datetime.now().strftime(form))
     rendered = []
-    for messages in ([_SYSTEM, *_TURNS], _TURNS):
-        for parts in (False, True):
-            given: list[Any] = [
-                {**message, "content": [{"type": "text", "text": message["content"]}]} if parts else message
-                for message in messages
-            ]
-            try:
-                compiled = environment.from_string(_GENERATION_TAG.sub("", template))
-                rendered.append(compiled.render(messages=given, add_generation_prompt=True, **named))
-            except Exception:  # templates refuse roles and forms in many ways; their text is searched as well
-                continue
+    parts = [{**turn, "content": [{"type": "text", "text": turn["content"]}]} for turn in _TURNS]
+    for turns in (_TURNS, _TURNS[1:], parts, parts[1:]):  # with and without a system message
+        # templates refuse roles and forms in many ways; their text is searched as well
+        with suppress(Exception):
+            compiled = environment.from_string(_GENERATION_TAG.sub("", template))
+            rendered.append(compiled.render(messages=turns, add_generation_prompt=True, **named))
     return "\0".join(rendered)
 
 
@@ -119,16 +116,13 @@ def check_processing_class(
         ConfigError: `dataset_is_conversational`, and neither `processing_class` nor its tokenizer has a chat template.
 
     """
-    if not dataset_is_conversational:
-        return
     sides = (processing_class, getattr(processing_class, "tokenizer", None))
-    if any(getattr(side, "chat_template", None) for side in sides):
+    if not dataset_is_conversational or any(getattr(side, "chat_template", None) for side in sides):
         return
-    name = getattr(processing_class, "name_or_path", None) or getattr(sides[1], "name_or_path", None)
+    name = next(filter(None, (getattr(side, "name_or_path", None) for side in sides)), None)
     where = f" ({name})" if name else ""
     load = f"AutoTokenizer.from_pretrained({instruct!r})" if instruct else "the tokenizer of INSTRUCT"
     raise ConfigError(
         f"the data are conversations, but the given processing_class {type(processing_class).__name__}{where} has no "
-        f"chat template.\nLeave processing_class out, so that INSTRUCT's own, which has one, is used; or pass {load}. "
-        "Nothing was trained and nothing was written."
+        f"chat template.\nLeave processing_class out, so that INSTRUCT's own, which has one, is used; or pass {load}."
     )

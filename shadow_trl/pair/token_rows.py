@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.weight_names import EMBEDDING_NAMES
 from ..errors import PairMismatchError
 from .vocabularies import Vocabulary
-from .vocabulary_checks import compare_vocabularies, runs_of, vocabulary_difference
+from .vocabulary_checks import VocabularyDifference, compare_vocabularies, vocabulary_difference
 
 _NOT_TEXT = ("visual", "vision", "audio", "per_layer")
 
@@ -35,79 +33,59 @@ def vocabulary_of(checkpoint: Checkpoint) -> Vocabulary:
     return Vocabulary(checkpoint.path, str(checkpoint))
 
 
-@dataclass(frozen=True)
-class SharedRows:
-    """Token rows that mean the same in BASE and INSTRUCT, and what the others are."""
-
-    ids: tuple[int, ...]
-    """Ids below both row counts with the same token on both sides; ids without a token on either side count as same."""
-    base_rows: int
-    instruct_rows: int
-    base_only: tuple[str, ...]
-    """Tokens that only BASE has."""
-    instruct_only: tuple[str, ...]
-    """Tokens that only INSTRUCT has."""
-    padding: int
-    """How many of the further rows on the longer side belong to no token."""
-
-    @property
-    def runs(self) -> list[range]:
-        """`ids` as ranges of neighbours, for copying blocks of rows."""
-        return runs_of(self.ids)
-
-    def explanation(self) -> str:
-        """Say which side has more rows and what they are: tokens, or padding that belongs to no token."""
-        extra = self.instruct_rows - self.base_rows
-        lines = []
-        if extra:
-            count = "1 more token row" if abs(extra) == 1 else f"{abs(extra)} more token rows"
-            kind = {0: "all of them tokens", abs(extra): "padding that belongs to no token"}
-            lines.append(
-                f"The {'instruct' if extra > 0 else 'base'} model has {count} "
-                f"({kind.get(self.padding, f'{self.padding} of them padding')})."
-            )
-        for side, tokens in (("instruct", self.instruct_only), ("base", self.base_only)):
-            if tokens:
-                shown = ", ".join(repr(token) for token in tokens[:10])
-                more = f", ... and {len(tokens) - 10} more" if len(tokens) > 10 else ""
-                lines.append(f"Only in {side}: {shown}{more}.")
-        return " ".join(lines)
-
-
-def shared_rows(base: Checkpoint, instruct: Checkpoint) -> SharedRows:
+def shared_rows(base: Checkpoint, instruct: Checkpoint) -> tuple[int, ...]:
     """Find the token rows that BASE and INSTRUCT share, for `--vocab shared`.
+
+    Returns:
+        Ids below both row counts with the same token, or without one, on both sides; in order.
 
     Raises:
         PairMismatchError: a side has no tokenizer or no embedding, or the same ids mean other ordinary tokens.
 
     """
-    ours, theirs = vocabulary_of(base), vocabulary_of(instruct)
-    counts = row_count(base), row_count(instruct)
-    for side, count in ((ours, counts[0]), (theirs, counts[1])):
-        if not side.exists or count is None:
-            lacks = "tokenizer" if not side.exists else "embedding"
+    difference, counts = _compared(base, instruct)
+    other = {*difference.renamed, *difference.base_only.values(), *difference.instruct_only.values()}
+    return tuple(index for index in range(min(counts)) if index not in other)
+
+
+def explain_rows(base: Checkpoint, instruct: Checkpoint) -> str:
+    """Say which side has more token rows and what they are: tokens, or padding that belongs to no token.
+
+    Raises:
+        PairMismatchError: as `shared_rows`.
+
+    """
+    difference, (base_rows, instruct_rows) = _compared(base, instruct)
+    longer, model = (instruct, "instruct") if instruct_rows > base_rows else (base, "base")
+    extra, lines = range(*sorted((base_rows, instruct_rows))), []
+    if extra:
+        padding = len(extra) - sum(index in extra for index in vocabulary_of(longer).ids.values())
+        kind = {0: "all of them tokens", len(extra): "padding that belongs to no token"}
+        count = "1 more token row" if len(extra) == 1 else f"{len(extra)} more token rows"
+        lines.append(f"The {model} model has {count} ({kind.get(padding, f'{padding} of them padding')}).")
+    renamed = list(difference.renamed.values())
+    for side, tokens in (
+        ("instruct", [*(token for _, token in renamed), *difference.instruct_only]),
+        ("base", [*(token for token, _ in renamed), *difference.base_only]),
+    ):
+        if tokens:
+            more = f", ... and {len(tokens) - 10} more" if len(tokens) > 10 else ""
+            lines.append(f"Only in {side}: {', '.join(map(repr, tokens[:10]))}{more}.")
+    return " ".join(lines)
+
+
+def _compared(base: Checkpoint, instruct: Checkpoint) -> tuple[VocabularyDifference, list[int]]:
+    """Return how the vocabularies differ, and the numbers of token rows of BASE and INSTRUCT."""
+    vocabularies, counts = (vocabulary_of(base), vocabulary_of(instruct)), []
+    for side, count in zip(vocabularies, (row_count(base), row_count(instruct)), strict=True):
+        if count is None or not side.exists:
             raise PairMismatchError(
-                f"cannot tell which token rows base and instruct share: {side.label} has no {lacks}.\n"
-                "Put both models' tokenizer files beside their weights. Nothing was written."
+                "cannot tell which token rows base and instruct share: "
+                f"{side.label} has no {'embedding' if side.exists else 'tokenizer'}.\n"
+                "Put both models' tokenizer files beside their weights."
             )
-    findings = compare_vocabularies(ours, theirs, shared=True)
-    if findings.errors:
-        raise PairMismatchError("\n".join(findings.errors) + " Nothing was written.")
-    base_rows, instruct_rows = int(counts[0] or 0), int(counts[1] or 0)
-    difference = vocabulary_difference(ours, theirs)
-    other = {one.id for one in difference.renamed}
-    other |= {one.id for one in (*difference.base_only, *difference.instruct_only)}
-    longer = theirs if instruct_rows > base_rows else ours
-    low, high = sorted((base_rows, instruct_rows))
-    with_token = sum(low <= index < high for index in longer.ids.values()) if high > low else 0
-    return SharedRows(
-        ids=tuple(index for index in range(low) if index not in other),
-        base_rows=base_rows,
-        instruct_rows=instruct_rows,
-        base_only=(*(one.base_token for one in difference.renamed), *(one.token for one in difference.base_only)),
-        instruct_only=(
-            *(one.instruct_token for one in difference.renamed),
-            *(one.token for one in difference.instruct_only),
-        ),
-        padding=high - low - with_token,
-    )
+        counts.append(count)
+    errors = compare_vocabularies(*vocabularies, shared=True).errors
+    if errors:
+        raise PairMismatchError("\n".join(errors))
+    return vocabulary_difference(*vocabularies), counts

@@ -1,8 +1,4 @@
-"""The tokenizer of a model folder, read from its files: tokens, ids, encodings.
-
-A folder with tokenizer.json needs the `tokenizers` library alone; only older formats are converted by transformers,
-which is imported then and not before.
-"""
+"""The tokenizer of a model folder, read from its files; only formats older than tokenizer.json need transformers."""
 
 from __future__ import annotations
 
@@ -94,24 +90,20 @@ class Vocabulary:
         return self._load()
 
     def _load(self) -> Any:
+        from tokenizers import AddedToken, Tokenizer
+
+        file = self.folder / "tokenizer.json"
         try:
-            if (self.folder / "tokenizer.json").is_file():
-                return self._fast_tokenizer()
-            return _converted_tokenizer(self.folder)
+            if not file.is_file():
+                return _converted_tokenizer(self.folder)
+            tokenizer = _unpadded(Tokenizer.from_file(str(file)))
+            # as transformers does: a token that the vocabulary knows keeps its id, others get ids behind it
+            tokenizer.add_tokens([AddedToken(token, special=True, normalized=False) for token in self.appended])
         except Exception as error:  # the tokenizers library raises bare Exception
             raise CheckpointError(
                 f"cannot read the tokenizer of {self.label}: {error}. Its files must be of a format that transformers "
-                "loads without code of their own; nothing was written."
+                "loads without code from the model's folder."
             ) from error
-
-    def _fast_tokenizer(self) -> Any:
-        from tokenizers import AddedToken, Tokenizer
-
-        tokenizer = Tokenizer.from_file(str(self.folder / "tokenizer.json"))
-        tokenizer.no_padding()
-        tokenizer.no_truncation()
-        # as transformers does: a token that the vocabulary knows keeps its id, others get ids behind it
-        tokenizer.add_tokens([AddedToken(token, special=True, normalized=False) for token in self.appended])
         return tokenizer
 
     @cached_property
@@ -178,8 +170,10 @@ def _converted_tokenizer(folder: Path) -> Any:
 
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None:
-        return _SlowTokenizer(tokenizer)
-    backend.no_padding()
-    backend.no_truncation()
-    return backend
+    return _SlowTokenizer(tokenizer) if backend is None else _unpadded(backend)
+
+
+def _unpadded(tokenizer: Any) -> Any:
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    return tokenizer

@@ -10,7 +10,7 @@ from typing import Any
 
 from ..checkpoints.manifest import read_manifest
 from ..errors import ShadowError
-from ..evaluation.report import TITLES, Arm, RunReport
+from ..evaluation.report import TITLES, RunReport
 from ..evaluation.scoring import Scores, end_tokens, score
 from ..grafting.reports import GraftReport
 from ..operations.gap import gap
@@ -64,8 +64,9 @@ def make_report(
         seconds["score"] = time.perf_counter() - started
     graft = _graft_figures(Path(models["tuned"]), outcome.origins, scored=bool(rows)) if "grafted" in models else None
     report = RunReport(
-        arms=[Arm(name, source, scores.get(name)) for name, source in models.items()],
+        models=models,
         output=output,
+        scores=scores,
         graft=graft,
         rows=options.recipe.score_rows,
         seconds={name: round(value, 1) for name, value in seconds.items()},

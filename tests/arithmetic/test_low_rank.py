@@ -55,6 +55,24 @@ def test_bf16_and_tiny_deltas_are_decomposed_in_float64():
     assert truncate(matrix(20, 30, [1.0, 0.5]).bfloat16(), 2)[2] > 0.999
 
 
+@pytest.mark.parametrize(
+    ("size", "rank", "exact"),
+    [
+        (100, 4, True),  # small: whatever the rank
+        (102, 35, True),  # large, but 35 + 16 directions are half of it
+        (102, 34, False),
+    ],
+)
+def test_the_decomposition_is_exact_up_to_a_size_and_from_half_of_the_directions_on(size, rank, exact, monkeypatch):
+    """Of a flat spectrum the projection misses part of what can be kept, the whole decomposition nothing."""
+    monkeypatch.setattr(low_rank, "EXACT", 100)
+    monkeypatch.setattr(low_rank, "ITERATIONS", 0)
+    noise = torch.randn(size, size, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    squares = torch.linalg.svdvals(noise).square()
+    missed = 1 - truncate(noise, rank)[2] / float(squares[:rank].sum() / squares.sum())
+    assert (abs(missed) < 1e-12) if exact else (missed > 1e-2)
+
+
 @pytest.mark.parametrize("shape", [(300, 500), (500, 300)])
 def test_the_random_projection_of_large_matrices(shape, monkeypatch):
     """A low rank comes back to 1e-6; of a flat spectrum nearly all that can be kept is; the seed is fixed."""

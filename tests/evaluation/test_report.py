@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from shadow_trl.evaluation.report import Arm, RunReport
+from shadow_trl.evaluation.report import RunReport
 from shadow_trl.evaluation.scoring import Scores
 
 
@@ -22,13 +22,11 @@ GRAFT = {"sigma": 0.025, "delta_norm": 2.0, "delta_to_gap": 0.25, "realised": 0.
 
 
 def report(grafted: Scores, direct: Scores | None = None) -> RunReport:
-    arms = [
-        Arm("instruct", "data/nano-instruct", scores(16, 15, 18)),
-        *([Arm("direct", "out/direct", direct)] if direct else []),
-        Arm("tuned", "out", scores(19, 2, 3)),
-        Arm("grafted", "out/grafted", grafted),
-    ]
-    return RunReport(arms, output="out", graft=GRAFT, rows="test.jsonl", seconds={"score": 1.5})
+    models = {"instruct": "data/nano-instruct", "direct": "out/direct", "tuned": "out", "grafted": "out/grafted"}
+    found = {"instruct": scores(16, 15, 18), "direct": direct, "tuned": scores(19, 2, 3), "grafted": grafted}
+    if direct is None:
+        del models["direct"], found["direct"]
+    return RunReport(models, "out", found, graft=GRAFT, rows="test.jsonl", seconds={"score": 1.5})
 
 
 def test_the_whole_text_of_a_run() -> None:
@@ -78,16 +76,16 @@ def test_the_errors_of_the_differences_are_the_paired_ones() -> None:
 
 def test_only_what_was_measured_is_compared() -> None:
     assert "direct" not in report(scores(18, 14, 18)).text()
-    without_graft = RunReport([Arm("instruct", "i", scores(16, 15, 18))], output="out")
+    without_graft = RunReport({"instruct": "i"}, "out", {"instruct": scores(16, 15, 18)})
     assert without_graft.differences() == without_graft.to_dict()["differences"] == {}
     assert "minus" not in without_graft.text()
 
 
 def test_a_run_without_scores_or_graft_still_says_where_the_result_is() -> None:
-    text = RunReport([Arm("tuned", "out")], output="out").text()
+    text = RunReport({"tuned": "out"}, output="out").text()
     assert text == "tuned  out  (tuned BASE)"
     adapter = {"sigma": None, "delta_norm": None, "realised": None, "noise": None, "dtype": "bfloat16"}
-    text = RunReport([Arm("tuned", "out"), Arm("grafted", "out/grafted")], output="out", graft=adapter).text()
+    text = RunReport({"tuned": "out", "grafted": "out/grafted"}, output="out", graft=adapter).text()
     assert text == "result out/grafted  (grafted INSTRUCT)\ntuned  out  (tuned BASE)"
 
 

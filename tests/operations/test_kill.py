@@ -20,10 +20,11 @@ def write_delta(*, base, instruct, tuned, **options):
 @pytest.mark.parametrize(
     ("work", "kind", "file", "other"),
     [
-        (graft, "graft", "model.safetensors", {"scale": 0.5}),
-        (write_delta, "delta", "delta.safetensors", {"dtype": "float16"}),
+        pytest.param(graft, "graft", "model.safetensors", {"scale": 0.5}, id="graft"),
+        pytest.param(
+            *(write_delta, "delta", "delta.safetensors", {"dtype": "float16"}), id="delta", marks=pytest.mark.slow
+        ),
     ],
-    ids=["graft", "delta"],
 )
 def test_kill_leaves_nothing_or_everything(tmp_path, work, kind, file, other):
     work = functools.partial(work, **family(tmp_path / "models"), progress=False)

@@ -9,7 +9,7 @@ from pair_cases import EMBEDDING, add_rows, add_tokens, refusal
 
 from shadow_trl.errors import PairMismatchError
 from shadow_trl.pair.pairs import ModelPair
-from shadow_trl.pair.token_rows import shared_rows
+from shadow_trl.pair.token_rows import explain_rows, shared_rows
 
 
 def test_more_token_rows_are_refused_with_their_number_and_the_advice(sides):
@@ -36,10 +36,10 @@ def test_shared_accepts_more_rows_and_names_the_tokens(sides):
     (warning,) = ModelPair.open(*sides).check(vocab="shared", level="weights")
     assert "'<|tool|>'" in warning
     pair = ModelPair.open(*sides)
-    rows = shared_rows(pair.base, pair.instruct)
-    assert rows.ids == tuple(range(49))
-    assert (rows.base_rows, rows.instruct_rows, rows.padding) == (49, 52, 2)
-    assert rows.instruct_only == ("<|tool|>",)
+    assert shared_rows(pair.base, pair.instruct) == tuple(range(49))
+    assert explain_rows(pair.base, pair.instruct) == (
+        "The instruct model has 3 more token rows (2 of them padding). Only in instruct: '<|tool|>'."
+    )
 
 
 def test_shared_rows_leave_out_renamed_tokens_and_keep_common_padding(sides):
@@ -47,12 +47,9 @@ def test_shared_rows_leave_out_renamed_tokens_and_keep_common_padding(sides):
         add_rows(folder, 4)
         add_tokens(folder, *tokens, template=folder == sides[1])
     pair = ModelPair.open(*sides)
-    rows = shared_rows(pair.base, pair.instruct)
     # 49 characters, <|r0|> at 49, the renamed token at 50, padding of both sides at 51 and 52
-    assert rows.ids == (*range(50), 51, 52)
-    assert rows.runs == [range(50), range(51, 53)]
-    assert (rows.base_only, rows.instruct_only) == (("<|r1|>",), ("<|think|>",))
-    assert rows.explanation() == "Only in instruct: '<|think|>'. Only in base: '<|r1|>'."
+    assert shared_rows(pair.base, pair.instruct) == (*range(50), 51, 52)
+    assert explain_rows(pair.base, pair.instruct) == "Only in instruct: '<|think|>'. Only in base: '<|r1|>'."
 
 
 def test_shared_rows_need_both_tokenizers(sides):

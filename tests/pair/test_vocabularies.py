@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 from shadow_trl.errors import CheckpointError, ConfigError
 from shadow_trl.pair.templates import check_processing_class, read_templates, template_tokens
 from shadow_trl.pair.vocabularies import Vocabulary
-from shadow_trl.pair.vocabulary_checks import compare_vocabularies, runs_of, vocabulary_difference
+from shadow_trl.pair.vocabulary_checks import compare_vocabularies, vocabulary_difference
 
 WORDS = ["<unk>", "the", "quick", "brown", "fox", "jumps", "over", "lazy", "dog"]
 SPECIAL = ["<|user|>", "<|end|>"]
@@ -130,19 +130,19 @@ def test_equal_tokenizers_are_found_equal_without_loading_them(tmp_path):
 
 def test_equal_files_with_another_token_in_the_config_are_not_equal(tmp_path):
     base, instruct = vocabulary(tmp_path / "b"), vocabulary(tmp_path / "i", pad_token="<|pad|>")
-    assert vocabulary_difference(base, instruct).instruct_only == [("<|pad|>", 11)]
+    assert vocabulary_difference(base, instruct).instruct_only == {"<|pad|>": 11}
 
 
 def test_difference_sorts_tokens_into_moved_renamed_and_one_sided(tmp_path):
     base = vocabulary(tmp_path / "b", ["<unk>", "the", "quick", "brown"], ["<|r0|>", "<|r1|>", "<|r2|>"])
     instruct = vocabulary(tmp_path / "i", ["<unk>", "quick", "the", "brown"], ["<|r0|>", "<|user|>", "<|r2|>", "<|x|>"])
     found = vocabulary_difference(base, instruct)
-    assert found.moved == [("the", 1, 2), ("quick", 2, 1)]
-    assert found.renamed == [(5, "<|r1|>", "<|user|>")]
-    assert found.instruct_only == [("<|x|>", 7)]
-    assert found.base_only == []
+    assert list(found.moved.items()) == [("the", (1, 2)), ("quick", (2, 1))]
+    assert found.renamed == {5: ("<|r1|>", "<|user|>")}
+    assert found.instruct_only == {"<|x|>": 7}
+    assert found.base_only == {}
     assert len(found) == 4
-    assert vocabulary_difference(instruct, base).base_only == [("<|x|>", 7)]
+    assert vocabulary_difference(instruct, base).base_only == {"<|x|>": 7}
 
 
 def test_another_token_is_refused_with_both_sides_and_the_advice(tmp_path):
@@ -183,11 +183,6 @@ def test_a_missing_tokenizer_is_a_warning_that_names_the_side(tmp_path):
     findings = compare_vocabularies(Vocabulary(tmp_path / "b", "my-base"), vocabulary(tmp_path / "i"))
     assert not findings.errors
     assert "no tokenizer in my-base" in findings.warnings[0]
-
-
-def test_runs_of_neighbours():
-    assert runs_of([0, 1, 2, 5, 7, 8]) == [range(3), range(5, 6), range(7, 9)]
-    assert runs_of([]) == []
 
 
 # ---- chat templates ------------------------------------------------------------------------------------------------

@@ -51,7 +51,5 @@ def refusal(sides: tuple[Path, Path], **options: object) -> str:
     with pytest.raises(PairMismatchError) as caught:
         ModelPair.open(*sides).check(**options)
     text = str(caught.value)
-    assert text.endswith("Nothing was trained and nothing was written.")
-    assert str(sides[0]) in text
-    assert str(sides[1]) in text
+    assert text.endswith(f"\n  base      {sides[0]}\n  instruct  {sides[1]}")
     return text

@@ -11,7 +11,7 @@ from types import ModuleType
 import pytest
 from repository import ROOT
 
-from shadow_trl.evaluation.report import Arm, RunReport
+from shadow_trl.evaluation.report import RunReport
 from shadow_trl.evaluation.scoring import Scores
 
 
@@ -34,7 +34,7 @@ def scores(target: int, t_rule: int, rule: int) -> Scores:
 
 
 def report(**arms: Scores) -> RunReport:
-    return RunReport([Arm(name, name, found) for name, found in arms.items()], output="out")
+    return RunReport({name: name for name in arms}, output="out", scores=arms)
 
 
 def test_goals_that_were_reached(script: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
