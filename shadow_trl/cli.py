@@ -188,12 +188,12 @@ def _gap(options: argparse.Namespace) -> int:
 
     report = gap(options.base, options.instruct, options.tuned, progress=not options.quiet)
     _show(report, options.quiet)
-    if options.json is not None:
-        options.json.write_text(json.dumps(report.to_dict(), indent=2) + "\n", encoding="utf-8")
-    if options.plot is not None:
+    if options.plot is not None:  # before the figures: an image of an unknown format leaves nothing behind
         from .operations.gap_plot import plot_gap
 
         plot_gap(report, options.plot)
+    if options.json is not None:
+        options.json.write_text(json.dumps(report.to_dict(), indent=2) + "\n", encoding="utf-8")
     return 0
 
 

@@ -1,8 +1,7 @@
 """What an adapter is: a product that streams, a delta that means the same on INSTRUCT, or one that needs BASE.
 
-Lists of what is known, by type and by setting. `get_delta_weight` of PEFT is no test for it: for DoRA it gives the
-product alone, for PiSSA the weights under the adapter were changed. What is not in the lists is not guessed: PEFT
-merges it into BASE, and the graft is dense. The config says all that is needed, peft is not imported.
+What is not in the lists of known types and settings is merged into BASE by PEFT. `get_delta_weight` of PEFT is no
+test for it: for DoRA it gives the product alone. The config says all that is needed, peft is not imported.
 """
 
 from __future__ import annotations
@@ -24,8 +23,9 @@ _HARMLESS = frozenset({
     "loftq_config", "eva_config", "corda_config", "runtime_config", "qalora_group_size", "lora_ga_config",
     "ensure_weight_tying", "velora_config",
 })  # fmt: skip
-# Initialisations that leave the weights under the adapter as they were.
-_PLAIN_STARTS = (True, False, None, "gaussian", "orthogonal", "eva", "mica")
+_ADAPTIVE = ("init_r", "target_r", "tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight", "total_step")
+PLAIN_STARTS = (True, False, None, "gaussian", "orthogonal", "eva", "mica")
+"""Initialisations of LoRA that leave the weights under the adapter as they were."""
 # Those that change them, so that training starts from BASE (LoftQ: from near BASE, by what quantising it loses) only
 # together with the product: the delta is the product less its start.
 _SUBTRACTED_STARTS = ("pissa", "olora", "corda", "lora_ga", "loftq")
@@ -38,7 +38,7 @@ _LOST_STARTS = {
 }
 # Beside the factors of linear layers: full values, a delta once BASE's are subtracted, and factors of bare parameters.
 _PARTS = ("bias", "modules_to_save", "trainable_token_indices", "target_parameters")
-_NOTHING: tuple[Any, ...] = (None, False, [], {}, "none")
+NOTHING: tuple[Any, ...] = (None, False, [], {}, "none")
 
 _NO_DELTA = {
     **dict.fromkeys(
@@ -55,27 +55,15 @@ _NO_DELTA_SETTINGS = {
     "layer_replication": "the adapter adds layers that no INSTRUCT has",
 }
 
-# Type -> settings and the values with which the stored tensors mean the same delta on any weights.
-_SAME_DELTA: dict[str, dict[str, tuple[Any, ...]]] = {
-    "LORA": {},
-    "ADALORA": {},
-    "LOHA": {},
-    "LOKR": {},
-    "VERA": {},
-    "PVERA": {"sample_at_inference": (False, None)},
-    "VBLORA": {},
-    "UNILORA": {},
-    "RANDLORA": {},
-    "FOURIERFT": {},
-    "WAVEFT": {},
-    "C3A": {},
-    "GRALORA": {},
-    "DELORA": {},
-    "SHIRA": {"mask_type": ("random", None)},
-    "MISS": {"init_weights": (True, None)},
-    "BEFT": {},
-    "LN_TUNING": {},
-    "TRAINABLE_TOKENS": {},
+# Types beside LoRA and AdaLoRA whose stored tensors mean the same delta on any weights, some with these values only.
+_SAME_DELTA = frozenset({
+    "LOHA", "LOKR", "VERA", "PVERA", "VBLORA", "UNILORA", "RANDLORA", "FOURIERFT", "WAVEFT", "C3A", "GRALORA",
+    "DELORA", "SHIRA", "MISS", "BEFT", "LN_TUNING", "TRAINABLE_TOKENS",
+})  # fmt: skip
+_SAME_DELTA_WITH: dict[str, tuple[str, tuple[Any, ...]]] = {
+    "PVERA": ("sample_at_inference", (False, None)),
+    "SHIRA": ("mask_type", ("random", None)),
+    "MISS": ("init_weights", (True, None)),
 }
 SCALABLE = ("LORA", "LN_TUNING", "TRAINABLE_TOKENS")
 """Types whose stored tensors can be multiplied by a scale."""
@@ -86,9 +74,9 @@ class AdapterKind:
     """What can be done with an adapter of a config.
 
     Args:
-        beyond: what makes it more than a plain LoRA, `factor * lora_B @ lora_A`, as `name = value  (why)`; empty: it is
-            one by its settings, and `lora.streams` asks its weights.
-        obstacles: settings that leave no exact adapter form on INSTRUCT, as `name = value  (why)`; empty: there is one.
+        beyond: what makes it more than a plain LoRA, `factor * lora_B @ lora_A`, as `name = value  (why)`; empty where
+            its settings are those of one (`lora.streams` looks at its weights).
+        obstacles: settings that leave no exact adapter form on INSTRUCT, in the same form.
         subtracted: whether the delta is the product less the product before training, and nothing else.
     """
 
@@ -110,32 +98,24 @@ def kind_of(config: Mapping[str, Any]) -> AdapterKind:
     """
     check_has_delta(config)
     name = peft_type(config)
-    beyond = (f"peft_type = {name}",)
-    if name not in _SAME_DELTA:
-        return AdapterKind(beyond, (f"{beyond[0]}  (its delta depends on the weights under it)",))
     if name in ("LORA", "ADALORA"):
         return _kind_of_lora(config, adaptive=name == "ADALORA")
-    wrong = [
-        f"{setting} = {config[setting]}  (the delta depends on the weights under it)"
-        for setting, values in _SAME_DELTA[name].items()
-        if setting in config and config[setting] not in values
-    ]
-    return AdapterKind(beyond, tuple(wrong))
+    setting, values = _SAME_DELTA_WITH.get(name, ("", ()))
+    wrong = [f"peft_type = {name}"] if name not in _SAME_DELTA else []
+    if setting in config and config[setting] not in values:
+        wrong.append(f"{setting} = {config[setting]}")
+    why = "the delta depends on the weights under it"
+    return AdapterKind((f"peft_type = {name}",), tuple(f"{item}  ({why})" for item in wrong))
 
 
 def _kind_of_lora(config: Mapping[str, Any], *, adaptive: bool) -> AdapterKind:
     start = start_setting(config)
     subtracted = is_subtracted(start)
-    parts = [f"{name} = {config[name]}" for name in _PARTS if config.get(name) not in _NOTHING]
-    wrong = []
-    if start not in _PLAIN_STARTS and not subtracted:
-        wrong.append(f"init_lora_weights = {start}  (not known: it may change the weights under the adapter)")
-    known = {"init_lora_weights", *_PARTS, *_HARMLESS}
-    if adaptive:
-        known |= {
-            "init_r", "target_r", "tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight", "total_step",
-        }  # fmt: skip
-    wrong += [f"{name} = {value}" for name, value in config.items() if value and name not in known]
+    parts = [f"{name} = {config[name]}" for name in _PARTS if config.get(name) not in NOTHING]
+    known = {"init_lora_weights", *_PARTS, *_HARMLESS, *(_ADAPTIVE if adaptive else ())}
+    wrong = [f"{name} = {value}" for name, value in config.items() if value and name not in known]
+    if start not in PLAIN_STARTS and not subtracted:
+        wrong.insert(0, f"init_lora_weights = {start}  (not known: it may change the weights under the adapter)")
     beyond = [*(["peft_type = ADALORA"] if adaptive else []), *wrong, *parts]
     if subtracted:
         beyond.append(f"init_lora_weights = {start}  (changes the weights under the adapter)")
@@ -151,23 +131,14 @@ def start_setting(config: Mapping[str, Any]) -> Any:
     return value.lower() if isinstance(value, str) else value
 
 
-def is_plain_start(start: Any) -> bool:
-    """Whether an initialisation of LoRA leaves the weights under it as they were."""
-    return start in _PLAIN_STARTS
-
-
 def is_subtracted(start: Any) -> bool:
     """Whether an initialisation of LoRA changes the weights under it, so that its product starts from something."""
     return isinstance(start, str) and start.startswith(_SUBTRACTED_STARTS)
 
 
 def lost_start(start: Any) -> str | None:
-    """Return why loading an adapter does not make the weights under it what they were in training; None where it does.
-
-    Args:
-        start: what `start_setting` returned.
-    """
-    if is_plain_start(start) or start in ("pissa", "olora"):
+    """Return why loading an adapter of this `start_setting` does not restore the weights under it; None if it does."""
+    if start in (*PLAIN_STARTS, "pissa", "olora"):
         return None
     known = (why for name, why in _LOST_STARTS.items() if str(start).startswith(name))
     return next(known, "this package does not know what PEFT does to the weights under it")
@@ -178,7 +149,7 @@ def more_than_a_product(start: Any, reasons: Iterable[str]) -> AdapterError:
     return AdapterError(
         f"an adapter of init_lora_weights={start!r} is grafted as the product less its start, since on loading "
         f"{lost_start(start)}, and this one is more than a product.\n{list_names(reasons)}\nLeave these out, or use "
-        "'pissa' or 'olora', whose start PEFT works out again. Nothing was written."
+        "'pissa' or 'olora', whose start PEFT works out again."
     )
 
 
@@ -194,7 +165,7 @@ def check_has_delta(config: Mapping[str, Any]) -> None:
     if reasons:
         raise AdapterError(
             f"this adapter has no weight delta, so there is nothing to graft.\n{list_names(reasons)}\n"
-            "Train an adapter that changes weights, such as LoRA, or train with graft=False. Nothing was written."
+            "Train an adapter that changes weights, such as LoRA, or train with graft=False."
         )
 
 

@@ -1,8 +1,7 @@
-"""Plain LoRA adapters as deltas: their factors, and the weights of INSTRUCT that they land on.
+"""Plain LoRA adapters as deltas: their factors, and the weights of INSTRUCT that they change.
 
-A plain LoRA adds `factor * lora_B @ lora_A` to a weight, whatever the weight is: the same product is its delta on
-INSTRUCT. The files say all that is needed, peft is not imported. In this room "base model" is PEFT's word: the model
-under an adapter.
+The product does not depend on the weight that it is added to: it is the delta on INSTRUCT too. The files say all that
+is needed, peft is not imported. In this folder "base model" is PEFT's word: the model under an adapter.
 """
 
 from __future__ import annotations
@@ -66,7 +65,7 @@ def open_tuned(source: Any) -> Checkpoint:
         if found:
             raise AdapterError(
                 f"{source} holds {len(found)} adapter{'s' if len(found) > 1 else ''} in sub-folders and none itself.\n"
-                f"{list_names(found)}\nName one of them: {Path(source) / found[0]}. Nothing was written."
+                f"{list_names(found)}\nName one of them: {Path(source) / found[0]}."
             )
     return Checkpoint.open(source)
 
@@ -125,17 +124,14 @@ def read_lora(adapter: Checkpoint) -> dict[str, LoraModule]:
             keys.setdefault(match["module"].removeprefix(PREFIX), {})[match["side"]] = name
     if features:
         raise AdapterError(
-            f"adapter {adapter} is more than a plain LoRA, the only kind that is grafted so "
-            f"far.\n{list_names(features)}\n"
-            "Merge it into the model that it was trained on (peft: merge_and_unload, then save_pretrained) and graft "
-            "the "
-            "merged model. Nothing was written."
+            f"adapter {adapter} is more than a plain LoRA, the only kind possible here.\n{list_names(features)}\n"
+            "Merge it into the model that it was trained on (merge_and_unload of PEFT) and graft the merged model."
         )
     lonely = [module for module, sides in keys.items() if len(sides) != 2]
     if lonely or not keys:
         raise AdapterError(
             f"adapter {adapter} has {len(lonely) or 'no'} modules with {'one factor only' if lonely else 'weights'}.\n"
-            f"{list_names(lonely)}\nSave it again. Nothing was written."
+            f"{list_names(lonely)}\nSave it again."
         )
     return {module: _module(adapter, module, sides) for module, sides in keys.items()}
 
@@ -147,17 +143,14 @@ def place_on(modules: Mapping[str, LoraModule], adapter: Checkpoint, instruct: C
         AdapterError: modules without a weight on INSTRUCT (all are named, with the nearest names) or of another shape.
     """
     placed = {f"{module}.weight": lora for module, lora in modules.items()}
-    if not placed.keys() <= instruct.specs.keys():
-        placed = _renamed(placed, instruct)
-    if _has_conv1d(instruct):
-        placed = _as_stored(placed, instruct)
-    names = list(instruct.specs)
-    unmatched = [name for name in placed if name not in instruct.specs]
+    has_conv1d = _has_conv1d(instruct)
+    if has_conv1d or not placed.keys() <= instruct.specs.keys():
+        placed = _as_stored(placed, instruct, has_conv1d)
+    unmatched = [name.removesuffix(".weight") for name in placed if name not in instruct.specs]
     if unmatched:
-        lines = nearest_names([name.removesuffix(".weight") for name in unmatched], names)
         raise AdapterError(
             f"{len(unmatched)} of {len(placed)} modules of adapter {adapter} have no weight in instruct {instruct}.\n"
-            f"{list_names(lines)}\nThe adapter belongs to another architecture. Nothing was written."
+            f"{list_names(nearest_names(unmatched, instruct.specs))}\nThe adapter belongs to another architecture."
         )
     wrong = [
         f"{name}\n    adapter   {lora.stored_shape}\n    instruct  {instruct.specs[name].shape}"
@@ -167,7 +160,7 @@ def place_on(modules: Mapping[str, LoraModule], adapter: Checkpoint, instruct: C
     if wrong:
         raise AdapterError(
             f"{len(wrong)} of {len(placed)} modules of adapter {adapter} have another shape on instruct {instruct}.\n"
-            f"{list_names(wrong)}\nGive the instruct that belongs to the adapter's base. Nothing was written."
+            f"{list_names(wrong)}\nGive the instruct that belongs to the adapter's base."
         )
     return placed
 
@@ -182,17 +175,6 @@ def nearest_names(unmatched: Iterable[str], known: Iterable[str]) -> list[str]:
     return lines
 
 
-def _renamed(placed: dict[str, LoraModule], instruct: Checkpoint) -> dict[str, LoraModule]:
-    """Give modules the names that INSTRUCT's weights have on disk: adapters are saved with the names in memory."""
-    try:
-        from ..layouts.model_names import disk_names
-
-        found = disk_names(instruct, placed)
-    except PairMismatchError:
-        return placed
-    return {found.get(name, name): lora for name, lora in placed.items()}
-
-
 def _has_conv1d(instruct: Checkpoint) -> bool:
     """Whether weights are stored as (in, out): a bias, which every Conv1D has, is as long as its weight has columns."""
     biases = {name.removesuffix("bias"): spec.shape for name, spec in instruct.specs.items() if name.endswith(".bias")}
@@ -203,12 +185,18 @@ def _has_conv1d(instruct: Checkpoint) -> bool:
     )
 
 
-def _as_stored(placed: dict[str, LoraModule], instruct: Checkpoint) -> dict[str, LoraModule]:
-    """Tell by the class of each module how its weight is stored: PEFT saves the setting of the last one only."""
+def _as_stored(placed: dict[str, LoraModule], instruct: Checkpoint, has_conv1d: bool) -> dict[str, LoraModule]:
+    """Give modules, which an adapter names as in memory, the names and orientations that their weights have on disk."""
     from ..layouts.model_names import ModelNames
 
     try:
-        linear = ModelNames(instruct).linear(instruct.specs)
+        names = ModelNames(instruct)
+        if not placed.keys() <= instruct.specs.keys():
+            on_disk = names.keys(instruct.specs)
+            keys = {name: key for key, name in names.keys(placed).items()}
+            placed = {on_disk.get(keys[name], name): lora for name, lora in placed.items()}
+        # PEFT saves the orientation of the last module only; the class of each tells its own.
+        linear = names.linear(instruct.specs) if has_conv1d else {}
     except PairMismatchError:
         return placed
     return {
@@ -223,16 +211,14 @@ def _module(adapter: Checkpoint, module: str, sides: Mapping[str, str]) -> LoraM
     if len(right.shape) != 2 or len(left.shape) != 2 or right.shape[0] != left.shape[1]:
         raise AdapterError(
             f"adapter {adapter}: {module} is no product of two matrices, lora_A {right.shape}, lora_B {left.shape}. "
-            "Merge "
-            "the adapter into its own model and graft that. Nothing was written."
+            "Merge the adapter into its own model and graft that."
         )
     rank = right.shape[0]
     stated = _by_pattern(config.get("rank_pattern"), module, config.get("r"))
     if stated is not None and stated != rank:
         raise AdapterError(
-            f"adapter {adapter}: {module} has rank {rank} in the weights and {stated} in {ADAPTER_CONFIG}. Save it "
-            "again. "
-            "Nothing was written."
+            f"adapter {adapter}: {module} has rank {rank} in the weights and {stated} in {ADAPTER_CONFIG}. "
+            "Save it again."
         )
     alpha = float(_by_pattern(config.get("alpha_pattern"), module, config.get("lora_alpha", 8)))
     factor = alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank

@@ -1,8 +1,7 @@
 """Adapters that need PEFT's own arithmetic, merged into BASE one module at a time.
 
-No model is loaded. The model is built without memory for its weights, PEFT puts the adapter on it, and then each layer
-gets BASE's weight in fp32 (fp64 where BASE is fp32), is merged by PEFT's own `merge`, and is emptied again. What
-changed goes to a scratch folder; every other weight of the result is BASE's own, where it lies.
+PEFT puts the adapter on a model without memory for its weights; then each layer gets BASE's weight in fp32 (fp64 where
+BASE is fp32), is merged by PEFT's own `merge`, and is emptied again.
 """
 
 from __future__ import annotations
@@ -12,6 +11,8 @@ import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
+from copy import deepcopy
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,15 @@ from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.overlay import Overlay
 from ..errors import AdapterError, list_names
 from ..layouts.model_names import ModelNames
-from .kinds import START_FOLDER, lost_start, start_setting
+from .kinds import NOTHING, PLAIN_STARTS, START_FOLDER, lost_start, peft_type, start_setting
 from .lora import nearest_names, no_factors
-from .peft_configs import is_blind, only_module, peft_config_of, tuner_of
 from .stored import MemoryWeights, StoredValues, module_of, read_stored
+
+# Types that PEFT sets up without a look at the weights under them: their layers are made before a weight is read.
+_BLIND = frozenset({
+    "LORA", "ADALORA", "LOHA", "LOKR", "VERA", "PVERA", "VBLORA", "UNILORA", "RANDLORA", "FOURIERFT", "WAVEFT",
+    "C3A", "GRALORA", "DELORA", "SHIRA", "MISS", "HIRA", "HRA", "IA3", "OFT", "BOFT", "ROAD", "GLORA", "BEFT",
+})  # fmt: skip
 
 
 def merge_into_base(base: Checkpoint, adapter: Checkpoint, folder: Path) -> Checkpoint:
@@ -44,7 +50,8 @@ def merge_into_base(base: Checkpoint, adapter: Checkpoint, folder: Path) -> Chec
     weights = MemoryWeights(base, names)
     stored = read_stored(adapter, names.memory)
     result, rules = Overlay.over(base, adapter, folder), names.rules_of(base.specs)
-    together = bool(stored.rows) or bool(adapter.adapter_config.get("ensure_weight_tying"))
+    has_rows = any(rows is not ... for _, rows in stored.values.values())
+    together = has_rows or bool(adapter.adapter_config.get("ensure_weight_tying"))
     shared = {alias: name for alias, name in names.ties.items() if alias not in weights}
 
     def keep(name: str, value: Tensor) -> None:
@@ -57,7 +64,7 @@ def merge_into_base(base: Checkpoint, adapter: Checkpoint, folder: Path) -> Chec
 
     as_stored = base.loaded_in in (None, "tuned")
     loaded = weights if as_stored else MemoryWeights(base, names, getattr(torch, str(base.loaded_in)))
-    left = dict.fromkeys(stored.names)
+    left = dict.fromkeys(stored.values)
     for name, value in _changed_by_layers(adapter, stored, loaded):
         merged = value if as_stored else weights[name].double() + (value - loaded[name].double())
         if name in left:
@@ -71,6 +78,36 @@ def merge_into_base(base: Checkpoint, adapter: Checkpoint, folder: Path) -> Chec
     return result
 
 
+def _peft_config(adapter: Checkpoint) -> Any:
+    """Return PEFT's config of an adapter without full values, which are handled here."""
+    from peft import PeftConfig
+
+    config = PeftConfig.from_pretrained(str(adapter.path))
+    known = {item.name for item in fields(config)} | {"peft_version"}
+    strange = [
+        f"{name} = {value}"
+        for name, value in adapter.adapter_config.items()
+        if name not in known and value not in NOTHING
+    ]
+    if strange:  # PEFT itself ignores them, with a warning
+        raise AdapterError(
+            f"adapter {adapter} has settings that the installed PEFT does not know.\n{list_names(strange)}\n"
+            "Update peft, or merge the adapter with the version that trained it."
+        )
+    settings = {"modules_to_save": None, "trainable_token_indices": None, "bias": "none", "inference_mode": True}
+    if start_setting(config.to_dict()) in PLAIN_STARTS:
+        settings["init_lora_weights"] = True  # the factors are in the file: none is made from the weights or at random
+    _set(config, settings)
+    return config
+
+
+def _set(config: Any, settings: dict[str, Any]) -> None:
+    """Change those settings that a config has."""
+    for name, value in settings.items():
+        if hasattr(config, name):
+            setattr(config, name, value)
+
+
 def _changed_by_layers(
     adapter: Checkpoint, stored: StoredValues, weights: MemoryWeights
 ) -> Iterator[tuple[str, Tensor]]:
@@ -78,23 +115,30 @@ def _changed_by_layers(
     tensors = {name: adapter.tensor(name) for name in stored.others}
     if not tensors:
         return
-    config = peft_config_of(adapter)
+    from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
+
+    config = _peft_config(adapter)
+    settings = config.to_dict()
     _check_start(adapter, tensors)
     model = _without_values(weights.names.model)
     modules = {name for name, _ in model.named_modules() if name}
     owners = {name: module_of(name, modules) for name in tensors}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of PEFT, on how its layers are made
-        if is_blind(config):
+        plain = start_setting(settings) in PLAIN_STARTS and not settings.get("kasa_config")
+        if plain and peft_type(settings) in _BLIND:
             yield from _merged(model, config, tensors, weights, adapter, seen=False)
-        elif tuner_of(config).uses_shared_state or None in owners.values():
+        elif PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type].uses_shared_state or None in owners.values():
             _fill(model, weights, weights.names.memory)
             yield from _merged(model, config, tensors, weights, adapter, seen=True)
         else:
+            narrow = dict.fromkeys(("exclude_modules", "layers_to_transform", "layers_pattern"))
             for owner in sorted({str(owner) for owner in owners.values()}):
+                alone = deepcopy(config)
+                _set(alone, {**narrow, "target_modules": {owner}})
                 one = {name: tensor for name, tensor in tensors.items() if owners[name] == owner}
                 _fill(model, weights, [f"{owner}.{key}" for key, _ in model.get_submodule(owner).named_parameters()])
-                yield from _merged(model, only_module(config, owner), one, weights, adapter, seen=True)
+                yield from _merged(model, alone, one, weights, adapter, seen=True)
 
 
 def _check_start(adapter: Checkpoint, names: Iterable[str]) -> None:
@@ -103,15 +147,12 @@ def _check_start(adapter: Checkpoint, names: Iterable[str]) -> None:
     lost, others = lost_start(start), no_factors(names)
     if lost is None:
         return
+    why, way = "its start was not kept", f"Put the adapter as it was before training into the sub-folder {START_FOLDER}"
     if others:
-        why = f"it is more than a product less its start: {others[0]}"
-        way = "Merge it in the process that trained it"
-    else:
-        why = "its start was not kept"
-        way = f"Put the adapter as it was before training into the sub-folder {START_FOLDER}"
+        why, way = f"it is more than a product: {others[0]}", "Merge it in the process that trained it"
     raise AdapterError(
         f"the delta of adapter {adapter}, initialised by init_lora_weights={start!r}, cannot be found: {why}, and on "
-        f"loading, {lost}. {way}. Nothing was written."
+        f"loading, {lost}. {way}."
     )
 
 
@@ -172,7 +213,7 @@ def _merge_layer(
                 layer.merge()
     except (NotImplementedError, RuntimeError, ValueError) as error:
         raise AdapterError(
-            f"PEFT cannot merge {name} of adapter {adapter}, a {type(layer).__name__}: {error} Nothing was written."
+            f"PEFT cannot merge {name} of adapter {adapter}, a {type(layer).__name__}: {error}"
         ) from error
     for key, value in below.named_parameters():
         if not torch.equal(value.data, origin[key]):
@@ -189,13 +230,12 @@ def _load(wrapped: Any, tensors: dict[str, Tensor], adapter: Checkpoint) -> None
     try:
         found: Any = set_peft_model_state_dict(wrapped, dict(tensors))
     except (RuntimeError, KeyError) as error:
-        raise AdapterError(f"PEFT cannot load adapter {adapter}: {error} Nothing was written.") from error
+        raise AdapterError(f"PEFT cannot load adapter {adapter}: {error}") from error
     if found.unexpected_keys:
-        names = [name for name, _ in wrapped.get_base_model().named_modules()]
-        lines = nearest_names(found.unexpected_keys, names)
+        lines = nearest_names(found.unexpected_keys, dict(wrapped.get_base_model().named_modules()))
         raise AdapterError(
-            f"{len(found.unexpected_keys)} of {len(tensors)} weights of adapter {adapter} land nowhere in its base.\n"
-            f"{list_names(lines)}\nGive the base that it was trained on. Nothing was written."
+            f"{len(found.unexpected_keys)} of {len(tensors)} weights of adapter {adapter} have no module in its base.\n"
+            f"{list_names(lines)}\nGive the base that it was trained on."
         )
     for name in tensors:
         adapter.release(name, 0, adapter.specs[name].numel)
@@ -207,7 +247,7 @@ def _load(wrapped: Any, tensors: dict[str, Tensor], adapter: Checkpoint) -> None
     if missing:
         raise AdapterError(
             f"adapter {adapter} lacks {len(missing)} weights of modules that its config names.\n{list_names(missing)}\n"
-            "The file is incomplete: save or fetch it again. Nothing was written."
+            "The file is incomplete: save or fetch it again."
         )
 
 
@@ -237,12 +277,8 @@ def _without_values(model: nn.Module) -> nn.Module:
 
 def _fill(model: nn.Module, weights: MemoryWeights, names: Iterable[str]) -> None:
     """Give the model BASE's values of some weights, in fp32 as TRL loads them, because PEFT will read them."""
-    for name in names:
-        if not weights.sources(name):
-            continue
-        value = weights[name]
+    for name in filter(weights.sources, names):
         module, _, key = name.rpartition(".")
         owner = model.get_submodule(module)
         if key in owner._parameters:
-            fresh = nn.Parameter(value.float().clone(), requires_grad=False)
-            setattr(owner, key, fresh)
+            setattr(owner, key, nn.Parameter(weights[name].float().clone(), requires_grad=False))

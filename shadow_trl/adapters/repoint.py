@@ -1,16 +1,10 @@
-"""Writing the adapter form of a graft: an adapter for INSTRUCT that means there what the trained one means on BASE.
-
-Three things may stand in an adapter's file. Factors of a delta: copied, multiplied by the scale. Full values of weights
-(`modules_to_save`, biases, token rows, the embedding that PEFT saves beside its adapter): they are BASE's plus what was
-learnt, so INSTRUCT less BASE is added. Products that start inside BASE's weights (PiSSA, OLoRA): the start is
-subtracted by twice the rank.
-"""
+"""Adapters written: one for INSTRUCT that means there what the trained one means on BASE, and plain LoRAs of sums."""
 
 from __future__ import annotations
 
 import json
-import re
 import shutil
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -23,7 +17,7 @@ from ..checkpoints.checkpoint import ADAPTER_CONFIG, Checkpoint
 from ..errors import AdapterError, list_names
 from ..layouts.model_names import ModelNames
 from .kinds import START_FOLDER
-from .lora import PREFIX, WEIGHTS, LoraModule, nearest_names, no_factors, read_lora, streams
+from .lora import PREFIX, WEIGHTS, nearest_names, no_factors, read_lora, streams
 from .stored import MemoryWeights, StoredValues, module_of, read_stored
 
 
@@ -42,8 +36,7 @@ def read_start(adapter: Checkpoint) -> Checkpoint | None:
     if here != there:
         raise AdapterError(
             f"the start of adapter {adapter} in {START_FOLDER} has other weights than the adapter: "
-            f"{len(here.items() ^ there.items())} names or shapes differ. Remove it, or put the right one there. "
-            "Nothing was written."
+            f"{len(here.items() ^ there.items())} names or shapes differ. Remove it, or put the right one there."
         )
     return start
 
@@ -53,31 +46,29 @@ def less_start(adapter: Checkpoint, start: Checkpoint, folder: Path) -> Checkpoi
 
     Source: PEFT's `path_initial_model_for_weight_conversion`.
     """
-    now, before = (read_lora(_as_plain(side)) for side in (adapter, start))
-    factors = {}
-    for name, lora in now.items():
-        left, right = (_factors(side, module) for side, module in ((adapter, lora), (start, before[name])))
-        factors[name] = (torch.cat([left[0], -right[0]], 1), torch.cat([left[1], right[1]], 0))
-    return write_factors(factors, adapter.adapter_config, folder)
+    now, before = (
+        replace(side, adapter_config={**side.adapter_config, "init_lora_weights": True}) for side in (adapter, start)
+    )
+    return write_factors(_summed([(now, 1.0), (before, -1.0)]), adapter.adapter_config, folder)
 
 
 def concatenated(adapters: list[tuple[Checkpoint, float]], folder: Path) -> Checkpoint:
-    """Write the weighted sum of plain LoRAs as one into `folder`, exactly: the ranks add up.
+    """Write the weighted sum of plain LoRAs, given each with its weight, as one into `folder`, exactly."""
+    factors = _summed(adapters)
+    narrow = {"layers_to_transform": None, "layers_pattern": None, "exclude_modules": None}
+    config = {**adapters[0][0].adapter_config, **narrow, "target_modules": sorted(factors)}
+    return write_factors(factors, config, folder)
 
-    Args:
-        adapters: each with its weight.
-        folder: new or empty.
-    """
-    parts: dict[str, list[tuple[Tensor, Tensor]]] = {}
+
+def _summed(adapters: list[tuple[Checkpoint, float]]) -> dict[str, tuple[Tensor, Tensor]]:
+    """Return module -> (left, right) in fp32 of the weighted sum of plain LoRAs; the ranks add up."""
+    parts: dict[str, list[tuple[Tensor, Tensor]]] = defaultdict(list)
     for adapter, weight in adapters:
         for name, lora in read_lora(adapter).items():
-            left, right = _factors(adapter, lora)
-            parts.setdefault(name, []).append((left * weight, right))
-    factors = {name: (torch.cat([x for x, _ in found], 1), torch.cat([y for _, y in found], 0))
-               for name, found in parts.items()}  # fmt: skip
-    first = adapters[0][0].adapter_config
-    narrow = {"layers_to_transform": None, "layers_pattern": None, "exclude_modules": None}
-    return write_factors(factors, {**first, **narrow, "target_modules": sorted(factors)}, folder)
+            left = (adapter.tensor(lora.left).double() * lora.factor).float() * weight
+            parts[name].append((left, adapter.tensor(lora.right).float()))
+    return {name: (torch.cat([x for x, _ in found], 1), torch.cat([y for _, y in found], 0))
+            for name, found in parts.items()}  # fmt: skip
 
 
 def write_factors(factors: Mapping[str, tuple[Tensor, Tensor]], config: Mapping[str, Any], folder: Path) -> Checkpoint:
@@ -95,11 +86,10 @@ def write_factors(factors: Mapping[str, tuple[Tensor, Tensor]], config: Mapping[
     rank = max(ranks.values())
     # Loaders without patterns of rank divide alpha by r: that is 1 for every module.
     other = {name: found for name, found in ranks.items() if found != rank}
-    settings = {
-        **config, "r": rank, "lora_alpha": rank, "rank_pattern": other, "alpha_pattern": dict(other),
+    _write_config(folder, {
+        **config, "r": rank, "lora_alpha": rank, "rank_pattern": other, "alpha_pattern": other,
         "use_rslora": False, "init_lora_weights": True,
-    }  # fmt: skip
-    (folder / ADAPTER_CONFIG).write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    })  # fmt: skip
     tensors = {}
     for name, (left, right) in factors.items():
         tensors[f"{PREFIX}{name}.lora_A.weight"] = right.contiguous()
@@ -118,59 +108,48 @@ def write_adapter(adapter: Checkpoint, base: Checkpoint, instruct: Checkpoint, s
         scale: multiplier of the delta.
         folder: where; must exist.
     """
-    config = {**adapter.adapter_config, "base_model_name_or_path": instruct.source, "revision": instruct.revision}
-    (folder / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    stored = StoredValues(adapter, others=list(adapter.specs))
-    plain = streams(adapter, instruct)
-    if not plain:
+    named = {"base_model_name_or_path": instruct.source, "revision": instruct.revision}
+    _write_config(folder, {**adapter.adapter_config, **named})
+    if streams(adapter, instruct):
+        stored, modules = StoredValues(adapter, others=list(adapter.specs)), len(adapter.specs) // 2
+    else:
         names = ModelNames(base)
         stored = read_stored(adapter, names.memory)
         origin, receiver = MemoryWeights(base, names), MemoryWeights(instruct, ModelNames(instruct))
-    modules = len(adapter.specs) // 2 if plain else _check_modules(stored, adapter, receiver)
-    if scale == 1.0 and adapter.files[0].name == WEIGHTS and not stored.names:
+        modules = _check_modules(stored, receiver)
+    if scale == 1.0 and adapter.files[0].name == WEIGHTS and not stored.values:
         shutil.copyfile(adapter.files[0], folder / WEIGHTS)
         return modules
     from safetensors.torch import save_file
 
-    tensors = {name: _scaled(name, adapter.tensor(name), scale) for name in stored.others}
-    for name in stored.names:
-        delta = stored.delta(name, origin)
-        value = receiver[name].double() + scale * delta
-        key, ids = stored.rows[name] if name in stored.rows else (stored.values[name], None)
-        tensors[key] = (value if ids is None else value[ids]).float()
+    tensors = {}
+    for key in stored.others:
+        scaled = scale != 1.0 and key.endswith((".lora_B.weight", ".lora_embedding_B"))
+        tensors[key] = adapter.tensor(key).float() * scale if scaled else adapter.tensor(key).clone()
+    for name, (key, rows) in stored.values.items():
+        tensors[key] = (receiver[name].double() + scale * stored.delta(name, origin))[rows].float()
     ordered = {name: tensors[name].contiguous() for name in adapter.specs}
     save_file(ordered, folder / WEIGHTS, metadata={"format": "pt"})
     return modules
 
 
-def _check_modules(stored: StoredValues, adapter: Checkpoint, receiver: MemoryWeights) -> int:
+def _write_config(folder: Path, config: Mapping[str, Any]) -> None:
+    (folder / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _check_modules(stored: StoredValues, receiver: MemoryWeights) -> int:
     """Refuse tensors of an adapter whose module INSTRUCT lacks; return the number of modules and full values."""
     known = {name.rpartition(".")[0] for name in receiver.names.memory}
     modules = {key: module_of(key, known) for key in stored.others}
-    # Tensors that all modules share belong to none.
-    lost = [key for key, module in modules.items() if module is None and not key.startswith("base_model.")]
-    lost += [key for key, module in modules.items() if module is None and key.startswith(PREFIX)]
-    lost += [stored.values.get(name, name) for name in stored.names if name not in receiver.names.memory]
+    # A tensor that all modules share belongs to none, and has its name from the layers that PEFT adds beside the model.
+    shared = [key for key in stored.others if key.startswith("base_model.") and not key.startswith(PREFIX)]
+    lost = [key for key, module in modules.items() if module is None and key not in shared]
+    lost += [key for name, (key, _) in stored.values.items() if name not in receiver.names.memory]
     if lost:
-        plain = [name.removeprefix(PREFIX) for name in lost]
+        rows = nearest_names([name.removeprefix(PREFIX) for name in lost], known)
         raise AdapterError(
-            f"{len(lost)} of {len(adapter.specs)} weights of adapter {adapter} belong to modules that instruct "
-            f"{receiver.checkpoint} lacks.\n{list_names(nearest_names(plain, known))}\n"
-            "Give the instruct that belongs to the adapter's base. Nothing was written."
+            f"{len(lost)} of {len(stored.adapter.specs)} weights of adapter {stored.adapter} belong to modules that "
+            f"instruct {receiver.checkpoint} lacks.\n{list_names(rows)}\n"
+            "Give the instruct that belongs to the adapter's base."
         )
-    return len({module for module in modules.values() if module is not None}) + len(stored.names)
-
-
-def _scaled(name: str, tensor: Tensor, scale: float) -> Tensor:
-    if scale != 1.0 and re.search(r"\.lora_B\.weight$|\.lora_embedding_B$", name):
-        return tensor.float() * scale
-    return tensor.clone()
-
-
-def _factors(adapter: Checkpoint, lora: LoraModule) -> tuple[Tensor, Tensor]:
-    """Return (factor * lora_B, lora_A) in fp32."""
-    return (adapter.tensor(lora.left).double() * lora.factor).float(), adapter.tensor(lora.right).float()
-
-
-def _as_plain(side: Checkpoint) -> Checkpoint:
-    return replace(side, adapter_config={**side.adapter_config, "init_lora_weights": True})
+    return len({module for module in modules.values() if module is not None}) + len(stored.values)

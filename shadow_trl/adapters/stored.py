@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from types import EllipsisType
 from typing import Any
 
 import torch
@@ -29,8 +30,8 @@ class MemoryWeights:
 
     Args:
         checkpoint: where they are.
-        names: how transformers calls them.
-        dtype: in which they are given, as a model loaded in it has them. Default: as on disk.
+        names: what transformers calls them.
+        dtype: of a model that they were loaded for. Default: as on disk.
     """
 
     def __init__(self, checkpoint: Checkpoint, names: ModelNames, dtype: torch.dtype | None = None) -> None:
@@ -49,17 +50,12 @@ class MemoryWeights:
         return self._groups.get(name, [])
 
     def __getitem__(self, name: str) -> Tensor:
-        """Return weight `name`.
-
-        Raises:
-            AdapterError: there is no such weight.
-        """
+        """Return weight `name`; AdapterError where there is none."""
         sources = self.sources(name)
         if not sources:
             raise AdapterError(
                 f"{self.checkpoint} has no weight {name}, which the adapter changes.\n"
-                f"{list_names(nearest_names([name], self._groups))}\nGive the models that the adapter belongs to. "
-                "Nothing was written."
+                f"{list_names(nearest_names([name], self._groups))}\nGive the models that the adapter belongs to."
             )
         made = self.names.to_memory({source: self.checkpoint.tensor(source) for source in sources})
         found = next(iter(made.values()))
@@ -73,64 +69,54 @@ class MemoryWeights:
 
 @dataclass(frozen=True)
 class StoredValues:
-    """The full values in an adapter's file.
+    """What an adapter's file holds.
 
     Args:
         adapter: the adapter.
-        values: name of a weight in memory -> name in the file, for whole weights.
-        rows: the same for token rows, with the ids of the tokens.
+        values: weights of which full values are stored: name in memory -> name in the file, and ids of the tokens whose
+            rows these are, `...` for the whole weight.
         others: names in the file of everything else.
     """
 
     adapter: Checkpoint
-    values: dict[str, str] = field(default_factory=dict)
-    rows: dict[str, tuple[str, list[int]]] = field(default_factory=dict)
+    values: dict[str, tuple[str, list[int] | EllipsisType]] = field(default_factory=dict)
     others: list[str] = field(default_factory=list)
 
-    @property
-    def names(self) -> list[str]:
-        """Names in memory of the weights of which full values are stored."""
-        return [*self.values, *self.rows]
-
     def delta(self, name: str, base: MemoryWeights) -> Tensor:
-        """Return what training added to weight `name`, float64: zero outside the stored rows.
+        """Return what training added to weight `name` (in memory) of `base`, float64: zero outside the stored rows.
 
-        Args:
-            name: in memory.
-            base: BASE's weights.
+        Raises:
+            AdapterError: the stored values have another shape than BASE's.
         """
-        key, ids = self.rows[name] if name in self.rows else (self.values[name], None)
-        stored = self.adapter.tensor(key)
-        origin, cast = base[name], base.checkpoint.cast(self.adapter.specs[key])
+        key, rows = self.values[name]
+        stored, origin, cast = self.adapter.tensor(key), base[name], base.checkpoint.cast(self.adapter.specs[key])
         origin = (origin if cast is None else origin.to(dtype_of(cast))).double()
-        if ids is None:
-            _check_shape(self.adapter, key, stored, origin)
+        before = origin[rows]
+        if stored.shape != before.shape:
+            raise AdapterError(
+                f"adapter {self.adapter}: {key} has the shape {tuple(stored.shape)}, the weight in base "
+                f"{tuple(before.shape)}. Give the base that the adapter was trained on."
+            )
+        if rows is ...:
             return stored.double() - origin
-        _check_shape(self.adapter, key, stored, origin[ids])
         delta = torch.zeros_like(origin)
-        delta[ids] = stored.double() - origin[ids]
+        delta[rows] = stored.double() - before
         return delta
 
 
 def read_stored(adapter: Checkpoint, memory: Mapping[str, Any]) -> StoredValues:
-    """Sort the tensors of an adapter into full values and the rest.
-
-    Args:
-        adapter: of any type.
-        memory: names of the weights of the model under it.
-    """
-    found = StoredValues(adapter)
+    """Sort the tensors of an adapter of any type; `memory` has the names of the weights of the model under it."""
+    found, rows = StoredValues(adapter), {}
     for key in adapter.specs:
         name = key.removeprefix(PREFIX)
-        plain = _WRAPPED.sub("", name)
-        tokens = _TOKENS.fullmatch(name)
+        plain, tokens = _WRAPPED.sub("", name), _TOKENS.fullmatch(name)
         if tokens is not None:
-            weight = f"{tokens['module']}.weight"
-            found.rows[weight] = (key, _token_ids(adapter, tokens["module"]))
+            rows[f"{tokens['module']}.weight"] = (key, _token_ids(adapter, tokens["module"]))
         elif plain in memory:
-            found.values[plain] = key
+            found.values[plain] = (key, ...)
         else:
             found.others.append(key)
+    found.values.update(rows)
     return found
 
 
@@ -140,7 +126,7 @@ def without_cast(merged: Checkpoint, start: Checkpoint, base: Checkpoint) -> Ite
     Args:
         merged: the full model of that run with the adapter merged, its changed weights in fp32 or wider.
         start: the full model of that run, in the dtype that it loaded BASE in.
-        base: as it lies.
+        base: as stored.
 
     Yields:
         name on disk and `merged + base - base in start's dtype`, where that is another value.
@@ -188,15 +174,6 @@ def _token_ids(adapter: Checkpoint, module: str) -> list[int]:
         ids = next((found for name, found in ids.items() if module == name or module.endswith(f".{name}")), None)
     if not isinstance(ids, list):
         raise AdapterError(
-            f"adapter {adapter} has token rows of {module}, and its config does not say of which tokens. Save it "
-            "again. Nothing was written."
+            f"adapter {adapter} has token rows of {module}, and its config does not say of which tokens. Save it again."
         )
     return [int(row) for row in ids]
-
-
-def _check_shape(adapter: Checkpoint, key: str, stored: Tensor, base: Tensor) -> None:
-    if stored.shape != base.shape:
-        raise AdapterError(
-            f"adapter {adapter}: {key} has the shape {tuple(stored.shape)}, the weight in base {tuple(base.shape)}. "
-            "Give the base that the adapter was trained on. Nothing was written."
-        )

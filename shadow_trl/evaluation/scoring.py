@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -63,13 +64,8 @@ class Scores:
     def to_dict(self) -> dict[str, Any]:
         """Return counts, shares and standard errors as plain values for JSON."""
         kinds = {
-            kind: {
-                "right": sum(self.hits[kind]),
-                "rows": len(self.hits[kind]),
-                "share": self.share(kind),
-                "error": self.error(kind),
-            }
-            for kind in self.kinds
+            kind: {"right": sum(hits), "rows": len(hits), "share": self.share(kind), "error": self.error(kind)}
+            for kind, hits in self.hits.items()
         }
         return {"kinds": kinds, "mean": self.mean, "mean_error": self.mean_error}
 
@@ -115,9 +111,8 @@ def read_rows(path: str | Path) -> list[dict[str, Any]]:
         InputError: there is no such file, it has no rows, or some rows cannot be scored; each is listed.
 
     """
-    path = Path(path)
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as reason:
         raise InputError(f"cannot read the rows to score from {path}: {reason}.") from reason
     rows, faults = [], []
@@ -126,14 +121,13 @@ def read_rows(path: str | Path) -> list[dict[str, Any]]:
             continue
         try:
             row = json.loads(line)
+            fault = _fault_of(row)
         except json.JSONDecodeError as reason:
-            faults.append(f"line {number}: not JSON ({reason})")
-            continue
-        fault = _fault_of(row)
+            fault = f"not JSON ({reason})"
         if fault:
             faults.append(f"line {number}: {fault}")
         else:
-            rows.append({**row, "kind": row.get("kind", "all")})
+            rows.append({"kind": "all", **row})
     if faults:
         wanted = '{"prompt": [{"role": ..., "content": ...}, ...], "answer": ..., "kind": ...}'
         raise InputError(
@@ -201,10 +195,8 @@ def score(
     ends = end_tokens(model.generation_config, tokenizer) if eos_token_ids is None else sorted(set(eos_token_ids))
     if not ends:
         raise InputError("neither the model's generation config nor the tokenizer names an end token (EOS).")
-    prompts = [
-        tokenizer.apply_chat_template(list(row["prompt"]), add_generation_prompt=True, return_dict=False)
-        for row in rows
-    ]
+    render = partial(tokenizer.apply_chat_template, add_generation_prompt=True, return_dict=False)
+    prompts = [render(list(row["prompt"])) for row in rows]
     right = [False] * len(rows)
     # Longest first: a batch that does not fit into memory fails at once.
     order = sorted(range(len(rows)), key=lambda index: -len(prompts[index]))
@@ -230,7 +222,7 @@ def end_tokens(generation: Any, tokenizer: Any) -> list[int]:
 
 @contextmanager
 def _greedy(model: Any, ends: list[int], max_new_tokens: int) -> Iterator[None]:
-    """Give `model` a plain greedy generation config for a while: `generate` fills gaps from the model's own."""
+    """Give `model` a plain greedy generation config inside the block: `generate` fills gaps from the model's own."""
     from transformers import GenerationConfig
 
     kept, training = model.generation_config, model.training

@@ -117,8 +117,8 @@ def full_jobs(
 
         rows = shared_rows(base, instruct)
     layout = resolve(
-        None if is_delta else base, instruct, tuned, scratch=scratch, vocab=options.vocab, rows=rows,
-        untie=options.untie, wanted=options.selector(),
+        None if is_delta else base, instruct, tuned, scratch=scratch, rows=rows, untie=options.untie,
+        wanted=options.selector(),
     )  # fmt: skip
     home, learnt = layout.sides["instruct"], layout.sides["tuned"]
     origin = Zeros.like(learnt) if is_delta else layout.sides["base"]

@@ -1,15 +1,11 @@
-"""Match the weights of BASE and TUNED to those of INSTRUCT under names that already mean the same on every side.
-
-Three things stand between equal names and a plan: a head that shares the weight of the embedding and may or may not be
-on disk; vocabularies with another number of rows; weights that one side lacks.
-"""
+"""Match the weights of BASE and TUNED to those of INSTRUCT under keys that already mean the same on every side."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-from ..checkpoints.checkpoint import Checkpoint
+from ..checkpoints.checkpoint import Checkpoint, Place
 from ..checkpoints.header import TensorSpec
 from ..checkpoints.weight_names import COMPUTED_ON_LOAD, EMBEDDING_NAMES, HEAD_NAMES, TOKEN_NAMES
 from ..errors import PairMismatchError, list_names
@@ -81,36 +77,15 @@ class Sides:
         return key in self._partners or key.endswith(TOKEN_NAMES)
 
 
-@dataclass
-class Problems:
-    """Weights that do not match; empty when the names of all sides fit together."""
-
-    missing: list[str] = field(default_factory=list)
-    extra: list[str] = field(default_factory=list)
-    shapes: list[str] = field(default_factory=list)
-    kinds: list[str] = field(default_factory=list)
-
-    def __bool__(self) -> bool:
-        return bool(self.missing or self.extra or self.shapes or self.kinds)
-
-    def error(self, also: str = "") -> PairMismatchError:
-        """Return the error that lists every name; `also` is one more line of explanation."""
-        parts = [
-            ("without a counterpart on another side", self.missing),
-            ("of base or tuned without a matching weight on instruct", self.extra),
-            ("of different shapes", self.shapes),
-            ("of whole numbers that training changed", self.kinds),
-        ]
-        lines = [
-            f"{len(rows)} weight{'s' if len(rows) > 1 else ''} {what}.\n{list_names(rows)}"
-            for what, rows in parts
-            if rows
-        ]
-        ways_out = (
-            "Give base, instruct and tuned of one architecture, or leave these weights as they are in instruct with "
-            "--modules. Nothing was written."
-        )
-        return PairMismatchError("cannot graft: " + "\n".join([*lines, *([also] if also else []), ways_out]))
+def mismatch_error(problems: Mapping[str, list[str]], also: str = "") -> PairMismatchError:
+    """Return the error that lists every name that `mismatches` found; `also` is one more line of explanation."""
+    lines = [f"{len(rows)} weight{'s' if len(rows) > 1 else ''} {what}.\n{list_names(rows)}"
+             for what, rows in problems.items()]  # fmt: skip
+    way_out = (
+        "Give base, instruct and tuned of one architecture, or leave these weights as they are in instruct with "
+        "--modules."
+    )
+    return PairMismatchError("cannot graft: " + "\n".join([*lines, *([also] if also else []), way_out]))
 
 
 def embedding_ties(names: Iterable[str]) -> dict[str, str]:
@@ -121,29 +96,38 @@ def embedding_ties(names: Iterable[str]) -> dict[str, str]:
     return {heads[0]: inputs[0]} if len(heads) == 1 and len(inputs) == 1 else {}
 
 
-def mismatches(sides: Sides, wanted: Callable[[str], bool]) -> Problems:
-    """Compare keys and shapes; values are read only for a weight that INSTRUCT lacks, to see whether it has a delta."""
-    problems = Problems()
-    instruct = sides.instruct
-    for key, name in instruct.names.items():
+def mismatches(sides: Sides, wanted: Callable[[str], bool]) -> dict[str, list[str]]:
+    """Return what does not match -> a row for each weight of which that is true; empty where the sides fit together.
+
+    Values are read only of whole numbers, and of a weight that INSTRUCT lacks, to see whether it has a delta.
+    """
+    missing: list[str] = []
+    shapes: list[str] = []
+    numbers: list[str] = []
+    for key, name in sides.instruct.names.items():
         if not wanted(name):
             continue
         specs = found_specs(sides, key)
         lacking = [side.role for side in sides.trained if side.role not in specs]
         if lacking:
             if not sides.dropped(key):
-                problems.missing.append(f"{name}\n    instruct only, not in {' and '.join(lacking)}")
+                missing.append(f"{name}\n    instruct only, not in {' and '.join(lacking)}")
         elif not _shapes_fit(specs, sides.counts_rows(key)):
-            problems.shapes.append(side_rows(sides, key, "shape"))
-        elif not (all(spec.is_float for spec in specs.values()) or untouched(sides, key)):
-            problems.kinds.append(side_rows(sides, key, "code"))
-    if not problems:
-        problems.extra += [f"{name}\n    {role} only" for role, name in unplaced(sides, wanted) if name]
-    return problems
+            shapes.append(side_rows(sides, key, "shape"))
+        elif not (all(spec.is_float for spec in specs.values()) or _untouched(sides, key)):
+            numbers.append(side_rows(sides, key, "code"))
+    found = {
+        "without a counterpart on another side": missing,
+        "of different shapes": shapes,
+        "of whole numbers that training changed": numbers,
+    }
+    if not any(found.values()):
+        found["of base or tuned without a matching weight on instruct"] = _unplaced(sides, wanted)
+    return {what: rows for what, rows in found.items() if rows}
 
 
-def unplaced(sides: Sides, wanted: Callable[[str], bool]) -> list[tuple[str, str]]:
-    """Return (role, name on disk) of the weights with a delta that have no match on INSTRUCT."""
+def _unplaced(sides: Sides, wanted: Callable[[str], bool]) -> list[str]:
+    """Return a row for each weight of BASE or TUNED that has a delta and no match on INSTRUCT."""
     found = []
     for side in sides.trained:
         other = sides.base if side is sides.tuned else sides.tuned
@@ -153,7 +137,7 @@ def unplaced(sides: Sides, wanted: Callable[[str], bool]) -> list[tuple[str, str
             else:
                 harmless = sides.dropped(key)
             if not harmless and wanted(side.names[key]):
-                found.append((side.role, side.names[key]))
+                found.append(f"{side.names[key]}\n    {side.role} only")
     return found
 
 
@@ -168,7 +152,7 @@ def found_specs(sides: Sides, key: str) -> dict[str, TensorSpec]:
     return {side.role: side.specs[name] for side, name in found if name is not None}
 
 
-def untouched(sides: Sides, key: str) -> bool:
+def _untouched(sides: Sides, key: str) -> bool:
     """Whether BASE and TUNED hold the same values of a weight that both have; of a delta it is taken for granted."""
     if sides.base is None:
         return True
@@ -191,21 +175,19 @@ def same_values(side: Side, key: str, other: Side, other_key: str) -> bool:
     """Whether two weights hold equal numbers, whatever their dtypes; True where values cannot be read yet."""
     if not (side.readable and other.readable):
         return True
-    size = side.specs[key].numel
     if side.specs[key].shape != other.specs[other_key].shape:
         return False
-    return all(
-        _same_block((side, side.names[key]), (other, other.names[other_key]), at, min(at + BLOCK, size))
-        for at in range(0, size, BLOCK)
-    )
+    one, two = Place(side.checkpoint, side.names[key]), Place(other.checkpoint, other.names[other_key])
+    size = side.specs[key].numel
+    return all(_same_block(one, two, at, min(at + BLOCK, size)) for at in range(0, size, BLOCK))
 
 
-def _same_block(one: tuple[Side, str], two: tuple[Side, str], start: int, stop: int) -> bool:
+def _same_block(one: Place, two: Place, start: int, stop: int) -> bool:
     import torch
 
-    first, second = (side.checkpoint.block(name, start, stop) for side, name in (one, two))
+    first, second = one.block(start, stop), two.block(start, stop)
     dtype = torch.promote_types(first.dtype, second.dtype)
     same = torch.equal(first.to(dtype), second.to(dtype))
-    for side, name in (one, two):
-        side.checkpoint.release(name, start, stop)
+    one.release(start, stop)
+    two.release(start, stop)
     return same

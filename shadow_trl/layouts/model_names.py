@@ -1,9 +1,7 @@
 """Names and layouts of weights as transformers knows them; imported only where checkpoints differ in layout.
 
-transformers 5 renames and reshapes weights on the way from disk to memory: prefixes of vision-language models move, the
-experts of a mixture become one tensor. Saving undoes what loading did, so a trained checkpoint has the layout that its
-BASE had on disk, whatever INSTRUCT's is. Here the model is built without memory (meta device), and transformers' own
-rules say what a weight on disk becomes in memory, and how memory would be written in another checkpoint's layout.
+transformers 5 renames and reshapes weights on load, and saving undoes it: TUNED has its BASE's layout, not INSTRUCT's.
+Its own rules, on a model without memory (meta device), say what a weight becomes in memory and back on disk.
 """
 
 from __future__ import annotations
@@ -14,7 +12,6 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from copy import deepcopy
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,14 +30,8 @@ SHARD_BYTES = 2 * 2**30
 """Size of the files of a normalised checkpoint; with one block of the model, the memory that normalising needs."""
 
 
-@dataclass(frozen=True)
-class LinearModule:
-    """A linear module that an adapter can be on.
-
-    Args:
-        name: in memory.
-        transposed: whether its weight is stored as (in, out), as transformers' Conv1D does.
-    """
+class LinearModule(NamedTuple):
+    """A linear module by its name in memory, and whether its weight is stored as (in, out), as in Conv1D."""
 
     name: str
     transposed: bool
@@ -95,8 +86,7 @@ class ModelNames:
             if at.key in keys:
                 raise PairMismatchError(
                     f"cannot graft: two weights of one checkpoint are the same weight in memory, {at.key}.\n"
-                    f"{list_names([keys[at.key], at.name])}\nRemove one of them from the checkpoint. "
-                    "Nothing was written."
+                    f"{list_names([keys[at.key], at.name])}\nRemove one of them from the checkpoint."
                 )
             keys[at.key] = at.name
         return keys
@@ -125,7 +115,7 @@ class ModelNames:
         return dict(revert_weight_conversion(self.model, dict(memory)))
 
     def rules_of(self, names: Iterable[str] | None) -> list[Any]:
-        """Return the rules that loading a checkpoint with these on-disk names uses; for None (as in memory), none."""
+        """Return the rules that loading a checkpoint with these on-disk names uses; none for None (as in memory)."""
         return [] if names is None else [rule for rule in self._placed(names)[1] if rule.was_used()]
 
     def linear(self, names: Iterable[str]) -> dict[str, LinearModule]:
@@ -174,24 +164,6 @@ class ModelNames:
         return placed, rules
 
 
-def disk_names(checkpoint: Checkpoint, names: Iterable[str]) -> dict[str, str]:
-    """Return name -> on-disk name in `checkpoint` of the weights that transformers knows by `names`.
-
-    Args:
-        checkpoint: whose names are wanted.
-        names: in-memory names, as adapters have them, or names in an older spelling.
-
-    Returns:
-        an entry for each name that is a weight on disk, renamed at most; others are left out.
-
-    Raises:
-        PairMismatchError: transformers has no class for the checkpoint's config.
-    """
-    known = ModelNames(checkpoint)
-    on_disk, wanted = known.keys(checkpoint.specs), known.keys(names)
-    return {name: on_disk[key] for key, name in wanted.items() if key in on_disk}
-
-
 def _empty_model(checkpoint: Checkpoint) -> Any:
     """Build the model of a checkpoint's config without memory for its weights."""
     import transformers
@@ -222,11 +194,8 @@ def predicted(names: ModelNames, checkpoint: Checkpoint, like: Iterable[str] | N
         raise PairMismatchError(
             f"transformers cannot convert the layout of {checkpoint}: {type(error).__name__}: {error}"
         ) from error
-    return {name: _spec(tensor) for name, tensor in made.items()}
-
-
-def _spec(tensor: Tensor) -> TensorSpec:
-    return TensorSpec(CODES[str(tensor.dtype).removeprefix("torch.")], tuple(tensor.shape), Path(), None, tensor.nbytes)
+    codes = {name: CODES[str(tensor.dtype).removeprefix("torch.")] for name, tensor in made.items()}
+    return {name: TensorSpec(codes[name], tuple(t.shape), Path(), None, t.nbytes) for name, t in made.items()}
 
 
 def _meta(checkpoint: Checkpoint) -> dict[str, Tensor]:
@@ -234,28 +203,21 @@ def _meta(checkpoint: Checkpoint) -> dict[str, Tensor]:
     return {name: torch.empty(spec.shape, dtype=spec.dtype, device="meta") for name, spec in specs}
 
 
-def normalise(
-    checkpoint: Checkpoint, folder: Path | str, *, names: ModelNames, like: Iterable[str] | None
-) -> Checkpoint:
-    """Write `checkpoint` into `folder` in the layout that another checkpoint of the same architecture has.
+def normalise(checkpoint: Checkpoint, folder: Path, *, names: ModelNames, like: Iterable[str] | None) -> Checkpoint:
+    """Write `checkpoint` into `folder` in the layout of another of its architecture, with values and dtypes as stored.
 
-    Values and dtypes stay as they are; the conversions are transformers' own. Weights go through memory block by block,
-    so that the whole model is never held.
+    Weights go through memory block by block, so that the whole model is held only where a conversion needs it.
 
     Args:
         checkpoint: what to convert.
-        folder: new or empty folder; it takes as much space as the checkpoint.
+        folder: new or empty; it takes as much space as the checkpoint.
         names: names of the architecture.
-        like: on-disk names of the checkpoint whose layout is wanted; None for the layout in memory, which transformers
-            loads as well.
-
-    Returns:
-        The new checkpoint, with the config.json of the old one.
+        like: on-disk names in the layout that is wanted; None for the layout in memory, which transformers loads too.
 
     Raises:
         PairMismatchError: what came out is not what transformers' rules announced.
     """
-    folder, rules, wanted = Path(folder), names.rules_of(like), predicted(names, checkpoint, like)
+    rules, wanted = names.rules_of(like), predicted(names, checkpoint, like)
     blocks = _blocks(names, checkpoint, rules, wanted)
     sizes = [sum(checkpoint.specs[name].nbytes for name in block) for block in blocks]
     logger.warning(
@@ -267,9 +229,8 @@ def normalise(
     (folder / "config.json").write_text(json.dumps(checkpoint.config), encoding="utf-8")
     _write_shards(_converted(names, checkpoint, rules, blocks), folder)
     result = Checkpoint.open(str(folder))
-    shapes = {name: spec.shape for name, spec in wanted.items()}
-    written = {name: spec.shape for name, spec in result.specs.items()}
-    other = sorted(name for name in shapes.keys() | written.keys() if shapes.get(name) != written.get(name))
+    announced, written = ({(name, spec.shape) for name, spec in found.items()} for found in (wanted, result.specs))
+    other = sorted({name for name, _ in announced ^ written})
     if other:
         raise PairMismatchError(
             f"cannot convert the layout of {checkpoint}: {len(other)} weights came out otherwise than announced.\n"

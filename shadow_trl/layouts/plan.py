@@ -1,8 +1,7 @@
 """Which weight of BASE and TUNED belongs to which weight of INSTRUCT, whatever each file calls it.
 
-Three tiers, the first that fits: equal names; names that transformers renames on load (prefixes of vision-language
-models, legacy spellings); layouts that transformers converts (single experts against fused ones). Only the last two
-import transformers.
+The first that fits: equal names; names that transformers renames on load (legacy spellings); layouts that it converts
+(single experts against fused ones). Only the last two import transformers.
 """
 
 from __future__ import annotations
@@ -10,12 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..checkpoints.checkpoint import Checkpoint
-from ..errors import ConfigError, PairMismatchError, list_names
+from ..errors import PairMismatchError, list_names
 from ..results.folder import check_space
-from .matching import Problems, Side, Sides, embedding_ties, found_specs, left_out, mismatches, side_rows
+from .matching import Side, Sides, embedding_ties, found_specs, left_out, mismatch_error, mismatches, side_rows
 from .ties import Tie, config_edits, decide
 
 if TYPE_CHECKING:
@@ -73,22 +72,20 @@ class Layout:
     sides: Mapping[str, Checkpoint] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
-class Choices:
-    """The user's choices: see `plan`."""
+class Choices(NamedTuple):
+    """The user's choices, see `resolve`."""
 
-    vocab: str
-    rows: Sequence[int] | None
+    rows: list[int] | None
     untie: bool
     wanted: Wanted
 
 
-def plan(
+def resolve(
     base: Checkpoint | None,
     instruct: Checkpoint,
     tuned: Checkpoint,
     *,
-    vocab: str = "strict",
+    scratch: Path | None = None,
     rows: Sequence[int] | None = None,
     untie: bool = False,
     wanted: Wanted = lambda name: True,
@@ -102,55 +99,22 @@ def plan(
         base: BASE, or None when `tuned` holds the delta itself.
         instruct: INSTRUCT; its names and order are those of the result.
         tuned: BASE after training.
-        vocab: "strict" refuses another number of token rows; "shared" grafts `rows` and copies the others.
-        rows: token ids that mean the same on both sides; needed for "shared".
+        scratch: folder for copies in another layout; made only if one is needed, removed by the caller. Default: none
+            are made, the layout's `converts` says which would be, and its names are those after converting.
+        rows: token ids that mean the same on both sides: these rows are grafted, the others copied. Default: another
+            number of token rows is refused.
         untie: give a tied INSTRUCT a head of its own when training gave the head a delta of its own; where the layout's
             `config_edits` stay empty there was no need.
-        wanted: says of an on-disk name whether the weight is to be grafted; others are copied and never an error.
-
-    Returns:
-        Layout: its `converts` is empty when it can be carried out as it is; see `resolve`.
+        wanted: whether the weight of an on-disk name is to be grafted; others are copied and never an error.
 
     Raises:
         PairMismatchError: a weight that cannot be grafted (all of them are named), token rows that differ, or a head
             with a delta of its own on a tied INSTRUCT.
-        ConfigError: an option has a value that it cannot have.
-    """
-    if vocab not in ("strict", "shared"):
-        raise ConfigError(f"vocab must be 'strict' or 'shared', not {vocab!r}.")
-    if vocab == "shared" and rows is None:
-        raise ConfigError("vocab 'shared' needs the ids of the rows that both sides have.")
-    choices = Choices(vocab, None if rows is None else sorted(set(rows)), untie, wanted)
-    checkpoints = {"instruct": instruct, "tuned": tuned} | ({} if base is None else {"base": base})
-    sides = _equal(checkpoints)
-    problems = mismatches(sides, wanted)
-    if not problems:
-        return _build("equal", sides, choices)
-    return _plan_by_transformers(checkpoints, choices, problems)
-
-
-def resolve(
-    base: Checkpoint | None, instruct: Checkpoint, tuned: Checkpoint, *, scratch: Path | None, **options: Any
-) -> Layout:
-    """Plan, and rewrite in `scratch` what must be converted first.
-
-    Args:
-        base: as for `plan`, and so are the next two.
-        instruct: receives the delta.
-        tuned: BASE after training.
-        scratch: folder for converted copies; created only if one is needed, the caller removes it. None converts
-            nothing: `converts` of the layout says what would have to be, and its names are those after converting.
-        options: as for `plan`.
-
-    Returns:
-        the layout with its `sides`. Tokenizer, config and the other small files of INSTRUCT stay where they were.
-
-    Raises:
-        PairMismatchError, ConfigError: as `plan` does.
         GraftError: the disk has no room for the converted copies.
     """
+    choices = Choices(None if rows is None else sorted(set(rows)), untie, wanted)
     checkpoints = {"instruct": instruct, "tuned": tuned} | ({} if base is None else {"base": base})
-    layout = plan(base, instruct, tuned, **options)
+    layout = _plan(checkpoints, choices)
     if not layout.converts or scratch is None:
         return replace(layout, sides=checkpoints)
     from .model_names import ModelNames, normalise
@@ -164,28 +128,27 @@ def resolve(
         if id(one) not in copies:
             copies[id(one)] = normalise(one, scratch / role, names=names, like=like)
         checkpoints[role] = copies[id(one)]
-    again = plan(checkpoints.get("base"), checkpoints["instruct"], checkpoints["tuned"], **options)
+    again = _plan(checkpoints, choices)
     if again.converts:
         raise PairMismatchError(f"converting {', '.join(layout.converts)} did not make the layouts equal.")
     warnings = list(dict.fromkeys([*layout.warnings, *again.warnings]))
     return replace(again, tier="converted", converts=layout.converts, warnings=warnings, sides=checkpoints)
 
 
-def _equal(checkpoints: dict[str, Checkpoint]) -> Sides:
-    """Take the names as they are."""
-    made = {role: Side(role, c, {name: name for name in c.specs}, c.specs) for role, c in checkpoints.items()}
+def _plan(checkpoints: dict[str, Checkpoint], choices: Choices) -> Layout:
+    """Plan with the names as they are or, where these do not match, with the names and layouts of transformers."""
     ties = embedding_ties(name for checkpoint in checkpoints.values() for name in checkpoint.specs)
-    return Sides(made["instruct"], made["tuned"], made.get("base"), ties)
-
-
-def _plan_by_transformers(checkpoints: dict[str, Checkpoint], choices: Choices, problems: Problems) -> Layout:
-    """Plan with the names and layouts of transformers, `problems` being what the plain names left open."""
+    made = {role: Side(role, c, {name: name for name in c.specs}, c.specs) for role, c in checkpoints.items()}
+    sides = Sides(made["instruct"], made["tuned"], made.get("base"), ties)
+    problems = mismatches(sides, choices.wanted)
+    if not problems:
+        return _build("equal", sides, choices)
     from .model_names import ModelNames
 
     try:
         names = ModelNames(checkpoints["instruct"])
     except PairMismatchError as error:
-        raise problems.error(str(error)) from error
+        raise mismatch_error(problems, str(error)) from error
     sides = _renamed(names, checkpoints, {})
     problems = mismatches(sides, choices.wanted)
     if not problems:
@@ -202,7 +165,7 @@ def _plan_by_transformers(checkpoints: dict[str, Checkpoint], choices: Choices, 
             layout = _build("converted", sides, choices)
             notices = [_notice_of(role, checkpoints[role], like) for role in sorted(converted)]
             return replace(layout, converts=tuple(sorted(converted)), warnings=[*layout.warnings, *notices])
-    raise problems.error("\n".join(dict.fromkeys(failures)))
+    raise mismatch_error(problems, "\n".join(dict.fromkeys(failures)))
 
 
 def _notice_of(role: str, checkpoint: Checkpoint, like: list[str] | None) -> str:
@@ -239,9 +202,13 @@ def _renamed(names: ModelNames, checkpoints: dict[str, Checkpoint], converted: d
 
 def _build(tier: str, sides: Sides, choices: Choices) -> Layout:
     """Put matched sides into a plan."""
-    if choices.vocab == "strict":
+    if choices.rows is None:
         _check_rows(sides, choices.wanted)
-    ties = {pair: _decide(sides, *pair, choices) for pair in sides.ties.items()}
+    ties = {
+        pair: decide(sides, *pair, untie=choices.untie)
+        for pair in sides.ties.items()
+        if any(choices.wanted(sides.instruct.names.get(key, key)) for key in pair)
+    }
     plans = {key: _plan_weight(sides, key, choices) for key in sides.instruct.names}
     edits: dict[str, Any] = {}
     for (alias, source), tie in ties.items():
@@ -259,11 +226,6 @@ def _build(tier: str, sides: Sides, choices: Choices) -> Layout:
     return Layout(tier, list(plans.values()), lost, edits, (), warnings)
 
 
-def _decide(sides: Sides, alias: str, source: str, choices: Choices) -> Tie | None:
-    names = [sides.instruct.names.get(key, key) for key in (alias, source)]
-    return decide(sides, alias, source, untie=choices.untie) if any(map(choices.wanted, names)) else None
-
-
 def _plan_weight(sides: Sides, key: str, choices: Choices) -> WeightPlan:
     name = sides.instruct.names.get(key, key)
     disk = {}
@@ -278,7 +240,7 @@ def _plan_weight(sides: Sides, key: str, choices: Choices) -> WeightPlan:
 
 def _rows(sides: Sides, key: str, choices: Choices) -> tuple[int, ...] | None:
     """Return the token rows to graft, None for all."""
-    if choices.rows is None or choices.vocab == "strict" or not sides.counts_rows(key):
+    if choices.rows is None or not sides.counts_rows(key):
         return None
     counts = [spec.shape[0] for spec in found_specs(sides, key).values()]
     ids = tuple(row for row in choices.rows if row < min(counts))
@@ -301,7 +263,7 @@ def _check_rows(sides: Sides, wanted: Wanted) -> None:
     raise PairMismatchError(
         f"cannot graft: {len(keys)} of {len(sides.instruct.names)} weights differ in shape between the sides.\n"
         f"{list_names(side_rows(sides, key, 'shape') for key in keys)}\n{what} To keep the rows that only one side has "
-        "as they are in instruct and graft the shared rows, pass --vocab shared. Nothing was written."
+        "as they are in instruct and graft the shared rows, pass --vocab shared."
     )
 
 

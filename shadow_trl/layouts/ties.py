@@ -1,7 +1,6 @@
-"""Embeddings that serve as output head too: stored once or twice, on each side its own way.
+"""Embeddings that serve as output head too. A head that is not on disk, or is an equal copy, is the embedding's weight.
 
-A head that is not on disk is the embedding. Two equal copies are one weight. A head with other numbers than the
-embedding is a weight of its own, whatever the config says: that is how transformers loads it.
+A head with other numbers is a weight of its own, whatever the config says: that is how transformers loads it.
 """
 
 from __future__ import annotations
@@ -22,13 +21,7 @@ class Tie(Enum):
 
 
 def decide(sides: Sides, alias: str, source: str, *, untie: bool) -> Tie | None:
-    """Say what becomes of the head `alias` of the embedding `source`; None when no side has either.
-
-    Args:
-        sides: the checkpoints.
-        alias: key of the head.
-        source: key of the embedding.
-        untie: give a tied INSTRUCT a head of its own where training gave the head a delta of its own.
+    """Return what becomes of the head `alias` of the embedding `source` (keys); None where no side stores both.
 
     Raises:
         PairMismatchError: the head has a delta of its own, INSTRUCT is tied and `untie` is off; or a side that claims
@@ -44,7 +37,7 @@ def decide(sides: Sides, alias: str, source: str, *, untie: bool) -> Tie | None:
             lacking = source if alias in side.names else alias
             raise PairMismatchError(
                 f"cannot graft: the config of {side.role} ({side.checkpoint}) says tie_word_embeddings false, but the "
-                f"checkpoint has no {lacking}. Save it again with all of its weights. Nothing was written."
+                f"checkpoint has no {lacking}. Save it again with all of its weights."
             )
     if "instruct" in both:
         instruct = sides.instruct
@@ -57,8 +50,7 @@ def decide(sides: Sides, alias: str, source: str, *, untie: bool) -> Tie | None:
     raise PairMismatchError(
         f"cannot graft: the output head has a delta of its own, but the embedding of INSTRUCT is its head too.\n"
         f"  {alias}\n" + "\n".join(f"    {side.role:<9} {_state(side, alias, source)}" for side in everyone) + "\n"
-        "To give the result a head of its own, pass --untie (tie_word_embeddings becomes false in its config). "
-        "Nothing was written."
+        "To give the result a head of its own, pass --untie (tie_word_embeddings becomes false in its config)."
     )
 
 

@@ -1,9 +1,7 @@
 """What stands beside the adapter in training: its start, and TRL's frozen copy of it.
 
-The start of an adapter is kept where the delta is what it became less what it was (PiSSA, CorDA, ...).
-
-Such an initialisation takes the start of the product out of the weights under it (LoftQ: about that, by rounding
-them). With the start beside the adapter the graft needs no weight of BASE and has an exact adapter form.
+The delta of PiSSA, CorDA and others is what the adapter became less what it was: with the start beside it, the graft
+needs no weight of BASE and has an exact adapter form.
 """
 
 from __future__ import annotations
@@ -15,7 +13,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from accelerate.utils import is_peft_model
 from torch import Tensor
 
 from ..adapters.kinds import START_FOLDER, is_subtracted, lost_start, more_than_a_product, start_setting
@@ -26,13 +23,10 @@ from .loading import is_adapted
 def start_of(model: Any) -> dict[str, Tensor] | None:
     """Return a copy of the adapter of `model`, which was not trained yet; None where its start is not needed.
 
-    Args:
-        model: with or without an adapter.
-
     Raises:
         AdapterError: the delta would be more than the product less its start, and could not be found in another way.
     """
-    if not is_peft_model(model):
+    if not is_adapted(model):
         return None
     name = model.active_adapters[0]
     start = start_setting(model.peft_config[name].to_dict())
@@ -52,9 +46,6 @@ def without_second_start(model: Any) -> Iterator[None]:
     """Keep a trainer from changing the weights under a loaded adapter again when it adds a copy of it (TRL's `ref`).
 
     PEFT takes the start of a PiSSA adapter out of the weights for each adapter that is added with its config.
-
-    Args:
-        model: name, or loaded model that may have an adapter.
     """
     config = model.peft_config[model.active_adapters[0]] if is_adapted(model) else None
     start = getattr(config, "init_lora_weights", None)
@@ -69,13 +60,9 @@ def without_second_start(model: Any) -> Iterator[None]:
 
 
 def write_start(folder: Path, model: Any, start: dict[str, Tensor] | None, earlier: str | None) -> None:
-    """Write the start of an adapter below the folder that the trained one will be saved to; one of a run before goes.
+    """Write `start`, where there is one, below the folder of a run, in the place of that of a run before.
 
-    Args:
-        folder: of the run.
-        model: with the adapter.
-        start: what `start_of` returned; None writes none.
-        earlier: folder of the adapter that is trained further, whose start is this one's too; None for a new adapter.
+    The start of the `earlier` adapter, which this run trains further, is this one's too.
     """
     target = folder / START_FOLDER
     shutil.rmtree(target, ignore_errors=True)
@@ -95,8 +82,8 @@ def write_start(folder: Path, model: Any, start: dict[str, Tensor] | None, earli
 @contextmanager
 def without_reference_adapter(model: Any) -> Iterator[None]:
     """Keep TRL's frozen copy of the adapter (`ref`) out of what is saved: it is no part of TUNED."""
-    names = list(model.peft_config) if is_peft_model(model) else []
-    if "ref" not in names or len(names) == 1:
+    names = list(model.peft_config) if _has_reference(model) else []
+    if not names:
         yield
         return
     # `Trainer` calls `save_pretrained` without PEFT's argument for it. Taking the name out of `peft_config` would not
@@ -110,5 +97,10 @@ def without_reference_adapter(model: Any) -> Iterator[None]:
 
 def drop_reference_adapter(model: Any) -> None:
     """Remove TRL's frozen copy of the adapter (`ref`), where another model is the reference."""
-    if is_peft_model(model) and "ref" in model.peft_config and len(model.peft_config) > 1:
+    if _has_reference(model):
         model.delete_adapter("ref")
+
+
+def _has_reference(model: Any) -> bool:
+    # An adapter that the user called `ref` is the one that is trained.
+    return is_adapted(model) and "ref" in model.peft_config and len(model.peft_config) > 1

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -18,14 +17,14 @@ PAIR_CHECKS = ("headers", "weights")
 REF_POLICIES = ("init", "base", "instruct", "grafted")
 
 
-def _choice(default: Any, choices: Sequence[str] | None, text: str) -> Any:
-    return field(default=default, metadata={"help": text, "choices": choices})
+def _argument(default: Any, text: str, **parsing: Any) -> Any:
+    return field(default=default, metadata={"help": text, **parsing})
 
 
 def _of_graft(name: str) -> Any:
     """Return the field for an option of the graft: its default, choices and help are those it is declared with."""
     option = declared()[name]
-    return _choice(option.default, option.choices, option.help)
+    return _argument(option.default, option.help, choices=option.choices)
 
 
 @dataclass
@@ -37,22 +36,10 @@ class ShadowArguments:
             same name wins. Left out when `model` came from a shadow run.
         base_model: folder or hub id of the origin of the delta. Default: `model` itself, or what the run in `model`
             started from.
-        instruct_revision: branch, tag or commit of INSTRUCT on the hub.
-        base_revision: branch, tag or commit of BASE on the hub.
+        instruct_revision, base_revision: branch, tag or commit of either on the hub.
         graft: whether `train()` ends with saving TUNED and grafting. Default True.
-        graft_scale: multiplier of the delta. Default 1.0.
-        instruct_scale: multiplier b of INSTRUCT in `a*T + b*I + (1-a-b)*B` (RE-Adapt). Default 1.0.
-        graft_modules: which weights receive the delta: `all`, `linear` (the projections of attention and MLP, as the
-            paper's code), or regular expressions searched in the names of weights. Default `all`.
-        graft_format: `model` (dense weights), `adapter` (a PEFT adapter for INSTRUCT), or `auto`: the adapter where an
-            exact one exists and INSTRUCT is a hub id. Default `auto`.
-        graft_dtype: dtype of the grafted weights: `auto` (that of each INSTRUCT tensor), `float32`, `bfloat16` or
-            `float16`. Default `auto`.
-        graft_rounding: `nearest`, or `stochastic`: unbiased, for deltas below the output dtype's step. Default
-            `nearest`.
-        graft_seed: seed of the stochastic rounding. Default 0.
-        graft_vocab: `strict`, or `shared`: graft the token rows that BASE and INSTRUCT both have. Default `strict`.
-        graft_overwrite: replace a `grafted/` folder that is already in `output_dir`. Default False.
+        graft_scale, instruct_scale, graft_modules, graft_format, graft_dtype, graft_rounding, graft_seed, graft_vocab,
+            graft_overwrite: the options of `shadow_trl.graft`, with its values and defaults.
         pair_check: how BASE and INSTRUCT are compared before training: `headers` (configs, shapes, tokenizers) or
             `weights` (their distance as well). Default: `weights` for full fine-tuning, `headers` for adapters.
         graft_every_save: graft every checkpoint as well, into `checkpoint-N/shadow/grafted`. Default False.
@@ -64,15 +51,11 @@ class ShadowArguments:
         ConfigError: a value that an argument cannot have.
     """
 
-    instruct_model: str | None = field(
-        default=None, metadata={"help": "Folder or hub id of INSTRUCT, the model that receives the delta."}
-    )
-    base_model: str | None = field(
-        default=None, metadata={"help": "Folder or hub id of the origin of the delta. Default: the model itself."}
-    )
-    instruct_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of INSTRUCT."})
-    base_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of BASE."})
-    graft: bool = field(default=True, metadata={"help": "Whether `train()` ends with saving TUNED and grafting."})
+    instruct_model: str | None = _argument(None, "Folder or hub id of INSTRUCT, the model that receives the delta.")
+    base_model: str | None = _argument(None, "Folder or hub id of the origin of the delta. Default: the model itself.")
+    instruct_revision: str | None = _argument(None, "Branch, tag or commit of INSTRUCT.")
+    base_revision: str | None = _argument(None, "Branch, tag or commit of BASE.")
+    graft: bool = _argument(True, "Whether `train()` ends with saving TUNED and grafting.")
     graft_scale: float = _of_graft("scale")
     instruct_scale: float = _of_graft("instruct_scale")
     graft_modules: list[str] | str = field(  # transformers' parser takes the default of a list from a factory alone
@@ -84,16 +67,12 @@ class ShadowArguments:
     graft_seed: int = _of_graft("seed")
     graft_vocab: str = _of_graft("vocab")
     graft_overwrite: bool = _of_graft("overwrite")
-    pair_check: str | None = _choice(
-        None, PAIR_CHECKS, "How BASE and INSTRUCT are compared. Default: weights when fully fine-tuning."
+    pair_check: str | None = _argument(
+        None, "How BASE and INSTRUCT are compared. Default: weights when fully fine-tuning.", choices=PAIR_CHECKS
     )
-    graft_every_save: bool = field(
-        default=False, metadata={"help": "Graft every checkpoint too, into checkpoint-N/shadow/grafted."}
-    )
-    eval_grafted: bool = field(
-        default=False, metadata={"help": "Evaluate INSTRUCT + the current delta too, as eval_grafted_*."}
-    )
-    allow_wide_gap: bool = field(default=False, metadata={"help": "Train although sigma of the pair is above 0.5."})
+    graft_every_save: bool = _argument(False, "Graft every checkpoint too, into checkpoint-N/shadow/grafted.")
+    eval_grafted: bool = _argument(False, "Evaluate INSTRUCT + the current delta too, as eval_grafted_*.")
+    allow_wide_gap: bool = _argument(False, "Train although sigma of the pair is above 0.5.")
 
     def __post_init__(self) -> None:
         # Values from YAML reach the dataclass without passing argparse's `choices`.
@@ -102,9 +81,7 @@ class ShadowArguments:
                 setattr(self, name, option.checked(name, getattr(self, name)))
         if self.pair_check is not None:
             one_of("pair_check", self.pair_check, PAIR_CHECKS)
-        post_init = getattr(super(), "__post_init__", None)
-        if post_init is not None:
-            post_init()
+        super().__post_init__()  # type: ignore[misc]
 
     def graft_options(self) -> dict[str, Any]:
         """Return the keyword arguments that `graft` and `check_graft` share."""
@@ -142,13 +119,11 @@ class ShadowDPOConfig(ShadowArguments, DPOConfig):
             text, else False with a notice. Default None.
     """
 
-    ref_policy: str = _choice("init", REF_POLICIES, "Which model is the reference policy of the DPO loss.")
-    precompute_ref_log_probs: bool | None = field(  # type: ignore[assignment]
-        default=None,
-        metadata={
-            "help": "Whether to compute the reference log probabilities before training. Default: True when the "
-            "reference is not init and the data is map-style text."
-        },
+    ref_policy: str = _argument("init", "Which model is the reference policy of the DPO loss.", choices=REF_POLICIES)
+    precompute_ref_log_probs: bool | None = _argument(  # type: ignore[assignment]
+        None,
+        "Whether to compute the reference log probabilities before training. Default: True when the reference is not "
+        "init and the data is map-style text.",
     )
 
     def __post_init__(self) -> None:

@@ -1,23 +1,30 @@
-"""Evaluation of the graft while BASE is in training: the figures of the model that will be shipped."""
+"""Evaluation of the graft while BASE is in training: the figures of the model that will be shipped.
+
+No second model on the accelerator: weights are exchanged one by one with copies in host memory, and back bit for bit.
+"""
 
 from __future__ import annotations
 
+import random
 from collections import defaultdict, deque
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+import numpy
 import torch
+from torch import nn
 
+from ..arithmetic.grafter import graft_tensor
 from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.manifest import Entry
 from ..errors import ConfigError, GraftError, list_names
 from ..grafting.options import GraftOptions
 from ..layouts.model_names import ModelNames
-from .exchange import GraftExchange
-from .loading import bare_model
-from .start import Start
+from .loading import bare_model, is_adapted
+from .origins import Start
 
 if TYPE_CHECKING:
     from transformers import Trainer as _Trainer
@@ -28,8 +35,7 @@ else:
 class KeptReferences:
     """Reference log probabilities of one evaluation, kept for a second pass over the same batches.
 
-    Under LoRA the reference `init` is the policy with its adapter off. During the evaluation of the graft that would be
-    INSTRUCT, so the values of the pass before, with BASE's weights in place, are used again.
+    Under LoRA the reference `init` is the policy with its adapter off, which would be INSTRUCT in the second pass.
     """
 
     def __init__(self) -> None:
@@ -37,11 +43,7 @@ class KeptReferences:
         self._values: deque[tuple[tuple[int, ...], Any]] = deque()
 
     def of(self, inputs: dict[str, torch.Tensor], compute: Callable[[], Any]) -> Any:
-        """Return `compute()` of a batch, kept in the first pass and taken from there in the second.
-
-        Raises:
-            GraftError: the second pass brings another batch than the first.
-        """
+        """Return `compute()` of a batch; in the second pass, GraftError for a batch that was not next in the first."""
         ids = inputs["input_ids"]
         batch = (*ids.shape, int(ids.sum()))
         if not self.again:
@@ -114,10 +116,6 @@ class GraftedEvaluation(_Trainer):
 def receiver(options: GraftOptions, instruct: Entry) -> Callable[[str], bool]:
     """Return the test whether a weight in memory receives the delta; `modules` is searched in INSTRUCT's names on disk.
 
-    Args:
-        options: of the graft.
-        instruct: folder or hub id of INSTRUCT.
-
     Raises:
         ConfigError: `modules` selects a part only of what is one weight in memory, as single experts are.
     """
@@ -132,7 +130,90 @@ def receiver(options: GraftOptions, instruct: Entry) -> Callable[[str], bool]:
     if split:
         raise ConfigError(
             f"eval_grafted=True is not possible here: graft_modules selects parts of {len(split)} weights that are "
-            f"one in memory.\n{list_names(split)}\nSelect all or none of their parts, or pass eval_grafted=False. "
-            "Nothing was written."
+            f"one in memory.\n{list_names(split)}\nSelect all or none of their parts, or pass eval_grafted=False."
         )
     return lambda place: count[place] > 0 if place in count else chosen(place)
+
+
+@dataclass
+class GraftExchange:
+    """Exchanges the weights of a model in training for `instruct + scale * (current - base)`, and back.
+
+    Under a LoRA on BASE the frozen weights become INSTRUCT's and the adapter, which is the delta, stays. In full
+    fine-tuning, and below a LoRA on something else than BASE, each weight becomes the sum as the graft is written, in
+    the model's dtype.
+
+    Args:
+        model: the model in training.
+        instruct: INSTRUCT's weights by the names of the model in memory, in host memory.
+        base: BASE's, the same; empty under a LoRA on BASE.
+        options: of the graft; under LoRA the scale alone counts.
+        receives: whether the weight of a name receives the delta.
+
+    Raises:
+        ConfigError: the model has a weight that INSTRUCT or BASE lacks or has in another shape.
+    """
+
+    model: nn.Module
+    instruct: Mapping[str, torch.Tensor]
+    base: Mapping[str, torch.Tensor]
+    options: GraftOptions
+    receives: Callable[[str], bool]
+
+    def __post_init__(self) -> None:
+        # By the names of the plain model: PEFT puts its own parts between them.
+        self.weights = {
+            _plain_name(name): parameter
+            for name, parameter in bare_model(self.model).named_parameters()
+            if not is_adapted(self.model) or (not parameter.requires_grad and "lora_" not in name)
+        }
+        unfit = [
+            f"{name}: {tuple(weight.shape)} in training, "
+            f"{tuple(side[name].shape) if name in side else 'absent'} in {role}"
+            for name, weight in sorted(self.weights.items())
+            for role, side in (("INSTRUCT", self.instruct), ("BASE", self.base))
+            if side and (name not in side or side[name].shape != weight.shape)
+        ]
+        if unfit:
+            raise ConfigError(
+                f"eval_grafted=True is not possible here: {len(unfit)} of {len(self.weights)} weights cannot be "
+                f"exchanged.\n{list_names(unfit)}\nPass eval_grafted=False and score the grafted folder after "
+                "training."
+            )
+
+    @contextmanager
+    def grafted(self) -> Iterator[None]:
+        """Make the model the graft while the context lasts; weights and random state are as before afterwards."""
+        with torch.no_grad(), ExitStack() as way_back:
+            way_back.enter_context(torch.random.fork_rng())
+            way_back.callback(random.setstate, random.getstate())
+            way_back.callback(numpy.random.set_state, numpy.random.get_state())
+            for name, parameter in self.weights.items():
+                kept = parameter.detach().to("cpu", copy=True)
+                way_back.callback(parameter.copy_, kept)
+                parameter.copy_(self._grafted(name, kept))
+            self._scale_adapter(way_back)
+            with torch.enable_grad():
+                yield
+
+    def _grafted(self, name: str, current: torch.Tensor) -> torch.Tensor:
+        if not self.base or not self.receives(name):
+            return self.instruct[name]
+        options = self.options
+        return graft_tensor(
+            self.instruct[name], self.base[name].to(current.dtype), current, scale=options.scale,
+            instruct_scale=options.instruct_scale, rounding=options.rounding, seed=options.seed, name=name,
+        )  # fmt: skip
+
+    def _scale_adapter(self, way_back: ExitStack) -> None:
+        """Multiply an adapter by the scale of the graft, and by 0 where the graft leaves a weight alone."""
+        for name, module in bare_model(self.model).named_modules():
+            scaling = getattr(module, "scaling", None)
+            if isinstance(scaling, dict) and hasattr(module, "lora_A"):
+                way_back.callback(scaling.update, dict(scaling))
+                factor = self.options.scale if self.receives(f"{_plain_name(name)}.weight") else 0.0
+                scaling.update({adapter: value * factor for adapter, value in scaling.items()})
+
+
+def _plain_name(name: str) -> str:
+    return name.replace(".base_layer", "")

@@ -90,14 +90,9 @@ def reload_converted(model: Any, folder: str) -> None:
 
     transformers 5 gives some models (mixture of experts, vision-language) other names in memory than on disk, and
     resumes by the names on disk: weights whose names differ stay silently as they were (transformers issue 48805).
-
-    Args:
-        model: the model in training, after transformers has resumed it. Under an adapter nothing is done: the names of
-            an adapter are those in memory.
-        folder: a checkpoint of this model, as `save_pretrained` writes it.
     """
     if is_adapted(model):
-        return
+        return  # the names of an adapter on disk are those in memory
     state = model.state_dict()
     unknown = [name for name in Checkpoint.open(folder).specs if name not in state]
     if not unknown:

@@ -20,29 +20,29 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl.trainer.utils import get_config_model_id
 
 from ..checkpoints.manifest import write_manifest
-from ..errors import ConfigError, OutputExistsError
+from ..errors import ends_with
 from ..grafting.options import BASE_DTYPES
 from ..grafting.reports import GraftReport
 from ..operations.graft import check_graft, graft
 from ..pair.pairs import ModelPair
 from ..pair.templates import check_processing_class
+from ..results.folder import check_free
 from ..runtime.processes import run_on_main
 from .adapter import start_of, without_reference_adapter, without_second_start, write_start
 from .config import ShadowArguments
 from .evaluation import GraftedEvaluation
 from .loading import bare_model, load_adapter, reload_converted
-from .origins import check_unchanged
+from .origins import Start, check_unchanged
 from .preflight import (
     GRAFTED_FOLDER,
-    SHARDED,
     check_adapter,
     check_exchangeable,
     check_folders,
     check_same_adapter,
     is_conversational,
+    refuse_sharded,
     refuse_unsupported,
 )
-from .start import Start
 
 if TYPE_CHECKING:
     from transformers.trainer_utils import TrainOutput
@@ -72,6 +72,7 @@ class ShadowMixin(GraftedEvaluation):
     _name: ClassVar[str]
     args: Any
 
+    @ends_with("Nothing was written.")
     def __init__(
         self, *args: Any, instruct_model: str | None = None, base_model: str | None = None, **kwargs: Any
     ) -> None:
@@ -91,8 +92,7 @@ class ShadowMixin(GraftedEvaluation):
             self._load_adapter(given)
         with without_second_start(given["model"]):
             super().__init__(*call.args, **call.kwargs)
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            raise ConfigError(SHARDED.format("FSDP" if self.is_fsdp_enabled else "DeepSpeed"))
+        refuse_sharded(fsdp=self.is_fsdp_enabled, deepspeed=self.is_deepspeed_enabled)
         if config.eval_grafted:
             _ = self._exchange  # what does not fit must be found before training
         # The adapter as it is before training: the delta of some is what it becomes less this.
@@ -107,10 +107,10 @@ class ShadowMixin(GraftedEvaluation):
         given = inspect.signature(super().train).bind(*args, **kwargs).arguments
         in_search = given.get("trial") is not None
         if self.args.graft and not in_search:
-            self._check_output()
-            run_on_main(self.accelerator, self._start_manifest, what="writing the manifest")
-        elif not in_search and not given.get("resume_from_checkpoint"):
-            run_on_main(self.accelerator, self._write_start, what="removing the start of an adapter before")
+            with ends_with("Nothing was written."):
+                check_free(self._grafted_folder, self.args.graft_overwrite)
+        if not in_search and (self.args.graft or not given.get("resume_from_checkpoint")):
+            run_on_main(self.accelerator, self._begin, what="preparing the output folder")
         output = super().train(*args, **kwargs)
         if self.args.graft and not in_search:
             self.graft()
@@ -140,6 +140,7 @@ class ShadowMixin(GraftedEvaluation):
         instruct, base = str(self._start.instruct), str(self._start.base)
         self.accelerator.wait_for_everyone()
 
+        @ends_with(f"TUNED is in {tuned}.", instead=True)
         def write() -> GraftReport:
             return graft(
                 base=base,
@@ -231,13 +232,6 @@ class ShadowMixin(GraftedEvaluation):
             **config.graft_options(),
         )
 
-    def _check_output(self) -> None:
-        if self._grafted_folder.exists() and not self.args.graft_overwrite:
-            raise OutputExistsError(
-                f"{self._grafted_folder} already holds a result. Pass graft_overwrite=True to replace it, or choose "
-                "another output_dir. Nothing was written."
-            )
-
     def _choose_processing_class(self, config: Any, given: dict[str, Any]) -> None:
         instruct = self.origins.instruct
         if given.get("processing_class") is None and instruct is not None:
@@ -266,12 +260,11 @@ class ShadowMixin(GraftedEvaluation):
         given.pop("quantization_config", None)
         given["args"].model_init_kwargs = None
 
-    def _start_manifest(self) -> None:
-        os.makedirs(self.args.output_dir, exist_ok=True)
-        write_manifest(self.args.output_dir, self._manifest)
-        self._write_start()
-
-    def _write_start(self) -> None:
+    def _begin(self) -> None:
+        """Put the manifest of this run, and the start of its adapter, in the place of those of a run before."""
+        if self.args.graft:
+            os.makedirs(self.args.output_dir, exist_ok=True)
+            write_manifest(self.args.output_dir, self._manifest)
         write_start(Path(self.args.output_dir), self.model, self._adapter_start, self.origins.adapter)
 
     @cached_property

@@ -1,19 +1,23 @@
 """What a run starts from: the policy, the BASE its delta is measured from, and the INSTRUCT that receives it.
 
-A raw BASE is its own origin. The folder of an earlier shadow run carries a manifest that names both, so that a second
-stage (DPO after SFT) repeats nothing.
+All of it is known from the trainer's arguments and the manifest of an earlier run, before any model is loaded.
 """
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from ..checkpoints.checkpoint import ADAPTER_CONFIG, read_json
+from trl.trainer.utils import get_config_model_id
+
+from ..checkpoints.checkpoint import ADAPTER_CONFIG, Checkpoint, read_json
 from ..checkpoints.delta import refuse_deltas
 from ..checkpoints.manifest import Entry, adapter_base, from_manifest, read_manifest
 from ..errors import AdapterError, ConfigError, InputError, list_names
+from .loading import Loading, bare_model, is_adapted
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -66,9 +70,6 @@ def resolve_origins(
         base_revision: the same for `base`.
         instruct_revision: the same for `instruct`.
 
-    Returns:
-        the origins; `instruct` is None where neither the user nor a manifest names one.
-
     Raises:
         InputError: `policy` is a grafted folder, or a manifest names a folder that is not to be found or has changed.
         AdapterError: an adapter that does not say what it was trained on.
@@ -97,41 +98,48 @@ def resolve_origins(
             on_base = Entry.read(manifest, "policy") == Entry.read(manifest, "base")
             start = origin if on_base else from_manifest("policy", manifest, home)
     elif adapter is not None:
-        start = origin or _adapter_base(home, base_revision)
+        found = origin or adapter_base(read_json(home / ADAPTER_CONFIG), home)
+        if found is None:
+            raise AdapterError(
+                f"the adapter in {adapter} does not say what it was trained on (base_model_name_or_path is empty). "
+                "Name it with base_model=..."
+            )
+        start = Entry(found.source, base_revision or found.revision)
     if origin is None and start is not None:
         origin = Entry(start.source, base_revision or start.revision)
     return Origins(start, origin, receiver, adapter)
 
 
-def _adapter_base(adapter: Path, revision: str | None) -> Entry:
-    found = adapter_base(read_json(adapter / ADAPTER_CONFIG), adapter)
-    if found is None:
-        raise AdapterError(
-            f"the adapter in {adapter} does not say what it was trained on (base_model_name_or_path is empty). "
-            "Name it with base_model=..."
+def require_base(origins: Origins) -> Entry:
+    """Return BASE; InputError where the model has no name and none was given."""
+    if origins.base is None:
+        raise InputError(f"the model has no name, so BASE cannot be found on the disk. {_WAYS_OUT}")
+    return origins.base
+
+
+def require_instruct(origins: Origins) -> Entry:
+    """Return INSTRUCT; ConfigError where none is known."""
+    if origins.instruct is None:
+        raise ConfigError(
+            "no INSTRUCT is known: neither instruct_model=... was given nor does the model come from a shadow run. "
+            "Name the model that receives the delta, or pass graft=False to train BASE only."
         )
-    return Entry(found.source, revision or found.revision)
+    return origins.instruct
 
 
 def check_unchanged(model: PreTrainedModel, source: Entry) -> None:
     """Check that a loaded model still has the weights of `source`, cast to its dtype: the delta is measured from there.
 
-    Args:
-        model: the model that training starts from.
-        source: the folder or hub id its config names.
-
     Raises:
         InputError: the model has weights that differ from those of `source`.
     """
-    fresh = (
-        type(model).from_pretrained(source.source, revision=source.revision or "main", dtype=model.dtype).state_dict()
-    )
-    state = model.state_dict()
+    fresh = type(model).from_pretrained(source.source, revision=source.revision or "main", dtype=model.dtype)
+    known, state = fresh.state_dict(), model.state_dict()
     changed = [
-        f"{name}: {tuple(fresh[name].shape) if name in fresh else 'absent'} in {source}, "
+        f"{name}: {tuple(known[name].shape) if name in known else 'absent'} in {source}, "
         f"{tuple(state[name].shape) if name in state else 'absent'} in memory"
-        for name in sorted(fresh.keys() | state.keys())
-        if name not in fresh or name not in state or not fresh[name].equal(state[name].to(fresh[name].device))
+        for name in sorted(known.keys() | state.keys())
+        if name not in known or name not in state or not known[name].equal(state[name].to(known[name].device))
     ]
     if changed:
         raise InputError(
@@ -140,18 +148,90 @@ def check_unchanged(model: PreTrainedModel, source: Entry) -> None:
         )
 
 
-def require_base(origins: Origins) -> Entry:
-    """Return BASE of `origins`; InputError where the model has no name, and none was given."""
-    if origins.base is None:
-        raise InputError(f"the model has no name, so BASE cannot be found on the disk. {_WAYS_OUT}")
-    return origins.base
+@dataclass(frozen=True)
+class Start:
+    """What training starts from, and what the delta is measured from.
 
+    Args:
+        model: as given: a name, or a loaded model.
+        origins: the names of policy, BASE and INSTRUCT.
+        loading: how the policy is loaded, and so any model beside it.
+        adapter: settings of the adapter that will be trained, as PEFT stores them; None in full fine-tuning.
+        base_named: whether the user named the origin of the delta.
+    """
 
-def require_instruct(origins: Origins) -> Entry:
-    """Return INSTRUCT of `origins`; ConfigError where none is known."""
-    if origins.instruct is None:
-        raise ConfigError(
-            "no INSTRUCT is known: neither instruct_model=... was given nor does the model come from a shadow run. "
-            "Name the model that receives the delta, or pass graft=False to train BASE only."
+    model: Any
+    origins: Origins
+    loading: Loading
+    adapter: Mapping[str, Any] | None
+    base_named: bool
+
+    @classmethod
+    def of(cls, given: Mapping[str, Any], config: Any, *, base_model: str | None, instruct_model: str | None) -> Start:
+        """Return the start of a run with the arguments `given` to the TRL trainer and the two of ours."""
+        model, base = given["model"], base_model or config.base_model
+        origins = resolve_origins(
+            (model if isinstance(model, str) else get_config_model_id(bare_model(model).config)) or None,
+            base=base,
+            instruct=instruct_model or config.instruct_model,
+            policy_revision=(config.model_init_kwargs or {}).get("revision"),
+            base_revision=config.base_revision,
+            instruct_revision=config.instruct_revision,
         )
-    return origins.instruct
+        adapter = None
+        if given.get("peft_config") is not None:
+            adapter = given["peft_config"].to_dict()
+        elif is_adapted(model):
+            adapter = model.peft_config[model.active_adapters[0]].to_dict()
+        elif origins.adapter is not None:
+            adapter = read_json(Path(origins.adapter) / ADAPTER_CONFIG)
+        # A copy: the trainer changes its config while it is built.
+        loading = Loading(copy.copy(config), given.get("quantization_config"))
+        loading = loading.like(origins.policy if origins.adapter or isinstance(model, str) else model)
+        return cls(model, origins, loading, adapter, bool(base))
+
+    @property
+    def in_memory(self) -> bool:
+        """Whether the model was given as an object."""
+        return not isinstance(self.model, str)
+
+    @property
+    def loads_adapter(self) -> bool:
+        """Whether the adapter of an earlier run is loaded and trained further."""
+        return self.origins.adapter is not None and not self.in_memory
+
+    @property
+    def is_free(self) -> bool:
+        """Whether the model may hold anything: an object whose origin was named is not compared with that origin."""
+        return self.in_memory and self.base_named
+
+    @property
+    def is_raw_base(self) -> bool:
+        """Whether training starts from BASE's own weights, so that the delta starts at zero."""
+        # A loaded model with an adapter has the name of the model below it, and need not be BASE.
+        return self.origins.from_raw_base and not self.is_free and not is_adapted(self.model)
+
+    @property
+    def adapter_on_base(self) -> bool:
+        """Whether an adapter is trained on BASE, not on the full model of an earlier run."""
+        return self.adapter is not None and self.origins.policy == self.origins.base
+
+    @property
+    def is_quantised(self) -> bool:
+        """Whether the policy is quantised, by its own attributes, the arguments, or its config on the disk."""
+        names = ("is_quantized", "is_loaded_in_4bit", "is_loaded_in_8bit")
+        if self.in_memory:
+            return any(getattr(bare_model(self.model), name, False) for name in names)
+        if self.loading.quantization_config or (self.loading.args.model_init_kwargs or {}).get("quantization_config"):
+            return True
+        return Checkpoint.open(str(self.origins.policy), weights=False).quantisation is not None
+
+    @property
+    def base(self) -> Entry:
+        """BASE; InputError where it is not known."""
+        return require_base(self.origins)
+
+    @property
+    def instruct(self) -> Entry:
+        """INSTRUCT; ConfigError where it is not known."""
+        return require_instruct(self.origins)

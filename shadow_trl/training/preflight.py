@@ -2,23 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..adapters.kinds import (
-    check_has_delta,
-    is_subtracted,
-    kind_of,
-    lost_start,
-    more_than_a_product,
-    start_setting,
-)
-from ..checkpoints.checkpoint import ADAPTER_CONFIG, read_json
+from accelerate.utils import parse_flag_from_env
+
+from ..adapters.kinds import check_has_delta, is_subtracted, kind_of, lost_start, more_than_a_product, start_setting
 from ..errors import AdapterError, ConfigError, OutputExistsError, list_names
 from .loading import is_adapted
-from .start import Start
+from .origins import Start
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -26,10 +19,6 @@ if TYPE_CHECKING:
 GRAFTED_FOLDER = "grafted"
 # What an adapter's config says of its origin and use, not of its form.
 _NOT_FORM = {"base_model_name_or_path", "revision", "inference_mode", "task_type", "peft_version", "auto_mapping"}
-SHARDED = (
-    "{} is not supported: TUNED would be saved in shards or not at all, and the graft would read an incomplete model. "
-    "Launch with plain data parallelism (accelerate launch --multi_gpu). Nothing was written."
-)
 
 
 def refuse_unsupported(config: Any) -> None:
@@ -41,18 +30,28 @@ def refuse_unsupported(config: Any) -> None:
     if config.push_to_hub:
         raise ConfigError(
             "push_to_hub=True would publish the tuned BASE, not the graft. Pass push_to_hub=False and upload the "
-            f"folder {GRAFTED_FOLDER}/ when the run has ended. Nothing was written."
+            f"folder {GRAFTED_FOLDER}/ when the run has ended."
         )
-    if config.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("1", "true"):
-        raise ConfigError(SHARDED.format("FSDP"))
-    if config.deepspeed or os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() in ("1", "true"):
-        raise ConfigError(SHARDED.format("DeepSpeed"))
+    refuse_sharded(
+        fsdp=config.fsdp or parse_flag_from_env("ACCELERATE_USE_FSDP"),
+        deepspeed=config.deepspeed or parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"),
+    )
     template = getattr(config, "chat_template_path", None)
     if template and not (os.path.isfile(template) and template.endswith((".jinja", ".j2"))):
         raise ConfigError(
             f"chat_template_path={template!r} would resize the embeddings of BASE, which then no longer fit INSTRUCT. "
-            "Leave it out (INSTRUCT's template is used) or give a .jinja file. Nothing was written."
+            "Leave it out (INSTRUCT's template is used) or give a .jinja file."
         )
+
+
+def refuse_sharded(*, fsdp: Any, deepspeed: Any) -> None:
+    """Refuse what is true of the two ways to train in shards with ConfigError."""
+    for name, used in (("FSDP", fsdp), ("DeepSpeed", deepspeed)):
+        if used:
+            raise ConfigError(
+                f"{name} is not supported: TUNED would be saved in shards or not at all, and the graft would read an "
+                "incomplete model. Launch with plain data parallelism (accelerate launch --multi_gpu)."
+            )
 
 
 def check_folders(output_dir: Path, start: Start) -> None:
@@ -62,7 +61,7 @@ def check_folders(output_dir: Path, start: Start) -> None:
         if source and (there := Path(str(source))).exists() and output_dir.exists() and output_dir.samefile(there):
             raise OutputExistsError(
                 f"output_dir {output_dir} is the folder of {role}: saving TUNED there would overwrite it. Choose "
-                "another output_dir. Nothing was written."
+                "another output_dir."
             )
     adapter = start.adapter is not None
     other = sorted(output_dir.glob("model*.safetensors" if adapter else "adapter_*"))
@@ -70,16 +69,12 @@ def check_folders(output_dir: Path, start: Start) -> None:
         raise OutputExistsError(
             f"output_dir {output_dir} holds {other[0].name} of another run; beside "
             f"{'an adapter' if adapter else 'a full model'} the folder could not be loaded. Choose another "
-            "output_dir. Nothing was written."
+            "output_dir."
         )
 
 
 def check_adapter(start: Start, *, grafts: bool) -> None:
-    """Refuse an adapter that could be trained but not grafted, or that does not load as it was.
-
-    Args:
-        start: of the run.
-        grafts: whether the run ends with a graft.
+    """Refuse an adapter that could be trained but not grafted (if the run `grafts`), or that does not load as it was.
 
     Raises:
         AdapterError: it changes no weight, its start cannot be known, or loading it makes another model than the one
@@ -92,7 +87,7 @@ def check_adapter(start: Start, *, grafts: bool) -> None:
     if start.origins.adapter is not None and lost is not None:
         raise AdapterError(
             f"an adapter of init_lora_weights={setting!r} cannot be trained further: on loading, {lost}. Merge it in "
-            "the process that trained it, or use 'pissa'. Nothing was written."
+            "the process that trained it, or use 'pissa'."
         )
     if not grafts:
         return
@@ -106,7 +101,7 @@ def check_adapter(start: Start, *, grafts: bool) -> None:
         raise AdapterError(
             f"the model in memory has an adapter of init_lora_weights={setting!r}, whose delta is what it becomes less "
             "what it was when it was made. Pass the model without an adapter and the settings as peft_config, so that "
-            "the start is kept. Nothing was written."
+            "the start is kept."
         )
     obstacles = kind_of(start.adapter).obstacles
     if obstacles and lost is not None:
@@ -119,32 +114,27 @@ def check_same_adapter(peft_config: PeftConfig, adapter: str) -> None:
     Raises:
         AdapterError: a setting differs; the adapter cannot be trained further with other settings.
     """
-    stored = read_json(Path(adapter) / ADAPTER_CONFIG)
-    given = json.loads(json.dumps(peft_config.to_dict(), default=_plain))
-    names = (stored.keys() | given.keys()) - _NOT_FORM
+    stored, given = _form(type(peft_config).from_pretrained(adapter)), _form(peft_config)
     if "all-linear" in (stored.get("target_modules"), given.get("target_modules")):
-        names.remove("target_modules")  # written as the names it stands for
+        given["target_modules"] = stored.get("target_modules")  # written as the names it stands for
     changed = [
         f"{name}: {stored.get(name)!r} in {adapter}, {given.get(name)!r} in peft_config"
-        for name in sorted(names)
-        if _unordered(stored.get(name)) != _unordered(given.get(name))
+        for name in sorted(stored.keys() | given.keys())
+        if stored.get(name) != given.get(name)
     ]
     if changed:
         raise AdapterError(
             f"the adapter in {adapter} is trained further, but {len(changed)} settings of peft_config differ from it.\n"
             f"{list_names(changed)}\nLeave peft_config out to train the same adapter further. To start a new one, "
             "merge the old one first (PeftModel.merge_and_unload, then save_pretrained) and pass that folder as model "
-            "with base_model=... naming BASE. Nothing was written."
+            "with base_model=... naming BASE."
         )
 
 
-def _plain(value: Any) -> Any:
-    return sorted(value) if isinstance(value, set) else str(getattr(value, "value", value))
-
-
-def _unordered(value: Any) -> Any:
-    # Names are stored from a set, in an order of their own; nothing given and nothing listed are the same.
-    return sorted(value) if isinstance(value, list) and all(isinstance(item, str) for item in value) else value or None
+def _form(config: PeftConfig) -> dict[str, Any]:
+    """Return the settings of an adapter's form; nothing given and nothing listed are the same, as is another order."""
+    known = {name: value for name, value in config.to_dict().items() if name not in _NOT_FORM and value not in ({}, [])}
+    return {name: sorted(value, key=str) if isinstance(value, set | list) else value for name, value in known.items()}
 
 
 def check_reference_options(args: Any, *, ref_model: Any) -> None:
@@ -157,23 +147,18 @@ def check_reference_options(args: Any, *, ref_model: Any) -> None:
         return
     if ref_model is not None:
         raise ConfigError(
-            f"both ref_model=... and ref_policy={args.ref_policy!r} name a reference policy. Pass one of them. "
-            "Nothing was written."
+            f"both ref_model=... and ref_policy={args.ref_policy!r} name a reference policy. Pass one of them."
         )
     if args.sync_ref_model:
         raise ConfigError(
             f"sync_ref_model=True moves the reference towards the policy, which is a BASE; with ref_policy="
             f"{args.ref_policy!r} the reference is another model and the mixture is neither. Use ref_policy='init', or "
-            "sync_ref_model=False. Nothing was written."
+            "sync_ref_model=False."
         )
 
 
 def check_exchangeable(start: Start, args: Any) -> None:
     """Refuse `eval_grafted` where an exchange of weights would not give the graft.
-
-    Args:
-        start: of the run.
-        args: a `ShadowSFTConfig` or `ShadowDPOConfig`.
 
     Raises:
         ConfigError: a quantised BASE, an adapter that is not the same delta on INSTRUCT, or an `instruct_scale`
@@ -189,7 +174,7 @@ def check_exchangeable(start: Start, args: Any) -> None:
     if reasons:
         raise ConfigError(
             f"eval_grafted=True is not possible here.\n{list_names(reasons)}\nPass eval_grafted=False and score the "
-            "grafted folder after training. Nothing was written."
+            "grafted folder after training."
         )
 
 

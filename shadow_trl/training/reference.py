@@ -1,21 +1,20 @@
-"""Reference policies of DPO: load one as the policy was loaded, and let go of it again."""
+"""Reference policies of DPO: one is loaded as the policy was and released again; its values are kept between runs."""
 
 from __future__ import annotations
 
-import gc
-import shutil
-import tempfile
+import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-import torch
 from accelerate.logging import get_logger
+from accelerate.utils.memory import clear_device_cache
 
-from ..adapters.lora import LoraModule, place_on, read_lora, streams
+from ..adapters.kinds import is_subtracted, start_setting
+from ..adapters.lora import place_on, read_lora, streams
 from ..arithmetic.grafter import graft_low_rank
 from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.manifest import Entry
@@ -23,12 +22,13 @@ from ..grafting.options import GraftOptions
 from ..layouts.model_names import ModelNames
 from ..operations.graft import graft
 from ..runtime.processes import run_on_main
-from .loading import Loading
-from .start import Start
+from .loading import Loading, bare_model, is_adapted
+from .origins import Start
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
     from transformers import PreTrainedModel
+    from trl import DPOConfig
 
 logger = get_logger(__name__)
 
@@ -53,7 +53,8 @@ class Reference:
         origins = start.origins
         if policy == "init" or (policy == "base" and start.is_raw_base):
             # TRL's reference is the model without its adapter: with PiSSA or OLoRA not what training starts from.
-            if start.adapter_changes_base and origins.adapter is None and origins.policy is not None:
+            subtracted = start.adapter is not None and is_subtracted(start_setting(start.adapter))
+            if subtracted and origins.adapter is None and origins.policy is not None:
                 return cls(origins.policy)
             return None
         if policy == "base":
@@ -65,10 +66,6 @@ class Reference:
 
 def load_reference(source: Entry, *, loading: Loading) -> PreTrainedModel:
     """Load the model in `source` as a frozen reference policy, in the way the policy was loaded.
-
-    Args:
-        source: folder or hub id.
-        loading: how the policy is loaded.
 
     Returns:
         the model in evaluation mode, without dropout where the policy trains without it, no parameter requiring a
@@ -92,77 +89,65 @@ def graft_of_start(start: Start) -> PreTrainedModel:
         start: of the run: a full model or an adapter of an earlier run, or a loaded model that was not trained yet. The
             options are those of the run's own graft.
     """
-    modules = _modules_in_memory(start)
-    if modules is not None:
-        return _merge_on_instruct(start, modules)
+    model = _graft_in_memory(start)
+    if model is not None:
+        return model
     from accelerate import PartialState
 
-    state = PartialState()
-    folder = run_on_main(
-        state, partial(_write_graft_of_start, start), what="the graft of the start, as the reference policy"
-    )
-    try:
-        return load_reference(Entry(f"{folder}/grafted"), loading=start.loading)
-    finally:
-        state.wait_for_everyone()
-        if state.is_main_process:
-            shutil.rmtree(folder)
+    state, parent = PartialState(), start.loading.args.output_dir
+    with ExitStack() as kept:
+
+        def write() -> str:
+            os.makedirs(parent, exist_ok=True)
+            folder = kept.enter_context(TemporaryDirectory(prefix=".shadow-reference-", dir=parent))
+            return _write_graft_of_start(start, Path(folder))
+
+        grafted = run_on_main(state, write, what="the graft of the start, as the reference policy")
+        kept.callback(state.wait_for_everyone)  # before the main process removes the folder
+        return load_reference(Entry(grafted), loading=start.loading)
 
 
-def _write_graft_of_start(start: Start) -> str:
-    """Write the graft of the start to `grafted/` in a new folder beside the run's results; return that folder."""
-    origins, args = start.origins, start.loading.args
-    parent = Path(args.output_dir)
-    parent.mkdir(parents=True, exist_ok=True)
-    folder = tempfile.mkdtemp(prefix=".shadow-reference-", dir=parent)
+def _write_graft_of_start(start: Start, folder: Path) -> str:
+    """Write the graft of the start to a new folder in `folder`; return its path."""
     dtype = str(start.loading.kwargs["dtype"]).removeprefix("torch.")
-    options = {**args.graft_options(), "format": "model", "dtype": dtype}
+    options = {**start.loading.args.graft_options(), "format": "model", "dtype": dtype}
     if dtype == "float32":
         options["rounding"] = "nearest"  # nothing is rounded to 16 bits
-    try:
-        tuned = origins.adapter or str(origins.policy)
-        if start.in_memory:
-            tuned = f"{folder}/start"
-            start.model.save_pretrained(tuned)
-        graft(
-            base=str(start.base),
-            instruct=str(start.instruct),
-            tuned=tuned,
-            output=Path(folder) / "grafted",
-            base_dtype="tuned",
-            digest="none",
-            stats=False,
-            progress=False,
-            **options,
-        )
-    except BaseException:
-        shutil.rmtree(folder)
-        raise
-    return folder
+    tuned = start.origins.adapter or str(start.origins.policy)
+    if start.in_memory:
+        tuned = str(folder / "start")
+        start.model.save_pretrained(tuned)
+    report = graft(
+        base=str(start.base),
+        instruct=str(start.instruct),
+        tuned=tuned,
+        output=folder / "grafted",
+        base_dtype="tuned",
+        digest="none",
+        stats=False,
+        progress=False,
+        **options,
+    )
+    return str(report.output)
 
 
-def _modules_in_memory(start: Start) -> dict[str, LoraModule] | None:
-    """Return name of INSTRUCT's weight -> module of the start, where it is a plain LoRA on BASE; else None."""
-    origins, args = start.origins, start.loading.args
+def _graft_in_memory(start: Start) -> PreTrainedModel | None:
+    """Load INSTRUCT with the product of the start added, where that is a plain LoRA on BASE; None where it is not."""
+    args = start.loading.args
     if not (start.loads_adapter and start.adapter_on_base) or start.loading.quantization_config is not None:
         return None
     if args.instruct_scale != 1.0 or args.graft_vocab != "strict":
         return None
-    adapter, instruct = Checkpoint.open(str(origins.adapter)), Checkpoint.open(str(start.instruct))
+    adapter, instruct = Checkpoint.open(str(start.origins.adapter)), Checkpoint.open(str(start.instruct))
     if not streams(adapter, instruct):
         return None
-    placed = place_on(read_lora(adapter), adapter, instruct)
-    known = ModelNames(instruct).memory
-    return placed if all(f"{lora.module}.weight" in known for lora in placed.values()) else None
-
-
-def _merge_on_instruct(start: Start, modules: Mapping[str, LoraModule]) -> PreTrainedModel:
-    """Load INSTRUCT and add the scaled delta of the start's LoRA to its weights, as the graft of it is written."""
+    placed, known = place_on(read_lora(adapter), adapter, instruct), ModelNames(instruct).memory
+    if any(f"{lora.module}.weight" not in known for lora in placed.values()):
+        return None
     model = load_reference(start.instruct, loading=start.loading)
-    adapter = Checkpoint.open(str(start.origins.adapter))
-    options = GraftOptions(**start.loading.args.graft_options())
+    options = GraftOptions(**args.graft_options())
     receives = options.selector()
-    for name, lora in modules.items():
+    for name, lora in placed.items():
         if receives(name):
             left, right = adapter.tensor(lora.left), adapter.tensor(lora.right)
             if lora.transposed:
@@ -190,9 +175,7 @@ def prepared(model: PreTrainedModel, accelerator: Accelerator) -> Iterator[PreTr
         # The accelerator keeps a list of every model it prepared; dropping one's own name alone frees nothing.
         accelerator._models = [kept for kept in accelerator._models if kept is not ready]
         del model, ready
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        clear_device_cache(garbage_collection=True)
 
 
 def decide_precompute(config: Any, given: Mapping[str, Any], *, preferred: bool) -> None:
@@ -221,3 +204,51 @@ def decide_precompute(config: Any, given: Mapping[str, Any], *, preferred: bool)
             "The reference policy stays in memory during training: its log probabilities can be computed before "
             "training for map-style text data only, and not all of the data is that."
         )
+
+
+def reference_key(model_hash: str, model: Any, args: DPOConfig) -> str:
+    """Return the part of the cache's key that does not come from the data: the model, and how its values are summed.
+
+    Args:
+        model_hash: of the reference's weights and dtypes, all that TRL's own key has of it.
+        model: the reference; its config turns weights into values, and so do the settings of its adapters.
+        args: of the run; `ld_alpha` weighs tokens, the lengths cut them, mixed precision rounds.
+    """
+    from datasets.fingerprint import Hasher
+
+    adapters, bare = model.peft_config if is_adapted(model) else {}, bare_model(model)
+    settings = {name: {**config.to_dict(), "base_model_name_or_path": None} for name, config in adapters.items()}
+    how = (args.ld_alpha, args.max_length, args.truncation_mode, args.bf16, args.fp16)
+    return Hasher.hash((model_hash, type(bare).__name__, _settings(bare.config), settings, *how))
+
+
+def _settings(config: Any) -> list[Any]:
+    """Return what a config and those inside it say, with the kernels of attention, which `to_dict` leaves out."""
+    inside = [getattr(config, name, None) for name in config.sub_configs]
+    # The graft of a start is loaded from a folder that has another name in every run.
+    own = {**config.to_dict(), **dict.fromkeys(["_name_or_path", *config.sub_configs])}
+    return [own, config._attn_implementation, *(_settings(one) for one in inside if one is not None)]
+
+
+def shared_on_disk(dataset: Any, accelerator: Accelerator) -> Any:
+    """Return `dataset` from a file all processes can read; unchanged on one process, or where it is in a file already.
+
+    TRL's cache of reference log probabilities is beside the data's file. Data in memory has one temporary folder a
+    process, where the other processes find nothing.
+    """
+    import datasets
+
+    if accelerator.num_processes == 1 or not isinstance(dataset, datasets.Dataset) or dataset.cache_files:
+        return dataset
+    folder = Path(datasets.config.HF_DATASETS_CACHE) / "shadow_trl" / dataset._fingerprint
+
+    def save() -> str:
+        if not folder.exists():
+            # Renamed when it is whole: a run that is killed here must not leave half of the rows to the next.
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            with TemporaryDirectory(prefix=".shadow-", dir=folder.parent) as unfinished:
+                dataset.save_to_disk(f"{unfinished}/rows")
+                os.rename(f"{unfinished}/rows", folder)
+        return str(folder)
+
+    return datasets.load_from_disk(run_on_main(accelerator, save, what="saving the data"))

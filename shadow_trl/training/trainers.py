@@ -14,13 +14,19 @@ from .config import ShadowDPOConfig, ShadowSFTConfig
 from .loading import is_adapted
 from .mixin import ShadowMixin
 from .preflight import check_reference_options
-from .reference import REF_COLUMNS, Reference, decide_precompute, graft_of_start, load_reference, prepared
-from .reference_cache import reference_key, shared_on_disk
+from .reference import (
+    REF_COLUMNS,
+    Reference,
+    decide_precompute,
+    graft_of_start,
+    load_reference,
+    prepared,
+    reference_key,
+    shared_on_disk,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-__all__ = ["ShadowDPOTrainer", "ShadowMixin", "ShadowSFTTrainer"]
 
 
 class ShadowSFTTrainer(ShadowMixin, SFTTrainer):

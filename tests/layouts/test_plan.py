@@ -16,7 +16,7 @@ from layout_cases import edit_config, graft_by_layout, open_all, rename, rewrite
 
 from shadow_trl.checkpoints.checkpoint import Checkpoint
 from shadow_trl.errors import PairMismatchError
-from shadow_trl.layouts.plan import plan
+from shadow_trl.layouts.plan import resolve
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -32,7 +32,7 @@ def test_equal_layouts(name: str, families: Any, tmp_path: Path) -> None:
 def test_delta_without_base(families: Any) -> None:
     family = families("llama")
     instruct, delta = open_all(family / "instruct", family / "tuned")
-    layout = plan(None, instruct, delta)
+    layout = resolve(None, instruct, delta)
     assert [(weight.base, weight.tuned) for weight in layout.weights] == [(None, name) for name in instruct.specs]
 
 
@@ -48,14 +48,14 @@ def test_an_unknown_weight_of_instruct_is_named(families: Any, tmp_path: Path) -
     instruct = extended(family / "instruct", tmp_path / "instruct", model__adapter__weight=torch.ones(2))
     message = r"(?s)1 weight without a counterpart.*model\.adapter\.weight.*instruct only, not in base and tuned"
     with pytest.raises(PairMismatchError, match=message):
-        plan(*open_all(family / "base", instruct, family / "tuned"))
+        resolve(*open_all(family / "base", instruct, family / "tuned"))
 
 
 def test_an_unknown_weight_of_tuned_is_named(families: Any, tmp_path: Path) -> None:
     family = families("llama")
     tuned = extended(family / "tuned", tmp_path / "tuned", model__adapter__weight=torch.ones(2))
     with pytest.raises(PairMismatchError, match=r"(?s)without a matching weight.*model\.adapter\.weight.*tuned only"):
-        plan(*open_all(family / "base", family / "instruct", tuned))
+        resolve(*open_all(family / "base", family / "instruct", tuned))
 
 
 @pytest.mark.parametrize("changed", [False, True])
@@ -67,9 +67,9 @@ def test_a_weight_that_instruct_lacks_must_be_without_a_delta(changed: bool, fam
     checkpoints = open_all(base, family / "instruct", tuned)
     if changed:
         with pytest.raises(PairMismatchError, match=r"(?s)without a matching weight.*extra\.weight"):
-            plan(*checkpoints)
+            resolve(*checkpoints)
     else:
-        assert plan(*checkpoints).left_out == ["base: extra.weight", "tuned: extra.weight"]
+        assert resolve(*checkpoints).left_out == ["base: extra.weight", "tuned: extra.weight"]
 
 
 def test_all_keys_are_listed_when_nothing_fits(families: Any, tmp_path: Path) -> None:
@@ -77,12 +77,12 @@ def test_all_keys_are_listed_when_nothing_fits(families: Any, tmp_path: Path) ->
     tuned = rename(family / "tuned", tmp_path / "tuned", ("model.layers.0.", "model.blocks.0."))
     message = r"(?s)9 weights without a counterpart.*model\.layers\.0\..*not in tuned"
     with pytest.raises(PairMismatchError, match=message):
-        plan(*open_all(family / "base", family / "instruct", tuned))
+        resolve(*open_all(family / "base", family / "instruct", tuned))
 
 
 def test_other_architecture_is_refused(families: Any) -> None:
     with pytest.raises(PairMismatchError, match="without a counterpart"):
-        plan(*open_all(families("llama") / "base", families("gpt_oss") / "instruct", families("llama") / "tuned"))
+        resolve(*open_all(families("llama") / "base", families("gpt_oss") / "instruct", families("llama") / "tuned"))
 
 
 def test_names_that_transformers_does_not_know_are_listed(families: Any, tmp_path: Path) -> None:
@@ -90,7 +90,7 @@ def test_names_that_transformers_does_not_know_are_listed(families: Any, tmp_pat
     instruct = rename(family / "instruct", tmp_path / "instruct", ("model.", "strange."))
     edit_config(instruct, model_type="strange", architectures=["StrangeForCausalLM"])
     with pytest.raises(PairMismatchError, match=r"strange\.layers"):
-        plan(*open_all(family / "base", instruct, family / "tuned"))
+        resolve(*open_all(family / "base", instruct, family / "tuned"))
 
 
 def test_buffers_that_loading_computes_are_copied_with_a_word(families: Any, tmp_path: Path) -> None:
@@ -99,10 +99,10 @@ def test_buffers_that_loading_computes_are_copied_with_a_word(families: Any, tmp
     buffer = {"model__layers__0__self_attn__rotary_emb__inv_freq": torch.ones(4)}
     base = extended(family / "base", tmp_path / "base", **buffer)
     instruct = extended(family / "instruct", tmp_path / "instruct", **buffer)
-    layout = plan(*open_all(base, instruct, family / "tuned"))
+    layout = resolve(*open_all(base, instruct, family / "tuned"))
     assert [w.name for w in layout.weights if w.copied] == ["model.layers.0.self_attn.rotary_emb.inv_freq"]
     assert "inv_freq" in layout.warnings[0]
-    assert plan(*open_all(base, family / "instruct", family / "tuned")).left_out == [
+    assert resolve(*open_all(base, family / "instruct", family / "tuned")).left_out == [
         "base: model.layers.0.self_attn.rotary_emb.inv_freq"
     ]
 
@@ -116,9 +116,9 @@ def test_whole_numbers_are_copied_unless_training_changed_them(changed: bool, fa
     ]
     if changed:
         with pytest.raises(PairMismatchError, match=r"(?s)whole numbers.*model\.steps.*I64"):
-            plan(*open_all(*folders))
+            resolve(*open_all(*folders))
     else:
-        assert [weight.name for weight in plan(*open_all(*folders)).weights if weight.copied] == ["model.steps"]
+        assert [weight.name for weight in resolve(*open_all(*folders)).weights if weight.copied] == ["model.steps"]
 
 
 def test_two_names_of_one_weight_are_refused(families: Any, tmp_path: Path) -> None:
@@ -130,7 +130,7 @@ def test_two_names_of_one_weight_are_refused(families: Any, tmp_path: Path) -> N
 
     tuned = rewrite(family / "tuned", tmp_path / "tuned", change)
     with pytest.raises(PairMismatchError, match=r"(?s)same weight in memory.*language_model\.model\.norm\.weight"):
-        plan(*open_all(family / "base", family / "instruct-memory", tuned))
+        resolve(*open_all(family / "base", family / "instruct-memory", tuned))
 
 
 @pytest.mark.parametrize("name", CONFIGS)

@@ -18,8 +18,8 @@ from layout_cases import carry_out, edit_config, open_all, rewrite, run_graft
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
-from shadow_trl.errors import ConfigError, PairMismatchError
-from shadow_trl.layouts.plan import plan
+from shadow_trl.errors import PairMismatchError
+from shadow_trl.layouts.plan import resolve
 
 
 def with_rows(source: Path, target: Path, rows: int) -> Path:
@@ -45,11 +45,11 @@ def test_other_number_of_token_rows(name: str, rows: int, families: Any, tmp_pat
     checkpoints = open_all(family / "base", instruct, family / "tuned")
     message = rf"(?s)(2|1) of .* weights differ in shape.*embed_tokens.*base +\(40, 16\).*instruct +\({rows}, 16\)"
     with pytest.raises(PairMismatchError, match=message) as caught:
-        plan(*checkpoints)
+        resolve(*checkpoints)
     assert f"{abs(rows - 40)} {'more' if rows > 40 else 'fewer'} token rows" in str(caught.value)
     assert "--vocab shared" in str(caught.value)
     shared = [row for row in range(41) if row != 7]  # token 7 means something else, 40 is beyond BASE
-    layout = plan(*checkpoints, vocab="shared", rows=shared)
+    layout = resolve(*checkpoints, rows=shared)
     sources = dict(zip(ROLES, checkpoints, strict=True))
     result = in_memory(name, carry_out(layout, sources, tmp_path / "grafted"))
     b, i, t = (in_memory(name, folder) for folder in (family / "base", instruct, family / "tuned"))
@@ -67,7 +67,7 @@ def test_other_number_of_token_rows(name: str, rows: int, families: Any, tmp_pat
 
 def test_shared_rows_of_equal_vocabularies_graft_everything(families: Any) -> None:
     family = families("llama")
-    layout = plan(*open_all(*(family / role for role in ROLES)), vocab="shared", rows=range(40))
+    layout = resolve(*open_all(*(family / role for role in ROLES)), rows=range(40))
     assert all(weight.rows is None for weight in layout.weights)
 
 
@@ -75,17 +75,10 @@ def test_weights_left_out_by_the_user_may_differ(families: Any, tmp_path: Path) 
     family = families("llama")
     instruct = with_rows(family / "instruct", tmp_path / "instruct", 43)
     checkpoints = open_all(family / "base", instruct, family / "tuned")
-    layout = plan(*checkpoints, wanted=lambda name: "_proj" in name)
+    layout = resolve(*checkpoints, wanted=lambda name: "_proj" in name)
     assert {weight.name for weight in layout.weights if weight.copied} == {
         name for name in checkpoints[1].specs if "_proj" not in name
     }
-
-
-@pytest.mark.parametrize("options", [{"vocab": "share"}, {"vocab": "shared"}])
-def test_bad_options(options: dict[str, Any], families: Any) -> None:
-    family = families("llama")
-    with pytest.raises(ConfigError, match="vocab"):
-        plan(*open_all(*(family / role for role in ROLES)), **options)
 
 
 def test_shared_rows_end_to_end(families: Any, tmp_path: Path) -> None:

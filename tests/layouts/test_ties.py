@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 
 from shadow_trl.checkpoints.checkpoint import Checkpoint
 from shadow_trl.errors import PairMismatchError
-from shadow_trl.layouts.plan import plan
+from shadow_trl.layouts.plan import resolve
 from shadow_trl.operations.graft import graft
 
 
@@ -35,7 +35,7 @@ def test_every_combination_of_heads(heads: tuple[str | None, ...], families: Any
     conflict = instruct != "own" and "own" in (base, tuned)
     if conflict:
         with pytest.raises(PairMismatchError, match=r"(?s)delta of its own.*lm_head\.weight.*--untie"):
-            plan(*open_all(*folders))
+            resolve(*open_all(*folders))
     layout = graft_by_layout(tmp_path, "qwen3", folders, untie=conflict)
     assert layout.tier == "equal"
     assert layout.config_edits == ({"tie_word_embeddings": False} if conflict else {})
@@ -60,7 +60,7 @@ def test_a_frozen_head_on_a_frozen_embedding_is_no_delta(families: Any, tmp_path
 
     tuned = rewrite(family / "tuned", tmp_path / "tuned", change)
     edit_config(tuned, tie_word_embeddings=False)
-    layout = plan(*open_all(base, family / "instruct", tuned))
+    layout = resolve(*open_all(base, family / "instruct", tuned))
     assert "lm_head.weight" not in [weight.name for weight in layout.weights]
     assert not layout.config_edits
 
@@ -72,7 +72,7 @@ def test_a_frozen_head_on_a_trained_embedding_is_a_delta_of_its_own(families: An
     tuned = rewrite(family / "tuned", tmp_path / "tuned", lambda weights: {**weights, "lm_head.weight": head})
     edit_config(tuned, tie_word_embeddings=False)
     with pytest.raises(PairMismatchError, match="--untie"):
-        plan(*open_all(base, family / "instruct", tuned))
+        resolve(*open_all(base, family / "instruct", tuned))
     graft_by_layout(tmp_path, "qwen3", (base, family / "instruct", tuned), untie=True)
 
 
@@ -95,7 +95,7 @@ def test_untie_reaches_the_sub_config(families: Any, tmp_path: Path) -> None:
     edit_config(tuned, tie_word_embeddings=False)
     folders = (family / "base", family / "instruct", tuned)
     with pytest.raises(PairMismatchError, match="--untie"):
-        plan(*open_all(*folders))
+        resolve(*open_all(*folders))
     layout = graft_by_layout(tmp_path, "gemma3", folders, untie=True)
     assert layout.config_edits == {"tie_word_embeddings": False, "text_config.tie_word_embeddings": False}
     assert layout.weights[-1].name == "lm_head.weight"
@@ -117,7 +117,7 @@ def test_an_untied_checkpoint_without_head_is_refused(families: Any, tmp_path: P
 
     tuned = rewrite(family / "tuned", tmp_path / "tuned", change)
     with pytest.raises(PairMismatchError, match=r"tuned .*tie_word_embeddings false.*no lm_head\.weight"):
-        plan(*open_all(family / "base", family / "instruct", tuned))
+        resolve(*open_all(family / "base", family / "instruct", tuned))
 
 
 def test_graft_unties_and_says_so_in_the_config(families: Any, tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from trl import DPOTrainer
 from shadow_trl import ShadowDPOConfig, ShadowDPOTrainer, graft
 from shadow_trl.errors import ConfigError
 from shadow_trl.training import reference
-from shadow_trl.training.reference_cache import reference_key
+from shadow_trl.training.reference import reference_key
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning:transformers")
 

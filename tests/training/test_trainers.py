@@ -332,6 +332,19 @@ def test_existing_graft_is_refused_before_training_and_replaced_when_asked(pair,
     assert (tmp_path / "grafted" / "model.safetensors").read_bytes() != before
 
 
+def test_an_error_ends_with_what_is_on_the_disk(pair, tmp_path):
+    with pytest.raises(ConfigError) as before:
+        sft(pair, tmp_path / "out", push_to_hub=True)
+    assert str(before.value).endswith("Nothing was written.")
+    assert str(before.value).count("Nothing was written") == 1
+    trainer = sft(pair, tmp_path / "out")
+    (tmp_path / "taken").mkdir()
+    with pytest.raises(OutputExistsError) as after:
+        trainer.graft(tmp_path / "taken")
+    assert str(after.value).endswith(f"TUNED is in {tmp_path / 'out'}.")
+    assert (tmp_path / "out" / "model.safetensors").is_file()
+
+
 def test_output_that_is_an_input_is_refused(tmp_path):
     from tiny import make_pair
 

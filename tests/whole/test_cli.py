@@ -103,7 +103,8 @@ def test_bad_input_is_one_error_with_code_2_and_nothing_written(tmp_path, capsys
         (["knit"], "invalid choice: 'knit'"),
         ([], "required: COMMAND"),
     ):
-        fails(capsys, argv, 2, *texts)
+        error = fails(capsys, argv, 2, *texts)
+        assert error.endswith("Nothing was written.\n"), argv
         assert sorted(tmp_path.rglob("*")) == before, argv
 
 
@@ -148,6 +149,16 @@ def test_gap_draws(tmp_path):
     ]
     assert cli.main(argv) == 0
     assert (tmp_path / "gap.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_plot_of_an_unknown_format_leaves_nothing_behind(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    sides = family(tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    argv = ["gap", "--base", str(sides["base"]), "--instruct", str(sides["instruct"]), "--quiet"]
+    more = ["--json", str(tmp_path / "gap.json"), "--plot", str(tmp_path / "gap.xyz")]
+    assert fails(capsys, [*argv, *more], 2, "cannot draw").endswith("Nothing was written.\n")
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_a_plot_without_matplotlib_says_what_to_install(tmp_path, capsys, monkeypatch):
