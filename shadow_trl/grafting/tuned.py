@@ -19,12 +19,12 @@ from ..adapters.kinds import kind_of
 from ..adapters.lora import base_model_of, open_tuned, place_on, read_lora, streams
 from ..checkpoints.checkpoint import Checkpoint, Place
 from ..checkpoints.delta import refuse_deltas
+from ..checkpoints.hub import Source
 from ..checkpoints.manifest import stage_below
 from ..checkpoints.overlay import Overlay
 from ..errors import AdapterError, ConfigError, list_names
 from ..results.folder import make_parents, remove_empty
 
-Source = str | os.PathLike[str]
 Stages = dict[str, Checkpoint]
 
 

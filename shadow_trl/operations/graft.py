@@ -17,11 +17,12 @@ from ..adapters.lora import place_on
 from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.delta import refuse_deltas
 from ..checkpoints.header import TORCH_NAMES
+from ..checkpoints.hub import Source
 from ..checkpoints.manifest import Entry, write_manifest
 from ..errors import ConfigError, GraftError, ends_with, list_names
 from ..grafting.files import main_dtype, plan_files, write_index
 from ..grafting.form import is_local, no_adapter_form
-from ..grafting.inputs import Digests, Inputs, Source, open_delta, open_tuned_inputs, other_base
+from ..grafting.inputs import Digests, Inputs, open_delta, open_tuned_inputs, other_base
 from ..grafting.jobs import check_rounding, full_jobs
 from ..grafting.options import GraftOptions
 from ..grafting.reports import GraftReport, graft_figures, graft_warnings
