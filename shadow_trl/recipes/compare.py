@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -20,27 +21,21 @@ from ..training.preflight import GRAFTED_FOLDER
 from .options import Options
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """What training leaves for the report.
-
-    Args:
-        origins: where BASE and INSTRUCT come from.
-        models: name of each model, in the order of the table -> folder or hub id. "tuned" is the folder of the run,
-            "grafted", where there is a graft, the folder of its result.
-        seconds: wall-clock seconds of each step.
-    """
-
-    origins: Origins
-    models: Mapping[str, str]
-    seconds: Mapping[str, float]
+@contextmanager
+def timed(seconds: dict[str, float], name: str) -> Iterator[None]:
+    """Put the seconds that the block takes into `seconds[name]`, if it ends well."""
+    started = time.perf_counter()
+    yield
+    seconds[name] = round(time.perf_counter() - started, 1)
 
 
 def make_report(
     options: Options,
-    outcome: Outcome,
+    origins: Origins,
+    models: Mapping[str, str],
     rows: list[dict[str, Any]] | None,
     *,
+    seconds: dict[str, float],
     output: str,
     titles: Mapping[str, str] = TITLES,
     unscored: tuple[str, ...] = (),
@@ -49,27 +44,29 @@ def make_report(
 
     Args:
         options: of the recipe, or of the last stage of the pipeline.
-        outcome: of the training.
+        origins: where BASE and INSTRUCT come from.
+        models: name of each model, in the order of the table -> folder or hub id. "tuned" is the folder of the run,
+            "grafted", where there is a graft, the folder of its result.
         rows: as `scoring.read_rows` returns them; None scores nothing.
+        seconds: wall-clock seconds of each step; those of scoring are added.
         output: folder of the recipe or the pipeline, for `report.json`.
         titles: what the table calls each model. Default `TITLES`.
         unscored: names of models that are listed without scores.
     """
-    models, seconds, scores = outcome.models, dict(outcome.seconds), {}
+    scores = {}
     if rows:
         say(f"Scoring the models on {len(rows)} rows of {options.recipe.score_rows}")
-        started = time.perf_counter()
-        for name in (name for name in models if name not in unscored):
-            scores[name] = score_model(options, outcome.origins, models[name], rows, title=titles[name])
-        seconds["score"] = time.perf_counter() - started
-    graft = _graft_figures(Path(models["tuned"]), outcome.origins, scored=bool(rows)) if "grafted" in models else None
+        with timed(seconds, "score"):
+            for name in (name for name in models if name not in unscored):
+                scores[name] = _score_model(options, origins, models[name], rows, title=titles[name])
+    graft = _graft_figures(Path(models["tuned"]), origins, scored=bool(rows)) if "grafted" in models else None
     report = RunReport(
         models=models,
         output=output,
         scores=scores,
         graft=graft,
         rows=options.recipe.score_rows,
-        seconds={name: round(value, 1) for name, value in seconds.items()},
+        seconds=seconds,
         titles=titles,
     )
     report.write(output)
@@ -79,12 +76,8 @@ def make_report(
 def _graft_figures(run: Path, origins: Origins, *, scored: bool) -> dict[str, Any]:
     """Return the report of the graft from its manifest, with sigma and `delta_to_gap` where they cost no download.
 
-    An adapter was grafted without BASE's weights, and has no weights of its own to set against the gap.
-
-    Args:
-        run: folder of the run, with the tuned BASE.
-        origins: where BASE and INSTRUCT come from.
-        scored: whether all models are on the disk anyway, because they were scored.
+    An adapter was grafted without BASE's weights, and has no weights of its own to set against the gap. With `scored`
+    all models are on the disk anyway.
     """
     manifest = read_manifest(run / GRAFTED_FOLDER)
     assert manifest is not None  # there is a graft
@@ -98,13 +91,12 @@ def _graft_figures(run: Path, origins: Origins, *, scored: bool) -> dict[str, An
         measured = gap(base, instruct, str(run) if full else None, progress=False)
     except ShadowError as reason:  # the result is on the disk; its report must not fail for a figure
         return {**figures, "warnings": [*figures["warnings"], f"the gap was not measured: {reason}"]}
-    if figures["sigma"] is None:
-        figures["sigma"] = measured.sigma
-    share = measured.delta_to_gap
+    sigma, share = figures["sigma"], measured.delta_to_gap
+    figures["sigma"] = measured.sigma if sigma is None else sigma
     return {**figures, "delta_to_gap": share * abs(figures["scale"]) if share is not None else None}
 
 
-def score_model(options: Options, origins: Origins, source: str, rows: list[dict[str, Any]], *, title: str) -> Scores:
+def _score_model(options: Options, origins: Origins, source: str, rows: list[dict[str, Any]], *, title: str) -> Scores:
     """Score one model, a folder (weights or adapter) or hub id, with INSTRUCT's tokenizer and end tokens."""
     from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 

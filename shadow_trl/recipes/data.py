@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import InputError
+from ..errors import InputError, ends_with
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
@@ -20,19 +20,12 @@ ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assi
 """Names of the speakers in ShareGPT's format and what chat templates call them."""
 
 
+@ends_with("Nothing was written.")
 def load_data(options: Options) -> dict[str, Any]:
-    """Load the data sets of a run as keyword arguments of a trainer.
-
-    Args:
-        options: of the recipe. `dataset_name` is a hub id, a local folder or a local file; with an `eval_strategy`
-            other than "no" the test split is loaded too.
-
-    Returns:
-        `train_dataset`, and `eval_dataset` where there is an evaluation.
+    """Load `train_dataset`, and `eval_dataset` where there is an evaluation, as keyword arguments of a trainer.
 
     Raises:
         InputError: a data set or split cannot be loaded.
-
     """
     script, training, train_rows = options.script, options.training, options.recipe.train_rows
     train = load_split(script, script.dataset_train_split)
@@ -45,11 +38,10 @@ def load_data(options: Options) -> dict[str, Any]:
 
 
 def load_split(script: ScriptArguments, split: str) -> Dataset | IterableDataset:
-    """Load one split, which may be a slice such as `train[:1000]`.
+    """Load one split of a hub id, local folder or local file; it may be a slice such as `train[:1000]`.
 
     Raises:
         InputError: there is no such data set or split; the message has what `datasets` says about it.
-
     """
     from datasets import load_dataset
     from trl.data_utils import is_conversational_from_value
@@ -60,11 +52,11 @@ def load_split(script: ScriptArguments, split: str) -> Dataset | IterableDataset
     source: dict[str, Any] = {"path": name, "name": script.dataset_config}
     if builder is not None:
         if not Path(name).is_file():
-            raise InputError(f"the data file {name} does not exist. Nothing was written.")
+            raise InputError(f"the data file {name} does not exist.")
         if split.partition("[")[0] != "train":
             raise InputError(
                 f"{name} is one file, which has the split train only, not {split}. Put train.jsonl and test.jsonl into "
-                "a folder and pass that folder, or set eval_strategy to 'no'. Nothing was written."
+                "a folder and pass that folder, or set eval_strategy to 'no'."
             )
         source = {"path": builder, "data_files": {"train": name}}
     try:
@@ -73,9 +65,9 @@ def load_split(script: ScriptArguments, split: str) -> Dataset | IterableDataset
     # Bad JSON, no such id, split or config, no connection: `datasets` has its own exception for each.
     except Exception as reason:
         cause = f"{reason} ({reason.__cause__})" if reason.__cause__ else str(reason)
-        raise InputError(f"cannot load the split {split} of {name}: {cause} Nothing was written.") from reason
+        raise InputError(f"cannot load the split {split} of {name}: {cause}") from reason
     if first is None:
-        raise InputError(f"the split {split} of {name} has no rows. Nothing was written.")
+        raise InputError(f"the split {split} of {name} has no rows.")
     if is_conversational_from_value(first):
         return _as_messages(data)
     return data.remove_columns("prompt") if _repeats_prompt(first) else data
@@ -101,8 +93,7 @@ def _as_messages(data: Any) -> Any:
         unknown = sorted({turn["from"] for turn in row["conversations"]} - set(ROLES))
         if unknown:
             raise InputError(
-                f"unknown speakers in `conversations`: {', '.join(unknown)}; known are {', '.join(ROLES)}. "
-                "Nothing was written."
+                f"unknown speakers in `conversations`: {', '.join(unknown)}; known are {', '.join(ROLES)}."
             )
         return {"messages": [{"role": ROLES[turn["from"]], "content": turn["value"]} for turn in row["conversations"]]}
 

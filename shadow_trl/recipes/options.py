@@ -1,25 +1,26 @@
 """Options of the recipes: a YAML file with overrides from the command line, read strictly.
 
-TRL's parser does the work. What it lets through is an error here: unknown and repeated keys, abbreviated options, and
-values of the wrong type in YAML, which argparse never sees. Paths in a shipped config work from any current folder.
+What TRL's parser lets through is an error here: unknown and repeated keys, abbreviations, wrong types in YAML.
 """
 
 from __future__ import annotations
 
 import difflib
 import os
+import re
 import types
 import typing
-from argparse import Namespace
-from collections.abc import Callable, Mapping, Sequence
+from argparse import ArgumentError
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import takewhile
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import yaml
 from trl import ModelConfig, ScriptArguments, TrlParser
 
-from ..errors import ConfigError, InputError, ShadowError, list_names, one_of
+from ..errors import ConfigError, InputError, ShadowError, ends_with, list_names, one_of
 from ..grafting.options import DTYPES
 from ..training.config import ShadowDPOConfig, ShadowSFTConfig
 
@@ -33,45 +34,39 @@ class UnknownKeysError(ConfigError):
     """Keys of the YAML file or words of the command line that the recipe does not have."""
 
 
+def _option(default: Any, text: str, **more: Any) -> Any:
+    return field(default=default, metadata={"help": text, **more})
+
+
 @dataclass
 class RecipeArguments:
-    """Arguments of a recipe besides those of the trainer, the model and the data.
+    """Arguments of a recipe besides those of the trainer, the model and the data; each says its meaning itself."""
 
-    Args:
-        compare_direct: also tune INSTRUCT directly, with TRL's own trainer on the same data with the same settings,
-            into `direct/` in the run's folder. Default False.
-        score_rows: JSONL file of held-out rows `{"prompt": messages, "answer": str, "kind": str}`; each model of the
-            run answers them greedily and is scored by exact match. Default: no scores.
-        score_batch_size: rows answered at once. Default 64.
-        score_max_new_tokens: longest answer in tokens. Default 64.
-        score_dtype: dtype in which all models answer, so that the comparison is fair: `float32`, `bfloat16`,
-            `float16`, or `auto` (that of their files). Default `float32`.
-        train_rows: train on this many rows, drawn with the run's seed. Default: all.
-        merge_adapter: in the DPO stage of the pipeline: merge the adapter of the SFT stage into BASE, and train the
-            result in full, or with a new adapter. Default False: the same adapter is trained further.
-        torch_threads: threads of PyTorch on the CPU. Default: PyTorch's own choice, one per core; models of a few
-            million parameters are faster with one.
-
-    """
-
-    compare_direct: bool = field(
-        default=False, metadata={"help": "Also tune INSTRUCT directly with the same data and settings, to compare."}
+    compare_direct: bool = _option(
+        False,
+        "Also tune INSTRUCT directly, with TRL's own trainer on the same data with the same settings, into direct/ in "
+        "the run's folder.",
     )
-    score_rows: str | None = field(
-        default=None, metadata={"help": "JSONL file of held-out rows {prompt, answer, kind} to score the models on."}
+    score_rows: str | None = _option(
+        None,
+        'JSONL file of held-out rows {"prompt": messages, "answer": str, "kind": str}; each model of the run answers '
+        "them greedily and is scored by exact match. Without it nothing is scored.",
     )
-    score_batch_size: int = field(default=64, metadata={"help": "Rows answered at once."})
-    score_max_new_tokens: int = field(default=64, metadata={"help": "Longest answer in tokens."})
-    score_dtype: str = field(
-        default="float32",
-        metadata={"help": "Dtype in which all models answer; auto: that of their files.", "choices": DTYPES},
+    score_batch_size: int = _option(64, "Rows answered at once.")
+    score_max_new_tokens: int = _option(64, "Longest answer in tokens.")
+    score_dtype: str = _option(
+        "float32", "Dtype in which all models answer, for a fair comparison; auto: that of their files.", choices=DTYPES
     )
-    train_rows: int | None = field(default=None, metadata={"help": "Train on this many rows, drawn with the seed."})
-    merge_adapter: bool = field(
-        default=False,
-        metadata={"help": "Pipeline, DPO stage: merge the adapter of the SFT stage instead of training it further."},
+    train_rows: int | None = _option(None, "Train on this many rows, drawn with the run's seed, instead of all.")
+    merge_adapter: bool = _option(
+        False,
+        "In the DPO stage of the pipeline: merge the adapter of the SFT stage into BASE and train the result in full, "
+        "or with a new adapter, instead of training the same adapter further.",
     )
-    torch_threads: int | None = field(default=None, metadata={"help": "Threads of PyTorch on the CPU."})
+    torch_threads: int | None = _option(
+        None,
+        "Threads of PyTorch on the CPU instead of one per core; models of some million parameters are faster with one.",
+    )
 
     def __post_init__(self) -> None:
         for name in ("score_batch_size", "score_max_new_tokens", "train_rows", "torch_threads"):
@@ -91,7 +86,6 @@ class Options:
         model: TRL's arguments of the model: `model_name_or_path` is BASE.
         recipe: the recipe's own arguments.
         output_given: whether `output_dir` was given; else the recipe makes a folder for the run.
-
     """
 
     script: ScriptArguments
@@ -100,51 +94,85 @@ class Options:
     recipe: RecipeArguments
     output_given: bool
 
+    @property
+    def output(self) -> str | None:
+        """The given `output_dir`, or None."""
+        return self.training.output_dir if self.output_given else None
 
-def parse(
-    kind: str,
-    argv: Sequence[str],
-    default_config: str | Path | None = None,
-    prog: str | None = None,
-    select: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
-) -> Options:
+
+@ends_with("Nothing was written.")
+def parse(kind: str, argv: Sequence[str], default_config: str | Path | None = None) -> Options:
     """Read the options of a recipe: the config file, then overrides from the command line.
 
     Args:
         kind: "sft" or "dpo".
         argv: the command line without the program's name.
         default_config: YAML file for a command line that names neither `--config` nor `--model_name_or_path`.
-        prog: name of the program in the help.
-        select: takes the content of the YAML file and returns the keys meant for this recipe. Default: all.
-
-    Returns:
-        The checked options.
 
     Raises:
         ConfigError: an unknown, abbreviated, repeated or wrong key or value.
-
     """
-    words = [word for given in argv for word in (given.split("=", 1) if given.startswith("--config=") else [given])]
-    wants_help = "-h" in words or "--help" in words
-    if "--config" not in words and not names_model(words) and not wants_help:
-        if default_config is None or not Path(default_config).is_file():
-            raise ConfigError(
-                "no configuration: pass --config FILE.yaml, or at least --model_name_or_path, --instruct_model and "
-                "--dataset_name. Ready configurations are in recipes/configs of the repository."
-            )
-        words = ["--config", str(default_config), *words]
+    config, words = find_config(argv, default_config)
+    options = parse_values(kind, words, read_yaml(config) if config else {}, config)
+    if options.recipe.merge_adapter:
+        raise ConfigError(
+            "merge_adapter belongs to the DPO stage of recipes/shadow_sft_dpo.py. Here, merge the adapter yourself "
+            "(PeftModel.merge_and_unload, then save_pretrained) and name BASE with base_model."
+        )
+    return options
+
+
+def parse_values(kind: str, words: Sequence[str], values: Mapping[str, Any], config: Path | None) -> Options:
+    """Read the options of a recipe from the content of the file `config` and overrides, as `parse` does."""
     dataclass_types: Any = (ScriptArguments, CONFIGS[kind], ModelConfig, RecipeArguments)
-    parser = RecipeParser(dataclass_types, prog=prog, allow_abbrev=False)
-    parser.select = select
-    script, training, model, recipe = parser.read(words)
-    options = Options(script, training, model, recipe, parser.output_given)
+    parser = TrlParser(dataclass_types, allow_abbrev=False, exit_on_error=False)
+    if config is not None:
+        _check_values(parser, values, config)
+        parser.set_defaults_with_config(**_resolve_paths(values, config))
+    try:
+        namespace, rest = parser.parse_known_args(list(words))
+        if rest:
+            known = {option for action in parser._actions for option in action.option_strings}
+            listed = list_names(_with_guess(word, known) for word in rest)
+            raise UnknownKeysError(f"{len(rest)} unknown arguments (abbreviated options are not accepted):\n{listed}")
+        script, training, model, recipe = parser.parse_dict(vars(namespace))
+    except ShadowError:
+        raise
+    except (ArgumentError, ValueError, TypeError) as reason:
+        raise ConfigError(f"the configuration is not valid: {reason}") from reason
+    options = Options(script, training, model, recipe, output_given=namespace.output_dir is not None)
     _check_together(options)
     return options
 
 
-def names_model(words: Sequence[str]) -> bool:
-    """Whether the command line names BASE, so that no default configuration is looked for."""
-    return any(word.partition("=")[0] in ("--model_name_or_path", "--model-name-or-path") for word in words)
+def find_config(argv: Sequence[str], default_config: str | Path | None) -> tuple[Path | None, list[str]]:
+    """Return the YAML file, None for a command line that names BASE or asks for help, and the other words."""
+    config, words = take_option("config", argv)
+    needs_none = re.compile(r"(--(sft\.)?model[-_]name[-_]or[-_]path|-h|--help)(=|$)")
+    if config is not None or any(needs_none.match(word) for word in words):
+        return (Path(config) if config is not None else None), words
+    if default_config is None or not Path(default_config).is_file():
+        raise ConfigError(
+            "no configuration: pass --config FILE.yaml, or at least --model_name_or_path, --instruct_model and "
+            "--dataset_name. Ready configurations are in recipes/configs of the repository."
+        )
+    return Path(default_config), words
+
+
+def take_option(name: str, argv: Sequence[str]) -> tuple[str | None, list[str]]:
+    """Return the value of `--name VALUE` or `--name=VALUE`, None where it is not given, and the other words."""
+    option = f"--{name}"
+    words = [part for word in argv for part in (word.split("=", 1) if word.startswith(f"{option}=") else [word])]
+    if option not in words:
+        return None, words
+    at = words.index(option)
+    values = list(takewhile(lambda word: not word.startswith("--"), words[at + 1 :]))
+    rest = words[:at] + words[at + 1 + len(values) :]
+    if option in rest:
+        raise ConfigError(f"{option} was given more than once.")
+    if len(values) != 1:
+        raise ConfigError(f"{option} needs one value, not {len(values)}: {' '.join(values)}.")
+    return values[0], rest
 
 
 def _check_together(options: Options) -> None:
@@ -165,79 +193,32 @@ def _check_together(options: Options) -> None:
         raise ConfigError("train_rows draws rows at random, which streamed data do not allow; leave one of them out.")
 
 
-class RecipeParser(TrlParser):
-    """TRL's parser that raises `ConfigError` for whatever is wrong, before any dataclass is built."""
-
-    config_path: Path | None = None
-    output_given = False
-    select: Callable[[dict[str, Any]], dict[str, Any]] | None = None
-
-    def read(self, words: list[str]) -> tuple[Any, ...]:
-        """Parse `words`, of which `--config FILE` names a YAML file, into the dataclasses."""
-        if words.count("--config") > 1:
-            raise ConfigError("--config was given more than once.")
-        if "--config" in words:
-            at = words.index("--config") + 1
-            if at == len(words):
-                raise ConfigError("--config needs the name of a YAML file.")
-            self.config_path = Path(words[at])
-            read_yaml(self.config_path)
-        try:
-            return self.parse_args_and_config(args=words)
-        except ShadowError:
-            raise
-        except (ValueError, TypeError) as reason:
-            raise ConfigError(f"the configuration is not valid: {reason}") from reason
-
-    def set_defaults_with_config(self, **values: Any) -> list[str]:
-        """Take the YAML file's values as defaults; unknown keys and values of the wrong type are errors."""
-        values = self.select(values) if self.select is not None else values
-        known = {action.dest for action in self._actions}
-        unknown = [_with_guess(key, known) for key in values if key not in known]
-        if unknown:
-            raise UnknownKeysError(f"{self.config_path} has {len(unknown)} unknown keys:\n{list_names(unknown)}")
-        hints = {name: hint for kind in self.dataclass_types for name, hint in typing.get_type_hints(kind).items()}
-        wrong = [fault for key, value in values.items() if (fault := _type_fault(key, value, hints[key]))]
-        if wrong:
-            raise ConfigError(f"{self.config_path} has {len(wrong)} values of the wrong type:\n{list_names(wrong)}")
-        assert self.config_path is not None
-        return super().set_defaults_with_config(**resolve_paths(values, self.config_path))
-
-    def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Namespace, list[str]]:  # type: ignore[override]
-        """Parse as argparse does; anything left over is an error."""
-        namespace, rest = super().parse_known_args(args, namespace)
-        if rest:
-            known = {option for action in self._actions for option in action.option_strings}
-            listed = [_with_guess(word, known) for word in rest]
-            raise UnknownKeysError(
-                f"{len(rest)} unknown arguments (abbreviated options are not accepted):\n{list_names(listed)}"
-            )
-        self.output_given = getattr(namespace, "output_dir", None) is not None
-        return namespace, rest
-
-    def error(self, message: str) -> NoReturn:
-        """Raise instead of printing the usage, which is some hundred lines long."""
-        raise ConfigError(message)
+def _check_values(parser: TrlParser, values: Mapping[str, Any], config: Path) -> None:
+    """Refuse unknown keys of the YAML file and values of the wrong type, which argparse never sees."""
+    hints = {name: hint for kind in parser.dataclass_types for name, hint in typing.get_type_hints(kind).items()}
+    known = {action.dest for action in parser._actions} & hints.keys()
+    unknown = [_with_guess(key, known) for key in values if key not in known]
+    if unknown:
+        raise UnknownKeysError(f"{config} has {len(unknown)} unknown keys:\n{list_names(unknown)}")
+    wrong = [fault for key, value in values.items() if (fault := _type_fault(key, value, hints[key]))]
+    if wrong:
+        raise ConfigError(f"{config} has {len(wrong)} values of the wrong type:\n{list_names(wrong)}")
 
 
-def resolve_paths(values: Mapping[str, Any], config_path: Path) -> dict[str, Any]:
+def _resolve_paths(values: Mapping[str, Any], config: Path) -> dict[str, Any]:
     """Return `values` with the paths of a shipped config made independent of the current folder.
 
     A config below a folder `recipes` names models and data relative to the folder that holds `recipes`; a value that
     exists there becomes the path to it from the current folder. Every other value stays: a path from the current
     folder, as on the command line, or a hub id.
     """
-    home = next((parent.parent for parent in config_path.resolve().parents if parent.name == "recipes"), None)
+    home = next((parent.parent for parent in config.resolve().parents if parent.name == "recipes"), None)
     resolved = dict(values)
+    if home is None:
+        return resolved
     for key in PATH_KEYS:
         value = resolved.get(key)
-        if (
-            home is not None
-            and isinstance(value, str)
-            and value
-            and not os.path.isabs(value)
-            and (home / value).exists()
-        ):
+        if isinstance(value, str) and value and not os.path.isabs(value) and (home / value).exists():
             resolved[key] = os.path.relpath(home / value)
     return resolved
 
@@ -254,15 +235,22 @@ class _UniqueKeyLoader(yaml.SafeLoader):
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """Return the content of a YAML file; raise InputError if it is not a mapping in which every key occurs once."""
+    """Return the content of a YAML file; as with TRL, its key `env` sets environment variables and is left out.
+
+    Raises:
+        InputError: the file cannot be read, or is not a mapping in which every key occurs once.
+    """
     try:
         content = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)
     except (OSError, UnicodeDecodeError) as reason:
         raise InputError(f"cannot read the configuration {path}: {reason}.") from reason
     except yaml.YAMLError as reason:
         raise ConfigError(f"the configuration {path} is not valid YAML: {' '.join(str(reason).split())}.") from reason
-    if not isinstance(content, dict):
-        raise ConfigError(f"the configuration {path} is a {type(content).__name__}, not a mapping of keys to values.")
+    variables = content.pop("env", {}) if isinstance(content, dict) else {}
+    for name, found in ((f"the configuration {path}", content), (f"`env` of {path}", variables)):
+        if not isinstance(found, dict):
+            raise ConfigError(f"{name} is a {type(found).__name__}, not a mapping of keys to values.")
+    os.environ.update({str(name): str(value) for name, value in variables.items()})
     return content
 
 

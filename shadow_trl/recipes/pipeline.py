@@ -1,37 +1,30 @@
 """The pipeline: Shadow-SFT on BASE, then Shadow-DPO from its folder, and one graft that carries both deltas.
 
-    grafted = instruct + scale * (tuned after SFT and DPO - base)
-
-Each stage is a run of its own in `output_dir/sft` and `output_dir/dpo`. A finished stage is kept, so the same
-command resumes where it stopped.
+grafted = instruct + scale * (tuned after SFT and DPO - base)
 """
 
 from __future__ import annotations
 
 import shutil
 import sys
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import PartialState
 
 from ..checkpoints.manifest import read_manifest, write_manifest
 from ..errors import InputError
 from ..evaluation.report import TITLES, RunReport
-from ..evaluation.scoring import read_rows
 from ..runtime.processes import run_on_main, say
 from ..training.loading import Loading, load_adapter
 from ..training.origins import require_instruct, resolve_origins
 from ..training.preflight import GRAFTED_FOLDER
-from .compare import Outcome, make_report
+from .compare import make_report, timed
 from .data import load_data
 from .options import Options
-from .pipeline_options import STAGES, Plan, is_done, read_plan
-from .run import exit_code, main_remains, own_folder, set_model_options, train_stage
+from .pipeline_options import STAGES, Plan, read_plan
+from .run import exit_code, main_remains, prepare, run_folder, train_stage
 
 HELP = """\
 usage: shadow-trl sft-dpo --config FILE.yaml [--stages sft,dpo] [--output_dir DIR] [--KEY VALUE ...]
@@ -48,8 +41,6 @@ Keys: shadow-trl sft --help, shadow-trl dpo --help."""
 
 MERGED_FOLDER = "merged"
 
-_TITLES = {**TITLES, "sft": "graft after SFT"}
-
 
 def main_sft_dpo(argv: Sequence[str] | None = None, *, default_config: str | Path | None = None) -> int:
     """Run Shadow-SFT, then Shadow-DPO; return the exit code: 0, 2 for bad input, 1 for a failed graft."""
@@ -57,11 +48,11 @@ def main_sft_dpo(argv: Sequence[str] | None = None, *, default_config: str | Pat
     if "-h" in words or "--help" in words:
         print(HELP)
         return 0
-    return exit_code(lambda: run_pipeline(words, default_config))
+    return exit_code(lambda given: run_pipeline(given, default_config), words)
 
 
 def run_pipeline(argv: Sequence[str], default_config: str | Path | None = None) -> RunReport | None:
-    """Run the stages that are not done, and report on the last graft.
+    """Run the stages that are not done, each in a folder of its own, `sft` and `dpo`, and report on the last graft.
 
     Args:
         argv: options as for `accelerate launch recipes/shadow_sft_dpo.py`, without the program's name.
@@ -73,44 +64,29 @@ def run_pipeline(argv: Sequence[str], default_config: str | Path | None = None) 
     Raises:
         InputError: the options, data or models are not usable.
         GraftError: a graft failed after training; the tuned BASE of the stage is saved.
-
     """
     plan = read_plan(argv, default_config)
-    recipe = plan.options[plan.stages[-1]].recipe
-    if recipe.torch_threads is not None:
-        torch.set_num_threads(recipe.torch_threads)
-    rows = read_rows(recipe.score_rows) if recipe.score_rows else None
+    rows = prepare(plan.options[plan.stages[-1]].recipe)
     # All of it before the first stage starts: faults in the data of DPO must not show up hours later.
     data = {stage: load_data(plan.options[stage]) for stage in plan.left}
     state = PartialState()
     # No process may start to write before all of them have seen what is done.
     state.wait_for_everyone()
     seconds: dict[str, float] = {}
-    with _folder(plan, state) as root:
+    with run_folder("shadow_sft_dpo", plan.output, state) as output:
+        root = Path(output)
         for stage in plan.stages:
-            if stage in plan.left:
-                started = time.perf_counter()
-                _run_stage(plan, stage, root, data.pop(stage))
-                seconds[stage.upper()] = time.perf_counter() - started
-            else:
+            if stage not in plan.left:
                 say(f"{stage.upper()} is done: {root / stage / GRAFTED_FOLDER}. Remove {root / stage} to run it again.")
+                continue
+            try:
+                with timed(seconds, stage.upper()):
+                    _run_stage(plan, stage, root, data.pop(stage))
+            except BaseException:
+                if plan.output is None and stage != STAGES[0]:
+                    say(f"SFT is done. To resume from there, add --output_dir {root} to the same command.")
+                raise
     return _make_report(plan, root, rows, seconds) if main_remains(state) else None
-
-
-@contextmanager
-def _folder(plan: Plan, state: PartialState) -> Iterator[Path]:
-    """Yield the folder of the pipeline; if a stage fails after another is done, say how to resume."""
-    if plan.output is not None:
-        yield plan.output
-        return
-    with own_folder("shadow_sft_dpo", state) as name:
-        root = Path(name)
-        try:
-            yield root
-        except BaseException:
-            if is_done(root / STAGES[0]):
-                say(f"SFT is done. To resume from there, add --output_dir {root} to the same command.")
-            raise
 
 
 def _run_stage(plan: Plan, stage: str, root: Path, data: dict[str, Any]) -> None:
@@ -118,7 +94,6 @@ def _run_stage(plan: Plan, stage: str, root: Path, data: dict[str, Any]) -> None
     options, checkpoint = plan.options[stage], plan.left[stage]
     options.training.output_dir = str(root / stage)
     options.training.resume_from_checkpoint = checkpoint
-    set_model_options(options)
     if stage != STAGES[0]:
         start = root / STAGES[0]
         if options.recipe.merge_adapter:
@@ -156,11 +131,11 @@ def _make_report(plan: Plan, root: Path, rows: list[dict[str, Any]] | None, seco
     options, run = plan.options[last], root / last
     training = options.training
     origins = resolve_origins(str(run), base=training.base_model, instruct=training.instruct_model)
-    models = {"instruct": require_instruct(origins).source}
-    if last != STAGES[0]:
-        models["sft"] = str(root / STAGES[0] / GRAFTED_FOLDER)
-    models.update(grafted=str(run / GRAFTED_FOLDER), tuned=str(run))
-    titles = {**_TITLES, "grafted": f"graft after {last.upper()}"}
+    sft = {"sft": str(root / STAGES[0] / GRAFTED_FOLDER)} if last != STAGES[0] else {}
+    instruct = require_instruct(origins).source
+    models = {"instruct": instruct, **sft, "grafted": str(run / GRAFTED_FOLDER), "tuned": str(run)}
+    titles = {**TITLES, "sft": "graft after SFT", "grafted": f"graft after {last.upper()}"}
     # The tuned BASE is what more training starts from: it is listed, not scored.
-    outcome = Outcome(origins, models, seconds)
-    return make_report(options, outcome, rows, output=str(root), titles=titles, unscored=("tuned",))
+    return make_report(
+        options, origins, models, rows, seconds=seconds, output=str(root), titles=titles, unscored=("tuned",)
+    )

@@ -147,10 +147,18 @@ def test_a_file_that_is_no_mapping_is_refused(tmp_path: Path, text: str, words: 
         parse("dpo", ["--config", str(path)])
 
 
+def test_env_of_a_config_sets_variables_as_with_trl(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SHADOW_TEST_COUNT", "0")
+    parse("dpo", ["--config", str(write(tmp_path, env={"SHADOW_TEST_COUNT": 3}))])
+    assert os.environ["SHADOW_TEST_COUNT"] == "3"
+    with pytest.raises(ConfigError, match=r"`env` of .* is a list"):
+        parse("dpo", ["--config", str(write(tmp_path, env=["SHADOW_TEST_COUNT"]))])
+
+
 def test_missing_file_missing_name_and_missing_config(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"nothere\.yaml"):
         parse("dpo", ["--config", str(tmp_path / "nothere.yaml")])
-    with pytest.raises(ConfigError, match="needs the name"):
+    with pytest.raises(ConfigError, match="--config needs one value"):
         parse("dpo", ["--config"])
     with pytest.raises(ConfigError, match="more than once"):
         parse("dpo", ["--config", "a", "--config=b"])

@@ -218,8 +218,8 @@ def test_a_stage_has_its_own_overrides(workspace: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "changes", "message"),
     [
-        (["--stages", "sft,ppo"], {}, "'ppo'; known are sft, dpo"),
-        (["--stages", ""], {}, "unknown stages"),
+        (["--stages", "sft,ppo"], {}, "each of --stages must be one of sft, dpo; got 'ppo'"),
+        (["--stages", ""], {}, "one of sft, dpo; got ''"),
         (["--stages"], {}, "--stages needs one value"),
         (["--stages", "dpo"], {}, "needs the output_dir"),
         (["--stages", "dpo", "--output_dir", "out"], {}, "holds no run with its graft"),
@@ -255,6 +255,8 @@ def test_bad_input_ends_with_one_error_and_nothing_written(
     error = capsys.readouterr().err
     assert "Error: " in error
     assert message in error
+    assert error.strip().count("Nothing was written.") == 1
+    assert error.strip().endswith("Nothing was written.")
     assert "Traceback" not in error
     assert sorted(str(path) for path in workspace.rglob("*")) == before
 

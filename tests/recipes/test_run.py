@@ -158,6 +158,7 @@ def test_bad_input_ends_with_one_error_and_nothing_written(
     assert MAINS[kind](["--config", f"{kind}.yaml", *words]) == 2
     error = capsys.readouterr().err.strip().splitlines()
     assert any("Error: " in line and message in "\n".join(error) for line in error)
+    assert "\n".join(error).endswith("Nothing was written.")
     assert "Traceback" not in "\n".join(error)
     assert sorted(path.name for path in workspace.rglob("*")) == before
 
