@@ -10,9 +10,9 @@ from typing import Any
 from ..adapters.kinds import kind_of
 from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.delta import refuse_deltas
+from ..checkpoints.hub import Source
 from ..errors import ConfigError, PairMismatchError, both_sides, list_names
 from ..grafting.form import no_adapter_form
-from ..grafting.inputs import Source
 from ..grafting.jobs import full_jobs
 from ..grafting.options import GraftOptions
 from ..layouts.matching import Announced
@@ -122,7 +122,7 @@ def _options(options: dict[str, Any]) -> GraftOptions:
     try:
         return GraftOptions(**options)
     except TypeError as error:
-        raise ConfigError(f"{error}. Nothing was written.") from error
+        raise ConfigError(f"{error}.") from error
 
 
 def _size(instruct: Checkpoint, options: GraftOptions) -> int:

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -54,10 +54,10 @@ class ModelPair:
     def check(
         self,
         *,
-        level: Literal["configs", "headers", "weights"] = "headers",
+        level: str = "headers",
         need_template: bool = False,
         allow_wide_gap: bool = False,
-        vocab: Literal["strict", "shared"] = "strict",
+        vocab: str = "strict",
     ) -> list[str]:
         """Check that INSTRUCT was made from BASE and that BASE can be trained on INSTRUCT's chats.
 
