@@ -114,15 +114,13 @@ class Checkpoint:
             for name, spec in self.specs.items()
             if spec.code.startswith(("F8", "F4", "F6_")) or _PACKED_NAME.search(name)
         ]
-        method = self.quantisation
-        if method is None and not packed:
-            return
-        reason = f"quantised ({method})" if method else f"quantised: {len(packed)} packed tensors"
-        listed = f"\n{list_names(packed)}" if packed else ""
-        raise CheckpointError(
-            f"cannot graft: {role} {self} is {reason}, its weights are not numbers that can be added to.{listed}\n"
-            "Give the 16-bit or 32-bit checkpoint that it was made from, graft, and quantise the result."
-        )
+        method = self.quantisation or (f"{len(packed)} packed tensors" if packed else None)
+        if method is not None:
+            listed = f"\n{list_names(packed)}" if packed else ""
+            raise CheckpointError(
+                f"cannot graft: {role} {self} is quantised ({method}), nothing can be added to its weights.{listed}\n"
+                "Give the 16-bit or 32-bit checkpoint that it was made from, graft, and quantise the result."
+            )
 
     def loaded(self, dtype: str | None) -> Checkpoint:
         """Return the same checkpoint as training loaded it: a view with this `loaded_in`."""

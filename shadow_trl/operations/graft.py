@@ -213,7 +213,7 @@ def _write_dense_form(inputs: Inputs, part: Path, target: Path, options: GraftOp
         shutil.rmtree(scratch, ignore_errors=True)
         copy_files(small, inputs.instruct, part)
         dtype = main_dtype(jobs.weights)
-        write_config(inputs.instruct, part, dtype, jobs.config_edits)
+        write_config(part, dtype, jobs.config_edits)
         figures = graft_figures(outcome.sums, options.stats, sigma="base" in inputs.sides)
         notes = [*inputs.warnings, *jobs.warnings, *graft_warnings(figures, dtype or "", options.rounding)]
         if options.untie and not jobs.config_edits:

@@ -98,9 +98,6 @@ def verify(
         delta: in the place of `tuned`, as for `graft`.
         progress: whether to show a bar on a terminal. Default True.
 
-    Returns:
-        what differs; `same` is True when nothing does.
-
     Raises:
         InputError: `folder` holds no graft, an input is not to be found, or the inputs cannot be grafted.
         GraftError: the graft failed (values that are not finite, full disk).
@@ -137,9 +134,7 @@ def _sides(given: Mapping[str, Any], manifest: Mapping[str, Any], folder: Path) 
     role = learnt[0] if learnt else ("delta" if "delta" in manifest else "tuned")
     # BASE of a delta is only checked, and where an adapter needs none the manifest still names it.
     wanted = [role, "instruct", *(["base"] if role == "tuned" or given["base"] is not None else [])]
-    found: dict[str, Any] = {
-        name: _found(name, manifest, folder) if given[name] is None else given[name] for name in wanted
-    }
+    found = {name: _found(name, manifest, folder) if given[name] is None else given[name] for name in wanted}
     if role == "tuned" and given["tuned"] is None and manifest.get("tuned_weights"):
         names = ["tuned", *(f"tuned_{number}" for number in range(2, len(manifest["tuned_weights"]) + 1))]
         sources = [_found(name, manifest, folder) for name in names]

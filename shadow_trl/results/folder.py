@@ -36,8 +36,7 @@ class OutputFolder:
 
     def __init__(self, path: Path, overwrite: bool = False, kind: str = "graft") -> None:
         self.path = Path(os.path.abspath(path))
-        self.overwrite = overwrite
-        self.kind = kind
+        self.overwrite, self.kind = overwrite, kind
         self.part = self.path.with_name(f".{self.path.name}.{_PART}-{os.getpid()}-{threading.get_ident():x}")
         self._made: list[Path] = []
         self._lock = -1
@@ -61,16 +60,13 @@ class OutputFolder:
             os.close(self._lock)
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise GraftError(
-                f"the disk of {self.path} is full ({free_bytes(self.path):,} bytes free). Make room or choose another "
-                "output."
+                f"the disk of {self.path} is full ({free_bytes(self.path):,} bytes free). Make room or write elsewhere."
             ) from error
 
     def commit(self) -> None:
         """Sync everything and move the result to its place; an older result is removed after that."""
-        for folder, _, files in os.walk(self.part, topdown=False):
-            for name in files:
-                sync(Path(folder, name))
-            sync(Path(folder))
+        for path in (*self.part.rglob("*"), self.part):
+            sync(path)
         old = _old(self.path)
         if self.path.exists():
             os.rename(self.path, old)
@@ -115,20 +111,14 @@ def check_free(path: Path, overwrite: bool, kind: str = "graft") -> None:
         )
 
 
-def check_place(path: Path, inputs: Iterable[tuple[str, Path]], *, room_in: str = "tuned") -> None:
-    """Raise ConfigError if the output lies at, in or around the folder of an input.
-
-    Args:
-        path: the output.
-        inputs: (role, folder) of each input.
-        room_in: the role whose folder may hold the output, as the folder of a run holds its graft.
-    """
+def check_place(path: Path, inputs: Iterable[tuple[str, Path]]) -> None:
+    """Raise ConfigError if `path` is, in (TUNED's may hold it) or around the folder of an input (role, folder)."""
     place = Path(os.path.realpath(path))
     for role, folder in inputs:
         home = folder.resolve()
         if place == home:
             how = "is"
-        elif home in place.parents and role != room_in:
+        elif home in place.parents and role != "tuned":
             how = "lies in"
         elif place in home.parents:
             how = "lies around"
@@ -145,8 +135,7 @@ def check_space(path: Path, needed: int) -> None:
     free = free_bytes(path)
     if needed > free:
         raise GraftError(
-            f"the result needs {needed:,} bytes and the disk of {path} has {free:,} free. Make room or choose another "
-            "output."
+            f"the result needs {needed:,} bytes and the disk of {path} has {free:,} free. Make room or write elsewhere."
         )
 
 
