@@ -268,7 +268,7 @@ class Digests:
             digests = {
                 role: {name: found.result() for name, found in files.items()} for role, files in self._found.items()
             }
-            return {role: Entry.of(side.source, side.revision, digests.get(role)) for role, side in self._sides.items()}
+            return {role: Entry.of(side, digests.get(role)) for role, side in self._sides.items()}
         except OSError as error:
             raise CheckpointError(
                 f"cannot read an input again for its digest: {error}. Nothing was written."

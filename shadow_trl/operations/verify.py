@@ -159,7 +159,7 @@ def _other_digests(sides: Mapping[str, Any], manifest: Mapping[str, Any]) -> lis
             role = side if number == 1 else f"{side}_{number}"
             entry = Entry.read(manifest, role)
             if entry is not None and entry.digests:
-                wrong += [f"{role}: {name}" for name in entry.changed(locate(part)[2])]
+                wrong += [f"{role}: {name}" for name in entry.changed(locate(part).path)]
     return wrong
 
 

@@ -90,6 +90,8 @@ class ShadowMixin(GraftedEvaluation):
         self._choose_reference(config, given)
         if start.loads_adapter:
             self._load_adapter(given)
+        elif not start.in_memory:
+            self._pin_model(given)
         with without_second_start(given["model"]):
             super().__init__(*call.args, **call.kwargs)
         refuse_sharded(fsdp=self.is_fsdp_enabled, deepspeed=self.is_deepspeed_enabled)
@@ -248,6 +250,13 @@ class ShadowMixin(GraftedEvaluation):
 
     def _choose_reference(self, config: Any, given: dict[str, Any]) -> None:
         """Set what the reference policy is; only preference trainers have one."""
+
+    def _pin_model(self, given: dict[str, Any]) -> None:
+        """Let TRL load the commit that the delta will be measured from."""
+        policy, args = self._start.origins.policy, given["args"]
+        if policy is not None and policy.revision is not None:
+            given["model"] = policy.source
+            args.model_init_kwargs = {**(args.model_init_kwargs or {}), "revision": policy.revision}
 
     def _load_adapter(self, given: dict[str, Any]) -> None:
         """Make the adapter of the earlier run, on the model it was trained on, the model of this one."""
