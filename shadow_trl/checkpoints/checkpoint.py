@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import CheckpointError, list_names
 from . import hub
-from .header import CODES, Header, TensorSpec, dtype_of, load_pickled, pickled_specs, read_header
+from .header import CODES, Header, TensorSpec, dtype_of, load_pickled, pickled_specs, read_header, stamp
 from .hub import Source
 
 if TYPE_CHECKING:
@@ -55,6 +55,7 @@ class Checkpoint:
         loaded_in: of BASE: torch name of the dtype in which training loaded it, `tuned` for that of each weight of
             TUNED; None as stored.
         asked: revision as the user gave it, None where none was given.
+        stamps: `stamp` of each weight file before it was first read.
     """
 
     source: str
@@ -69,6 +70,7 @@ class Checkpoint:
     headers: dict[Path, Header] = field(default_factory=dict)
     loaded_in: str | None = None
     asked: str | None = None
+    stamps: dict[Path, tuple[int, ...] | None] = field(default_factory=dict, repr=False)
     _views: dict[str, torch.Tensor] = field(default_factory=dict, repr=False)
 
     @classmethod
@@ -195,6 +197,7 @@ class Checkpoint:
     def _read_headers(self) -> None:
         self.files, self.index = self._weight_files()
         for path in self.files:
+            self.stamps[path] = stamp(path)
             if path.suffix == ".safetensors":
                 self.headers[path] = read_header(path)
                 specs = self.headers[path].specs

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import CheckpointError, InputError
+from ..errors import CheckpointError, InputError, list_names
 from .hub import Source, is_commit, locate
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ class Entry:
     Args:
         source: folder or hub id, as the user gave it.
         revision: on the hub: the commit once it is known, before that what was asked for; None for a folder.
-        digests: file -> `sha256:<hex>`; None where none were taken.
+        digests: file -> `algorithm:<hex>`; None where none were taken.
         folder: whether it was a local folder; None where that is not recorded: then a folder of that name wins.
         asked: revision that was asked for, where `revision` is the commit; None where none was.
     """
@@ -109,8 +109,11 @@ class Entry:
 
     def changed(self, folder: Path) -> list[str]:
         """Return the names of the files whose digest is recorded and that `folder` lacks or has otherwise."""
-        digests = (self.digests or {}).items()
-        return [n for n, digest in digests if not (folder / n).is_file() or file_digest(folder / n) != digest]
+        return [
+            name
+            for name, digest in (self.digests or {}).items()
+            if not (folder / name).is_file() or file_digest(folder / name, digest.partition(":")[0]) != digest
+        ]
 
     def names(self, side: Checkpoint, home: Path) -> bool:
         """Whether it is `side`, by the same name and revision or as another path of the same folder."""
@@ -184,22 +187,60 @@ def versions() -> dict[str, str]:
     return found
 
 
-def file_digest(path: Source) -> str:
-    """Return `sha256:<hex>` of a file; a large file of the hub cache is not read, its blob's name is the digest."""
+def file_digest(path: Source, algorithm: str = "sha256") -> str:
+    """Return `algorithm:<hex>` of a file.
+
+    Args:
+        path: of the file. A large one of the hub cache is not read for SHA-256: the name of its blob is the digest.
+        algorithm: `sha256`, which nobody can forge, or `xxh3` (XXH3, 128 bits), which is many times faster.
+
+    Raises:
+        CheckpointError: an algorithm that this version does not know.
+    """
+    import xxhash
+
     real = Path(path).resolve()
+    known: dict[str, Any] = {"sha256": hashlib.sha256, "xxh3": xxhash.xxh3_128}
+    if algorithm not in known:
+        raise CheckpointError(f"the digest of {path} is of the unknown kind {algorithm!r}. Update shadow-trl.")
     # Names of 40 digits are those of small files under git, and no SHA-256.
-    if real.parent.name == "blobs" and re.fullmatch(r"[0-9a-f]{64}", real.name):
+    if algorithm == "sha256" and real.parent.name == "blobs" and re.fullmatch(r"[0-9a-f]{64}", real.name):
         return f"sha256:{real.name}"
     with open(real, "rb") as file:
-        return f"sha256:{hashlib.file_digest(file, 'sha256').hexdigest()}"
+        return f"{algorithm}:{hashlib.file_digest(file, known[algorithm]).hexdigest()}"
 
 
-def weight_digests(source: str) -> dict[str, str] | None:
-    """Return `{file name: digest}` of the weight files of a local folder, None for a hub id."""
+def weight_digests(source: Source, below: str = ".") -> dict[str, str] | None:
+    """Return `{file name: digest}` of the weight files of a local folder, None for a hub id.
+
+    Args:
+        source: folder or hub id.
+        below: a folder in it whose weight files belong to them. Default: no other.
+    """
     folder = Path(source).expanduser()
     if not folder.is_dir():
         return None
-    return {path.name: file_digest(path) for path in sorted(folder.glob("*.safetensors"))}
+    files = {path for place in (folder, folder / below) for path in place.glob("*.safetensors")}
+    files = files or {path for name in ("pytorch_model*.bin", "adapter_model.bin") for path in folder.glob(name)}
+    return {str(path.relative_to(folder)): file_digest(path, "xxh3") for path in sorted(files)}
+
+
+def check_weights(folder: Path) -> None:
+    """Check that the weights in the folder of a run are those that its manifest was written for.
+
+    Raises:
+        InputError: they are others; a manifest of version 0.1.0 does not say.
+    """
+    manifest = read_manifest(folder) or {}
+    recorded = manifest.get("weights") if manifest.get("kind") == "run" else None
+    changed = Entry(str(folder), digests=recorded).changed(folder)
+    if changed:
+        raise InputError(
+            f"{len(changed)} of {len(recorded or {})} weight files in {folder} are not those that its {MANIFEST_NAME} "
+            f"describes.\n{list_names(changed)}\nA later run into this folder was cut off while it saved, or the files "
+            "were changed afterwards. Use a checkpoint or train again; if the weights are right, remove "
+            f"{MANIFEST_NAME} and name base and instruct."
+        )
 
 
 def from_manifest(role: str, manifest: Mapping[str, Any], folder: Path, given: Entry | None = None) -> Entry | None:

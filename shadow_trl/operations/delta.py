@@ -67,7 +67,7 @@ def extract_delta(
         base_dtype: as for `graft`.
         max_shard_size: as for `graft`. Default: as BASE's files.
         overwrite: whether an existing delta at `output` may be replaced. Default False.
-        digest: `sha256` (default) of the input files goes into the manifest, or `none`.
+        digest: of the input files, for the manifest: `sha256` (default), `xxh3` (faster, shows no forgery) or `none`.
         stats: whether to measure the delta's norm and what storing it lost. Default True.
         progress: whether to show a bar on a terminal. Default True.
 

@@ -40,6 +40,7 @@ class VerifyReport:
         files: other files that are missing, changed or not of the graft.
         digests: `role: file` of inputs that are not those named in the manifest.
         warnings: of the graft that was made to compare with.
+        inputs: which kind of change to an input would have been found.
     """
 
     folder: str
@@ -48,6 +49,7 @@ class VerifyReport:
     files: list[str] = field(default_factory=list)
     digests: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
+    inputs: str = ""
 
     @property
     def same(self) -> bool:
@@ -61,8 +63,8 @@ class VerifyReport:
     def text(self) -> str:
         """Return one line when the folder is the graft, else what differs."""
         if self.same:
-            return f"{self.folder} is that graft: {self.compared} weights and all other files are equal."
-        lines = [f"{self.folder} is not that graft."]
+            return f"{self.folder} is that graft: {self.compared} weights and all other files are equal. {self.inputs}"
+        lines = [f"{self.folder} is not that graft. {self.inputs}"]
         named = (
             (f"{len(self.weights)} of {self.compared} weights differ", [f"{k}  {v}" for k, v in self.weights.items()]),
             (f"{len(self.files)} other files differ", self.files),
@@ -123,7 +125,7 @@ def verify(
         report = graft(**sides, output=made, **options, digest="none", stats=False, progress=progress)
         again = Checkpoint.open(made)
         weights, files = _other_weights(there, again), _other_files(there, again)
-    return VerifyReport(str(folder), len(again.specs), weights, files, wrong, report.warnings)
+    return VerifyReport(str(folder), len(again.specs), weights, files, wrong, report.warnings, _found_changes(manifest))
 
 
 def _sides(given: Mapping[str, Any], manifest: Mapping[str, Any], folder: Path) -> dict[str, Any]:
@@ -148,6 +150,17 @@ def _found(role: str, manifest: Mapping[str, Any], folder: Path) -> Source:
     if entry is None:
         raise ConfigError(f"{MANIFEST_NAME} of {folder} names no {role}. Give it with --{role}.")
     return str(entry.find(folder, role))
+
+
+def _found_changes(manifest: Mapping[str, Any]) -> str:
+    """Return which kind of change to an input its recorded digest shows."""
+    recorded = [side["digests"] for side in manifest.values() if isinstance(side, dict) and side.get("digests")]
+    kinds = {digest.partition(":")[0] for digests in recorded for digest in digests.values()}
+    if not kinds:
+        return "The inputs have no digests: a change of theirs shows in the weights alone."
+    if kinds == {"sha256"}:
+        return "The inputs were compared by SHA-256: any change would show."
+    return "The inputs were compared by XXH3: a change by accident would show, a forged file might not."
 
 
 def _other_digests(sides: Mapping[str, Any], manifest: Mapping[str, Any]) -> list[str]:

@@ -15,7 +15,7 @@ from trl.trainer.utils import get_config_model_id
 
 from ..checkpoints.checkpoint import ADAPTER_CONFIG, Checkpoint, read_json
 from ..checkpoints.delta import refuse_deltas
-from ..checkpoints.manifest import Entry, adapter_base, from_manifest, read_manifest
+from ..checkpoints.manifest import Entry, adapter_base, check_weights, from_manifest, read_manifest
 from ..errors import AdapterError, ConfigError, InputError, list_names
 from .loading import Loading, bare_model, is_adapted
 
@@ -99,6 +99,8 @@ def resolve_origins(
     if manifest is not None and manifest["kind"] == "delta":
         refuse_deltas(model=policy)
         manifest = None  # a LoRA made from a delta is an adapter like any other
+    if manifest is not None:
+        check_weights(home)
     adapter = policy if policy and (home / ADAPTER_CONFIG).is_file() else None
     if manifest is not None:
         origin = from_manifest("base", manifest, home, origin)
