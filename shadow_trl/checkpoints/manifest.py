@@ -80,9 +80,9 @@ class Entry:
         """Return the entry with the commit that its revision is at now; a folder, or a commit, stays as it is.
 
         Raises:
-            CheckpointError: neither a folder nor a repository that can be reached.
+            CheckpointError: no folder and no repository that can be reached, or a folder with a repository's name.
         """
-        if is_commit(self.revision):
+        if is_commit(self.revision) and not Path(self.source).expanduser().is_dir():
             return self
         found = locate(self.source, self.revision, weights=False)
         return replace(self, source=found.name, revision=found.revision, asked=found.asked)
@@ -128,9 +128,11 @@ class Entry:
 
 def way_out(role: str) -> str:
     """Return what helps where the side that a manifest names for `role` is gone or has changed."""
-    if role == "policy":
+    kind = role.partition("_")[0]  # the second of several is `tuned_2`
+    if kind not in ("base", "instruct", "tuned", "delta"):
         return "Restore it, or merge the adapter into the right model and start from that."
-    return f"Restore it, or name it: --{role}, in training {role}_model=..."
+    training = f", in training {role}_model=..." if kind in ("base", "instruct") else ""
+    return f"Restore it, or name it: --{kind}{training}"
 
 
 def read_manifest(folder: Source) -> dict[str, Any] | None:

@@ -29,7 +29,7 @@ from ..pair.pairs import ModelPair
 from ..pair.templates import check_processing_class
 from ..results.folder import check_free
 from ..runtime.processes import run_on_main
-from .adapter import start_of, without_reference_adapter, without_second_start, write_start
+from .adapter import check_same_start, start_of, without_reference_adapter, without_second_start, write_start
 from .config import ShadowArguments
 from .evaluation import GraftedEvaluation
 from .loading import bare_model, load_adapter, reload_converted
@@ -174,6 +174,7 @@ class ShadowMixin(GraftedEvaluation):
             self._write_graft(str(folder), folder / "shadow" / GRAFTED_FOLDER, overwrite=True)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        check_same_start(resume_from_checkpoint, None if self.origins.adapter else self._adapter_start)
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         reload_converted(self.model, resume_from_checkpoint)
 
