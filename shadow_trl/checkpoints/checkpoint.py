@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import CheckpointError, list_names
 from . import hub
-from .header import CODES, Header, TensorSpec, dtype_of, read_header
+from .header import CODES, Header, TensorSpec, dtype_of, load_pickled, pickled_specs, read_header
 from .hub import Source
 
 if TYPE_CHECKING:
@@ -190,7 +190,7 @@ class Checkpoint:
 
     @cached_property
     def _pickled(self) -> dict[Path, dict[str, torch.Tensor]]:
-        return {path: _load_pickled(path) for path in self.files if path.suffix == ".bin"}
+        return {path: load_pickled(path) for path in self.files if path.suffix == ".bin"}
 
     def _read_headers(self) -> None:
         self.files, self.index = self._weight_files()
@@ -199,7 +199,7 @@ class Checkpoint:
                 self.headers[path] = read_header(path)
                 specs = self.headers[path].specs
             else:
-                specs = {name: _spec_of(path, tensor) for name, tensor in self._pickled[path].items()}
+                specs = pickled_specs(path, self._pickled[path])
             twice = [f"{name}  in {self.specs[name].file.name} and {path.name}" for name in specs if name in self.specs]
             if twice:
                 raise CheckpointError(f"{self}: {len(twice)} tensors are stored twice.\n{list_names(twice)}")
@@ -289,28 +289,3 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} is no JSON object. Download or save the model again.")
     return content
-
-
-def _load_pickled(path: Path) -> dict[str, torch.Tensor]:
-    import torch
-
-    try:
-        try:
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        except RuntimeError:  # files of torch < 1.6 cannot be mapped
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise CheckpointError(
-            f"cannot read {path}: {str(error).splitlines()[0] if str(error) else type(error).__name__}. Only plain "
-            "tensors are loaded from .bin files (weights_only=True). Give a safetensors checkpoint."
-        ) from error
-    if not isinstance(content, dict) or not all(isinstance(value, torch.Tensor) for value in content.values()):
-        raise CheckpointError(f"{path} is no dictionary of tensors. Give a safetensors checkpoint.")
-    return {name: tensor.detach().contiguous() for name, tensor in content.items()}
-
-
-def _spec_of(path: Path, tensor: torch.Tensor) -> TensorSpec:
-    code = CODES.get(str(tensor.dtype).removeprefix("torch."))
-    if code is None:
-        raise CheckpointError(f"{path} holds a tensor of {tensor.dtype}, which safetensors cannot store.")
-    return TensorSpec(code, tuple(tensor.shape), path, None, tensor.numel() * tensor.element_size())

@@ -226,7 +226,10 @@ def stage_below(tuned: Source, base: str | None = None) -> tuple[str, str] | Non
     if manifest is None or manifest["kind"] != "run" or Entry.read(manifest, "policy") == Entry.read(manifest, "base"):
         return None
     start = from_manifest("policy", manifest, folder)
-    return str(start), str(from_manifest("base", manifest, folder, Entry(base) if base else None))
+    origin = from_manifest("base", manifest, folder, Entry(base) if base else None)
+    if start is None or origin is None:
+        raise InputError(f"{MANIFEST_NAME} of {folder} does not name what the adapter was trained on, or its BASE.")
+    return str(start), str(origin)
 
 
 def adapter_base(config: Mapping[str, Any], folder: Path) -> Entry | None:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ..checkpoints.hub import Source, is_hub_id
 from ..checkpoints.manifest import MANIFEST_NAME
 
 _CITATION = """\
@@ -18,7 +17,7 @@ _CITATION = """\
 }"""
 
 
-def write_model_card(folder: str | os.PathLike[str], manifest: Mapping[str, Any], *, adapter: bool = False) -> Path:
+def write_model_card(folder: Source, manifest: Mapping[str, Any], *, adapter: bool = False) -> Path:
     """Write the `README.md` of a grafted model or adapter from its manifest; return its path.
 
     Args:
@@ -43,7 +42,7 @@ def write_model_card(folder: str | os.PathLike[str], manifest: Mapping[str, Any]
     return _write(folder, front, ["trl", *(["lora"] if adapter else [])], lines)
 
 
-def write_delta_card(folder: str | os.PathLike[str], manifest: Mapping[str, Any]) -> Path:
+def write_delta_card(folder: Source, manifest: Mapping[str, Any]) -> Path:
     """Write the `README.md` of a delta, or of the LoRA made from one, from its manifest; return its path.
 
     Args:
@@ -63,7 +62,7 @@ def write_delta_card(folder: str | os.PathLike[str], manifest: Mapping[str, Any]
     return _write(folder, front, ["lora"] if manifest["form"] == "adapter" else [], lines)
 
 
-def _write(folder: str | os.PathLike[str], front: list[str], tags: list[str], lines: list[str]) -> Path:
+def _write(folder: Source, front: list[str], tags: list[str], lines: list[str]) -> Path:
     front = [*front, "tags:", *(f"- {tag}" for tag in ("shadow-trl", "shadow-ft", *tags))]
     citation = ["## Citation", "", "```bibtex", _CITATION, "```", ""]
     path = Path(folder) / "README.md"
@@ -90,4 +89,4 @@ def _names(manifest: Mapping[str, Any], *roles: str) -> dict[str, str]:
 
 
 def _is_hub_id(source: str) -> bool:
-    return bool(re.fullmatch(r"[\w.\-]+/[\w.\-]+(@[\w.\-/]+)?", source)) and not Path(source.partition("@")[0]).exists()
+    return "/" in source and is_hub_id(source) and not Path(source.partition("@")[0]).exists()
