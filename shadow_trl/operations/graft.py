@@ -29,6 +29,7 @@ from ..grafting.stream import Outcome, stream
 from ..grafting.trained import Full, PlainLora
 from ..grafting.tuned import one_tuned
 from ..results.cards import write_model_card
+from ..results.check import check_result
 from ..results.copied import copied_files, copy_files, write_config
 from ..results.folder import OutputFolder, check_free, check_place, check_space, recover
 from ..runtime.progress import Progress
@@ -223,6 +224,7 @@ def _write_dense_form(inputs: Inputs, part: Path, target: Path, options: GraftOp
             options.instruct_scale, **figures, warnings=notes, dense_because=inputs.reasons,
         )  # fmt: skip
         _write_provenance(part, inputs, report, options, sides=digests.collect(), left_out=jobs.left_out)
+    check_result(part, target, small, inputs.instruct.path)
     return report
 
 
@@ -253,6 +255,7 @@ def _write_adapter_form(inputs: Inputs, part: Path, target: Path, options: Graft
         code = next(iter(adapter.specs.values())).code
         report = GraftReport(target, "adapter", modules, 0, TORCH_NAMES[code], options.scale, warnings=notes)
         _write_provenance(part, inputs, report, options, sides=digests.collect(), left_out=[])
+    check_result(part, target, small, inputs.instruct.path)
     return report
 
 
