@@ -17,7 +17,7 @@ from ..adapters.lora import place_on
 from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.delta import refuse_deltas
 from ..checkpoints.header import TORCH_NAMES
-from ..checkpoints.manifest import Entry, write_manifest
+from ..checkpoints.manifest import Entry, file_digest, write_manifest
 from ..errors import ConfigError, GraftError, ends_with, list_names
 from ..grafting.files import main_dtype, plan_files, write_index
 from ..grafting.form import is_local, no_adapter_form
@@ -274,8 +274,8 @@ def _write_provenance(
     named = {role: vars(entry) for role, entry in sides.items()}
     facts = {"options": options.to_dict(), "left_out": left_out, **found}
     content = {"kind": "graft", **inputs.tuned.recorded, **named, **facts}
-    write_manifest(part, content)
-    write_model_card(part, content, adapter=report.form == "adapter")
+    card = write_model_card(part, content, adapter=report.form == "adapter")
+    write_manifest(part, {**content, "card": file_digest(card)})
 
 
 def check_finite(outcome: Outcome, target: Path) -> None:
