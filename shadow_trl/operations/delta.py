@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from ..checkpoints.checkpoint import Place
-from ..checkpoints.delta import BASE_CONFIG, INDEX, WEIGHTS, Zeros, refuse_deltas
+from ..checkpoints.delta import BASE_CONFIG, INDEX, WEIGHTS, DeltaCheckpoint, Zeros, refuse_deltas
 from ..checkpoints.header import FLOATS, nbytes_of
 from ..checkpoints.hub import Source
 from ..checkpoints.manifest import Entry, write_manifest
@@ -30,6 +30,7 @@ from ..grafting.reports import DeltaReport, graft_figures
 from ..grafting.stream import stream
 from ..grafting.tuned import one_tuned
 from ..results.cards import write_delta_card
+from ..results.check import check_result
 from ..results.copied import copied_files, copy_files
 from ..results.folder import OutputFolder, check_free, check_place, check_space, recover
 from ..runtime.progress import Progress
@@ -204,3 +205,5 @@ def _finish(
     content = {"kind": "delta", **named, "options": chosen, "left_out": left_out, **found}
     write_manifest(part, content)
     write_delta_card(part, content)
+    reader = DeltaCheckpoint if report.form == "delta" else Checkpoint
+    check_result(part, report.output, small, inputs.instruct.path, reader=reader)
