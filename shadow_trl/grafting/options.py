@@ -150,7 +150,7 @@ class GraftOptions:
     )  # fmt: skip
     overwrite: bool = _option(False, "replace an existing graft", argument="graft_overwrite")
     untie: bool = _option(False, "let a tied INSTRUCT receive a head of its own", recorded=True, dense_only=True)
-    digest: str = _option("sha256", "digest of the inputs, for the manifest", choices=("sha256", "none"))
+    digest: str = _option("sha256", "digest of the inputs, for the manifest", choices=("sha256", "xxh3", "none"))
     stats: bool = _option(True, "measure sigma, realised, noise")
     base_dtype: str | None = _option(None, "dtype in which training loaded BASE", choices=BASE_DTYPES, recorded=True)
     rank: int | None = _option(

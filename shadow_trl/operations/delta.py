@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from ..checkpoints.checkpoint import Place
+from ..checkpoints.checkpoint import Checkpoint, Place
 from ..checkpoints.delta import BASE_CONFIG, INDEX, WEIGHTS, DeltaCheckpoint, Zeros, refuse_deltas
 from ..checkpoints.header import FLOATS, nbytes_of
 from ..checkpoints.hub import Source
@@ -68,7 +68,7 @@ def extract_delta(
         base_dtype: as for `graft`.
         max_shard_size: as for `graft`. Default: as BASE's files.
         overwrite: whether an existing delta at `output` may be replaced. Default False.
-        digest: `sha256` (default) of the input files goes into the manifest, or `none`.
+        digest: of the input files, for the manifest: `sha256` (default), `xxh3` (faster, shows no forgery) or `none`.
         stats: whether to measure the delta's norm and what storing it lost. Default True.
         progress: whether to show a bar on a terminal. Default True.
 

@@ -89,7 +89,7 @@ def graft(
         max_shard_size: bytes of a file of the result, such as `5GB`. Default: INSTRUCT's own files.
         overwrite: whether an existing graft at `output` may be replaced. Default False.
         untie: whether a tied INSTRUCT may receive a head of its own. Default False.
-        digest: `sha256` (default) of the input files goes into the manifest, or `none`.
+        digest: of the input files, for the manifest: `sha256` (default), `xxh3` (faster, shows no forgery) or `none`.
         stats: whether to measure sigma, realised and noise. Default True.
         base_dtype: dtype in which training loaded BASE, which is rounded to it before subtracting; `tuned` for the
             dtype of each weight of TUNED. Default: as on disk. Of an adapter on the full model of an earlier run: dtype
