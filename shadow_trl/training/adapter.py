@@ -97,7 +97,7 @@ def check_same_start(checkpoint: str, start: dict[str, Tensor] | None) -> None:
         if (here - there).norm() > 1e-3 * there.norm():
             raise AdapterError(
                 f"{checkpoint} cannot be resumed: its adapter has another start than a new one ({name} among others), "
-                "so the weights under it are not those that it was trained on. Resume with the BASE and the seed of that "
+                "so the weights under it are not those that it was trained on. Resume with BASE and seed of that "
                 "run."
             )
 
