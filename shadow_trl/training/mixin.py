@@ -20,7 +20,8 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl.trainer.utils import get_config_model_id
 
 from ..adapters.kinds import START_FOLDER
-from ..checkpoints.manifest import weight_digests, write_manifest
+from ..checkpoints.digests import weight_digests
+from ..checkpoints.manifest import write_manifest
 from ..errors import ends_with
 from ..grafting.options import BASE_DTYPES
 from ..grafting.reports import GraftReport
