@@ -20,7 +20,7 @@ from ..adapters.lora import base_model_of, open_tuned, place_on, read_lora, stre
 from ..checkpoints.checkpoint import Checkpoint, Place
 from ..checkpoints.delta import refuse_deltas
 from ..checkpoints.hub import Source
-from ..checkpoints.manifest import stage_below
+from ..checkpoints.manifest import as_trained, check_weights, stage_below
 from ..checkpoints.overlay import Overlay
 from ..errors import AdapterError, ConfigError, list_names
 from ..results.folder import make_parents, remove_empty
@@ -58,7 +58,8 @@ def one_tuned(base: Source | None, tuned: Any, target: Path, base_dtype: str | N
     for source, _ in sources:
         refuse_deltas(tuned=source)
     if len(sources) == 1 and sources[0][1] == 1.0 and not _needs_scratch(sources[0][0], base):
-        yield SingleTuned(base, open_tuned(sources[0][0]))
+        learnt = _open(sources[0][0])
+        yield SingleTuned(as_trained(base, learnt.path), learnt)
         return
     with _scratch_beside(target) as scratch:
         found = [
@@ -109,6 +110,12 @@ def _scratch_beside(target: Path) -> Iterator[Path]:
         remove_empty(made)
 
 
+def _open(source: Source) -> Checkpoint:
+    learnt = open_tuned(source)
+    check_weights(learnt.path)
+    return learnt
+
+
 def _needs_scratch(source: Source, base: Source | None) -> bool:
     learnt = open_tuned(source)
     if not learnt.is_adapter:
@@ -132,7 +139,8 @@ def as_subtracted(base: Checkpoint, stages: Stages) -> Checkpoint:
 
 def _on_base(base: Source | None, source: Source, weight: float, scratch: Path, base_dtype: str | None) -> SingleTuned:
     """Return one source: merged into its start, less its start, or as it is."""
-    learnt = open_tuned(source)
+    learnt = _open(source)
+    base = as_trained(base, learnt.path)
     if not learnt.is_adapter:
         return SingleTuned(base, learnt, {"tuned": learnt}, (weight,))
     tuned = learnt
