@@ -14,8 +14,10 @@ from ..adapters.lora import base_model_of, read_lora, streams
 from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.delta import DeltaCheckpoint, refuse_deltas
 from ..checkpoints.manifest import Entry, adapter_base, file_digest, read_manifest
+from ..checkpoints.weight_names import is_of_tokens
 from ..errors import AdapterError, CheckpointError, ConfigError, list_names
 from ..pair.pairs import ModelPair
+from ..pair.token_rows import row_count
 from .form import adapter_warnings, form_of, no_adapter_form
 from .options import GraftOptions
 from .trained import Delta, Full, PlainLora
@@ -69,14 +71,14 @@ def open_tuned_inputs(
     """
     refuse_deltas(base=single.base, instruct=instruct)
     receiver = _open_model("instruct", instruct)
-    tuned = _open_trained(single, receiver, options)
+    tuned = open_trained(single, receiver, options)
     receiver.check_not_quantised("instruct")
     for role, side in tuned.sides.items():
         if side.specs:  # BASE of a plain LoRA may be quantised, where its weights are not read
             side.check_not_quantised(role)
     warnings = []
     if check_pair:
-        warnings += ModelPair(tuned.base, receiver).check(vocab=options.vocab)  # type: ignore[arg-type]
+        warnings += ModelPair(tuned.base, receiver).check(vocab=options.vocab, trains=False)  # type: ignore[arg-type]
         warnings += _check_trained(tuned.base, receiver, tuned.checkpoint)
     form, reasons = form_of(tuned, receiver, options)
     return Inputs(receiver, tuned, form, [*warnings, *adapter_warnings(tuned, receiver, reasons)], reasons)
@@ -110,16 +112,21 @@ def open_delta(base: Source | None, instruct: Source, delta: Source, options: Gr
         warnings += _check_base(origin, learnt, options)
     level: Literal["configs", "headers"] = "configs" if origin is None else "headers"
     pair = ModelPair(facts if origin is None else origin, receiver)
-    warnings += pair.check(level=level, vocab=options.vocab)  # type: ignore[arg-type]
+    warnings += pair.check(level=level, vocab=options.vocab, trains=False)  # type: ignore[arg-type]
     return Inputs(receiver, Delta(pair.base, learnt), "model", warnings)
 
 
-def _open_trained(single: SingleTuned, receiver: Checkpoint, options: GraftOptions) -> Full:
+def open_trained(single: SingleTuned, receiver: Checkpoint, options: GraftOptions) -> Full:
     """Open BASE and say of which kind TUNED is."""
     learnt, stages, weights = single.checkpoint, single.stages, single.weights
     if learnt.is_adapter:
         check_has_delta(learnt.adapter_config)
     modules = read_lora(learnt) if learnt.is_adapter and streams(learnt, receiver) else {}
+    rows = row_count(receiver)
+    if options.vocab == "shared" and any(
+        is_of_tokens(f"{name}.") and at.shape[0] != rows for name, at in modules.items()
+    ):
+        modules = {}  # merged into BASE, whose rows it has
     needed = not modules or options.instruct_scale != 1.0 or options.rank is not None
     base = as_subtracted(_open_base(single, needed).loaded(options.base_dtype), stages)
     return PlainLora(base, learnt, stages, weights, modules) if modules else Full(base, learnt, stages, weights)

@@ -20,14 +20,14 @@ from ..checkpoints.header import TORCH_NAMES
 from ..checkpoints.manifest import Entry, write_manifest
 from ..errors import ConfigError, GraftError, ends_with, list_names
 from ..grafting.files import main_dtype, plan_files, write_index
-from ..grafting.form import is_local, no_adapter_form
-from ..grafting.inputs import Digests, Inputs, Source, open_delta, open_tuned_inputs, other_base
+from ..grafting.form import is_local, left_out, no_adapter_form
+from ..grafting.inputs import Digests, Inputs, Source, open_delta, open_trained, open_tuned_inputs, other_base
 from ..grafting.jobs import check_rounding, full_jobs
 from ..grafting.options import GraftOptions
 from ..grafting.reports import GraftReport, graft_figures, graft_warnings
 from ..grafting.stream import Outcome, stream
 from ..grafting.trained import Full, PlainLora
-from ..grafting.tuned import one_tuned
+from ..grafting.tuned import SingleTuned, one_tuned
 from ..results.cards import write_model_card
 from ..results.copied import copied_files, copy_files, write_config
 from ..results.folder import OutputFolder, check_free, check_place, check_space, recover
@@ -190,6 +190,28 @@ def check_graft(
         raise no_adapter_form(list(kind_of(adapter_config).obstacles), rank=False)
     if settings.format == "model" or not adapter:
         check_space(target, _size(receiver, settings))
+
+
+def check_left_out(*, base: Source, instruct: Source, adapter: Checkpoint, **options: Any) -> None:
+    """Refuse, before its training, an adapter of which the adapter form cannot leave out what the options leave out.
+
+    Args:
+        base: as for `graft`.
+        instruct: as for `graft`.
+        adapter: names, shapes and settings of the adapter as it will be saved, its start subtracted.
+        **options: as for `graft`.
+
+    Raises:
+        AdapterError: `format` is `adapter`, and `modules` or `vocab` leaves out a part.
+
+    """
+    settings = _options(options)
+    if settings.format != "adapter":
+        return
+    receiver = Checkpoint.open(instruct)
+    left = left_out(open_trained(SingleTuned(base, adapter), receiver, settings), receiver, settings)
+    if left:
+        raise no_adapter_form(left, rank=False)
 
 
 def _options(options: dict[str, Any]) -> GraftOptions:
