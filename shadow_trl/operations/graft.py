@@ -16,12 +16,14 @@ from ..adapters.kinds import kind_of
 from ..adapters.lora import place_on
 from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.delta import refuse_deltas
+from ..checkpoints.digests import file_digest
 from ..checkpoints.header import TORCH_NAMES
+from ..checkpoints.hub import Source
 from ..checkpoints.manifest import Entry, write_manifest
 from ..errors import ConfigError, GraftError, ends_with, list_names
 from ..grafting.files import main_dtype, plan_files, write_index
 from ..grafting.form import is_local, left_out, no_adapter_form
-from ..grafting.inputs import Digests, Inputs, Source, open_delta, open_trained, open_tuned_inputs, other_base
+from ..grafting.inputs import Digests, Inputs, open_delta, open_trained, open_tuned_inputs, other_base
 from ..grafting.jobs import check_rounding, full_jobs
 from ..grafting.options import GraftOptions
 from ..grafting.reports import GraftReport, graft_figures, graft_warnings
@@ -29,6 +31,7 @@ from ..grafting.stream import Outcome, stream
 from ..grafting.trained import Full, PlainLora
 from ..grafting.tuned import SingleTuned, one_tuned
 from ..results.cards import write_model_card
+from ..results.check import check_result
 from ..results.copied import copied_files, copy_files, write_config
 from ..results.folder import OutputFolder, check_free, check_place, check_space, recover
 from ..runtime.progress import Progress
@@ -87,7 +90,7 @@ def graft(
         max_shard_size: bytes of a file of the result, such as `5GB`. Default: INSTRUCT's own files.
         overwrite: whether an existing graft at `output` may be replaced. Default False.
         untie: whether a tied INSTRUCT may receive a head of its own. Default False.
-        digest: `sha256` (default) of the input files goes into the manifest, or `none`.
+        digest: of the input files, for the manifest: `sha256` (default), `xxh3` (faster, shows no forgery) or `none`.
         stats: whether to measure sigma, realised and noise. Default True.
         base_dtype: dtype in which training loaded BASE, which is rounded to it before subtracting; `tuned` for the
             dtype of each weight of TUNED. Default: as on disk. Of an adapter on the full model of an earlier run: dtype
@@ -135,7 +138,7 @@ def _opened(
 ) -> Iterator[Inputs]:
     """Open the sides of a graft of TUNED or of a delta."""
     if (tuned is None) == (delta is None):
-        raise ConfigError("give either tuned or delta: what BASE learnt is one of them. Nothing was written.")
+        raise ConfigError("give either tuned or delta: what BASE learnt is one of them.")
     if delta is not None:
         yield open_delta(base, instruct, delta, options)
         return
@@ -218,7 +221,7 @@ def _options(options: dict[str, Any]) -> GraftOptions:
     try:
         return GraftOptions(**options)
     except TypeError as error:
-        raise ConfigError(f"{error}. Nothing was written.") from error
+        raise ConfigError(f"{error}.") from error
 
 
 def _write_dense_form(inputs: Inputs, part: Path, target: Path, options: GraftOptions, progress: bool) -> GraftReport:
@@ -230,12 +233,12 @@ def _write_dense_form(inputs: Inputs, part: Path, target: Path, options: GraftOp
     check_space(target, sum(file.size for file in files) + sum(path.stat().st_size for path in small))
     with Digests(inputs.sides, small, options) as digests, Progress(sum(f.size for f in files), progress) as bar:
         outcome = stream(files, part, options, bar.add)
-        check_finite(outcome, target)
+        check_finite(outcome)
         write_index(files, jobs.layout, part)
         shutil.rmtree(scratch, ignore_errors=True)
         copy_files(small, inputs.instruct, part)
         dtype = main_dtype(jobs.weights)
-        write_config(inputs.instruct, part, dtype, jobs.config_edits)
+        write_config(part, dtype, jobs.config_edits)
         figures = graft_figures(outcome.sums, options.stats, sigma="base" in inputs.sides)
         notes = [*inputs.warnings, *jobs.warnings, *graft_warnings(figures, dtype or "", options.rounding)]
         if options.untie and not jobs.config_edits:
@@ -245,6 +248,7 @@ def _write_dense_form(inputs: Inputs, part: Path, target: Path, options: GraftOp
             options.instruct_scale, **figures, warnings=notes, dense_because=inputs.reasons,
         )  # fmt: skip
         _write_provenance(part, inputs, report, options, sides=digests.collect(), left_out=jobs.left_out)
+    check_result(part, target, small, inputs.instruct.path)
     return report
 
 
@@ -275,6 +279,7 @@ def _write_adapter_form(inputs: Inputs, part: Path, target: Path, options: Graft
         code = next(iter(adapter.specs.values())).code
         report = GraftReport(target, "adapter", modules, 0, TORCH_NAMES[code], options.scale, warnings=notes)
         _write_provenance(part, inputs, report, options, sides=digests.collect(), left_out=[])
+    check_result(part, target, small, inputs.instruct.path)
     return report
 
 
@@ -293,11 +298,11 @@ def _write_provenance(
     named = {role: vars(entry) for role, entry in sides.items()}
     facts = {"options": options.to_dict(), "left_out": left_out, **found}
     content = {"kind": "graft", **inputs.tuned.recorded, **named, **facts}
-    write_manifest(part, content)
-    write_model_card(part, content, adapter=report.form == "adapter")
+    card = write_model_card(part, content, adapter=report.form == "adapter")
+    write_manifest(part, {**content, "card": file_digest(card)})
 
 
-def check_finite(outcome: Outcome, target: Path) -> None:
+def check_finite(outcome: Outcome) -> None:
     """Raise GraftError if a weight has values that are not finite."""
     if not outcome.bad:
         return
@@ -308,7 +313,7 @@ def check_finite(outcome: Outcome, target: Path) -> None:
     raise GraftError(
         f"{len(lines)} weight{'s have' if len(lines) > 1 else ' has'} values that are infinite or not a number.\n"
         f"{list_names(lines)}\n"
-        f"Repair or replace the checkpoint.{hint if overflow else ''} Nothing was written to {target}."
+        f"Repair or replace the checkpoint.{hint if overflow else ''}"
     )
 
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..checkpoints.manifest import MANIFEST_NAME
+from ..checkpoints.hub import Source, is_hub_id
+from ..checkpoints.manifest import MANIFEST_NAME, Entry
 
 _CITATION = """\
 @article{shadowft2025,
@@ -18,14 +17,8 @@ _CITATION = """\
 }"""
 
 
-def write_model_card(folder: str | os.PathLike[str], manifest: Mapping[str, Any], *, adapter: bool = False) -> Path:
-    """Write the `README.md` of a grafted model or adapter from its manifest; return its path.
-
-    Args:
-        folder: the folder of the graft, not yet renamed into place.
-        manifest: the content of its `shadow.json`; `base`, `instruct`, `tuned` (each with `source`) and `options`.
-        adapter: whether the folder holds an adapter.
-    """
+def write_model_card(folder: Source, manifest: Mapping[str, Any], *, adapter: bool = False) -> Path:
+    """Write the `README.md` of a graft, a model or an `adapter`, from its manifest into `folder`; return its path."""
     names = _names(manifest, "instruct", "base", "tuned")
     options = manifest.get("options", {})
     scales = {name: options.get(name, 1.0) for name in ("scale", "instruct_scale")}
@@ -43,13 +36,8 @@ def write_model_card(folder: str | os.PathLike[str], manifest: Mapping[str, Any]
     return _write(folder, front, ["trl", *(["lora"] if adapter else [])], lines)
 
 
-def write_delta_card(folder: str | os.PathLike[str], manifest: Mapping[str, Any]) -> Path:
-    """Write the `README.md` of a delta, or of the LoRA made from one, from its manifest; return its path.
-
-    Args:
-        folder: the folder of the delta, not yet renamed into place.
-        manifest: the content of its `shadow.json`; `base`, `tuned` (each with `source`) and `form`.
-    """
+def write_delta_card(folder: Source, manifest: Mapping[str, Any]) -> Path:
+    """Write the `README.md` of a delta, or of the LoRA made from one, from its manifest; return its path."""
     names = _names(manifest, "base", "tuned")
     lines = [f"# What training added to {names['base']}", ""]
     if manifest["form"] == "adapter":
@@ -63,7 +51,7 @@ def write_delta_card(folder: str | os.PathLike[str], manifest: Mapping[str, Any]
     return _write(folder, front, ["lora"] if manifest["form"] == "adapter" else [], lines)
 
 
-def _write(folder: str | os.PathLike[str], front: list[str], tags: list[str], lines: list[str]) -> Path:
+def _write(folder: Source, front: list[str], tags: list[str], lines: list[str]) -> Path:
     front = [*front, "tags:", *(f"- {tag}" for tag in ("shadow-trl", "shadow-ft", *tags))]
     citation = ["## Citation", "", "```bibtex", _CITATION, "```", ""]
     path = Path(folder) / "README.md"
@@ -73,7 +61,7 @@ def _write(folder: str | os.PathLike[str], front: list[str], tags: list[str], li
 
 def _base_models(manifest: Mapping[str, Any], *roles: str, relation: str | None = None) -> list[str]:
     # Only a hub id is a valid `base_model`; a local folder would be a dead link on the hub.
-    found = [f"- {name}" for role, name in _names(manifest, *roles).items() if _is_hub_id(manifest[role]["source"])]
+    found = [f"- {name}" for role, name in _names(manifest, *roles).items() if _on_hub(manifest, role)]
     return ["base_model:", *found, *([f"base_model_relation: {relation}"] if relation else [])] if found else []
 
 
@@ -82,12 +70,17 @@ def _table(rows: Mapping[str, Any]) -> list[str]:
 
 
 def _names(manifest: Mapping[str, Any], *roles: str) -> dict[str, str]:
-    # A card is published: of a local path only the folder's name is told.
+    # A card is published: of a local path only the folder's name is shown.
     sources = {role: manifest[role]["source"] for role in roles if manifest.get(role)}
     return {
-        role: source.partition("@")[0] if _is_hub_id(source) else Path(source).name for role, source in sources.items()
+        role: source.partition("@")[0] if _on_hub(manifest, role) else Path(source).name
+        for role, source in sources.items()
     }
 
 
-def _is_hub_id(source: str) -> bool:
-    return bool(re.fullmatch(r"[\w.\-]+/[\w.\-]+(@[\w.\-/]+)?", source)) and not Path(source.partition("@")[0]).exists()
+def _on_hub(manifest: Mapping[str, Any], role: str) -> bool:
+    entry = Entry.read(manifest, role)
+    if entry is None or "/" not in entry.source or not is_hub_id(entry.source):
+        return False
+    # Version 0.1.0 did not record whether it was a folder.
+    return not Path(entry.source.partition("@")[0]).exists() if entry.folder is None else not entry.folder

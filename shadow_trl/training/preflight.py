@@ -91,6 +91,11 @@ def check_adapter(start: Start, *, grafts: bool) -> None:
         )
     if not grafts:
         return
+    if start.origins.policy is None:
+        raise AdapterError(
+            "the model in memory has no name, so a graft could not find the weights that the adapter is trained on. "
+            "Save it (model.save_pretrained(folder)) and pass model=folder."
+        )
     check_has_delta(start.adapter)
     if is_adapted(start.model) and is_subtracted(setting):
         raise AdapterError(
@@ -128,7 +133,7 @@ def check_same_adapter(peft_config: PeftConfig, adapter: str) -> None:
 
 def _form(config: PeftConfig) -> dict[str, Any]:
     """Return the settings of an adapter's form; nothing given and nothing listed are the same, as is another order."""
-    known = {name: value for name, value in config.to_dict().items() if name not in _NOT_FORM and value not in ({}, [])}
+    known = {name: value or None for name, value in config.to_dict().items() if name not in _NOT_FORM}
     return {name: sorted(value, key=str) if isinstance(value, set | list) else value for name, value in known.items()}
 
 
