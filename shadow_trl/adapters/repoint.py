@@ -127,7 +127,7 @@ def write_adapter(adapter: Checkpoint, base: Checkpoint, instruct: Checkpoint, s
         scaled = scale != 1.0 and key.endswith((".lora_B.weight", ".lora_embedding_B"))
         tensors[key] = adapter.tensor(key).float() * scale if scaled else adapter.tensor(key).clone()
     for name, (key, rows) in stored.values.items():
-        tensors[key] = (receiver[name].double() + scale * stored.delta(name, origin))[rows].float()
+        tensors[key] = (receiver[name][rows].double() + scale * stored.delta(name, origin)[rows]).float()
     ordered = {name: tensors[name].contiguous() for name in adapter.specs}
     save_file(ordered, folder / WEIGHTS, metadata={"format": "pt"})
     return modules

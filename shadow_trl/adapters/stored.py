@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.header import dtype_of
+from ..checkpoints.weight_names import is_of_tokens
 from ..errors import AdapterError, list_names
 from ..layouts.model_names import ModelNames
 from .lora import PREFIX, nearest_names
@@ -131,6 +132,18 @@ def read_stored(adapter: Checkpoint, memory: Mapping[str, Any]) -> StoredValues:
         else:
             found.others.append(key)
     found.values.update(rows)
+    return found
+
+
+def token_rows(adapter: Checkpoint) -> dict[str, list[int] | EllipsisType]:
+    """Return name in the file -> ids of the tokens whose rows it changes, `...` for all, of every tensor that does."""
+    found: dict[str, list[int] | EllipsisType] = {}
+    for key in adapter.specs:
+        tokens = _TOKENS.fullmatch(key.removeprefix(PREFIX))
+        if tokens is not None:
+            found[key] = _token_ids(adapter, tokens["module"])
+        elif is_of_tokens(key):
+            found[key] = ...
     return found
 
 

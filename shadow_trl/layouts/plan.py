@@ -294,8 +294,10 @@ def _notices(sides: Sides, plans: Iterable[WeightPlan], choices: Choices) -> lis
             f"{len(unmatched)} weights of instruct are copied: they are whole numbers, or buffers and parts that the "
             f"model that was trained does not have.\n{list_names(unmatched)}"
         )
-    partial = [plan for plan in plans if plan.rows is not None]
-    if partial:
-        lines = [f"{plan.name}  {len(plan.rows or ())} rows grafted" for plan in partial]
-        notices.append(f"only the token rows that both sides share are grafted.\n{list_names(lines)}")
-    return notices
+    return [*notices, *notice_of_rows({plan.name: plan.rows for plan in plans})]
+
+
+def notice_of_rows(rows: Mapping[str, Sequence[int] | None]) -> list[str]:
+    """Return what to say of weights of which some token rows are grafted; None of a weight stands for all rows."""
+    lines = [f"{name}  {len(ids)} rows grafted" for name, ids in rows.items() if ids is not None]
+    return [f"only the token rows that both sides share are grafted.\n{list_names(lines)}"] if lines else []

@@ -12,9 +12,11 @@ from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.delta import refuse_deltas
 from ..checkpoints.hub import Source
 from ..errors import ConfigError, PairMismatchError, both_sides, list_names
-from ..grafting.form import no_adapter_form
+from ..grafting.form import left_out, no_adapter_form
+from ..grafting.inputs import open_trained
 from ..grafting.jobs import full_jobs
 from ..grafting.options import GraftOptions
+from ..grafting.tuned import SingleTuned
 from ..layouts.matching import Announced
 from ..pair.pairs import ModelPair
 from ..pair.token_rows import vocabulary_of
@@ -101,6 +103,28 @@ def check_trained(
         tuned = replace(tuned, specs={name: spec for name, spec in tuned.specs.items() if name in known})
     full_jobs(origin, receiver, tuned, _options(options), None)
     return warnings
+
+
+def check_left_out(*, base: Source, instruct: Source, adapter: Checkpoint, **options: Any) -> None:
+    """Refuse, before its training, an adapter of which the adapter form cannot leave out what the options leave out.
+
+    Args:
+        base: as for `graft`.
+        instruct: as for `graft`.
+        adapter: names, shapes and settings of the adapter as it will be saved, its start subtracted.
+        **options: as for `graft`.
+
+    Raises:
+        AdapterError: `format` is `adapter`, and `modules` or `vocab` leaves out a part.
+
+    """
+    settings = _options(options)
+    if settings.format != "adapter":
+        return
+    receiver = Checkpoint.open(instruct)
+    left = left_out(open_trained(SingleTuned(base, adapter), receiver, settings), receiver, settings)
+    if left:
+        raise no_adapter_form(left, rank=False)
 
 
 def _check_under(model: Checkpoint, tuned: Announced) -> None:

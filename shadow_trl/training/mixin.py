@@ -25,13 +25,20 @@ from ..checkpoints.manifest import write_manifest
 from ..errors import ends_with
 from ..grafting.options import BASE_DTYPES
 from ..grafting.reports import GraftReport
-from ..operations.checks import check_graft, check_trained
+from ..operations.checks import check_graft, check_left_out, check_trained
 from ..operations.graft import graft
 from ..pair.pairs import ModelPair
 from ..pair.templates import check_processing_class
 from ..results.folder import check_free
 from ..runtime.processes import run_on_main
-from .adapter import check_same_start, start_of, without_reference_adapter, without_second_start, write_start
+from .adapter import (
+    announced,
+    check_same_start,
+    start_of,
+    without_reference_adapter,
+    without_second_start,
+    write_start,
+)
 from .config import ShadowArguments
 from .evaluation import GraftedEvaluation
 from .loading import bare_model, load_adapter, reload_converted
@@ -101,6 +108,11 @@ class ShadowMixin(GraftedEvaluation):
         refuse_sharded(fsdp=self.is_fsdp_enabled, deepspeed=self.is_deepspeed_enabled)
         if config.graft:
             self._check_trained()
+        if config.graft and start.adapter_on_base:
+            check_left_out(
+                base=str(start.base), instruct=str(start.instruct), adapter=announced(self.model),
+                **config.graft_options(),
+            )  # fmt: skip
         if config.eval_grafted:
             _ = self._exchange  # what does not fit must be found before training
         # The adapter as it is before training: the delta of some is what it becomes less this.
