@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import os
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -22,7 +21,7 @@ from ..checkpoints.delta import refuse_deltas
 from ..checkpoints.manifest import stage_below
 from ..checkpoints.overlay import Overlay
 from ..errors import AdapterError, ConfigError, list_names
-from ..results.folder import make_parents, remove_empty
+from ..results.folder import Scratch
 
 Source = str | os.PathLike[str]
 Stages = dict[str, Checkpoint]
@@ -60,9 +59,9 @@ def one_tuned(base: Source | None, tuned: Any, target: Path, base_dtype: str | N
     if len(sources) == 1 and sources[0][1] == 1.0 and not _needs_scratch(sources[0][0], base):
         yield SingleTuned(base, open_tuned(sources[0][0]))
         return
-    with _scratch_beside(target) as scratch:
+    with Scratch(target) as scratch:
         found = [
-            _on_base(base, source, weight, scratch / str(number), base_dtype)
+            _on_base(base, source, weight, scratch.part / str(number), base_dtype)
             for number, (source, weight) in enumerate(sources)
         ]
         unknown = "not known, since a full checkpoint names none: give base"
@@ -75,7 +74,7 @@ def one_tuned(base: Source | None, tuned: Any, target: Path, base_dtype: str | N
         if len(found) == 1 and found[0].weights == (1.0,):
             yield found[0]
         else:
-            yield _summed(found, scratch / "sum", base_dtype)
+            yield _summed(found, scratch.part / "sum", base_dtype)
 
 
 def merged_checkpoint(base: Checkpoint, adapter: Checkpoint, folder: Path) -> Checkpoint:
@@ -95,18 +94,6 @@ def merged_checkpoint(base: Checkpoint, adapter: Checkpoint, folder: Path) -> Ch
         product = lora.factor * adapter.tensor(lora.left).double() @ adapter.tensor(lora.right).double()
         merged.put({name: base.tensor(name).double() + (product.T if lora.transposed else product)})
     return merged
-
-
-@contextmanager
-def _scratch_beside(target: Path) -> Iterator[Path]:
-    """Give a folder beside the result that is gone afterwards, with the folders that were made for it and are empty."""
-    parent = target.absolute().parent
-    made = make_parents(parent)
-    try:
-        with tempfile.TemporaryDirectory(prefix=".shadow-merged-", dir=parent) as name:
-            yield Path(name)
-    finally:
-        remove_empty(made)
 
 
 def _needs_scratch(source: Source, base: Source | None) -> bool:
