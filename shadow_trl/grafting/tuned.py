@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import os
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -23,7 +22,7 @@ from ..checkpoints.hub import Source
 from ..checkpoints.manifest import as_trained, check_weights, stage_below
 from ..checkpoints.overlay import Overlay
 from ..errors import AdapterError, ConfigError, list_names
-from ..results.folder import make_parents, remove_empty
+from ..results.folder import Scratch
 
 Stages = dict[str, Checkpoint]
 
@@ -61,9 +60,9 @@ def one_tuned(base: Source | None, tuned: Any, target: Path, base_dtype: str | N
         learnt = _open(sources[0][0])
         yield SingleTuned(as_trained(base, learnt.path), learnt)
         return
-    with _scratch_beside(target) as scratch:
+    with Scratch(target) as scratch:
         found = [
-            _on_base(base, source, weight, scratch / str(number), base_dtype)
+            _on_base(base, source, weight, scratch.part / str(number), base_dtype)
             for number, (source, weight) in enumerate(sources)
         ]
         unknown = "not known, since a full checkpoint names none: give base"
@@ -76,7 +75,7 @@ def one_tuned(base: Source | None, tuned: Any, target: Path, base_dtype: str | N
         if len(found) == 1 and found[0].weights == (1.0,):
             yield found[0]
         else:
-            yield _summed(found, scratch / "sum", base_dtype)
+            yield _summed(found, scratch.part / "sum", base_dtype)
 
 
 def merged_checkpoint(base: Checkpoint, adapter: Checkpoint, folder: Path) -> Checkpoint:
@@ -96,18 +95,6 @@ def merged_checkpoint(base: Checkpoint, adapter: Checkpoint, folder: Path) -> Ch
         product = lora.factor * adapter.tensor(lora.left).double() @ adapter.tensor(lora.right).double()
         merged.put({name: base.tensor(name).double() + (product.T if lora.transposed else product)})
     return merged
-
-
-@contextmanager
-def _scratch_beside(target: Path) -> Iterator[Path]:
-    """Give a folder beside the result that is gone afterwards, with the folders that were made for it and are empty."""
-    parent = target.absolute().parent
-    made = make_parents(parent)
-    try:
-        with tempfile.TemporaryDirectory(prefix=".shadow-merged-", dir=parent) as name:
-            yield Path(name)
-    finally:
-        remove_empty(made)
 
 
 def _open(source: Source) -> Checkpoint:

@@ -25,7 +25,7 @@ from ..checkpoints.manifest import MANIFEST_NAME, Entry, kind_found, read_manife
 from ..errors import CheckpointError, ConfigError, ends_with, list_names
 from ..grafting.options import declared
 from ..grafting.tuned import weighted_sources
-from ..results.folder import check_space
+from ..results.folder import Scratch, check_space
 from .graft import graft
 
 _CARD = "README.md"
@@ -135,8 +135,8 @@ def verify(
     if not os.access(scratch_home, os.W_OK):
         scratch_home = Path(tempfile.gettempdir())
     check_space(scratch_home, sum(spec.nbytes for spec in there.specs.values()))
-    with tempfile.TemporaryDirectory(prefix=".shadow-verify-", dir=scratch_home) as scratch:
-        made, recorded = Path(scratch) / "graft", manifest["options"]
+    with Scratch(scratch_home / f"{there.path.absolute().name}.verify") as scratch:
+        made, recorded = scratch.part / "graft", manifest["options"]
         options = {name: recorded[name] for name, option in declared().items() if option.recorded and name in recorded}
         options["format"] = manifest["form"]
         measured = bool(manifest.get("by_kind") or manifest.get("delta_norm") is not None)
