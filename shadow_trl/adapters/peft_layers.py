@@ -34,12 +34,12 @@ _BLIND = frozenset({
 })  # fmt: skip
 
 
-def merge_into_base(base: Checkpoint, adapter: Checkpoint, folder: Path) -> Checkpoint:
+def merge_into_base(base: Checkpoint, adapter: Checkpoint, folder: Path) -> Overlay:
     """Return BASE with an adapter of any type merged, in BASE's layout.
 
     Args:
-        base: what the adapter was trained on. The adapter is a delta to it as training loaded it (`loaded_in`, `tuned`
-            for the dtype of each stored value); the delta is added to BASE as stored.
+        base: what the adapter was trained on. The adapter is a delta to it as training loaded it, its layers in the
+            last of the dtypes in `loaded_in`; the delta is added to BASE as stored.
         adapter: of any PEFT type with a weight delta.
         folder: for the changed weights; made here, removed by the caller.
 
@@ -62,11 +62,12 @@ def merge_into_base(base: Checkpoint, adapter: Checkpoint, folder: Path) -> Chec
                 result.detach(key, weights.sources(other)[0])
         result.put(names.to_disk({name: value}, rules))
 
-    as_stored = base.loaded_in in (None, "tuned")
-    loaded = weights if as_stored else MemoryWeights(base, names, getattr(torch, str(base.loaded_in)))
+    dtypes = [dtype for dtype in base.loaded_in if dtype != "tuned"]
+    loaded = MemoryWeights(base, names, getattr(torch, dtypes[-1])) if dtypes else weights
     left = dict.fromkeys(stored.values)
+    result.narrow += stored.narrow(weights)
     for name, value in _changed_by_layers(adapter, stored, loaded):
-        merged = value if as_stored else weights[name].double() + (value - loaded[name].double())
+        merged = weights[name].double() + (value - loaded[name].double()) if dtypes else value
         if name in left:
             del left[name]
             merged = merged.double() + stored.delta(name, weights)

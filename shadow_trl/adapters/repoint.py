@@ -98,8 +98,10 @@ def write_factors(factors: Mapping[str, tuple[Tensor, Tensor]], config: Mapping[
     return Checkpoint.open(str(folder))
 
 
-def write_adapter(adapter: Checkpoint, base: Checkpoint, instruct: Checkpoint, scale: float, folder: Path) -> int:
-    """Write `adapter` into `folder` as an adapter of INSTRUCT and return the number of its modules.
+def write_adapter(
+    adapter: Checkpoint, base: Checkpoint, instruct: Checkpoint, scale: float, folder: Path
+) -> tuple[int, list[str]]:
+    """Write `adapter` into `folder` as an adapter of INSTRUCT.
 
     Args:
         adapter: of a kind without obstacles, its start already subtracted.
@@ -107,19 +109,22 @@ def write_adapter(adapter: Checkpoint, base: Checkpoint, instruct: Checkpoint, s
         instruct: the model it is for; its name and revision as the user gave them go into the config.
         scale: multiplier of the delta.
         folder: where; must exist.
+
+    Returns:
+        the number of its modules, and a line for each stored weight that is narrower than BASE's.
     """
     named = {"base_model_name_or_path": instruct.source, "revision": instruct.revision}
     _write_config(folder, {**adapter.adapter_config, **named})
     if streams(adapter, instruct):
-        stored, modules = StoredValues(adapter, others=list(adapter.specs)), len(adapter.specs) // 2
+        stored, modules, narrow = StoredValues(adapter, others=list(adapter.specs)), len(adapter.specs) // 2, []
     else:
         names = ModelNames(base)
         stored = read_stored(adapter, names.memory)
         origin, receiver = MemoryWeights(base, names), MemoryWeights(instruct, ModelNames(instruct))
-        modules = _check_modules(stored, receiver)
+        modules, narrow = _check_modules(stored, receiver), stored.narrow(origin)
     if scale == 1.0 and adapter.files[0].name == WEIGHTS and not stored.values:
         shutil.copyfile(adapter.files[0], folder / WEIGHTS)
-        return modules
+        return modules, narrow
     from safetensors.torch import save_file
 
     tensors = {}
@@ -130,7 +135,7 @@ def write_adapter(adapter: Checkpoint, base: Checkpoint, instruct: Checkpoint, s
         tensors[key] = (receiver[name].double() + scale * stored.delta(name, origin))[rows].float()
     ordered = {name: tensors[name].contiguous() for name in adapter.specs}
     save_file(ordered, folder / WEIGHTS, metadata={"format": "pt"})
-    return modules
+    return modules, narrow
 
 
 def _write_config(folder: Path, config: Mapping[str, Any]) -> None:

@@ -19,7 +19,7 @@ from ..pair.pairs import ModelPair
 from .form import adapter_warnings, form_of, no_adapter_form
 from .options import GraftOptions
 from .trained import Delta, Full, PlainLora
-from .tuned import SingleTuned, as_subtracted
+from .tuned import SingleTuned
 
 Source = str | os.PathLike[str]
 
@@ -121,7 +121,7 @@ def _open_trained(single: SingleTuned, receiver: Checkpoint, options: GraftOptio
         check_has_delta(learnt.adapter_config)
     modules = read_lora(learnt) if learnt.is_adapter and streams(learnt, receiver) else {}
     needed = not modules or options.instruct_scale != 1.0 or options.rank is not None
-    base = as_subtracted(_open_base(single, needed).loaded(options.base_dtype), stages)
+    base = _open_base(single, needed).loaded(single.loaded_in)
     return PlainLora(base, learnt, stages, weights, modules) if modules else Full(base, learnt, stages, weights)
 
 

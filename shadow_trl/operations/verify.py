@@ -162,6 +162,8 @@ def _found(role: str, manifest: Mapping[str, Any], folder: Path) -> Source:
 def _options(manifest: Mapping[str, Any]) -> dict[str, Any]:
     recorded = manifest["options"]
     options = {name: recorded[name] for name, option in declared().items() if option.recorded and name in recorded}
+    if "loaded_in" not in manifest and options.get("base_dtype") is None:
+        options["base_dtype"] = ()  # version 0.1.0 subtracted BASE as on disk then
     return {**options, "format": manifest["form"]}
 
 
