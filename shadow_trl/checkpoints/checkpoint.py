@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import CheckpointError, list_names
 from . import hub
-from .header import CODES, Header, TensorSpec, dtype_of, read_header
+from .header import CODES, Header, TensorSpec, dtype_of, load_pickled, pickled_specs, read_header
 from .hub import Source
 
 if TYPE_CHECKING:
@@ -118,15 +118,13 @@ class Checkpoint:
             for name, spec in self.specs.items()
             if spec.code.startswith(("F8", "F4", "F6_")) or _PACKED_NAME.search(name)
         ]
-        method = self.quantisation
-        if method is None and not packed:
-            return
-        reason = f"quantised ({method})" if method else f"quantised: {len(packed)} packed tensors"
-        listed = f"\n{list_names(packed)}" if packed else ""
-        raise CheckpointError(
-            f"cannot graft: {role} {self} is {reason}, its weights are not numbers that can be added to.{listed}\n"
-            "Give the 16-bit or 32-bit checkpoint that it was made from, graft, and quantise the result."
-        )
+        method = self.quantisation or (f"{len(packed)} packed tensors" if packed else None)
+        if method is not None:
+            listed = f"\n{list_names(packed)}" if packed else ""
+            raise CheckpointError(
+                f"cannot graft: {role} {self} is quantised ({method}), nothing can be added to its weights.{listed}\n"
+                "Give the 16-bit or 32-bit checkpoint that it was made from, graft, and quantise the result."
+            )
 
     def loaded(self, dtypes: Sequence[str]) -> Checkpoint:
         """Return the same checkpoint as training loaded it: a view with this `loaded_in`."""
@@ -200,7 +198,7 @@ class Checkpoint:
 
     @cached_property
     def _pickled(self) -> dict[Path, dict[str, torch.Tensor]]:
-        return {path: _load_pickled(path) for path in self.files if path.suffix == ".bin"}
+        return {path: load_pickled(path) for path in self.files if path.suffix == ".bin"}
 
     def _read_headers(self) -> None:
         self.files, self.index = self._weight_files()
@@ -209,7 +207,7 @@ class Checkpoint:
                 self.headers[path] = read_header(path)
                 specs = self.headers[path].specs
             else:
-                specs = {name: _spec_of(path, tensor) for name, tensor in self._pickled[path].items()}
+                specs = pickled_specs(path, self._pickled[path])
             twice = [f"{name}  in {self.specs[name].file.name} and {path.name}" for name in specs if name in self.specs]
             if twice:
                 raise CheckpointError(f"{self}: {len(twice)} tensors are stored twice.\n{list_names(twice)}")
@@ -301,28 +299,3 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} is no JSON object. Download or save the model again.")
     return content
-
-
-def _load_pickled(path: Path) -> dict[str, torch.Tensor]:
-    import torch
-
-    try:
-        try:
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        except RuntimeError:  # files of torch < 1.6 cannot be mapped
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise CheckpointError(
-            f"cannot read {path}: {str(error).splitlines()[0] if str(error) else type(error).__name__}. Only plain "
-            "tensors are loaded from .bin files (weights_only=True). Give a safetensors checkpoint."
-        ) from error
-    if not isinstance(content, dict) or not all(isinstance(value, torch.Tensor) for value in content.values()):
-        raise CheckpointError(f"{path} is no dictionary of tensors. Give a safetensors checkpoint.")
-    return {name: tensor.detach().contiguous() for name, tensor in content.items()}
-
-
-def _spec_of(path: Path, tensor: torch.Tensor) -> TensorSpec:
-    code = CODES.get(str(tensor.dtype).removeprefix("torch."))
-    if code is None:
-        raise CheckpointError(f"{path} holds a tensor of {tensor.dtype}, which safetensors cannot store.")
-    return TensorSpec(code, tuple(tensor.shape), path, None, tensor.numel() * tensor.element_size())

@@ -1,4 +1,4 @@
-"""Headers of safetensors files, read without torch and checked before a byte behind them is trusted."""
+"""Headers of safetensors files, read without torch and checked before a byte behind them is trusted; .bin files."""
 
 from __future__ import annotations
 
@@ -129,6 +129,36 @@ def read_header(path: Path) -> Header:
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{path} is no complete safetensors file: {error}. Download or save it again.") from error
     return Header(start + raw, metadata, specs)
+
+
+def load_pickled(path: Path) -> dict[str, torch.Tensor]:
+    """Return the tensors of a .bin file, mapped into memory where torch can do it; CheckpointError if it has others."""
+    import torch
+
+    try:
+        try:
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except RuntimeError:  # files of torch < 1.6 cannot be mapped
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise CheckpointError(
+            f"cannot read {path}: {str(error).splitlines()[0] if str(error) else type(error).__name__}. Only plain "
+            "tensors are loaded from .bin files (weights_only=True). Give a safetensors checkpoint."
+        ) from error
+    if not isinstance(content, dict) or not all(isinstance(value, torch.Tensor) for value in content.values()):
+        raise CheckpointError(f"{path} is not a dictionary of tensors. Give a safetensors checkpoint.")
+    return {name: tensor.detach().contiguous() for name, tensor in content.items()}
+
+
+def pickled_specs(path: Path, tensors: dict[str, torch.Tensor]) -> dict[str, TensorSpec]:
+    """Return the specs of the tensors of a .bin file; CheckpointError for a dtype that safetensors cannot store."""
+    specs = {}
+    for name, tensor in tensors.items():
+        code = CODES.get(str(tensor.dtype).removeprefix("torch."))
+        if code is None:
+            raise CheckpointError(f"{path} holds a tensor of {tensor.dtype}, which safetensors cannot store.")
+        specs[name] = TensorSpec(code, tuple(tensor.shape), path, None, tensor.nbytes)
+    return specs
 
 
 def build_header(tensors: dict[str, tuple[str, tuple[int, ...]]], metadata: dict[str, str] | None) -> bytes:

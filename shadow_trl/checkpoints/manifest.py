@@ -76,16 +76,11 @@ class Entry:
 
         What was a folder is never looked up on the hub, and what came from there is never taken from a folder.
 
-        Args:
-            home: the folder of the manifest.
-            role: of the side, for the message.
-
         Raises:
-            CheckpointError: it was a folder, which is at neither place.
+            CheckpointError: it was a folder, which is at neither place; the message names `role`.
         """
-        place = next((place for place in self._places(home) if place.is_dir()), None)
-        if place is not None:
-            return replace(self, source=str(place), revision=None)
+        if places := self._places(home):
+            return replace(self, source=str(places[0]), revision=None)
         if self.folder:
             raise CheckpointError(
                 f"{role} of {home} is gone: {self.source} is neither a folder here nor in {home}. {way_out(role)}"
@@ -99,11 +94,12 @@ class Entry:
 
     def names(self, side: Checkpoint, home: Path) -> bool:
         """Whether it is `side`, by the same name and revision or as another path of the same folder."""
-        places = [place for place in self._places(home) if place.is_dir()]
-        return str(self) == str(side) or any(place.samefile(side.path) for place in places if side.path.is_dir())
+        places = self._places(home) if side.path.is_dir() else []
+        return str(self) == str(side) or any(place.samefile(side.path) for place in places)
 
     def _places(self, home: Path) -> list[Path]:
-        return [] if self.folder is False else [Path(self.source).expanduser(), home / self.source]
+        places = [] if self.folder is False else [Path(self.source).expanduser(), home / self.source]
+        return [place for place in places if place.is_dir()]
 
 
 def way_out(role: str) -> str:
@@ -128,13 +124,11 @@ def read_manifest(folder: Source) -> dict[str, Any] | None:
         raise CheckpointError(f"cannot read {path}: {error}. Restore the file or remove it.") from error
     if not isinstance(content, dict) or content.get("kind") not in KINDS:
         raise CheckpointError(
-            f"{path} is no manifest of a run, a graft or a delta: its `kind` is none of {', '.join(KINDS)}. Restore it "
-            "or remove it."
+            f"{path} is not a manifest: its `kind` is none of {', '.join(KINDS)}. Restore it or remove it."
         )
     if content.get("format", 0) > FORMAT:
         raise CheckpointError(
-            f"{path} was written by a newer shadow_trl (format {content['format']}, this version reads {FORMAT}). "
-            "Update shadow-trl."
+            f"{path} was written by a newer shadow_trl (format {content['format']}, here {FORMAT}). Update shadow-trl."
         )
     return content
 
@@ -188,7 +182,7 @@ def weight_digests(source: str) -> dict[str, str] | None:
 
 
 def from_manifest(role: str, manifest: Mapping[str, Any], folder: Path, given: Entry | None = None) -> Entry | None:
-    """Return the name and revision of `role`: what the user gave, else what the manifest of `folder` says.
+    """Return the name and revision of `role`: what was given, else what the manifest of `folder` says.
 
     Raises:
         InputError: the manifest names a folder that is not to be found or has changed.
@@ -226,7 +220,10 @@ def stage_below(tuned: Source, base: str | None = None) -> tuple[str, str] | Non
     if manifest is None or manifest["kind"] != "run" or Entry.read(manifest, "policy") == Entry.read(manifest, "base"):
         return None
     start = from_manifest("policy", manifest, folder)
-    return str(start), str(from_manifest("base", manifest, folder, Entry(base) if base else None))
+    origin = from_manifest("base", manifest, folder, Entry(base) if base else None)
+    if start is None or origin is None:
+        raise InputError(f"{MANIFEST_NAME} of {folder} does not name what the adapter was trained on, or its BASE.")
+    return str(start), str(origin)
 
 
 def adapter_base(config: Mapping[str, Any], folder: Path) -> Entry | None:

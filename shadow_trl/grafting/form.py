@@ -65,7 +65,7 @@ def no_adapter_form(reasons: list[str], *, rank: bool = True) -> AdapterError:
     nearest = "; or rank=R (--rank R): the nearest LoRA of that rank, with its error in the report" if rank else ""
     return AdapterError(
         f"there is no exact adapter form of this graft.\n{list_names(reasons)}\nUse format='model', which is "
-        f"exact{nearest}. Nothing was written."
+        f"exact{nearest}."
     )
 
 

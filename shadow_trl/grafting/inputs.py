@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
 
 from ..adapters.kinds import check_has_delta
 from ..adapters.lora import base_model_of, read_lora, streams
 from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.delta import DeltaCheckpoint, refuse_deltas
+from ..checkpoints.hub import Source
 from ..checkpoints.manifest import Entry, adapter_base, file_digest, read_manifest
 from ..errors import AdapterError, CheckpointError, ConfigError, list_names
 from ..pair.pairs import ModelPair
 from .form import adapter_warnings, form_of, no_adapter_form
-from .options import GraftOptions
+from .options import GraftOptions, declared
 from .trained import Delta, Full, PlainLora
 from .tuned import SingleTuned
-
-Source = str | os.PathLike[str]
 
 
 @dataclass(frozen=True)
@@ -76,7 +73,7 @@ def open_tuned_inputs(
             side.check_not_quantised(role)
     warnings = []
     if check_pair:
-        warnings += ModelPair(tuned.base, receiver).check(vocab=options.vocab)  # type: ignore[arg-type]
+        warnings += ModelPair(tuned.base, receiver).check(vocab=options.vocab)
         warnings += _check_trained(tuned.base, receiver, tuned.checkpoint)
     form, reasons = form_of(tuned, receiver, options)
     return Inputs(receiver, tuned, form, [*warnings, *adapter_warnings(tuned, receiver, reasons)], reasons)
@@ -108,9 +105,8 @@ def open_delta(base: Source | None, instruct: Source, delta: Source, options: Gr
     warnings = []
     if base is not None and origin is not None:
         warnings += _check_base(origin, learnt, options)
-    level: Literal["configs", "headers"] = "configs" if origin is None else "headers"
     pair = ModelPair(facts if origin is None else origin, receiver)
-    warnings += pair.check(level=level, vocab=options.vocab)  # type: ignore[arg-type]
+    warnings += pair.check(level="configs" if origin is None else "headers", vocab=options.vocab)
     return Inputs(receiver, Delta(pair.base, learnt), "model", warnings)
 
 
@@ -125,27 +121,32 @@ def _open_trained(single: SingleTuned, receiver: Checkpoint, options: GraftOptio
     return PlainLora(base, learnt, stages, weights, modules) if modules else Full(base, learnt, stages, weights)
 
 
+def base_of(single: SingleTuned) -> Source:
+    """Return the BASE that was given, else the one that an adapter's config names; ConfigError where neither is."""
+    learnt = single.checkpoint
+    found = single.base or (base_model_of(learnt) if learnt.is_adapter else None)
+    if found is None:
+        raise ConfigError("base is missing: only an adapter that names its own may leave it out.")
+    return found
+
+
 def _open_base(single: SingleTuned, weights: bool) -> Checkpoint:
-    """Open the BASE that was given, else the one that an adapter's config names."""
-    if single.base is not None:
-        return _open_model("base", single.base, weights)
-    adapter = single.checkpoint
-    named = base_model_of(adapter) if adapter.is_adapter else None
-    if named is None:
-        raise ConfigError("base is missing: only an adapter that names its own may leave it out. Nothing was written.")
+    named = base_of(single)
     try:
         return _open_model("base", named, weights)
     except CheckpointError as error:
+        if single.base is not None:
+            raise
         raise CheckpointError(
-            f"adapter {adapter} names {named} as the model that it was trained on, which cannot be used: {error} Where "
-            "that model lies elsewhere, give it with base=... (--base B)."
+            f"adapter {single.checkpoint} names {named} as the model that it was trained on, which cannot be used: "
+            f"{error} Where that model is elsewhere, give it with base=... (--base B)."
         ) from error
 
 
 def _open_model(role: str, source: Source, weights: bool = True) -> Checkpoint:
     side = Checkpoint.open(source, weights=weights)
     if side.is_adapter:
-        raise AdapterError(f"{role} {side} is an adapter, not a model. Merge it first. Nothing was written.")
+        raise AdapterError(f"{role} {side} is an adapter, not a model. Merge it first.")
     return side
 
 
@@ -162,7 +163,7 @@ def _check_trained(base: Checkpoint, instruct: Checkpoint, tuned: Checkpoint) ->
         run = Entry.read(manifest, "tuned") or "what was trained"
         raise ConfigError(
             f"tuned {tuned} is a graft of this base, not what training made of it: instruct - base is in it already "
-            f"and would be added twice. Give what was trained: {run}. Nothing was written."
+            f"and would be added twice. Give what was trained: {run}."
         )
     if base.path == instruct.path:
         return [f"base and instruct are one folder, {instruct}: the result is what was trained, no graft."]
@@ -201,15 +202,12 @@ def other_base(tuned: Full | PlainLora | Delta, sides: Mapping[str, Entry]) -> l
 def _check_delta_options(options: GraftOptions) -> None:
     if options.format == "adapter" or options.rank is not None:
         raise no_adapter_form(["the delta is dense; `shadow-trl delta --rank R` makes an adapter of one"])
-    wrong = [
-        f"{name}={getattr(options, name)!r}"
-        for name, plain in (("instruct_scale", 1.0), ("base_dtype", None))
-        if getattr(options, name) != plain
-    ]
+    given = {name: getattr(options, name) for name in ("instruct_scale", "base_dtype")}
+    wrong = [f"{name}={value!r}" for name, value in given.items() if value != declared()[name].default]
     if wrong:
         raise ConfigError(
             f"{' and '.join(wrong)} needs the weights of BASE, which a delta does not have. Give base and tuned in the "
-            "place of delta. Nothing was written."
+            "place of delta."
         )
 
 
@@ -236,7 +234,7 @@ def _check_base(base: Checkpoint, delta: DeltaCheckpoint, options: GraftOptions)
         raise ConfigError(
             f"base {base} is not what delta {delta} was taken from: {len(wrong)} of {len(entry.digests)} files are "
             f"missing or differ from the digests in its manifest.\n{list_names(wrong)}\nGive the base named there "
-            f"({entry}), or leave base out. Nothing was written."
+            f"({entry}), or leave base out."
         )
     return []
 
@@ -270,6 +268,4 @@ class Digests:
             }
             return {role: Entry.of(side.source, side.revision, digests.get(role)) for role, side in self._sides.items()}
         except OSError as error:
-            raise CheckpointError(
-                f"cannot read an input again for its digest: {error}. Nothing was written."
-            ) from error
+            raise CheckpointError(f"cannot read an input again for its digest: {error}.") from error

@@ -148,7 +148,7 @@ def check_rounding(jobs: Jobs, options: GraftOptions) -> None:
     if options.rounding == "stochastic" and not any(job.code in ("BF16", "F16") for job in jobs.weights):
         raise ConfigError(
             "rounding='stochastic' has no meaning here: the result is fp32, which is not rounded to 16 bits. Use "
-            "rounding='nearest', or a 16-bit dtype. Nothing was written."
+            "rounding='nearest', or a 16-bit dtype."
         )
 
 
@@ -186,8 +186,7 @@ def check_selection(options: GraftOptions, grafted: list[str], known: list[str])
     what = f"{len(idle)} of {len(patterns)} expressions of modules match" if idle else "the selection matches"
     raise ConfigError(
         f"{what} no weight that can be grafted.\n{list_names(idle)}\nNames of weights look like\n"
-        f"{list_names(known, limit=3)}\nPass 'all', 'linear' or regular expressions that are searched in these names. "
-        "Nothing was written."
+        f"{list_names(known, limit=3)}\nPass 'all', 'linear' or regular expressions that are searched in these names."
     )
 
 

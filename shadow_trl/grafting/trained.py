@@ -102,7 +102,7 @@ class PlainLora(Full):
         if jobs.layout is not instruct:
             raise ConfigError(
                 f"instruct {instruct} must be converted for another instruct scale, and an adapter cannot follow it "
-                "there. Merge the adapter into base and graft that. Nothing was written."
+                "there. Merge the adapter into base and graft that."
             )
         return {job.name: job for job in jobs.weights}
 

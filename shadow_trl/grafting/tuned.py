@@ -21,12 +21,12 @@ from ..adapters.lora import base_model_of, open_tuned, place_on, read_lora, stre
 from ..checkpoints.checkpoint import Checkpoint, Place
 from ..checkpoints.delta import refuse_deltas
 from ..checkpoints.header import TORCH_NAMES, narrower
+from ..checkpoints.hub import Source
 from ..checkpoints.manifest import read_manifest, stage_below
 from ..checkpoints.overlay import Overlay
 from ..errors import AdapterError, ConfigError, list_names
 from ..results.folder import make_parents, remove_empty
 
-Source = str | os.PathLike[str]
 Stages = dict[str, Checkpoint]
 Dtypes = str | Sequence[str] | None
 
@@ -76,7 +76,7 @@ def one_tuned(base: Source | None, tuned: Any, target: Path, base_dtype: Dtypes 
         if len(origins) > 1:
             raise ConfigError(
                 f"the {len(found)} tuned models start from {len(origins)} bases.\n{list_names(sorted(origins))}\n"
-                "Deltas from one base only can be added. Nothing was written."
+                "Deltas from one base only can be added."
             )
         if len(found) == 1 and found[0].weights == (1.0,):
             yield found[0]
@@ -183,7 +183,7 @@ def _summed(parts: Sequence[SingleTuned], scratch: Path) -> SingleTuned:
 
         total = concatenated([(part.checkpoint, part.weights[0]) for part in parts], scratch)
     elif origin is None:
-        raise ConfigError("base is missing: the deltas of full checkpoints are measured from it. Nothing was written.")
+        raise ConfigError("base is missing: the deltas of full checkpoints are measured from it.")
     else:
         total = _summed_on(Checkpoint.open(origin), parts, scratch)
     return SingleTuned(origin, total, stages, tuple(part.weights[0] for part in parts))
@@ -202,7 +202,7 @@ def _summed_on(base: Checkpoint, parts: Sequence[SingleTuned], scratch: Path) ->
     if strange:
         raise AdapterError(
             f"the tuned models cannot be added: {len(strange)} weights are not both in base {base} and in each of "
-            f"them.\n{list_names(strange)}\nGraft them one after the other. Nothing was written."
+            f"them.\n{list_names(strange)}\nGraft them one after the other."
         )
     changed = [name for name in base.specs if any(side.specs[name] != base.specs[name] for side, _, _ in full)]
 
@@ -233,18 +233,18 @@ def weighted_sources(tuned: Any) -> list[tuple[Source, float]]:
     """
     items = list(tuned) if isinstance(tuned, (list, tuple)) and not _is_weighted(tuned) else [tuned]
     if not items:
-        raise ConfigError("tuned is an empty list: there is nothing to graft. Nothing was written.")
+        raise ConfigError("tuned is an empty list: there is nothing to graft.")
     found: list[tuple[Source, float]] = []
     for item in items:
         source, weight = item if _is_weighted(item) else _split(item)
         if not isinstance(source, (str, os.PathLike)):
-            raise ConfigError(f"tuned: {source!r} is no folder or hub id. Nothing was written.")
+            raise ConfigError(f"tuned: {source!r} is no folder or hub id.")
         try:
             found.append((source, float(weight)))
         except (TypeError, ValueError):
             found.append((source, math.nan))
         if not math.isfinite(found[-1][1]):
-            raise ConfigError(f"tuned: {weight!r} is no weight of {source}. Nothing was written.")
+            raise ConfigError(f"tuned: {weight!r} is no weight of {source}.")
     return found
 
 

@@ -16,16 +16,16 @@ from typing import Any
 
 import torch
 
-from ..adapters.lora import base_model_of
-from ..checkpoints.checkpoint import Checkpoint, Place
+from ..checkpoints.checkpoint import Place
 from ..checkpoints.delta import BASE_CONFIG, INDEX, WEIGHTS, Zeros, refuse_deltas
 from ..checkpoints.header import FLOATS, nbytes_of
+from ..checkpoints.hub import Source
 from ..checkpoints.manifest import Entry, write_manifest
 from ..errors import AdapterError, ConfigError, ends_with
 from ..grafting.files import OutputFile, main_dtype, plan_files
-from ..grafting.inputs import Digests, Inputs, Source, open_tuned_inputs, other_base
+from ..grafting.inputs import Digests, Inputs, base_of, open_tuned_inputs, other_base
 from ..grafting.jobs import Jobs, WeightJob
-from ..grafting.options import DTYPES, GraftOptions
+from ..grafting.options import DTYPES, GraftOptions, declared
 from ..grafting.reports import DeltaReport, graft_figures
 from ..grafting.stream import stream
 from ..grafting.tuned import one_tuned
@@ -89,7 +89,7 @@ def extract_delta(
         if rank is not None and inputs.tuned.checkpoint.is_adapter:
             raise AdapterError(
                 f"tuned {inputs.tuned.checkpoint} is an adapter already: rank is for full checkpoints. Leave rank out "
-                "for its dense delta. Nothing was written."
+                "for its dense delta."
             )
         with OutputFolder(target, overwrite, "delta") as place:
             if rank is None:
@@ -102,9 +102,8 @@ def extract_delta(
 
 def _options(dtype: Any, rank: int | None, **options: Any) -> GraftOptions:
     if str(dtype) == "auto":
-        raise ConfigError(f"dtype of a delta must be one of {', '.join(DTYPES[1:])}. Nothing was written.")
-    if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
-        raise ConfigError(f"rank must be a whole number of at least 1, got {rank!r}. Nothing was written.")
+        raise ConfigError(f"dtype of a delta must be one of {', '.join(DTYPES[1:])}.")
+    declared()["rank"].checked("rank", rank)
     # A head that only TUNED has of its own is part of the delta; whether INSTRUCT can take it is asked at the graft.
     return GraftOptions(format="model", dtype=dtype, untie=True, **options)
 
@@ -114,15 +113,8 @@ def _opened(base: Source | None, tuned: Source, target: Path, options: GraftOpti
     """Open BASE and TUNED; BASE is the receiver as well, so that the plan is one of BASE's own weights."""
     refuse_deltas(base=base, tuned=tuned)
     with one_tuned(base, [(tuned, 1.0)], target, options.base_dtype) as single:
-        home = single.base if single.base is not None else _base_of(single.checkpoint)
+        home = base_of(single)
         yield open_tuned_inputs(replace(single, base=home), home, options, check_pair=False)
-
-
-def _base_of(tuned: Checkpoint) -> Source:
-    base = base_model_of(tuned) if tuned.is_adapter else None
-    if base is None:
-        raise ConfigError("base is missing: only an adapter that names its own may leave it out. Nothing was written.")
-    return base
 
 
 def _write_dense(inputs: Inputs, part: Path, target: Path, options: GraftOptions, progress: bool) -> DeltaReport:
@@ -136,7 +128,7 @@ def _write_dense(inputs: Inputs, part: Path, target: Path, options: GraftOptions
     check_space(target, sum(file.size for file in files) + sum(path.stat().st_size for path in small))
     with Digests(inputs.tuned.sides, [], options) as digests, Progress(sum(f.size for f in files), progress) as bar:
         outcome = stream(files, part, options, bar.add)
-        check_finite(outcome, target)
+        check_finite(outcome)
         shutil.rmtree(scratch, ignore_errors=True)
         figures = graft_figures(outcome.sums, options.stats, sigma=False)
         figures.pop("sigma", None)

@@ -17,11 +17,12 @@ from ..adapters.lora import place_on
 from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.delta import refuse_deltas
 from ..checkpoints.header import TORCH_NAMES
+from ..checkpoints.hub import Source
 from ..checkpoints.manifest import Entry, write_manifest
 from ..errors import ConfigError, GraftError, ends_with, list_names
 from ..grafting.files import main_dtype, plan_files, write_index
 from ..grafting.form import is_local, no_adapter_form
-from ..grafting.inputs import Digests, Inputs, Source, open_delta, open_tuned_inputs, other_base
+from ..grafting.inputs import Digests, Inputs, open_delta, open_tuned_inputs, other_base
 from ..grafting.jobs import check_rounding, full_jobs, narrow_warning
 from ..grafting.options import GraftOptions
 from ..grafting.reports import GraftReport, graft_figures, graft_warnings
@@ -136,7 +137,7 @@ def _opened(
 ) -> Iterator[Inputs]:
     """Open the sides of a graft of TUNED or of a delta."""
     if (tuned is None) == (delta is None):
-        raise ConfigError("give either tuned or delta: what BASE learnt is one of them. Nothing was written.")
+        raise ConfigError("give either tuned or delta: what BASE learnt is one of them.")
     if delta is not None:
         yield open_delta(base, instruct, delta, options)
         return
@@ -197,7 +198,7 @@ def _options(options: dict[str, Any]) -> GraftOptions:
     try:
         return GraftOptions(**options)
     except TypeError as error:
-        raise ConfigError(f"{error}. Nothing was written.") from error
+        raise ConfigError(f"{error}.") from error
 
 
 def _write_dense_form(inputs: Inputs, part: Path, target: Path, options: GraftOptions, progress: bool) -> GraftReport:
@@ -209,12 +210,12 @@ def _write_dense_form(inputs: Inputs, part: Path, target: Path, options: GraftOp
     check_space(target, sum(file.size for file in files) + sum(path.stat().st_size for path in small))
     with Digests(inputs.sides, small, options) as digests, Progress(sum(f.size for f in files), progress) as bar:
         outcome = stream(files, part, options, bar.add)
-        check_finite(outcome, target)
+        check_finite(outcome)
         write_index(files, jobs.layout, part)
         shutil.rmtree(scratch, ignore_errors=True)
         copy_files(small, inputs.instruct, part)
         dtype = main_dtype(jobs.weights)
-        write_config(inputs.instruct, part, dtype, jobs.config_edits)
+        write_config(part, dtype, jobs.config_edits)
         figures = graft_figures(outcome.sums, options.stats, sigma="base" in inputs.sides)
         notes = [*inputs.warnings, *jobs.warnings, *graft_warnings(figures, dtype or "", options.rounding)]
         if options.untie and not jobs.config_edits:
@@ -277,7 +278,7 @@ def _write_provenance(
     write_model_card(part, content, adapter=report.form == "adapter")
 
 
-def check_finite(outcome: Outcome, target: Path) -> None:
+def check_finite(outcome: Outcome) -> None:
     """Raise GraftError if a weight has values that are not finite."""
     if not outcome.bad:
         return
@@ -288,7 +289,7 @@ def check_finite(outcome: Outcome, target: Path) -> None:
     raise GraftError(
         f"{len(lines)} weight{'s have' if len(lines) > 1 else ' has'} values that are infinite or not a number.\n"
         f"{list_names(lines)}\n"
-        f"Repair or replace the checkpoint.{hint if overflow else ''} Nothing was written to {target}."
+        f"Repair or replace the checkpoint.{hint if overflow else ''}"
     )
 
 

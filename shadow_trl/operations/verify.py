@@ -5,12 +5,10 @@ The weights are compared by name, whatever files they are in, block by block; th
 
 from __future__ import annotations
 
-import filecmp
-import json
 import math
 import os
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,7 +16,7 @@ from typing import Any
 import torch
 
 from ..arithmetic.grafter import BLOCK
-from ..checkpoints.checkpoint import Checkpoint
+from ..checkpoints.checkpoint import ADAPTER_CONFIG, Checkpoint, read_json
 from ..checkpoints.delta import refuse_deltas
 from ..checkpoints.hub import Source, locate
 from ..checkpoints.manifest import MANIFEST_NAME, Entry, kind_found, read_manifest
@@ -100,13 +98,9 @@ def verify(
         delta: in the place of `tuned`, as for `graft`.
         progress: whether to show a bar on a terminal. Default True.
 
-    Returns:
-        what differs; `same` is True when nothing does.
-
     Raises:
         InputError: `folder` holds no graft, an input is not to be found, or the inputs cannot be grafted.
         GraftError: the graft failed (values that are not finite, full disk).
-
     """
     refuse_deltas(folder=folder)
     there = Checkpoint.open(folder)
@@ -115,20 +109,22 @@ def verify(
         raise CheckpointError(f"{there} is not a graft: {kind_found(manifest)}. Give the folder that `graft` wrote.")
     given = {"base": base, "instruct": instruct, "tuned": tuned, "delta": delta}
     sides = _sides(given, manifest, there.path)
-    wrong = _other_digests(sides, manifest)
-    if tuned is None and delta is None and "start" in manifest:
-        wrong += _other_digests({"start": _found("start", manifest, there.path)}, manifest)
+    begun = tuned is None and delta is None and "start" in manifest
+    start = {"start": _found("start", manifest, there.path)} if begun else {}
+    wrong = _other_digests({**sides, **start}, manifest)
     scratch_home = there.path.absolute().parent
     if not os.access(scratch_home, os.W_OK):
         scratch_home = Path(tempfile.gettempdir())
     check_space(scratch_home, sum(spec.nbytes for spec in there.specs.values()))
     with tempfile.TemporaryDirectory(prefix=".shadow-verify-", dir=scratch_home) as scratch:
-        made = Path(scratch) / "graft"
-        options = _options(manifest)
+        made, recorded = Path(scratch) / "graft", manifest["options"]
+        options = {name: recorded[name] for name, option in declared().items() if option.recorded and name in recorded}
+        options["format"] = manifest["form"]
+        if "tuned" in sides and "loaded_in" not in manifest and options.get("base_dtype") is None:
+            options["base_dtype"] = ()  # version 0.1.0 subtracted BASE as stored then
         report = graft(**sides, output=made, **options, digest="none", stats=False, progress=progress)
         again = Checkpoint.open(made)
-        weights = _other_weights(there, again)
-        files = _other_files(there, again)
+        weights, files = _other_weights(there, again), _other_files(there, again)
     return VerifyReport(str(folder), len(again.specs), weights, files, wrong, report.warnings)
 
 
@@ -140,10 +136,7 @@ def _sides(given: Mapping[str, Any], manifest: Mapping[str, Any], folder: Path) 
     role = learnt[0] if learnt else ("delta" if "delta" in manifest else "tuned")
     # BASE of a delta is only checked, and where an adapter needs none the manifest still names it.
     wanted = [role, "instruct", *(["base"] if role == "tuned" or given["base"] is not None else [])]
-    found: dict[str, Any] = {}
-    for name in wanted:
-        source = given[name]
-        found[name] = source if source is not None else _found(name, manifest, folder)
+    found = {name: _found(name, manifest, folder) if given[name] is None else given[name] for name in wanted}
     if role == "tuned" and given["tuned"] is None and manifest.get("tuned_weights"):
         names = ["tuned", *(f"tuned_{number}" for number in range(2, len(manifest["tuned_weights"]) + 1))]
         sources = [_found(name, manifest, folder) for name in names]
@@ -159,25 +152,16 @@ def _found(role: str, manifest: Mapping[str, Any], folder: Path) -> Source:
     return str(entry.find(folder, role))
 
 
-def _options(manifest: Mapping[str, Any]) -> dict[str, Any]:
-    recorded = manifest["options"]
-    options = {name: recorded[name] for name, option in declared().items() if option.recorded and name in recorded}
-    if "loaded_in" not in manifest and options.get("base_dtype") is None:
-        options["base_dtype"] = ()  # version 0.1.0 subtracted BASE as on disk then
-    return {**options, "format": manifest["form"]}
-
-
 def _other_digests(sides: Mapping[str, Any], manifest: Mapping[str, Any]) -> list[str]:
     """Return `role: file` of the inputs whose digest is not the one in the manifest."""
     wrong = []
-    single: dict[str, Source] = {}
-    for role, source in sides.items():
-        parts = weighted_sources(source) if role == "tuned" else [(source, 1.0)]
-        single |= {role if number == 1 else f"{role}_{number}": part for number, (part, _) in enumerate(parts, 1)}
-    for role, source in single.items():
-        entry = Entry.read(manifest, role)
-        if entry is not None and entry.digests:
-            wrong += [f"{role}: {name}" for name in entry.changed(locate(source)[2])]
+    for side, source in sides.items():
+        parts = weighted_sources(source) if side == "tuned" else [(source, 1.0)]
+        for number, (part, _) in enumerate(parts, 1):
+            role = side if number == 1 else f"{side}_{number}"
+            entry = Entry.read(manifest, role)
+            if entry is not None and entry.digests:
+                wrong += [f"{role}: {name}" for name in entry.changed(locate(part)[2])]
     return wrong
 
 
@@ -220,30 +204,23 @@ def _bits(values: torch.Tensor) -> torch.Tensor:
 
 def _other_files(there: Checkpoint, again: Checkpoint) -> list[str]:
     """Return the files beside the weights that are missing, changed or not of the graft."""
-    ours, theirs = set(_small_files(there)), set(_small_files(again))
-    changed = sorted(name for name in ours & theirs if not _same_file(there.path / name, again.path / name))
+    ours, theirs = _small_files(there), _small_files(again)
     return [
         *(f"{name}  missing" for name in sorted(theirs - ours)),
-        *(f"{name}  changed" for name in changed),
+        *(f"{n}  changed" for n in sorted(ours & theirs) if _content(there.path / n) != _content(again.path / n)),
         *(f"{name}  not of the graft" for name in sorted(ours - theirs)),
     ]
 
 
-def _small_files(side: Checkpoint) -> Iterator[str]:
-    weights: Iterable[str] = {path.name for path in side.files} | {side.index or ""}
-    for path in sorted(side.path.rglob("*")):
-        name = path.relative_to(side.path)
-        hidden = any(part.startswith(".") for part in name.parts)
-        if path.is_file() and not hidden and str(name) not in weights and str(name) not in _OUR_OWN:
-            yield str(name)
+def _small_files(side: Checkpoint) -> set[str]:
+    found = {path.relative_to(side.path) for path in side.path.rglob("*") if path.is_file()}
+    names = {str(name) for name in found if not any(part.startswith(".") for part in name.parts)}
+    return names - {path.name for path in side.files} - {side.index, *_OUR_OWN}
 
 
-def _same_file(ours: Path, theirs: Path) -> bool:
-    if filecmp.cmp(ours, theirs, shallow=False):
-        return True
-    if ours.name != "adapter_config.json":
-        return False
+def _content(path: Path) -> Any:
+    if path.name != ADAPTER_CONFIG:
+        return path.read_bytes()
     # The model's name in it is as the user gave it; a path may lead there from another folder by another name.
-    one, two = (json.loads(path.read_text(encoding="utf-8")) for path in (ours, theirs))
     named = ("base_model_name_or_path", "revision")
-    return bool({k: v for k, v in one.items() if k not in named} == {k: v for k, v in two.items() if k not in named})
+    return {key: value for key, value in read_json(path).items() if key not in named}

@@ -6,7 +6,6 @@ import math
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
 
 import torch
 
@@ -53,10 +52,10 @@ class ModelPair:
     def check(
         self,
         *,
-        level: Literal["configs", "headers", "weights"] = "headers",
+        level: str = "headers",
         need_template: bool = False,
         allow_wide_gap: bool = False,
-        vocab: Literal["strict", "shared"] = "strict",
+        vocab: str = "strict",
     ) -> list[str]:
         """Check that INSTRUCT was made from BASE and that BASE can be trained on INSTRUCT's chats.
 

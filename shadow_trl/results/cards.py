@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ..checkpoints.hub import Source, is_hub_id
 from ..checkpoints.manifest import MANIFEST_NAME
 
 _CITATION = """\
@@ -18,14 +17,8 @@ _CITATION = """\
 }"""
 
 
-def write_model_card(folder: str | os.PathLike[str], manifest: Mapping[str, Any], *, adapter: bool = False) -> Path:
-    """Write the `README.md` of a grafted model or adapter from its manifest; return its path.
-
-    Args:
-        folder: the folder of the graft, not yet renamed into place.
-        manifest: the content of its `shadow.json`; `base`, `instruct`, `tuned` (each with `source`) and `options`.
-        adapter: whether the folder holds an adapter.
-    """
+def write_model_card(folder: Source, manifest: Mapping[str, Any], *, adapter: bool = False) -> Path:
+    """Write the `README.md` of a graft, a model or an `adapter`, from its manifest into `folder`; return its path."""
     names = _names(manifest, "instruct", "base", "tuned")
     options = manifest.get("options", {})
     scales = {name: options.get(name, 1.0) for name in ("scale", "instruct_scale")}
@@ -43,13 +36,8 @@ def write_model_card(folder: str | os.PathLike[str], manifest: Mapping[str, Any]
     return _write(folder, front, ["trl", *(["lora"] if adapter else [])], lines)
 
 
-def write_delta_card(folder: str | os.PathLike[str], manifest: Mapping[str, Any]) -> Path:
-    """Write the `README.md` of a delta, or of the LoRA made from one, from its manifest; return its path.
-
-    Args:
-        folder: the folder of the delta, not yet renamed into place.
-        manifest: the content of its `shadow.json`; `base`, `tuned` (each with `source`) and `form`.
-    """
+def write_delta_card(folder: Source, manifest: Mapping[str, Any]) -> Path:
+    """Write the `README.md` of a delta, or of the LoRA made from one, from its manifest; return its path."""
     names = _names(manifest, "base", "tuned")
     lines = [f"# What training added to {names['base']}", ""]
     if manifest["form"] == "adapter":
@@ -63,7 +51,7 @@ def write_delta_card(folder: str | os.PathLike[str], manifest: Mapping[str, Any]
     return _write(folder, front, ["lora"] if manifest["form"] == "adapter" else [], lines)
 
 
-def _write(folder: str | os.PathLike[str], front: list[str], tags: list[str], lines: list[str]) -> Path:
+def _write(folder: Source, front: list[str], tags: list[str], lines: list[str]) -> Path:
     front = [*front, "tags:", *(f"- {tag}" for tag in ("shadow-trl", "shadow-ft", *tags))]
     citation = ["## Citation", "", "```bibtex", _CITATION, "```", ""]
     path = Path(folder) / "README.md"
@@ -90,4 +78,4 @@ def _names(manifest: Mapping[str, Any], *roles: str) -> dict[str, str]:
 
 
 def _is_hub_id(source: str) -> bool:
-    return bool(re.fullmatch(r"[\w.\-]+/[\w.\-]+(@[\w.\-/]+)?", source)) and not Path(source.partition("@")[0]).exists()
+    return "/" in source and is_hub_id(source) and not Path(source.partition("@")[0]).exists()

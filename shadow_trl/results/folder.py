@@ -14,7 +14,6 @@ import threading
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
-from types import TracebackType
 
 from ..checkpoints.manifest import MANIFEST_NAME, read_manifest
 from ..errors import CheckpointError, ConfigError, GraftError, OutputExistsError
@@ -28,8 +27,7 @@ class OutputFolder:
 
     Args:
         path: where the result goes.
-        overwrite: whether a result of the same kind may be replaced. It stays as a hidden sibling until the new one is
-        there.
+        overwrite: whether a result of the same kind may be replaced; it is kept until the new one is there.
         kind: of the result, as its manifest names it. Default `graft`.
 
     Raises:
@@ -38,12 +36,10 @@ class OutputFolder:
 
     def __init__(self, path: Path, overwrite: bool = False, kind: str = "graft") -> None:
         self.path = Path(os.path.abspath(path))
-        self.overwrite = overwrite
-        self.kind = kind
+        self.overwrite, self.kind = overwrite, kind
         self.part = self.path.with_name(f".{self.path.name}.{_PART}-{os.getpid()}-{threading.get_ident():x}")
         self._made: list[Path] = []
         self._lock = -1
-        self._entered = False
 
     def __enter__(self) -> OutputFolder:
         recover(self.path)
@@ -51,33 +47,26 @@ class OutputFolder:
         try:
             self._made = make_parents(self.path.parent)
             self.part.mkdir()
-            self._entered = True
             self._lock = _lock(self.part)
         except OSError as error:
             self._discard()
             raise GraftError(f"cannot write to {self.path}: {error.strerror}.") from error
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._entered and self.part.exists():  # not committed
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if self.part.exists():  # not committed
             self._discard()
         if self._lock >= 0:
             os.close(self._lock)
-        self._lock, self._entered = -1, False
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise GraftError(
-                f"the disk of {self.path} is full ({free_bytes(self.path):,} bytes free). Make room or choose another "
-                "output."
+                f"the disk of {self.path} is full ({free_bytes(self.path):,} bytes free). Make room or write elsewhere."
             ) from error
 
     def commit(self) -> None:
         """Sync everything and move the result to its place; an older result is removed after that."""
-        for folder, _, files in os.walk(self.part, topdown=False):
-            for name in files:
-                sync(Path(folder, name))
-            sync(Path(folder))
+        for path in (*self.part.rglob("*"), self.part):
+            sync(path)
         old = _old(self.path)
         if self.path.exists():
             os.rename(self.path, old)
@@ -88,8 +77,7 @@ class OutputFolder:
                 os.rename(old, self.path)
             raise
         sync(self.path.parent)
-        if old.exists():
-            _remove(old)
+        _remove(old)
 
     def _discard(self) -> None:
         shutil.rmtree(self.part, ignore_errors=True)
@@ -110,11 +98,12 @@ def check_free(path: Path, overwrite: bool, kind: str = "graft") -> None:
         return
     if not overwrite:
         raise OutputExistsError(
-            f"{path} exists. Choose another output, remove it, or overwrite it (--overwrite; in training "
-            "graft_overwrite)."
+            f"{path} exists. Choose another output, remove it, or pass --overwrite (in training, graft_overwrite)."
         )
     there = path if os.path.lexists(path) else old
-    manifest = _manifest(there)
+    manifest = None
+    with suppress(CheckpointError):
+        manifest = read_manifest(there)
     if there.is_symlink() or not there.is_dir() or manifest is None or manifest.get("kind") != kind:
         raise OutputExistsError(
             f"{path} exists and is no {kind} (it has no {MANIFEST_NAME} of kind {kind}), so it is not overwritten. "
@@ -122,20 +111,14 @@ def check_free(path: Path, overwrite: bool, kind: str = "graft") -> None:
         )
 
 
-def check_place(path: Path, inputs: Iterable[tuple[str, Path]], *, room_in: str = "tuned") -> None:
-    """Raise ConfigError if the output lies at, in or around the folder of an input.
-
-    Args:
-        path: the output.
-        inputs: (role, folder) of each input.
-        room_in: the role whose folder may hold the output, as the folder of a run holds its graft.
-    """
+def check_place(path: Path, inputs: Iterable[tuple[str, Path]]) -> None:
+    """Raise ConfigError if `path` is, in (TUNED's may hold it) or around the folder of an input (role, folder)."""
     place = Path(os.path.realpath(path))
     for role, folder in inputs:
         home = folder.resolve()
         if place == home:
             how = "is"
-        elif home in place.parents and role != room_in:
+        elif home in place.parents and role != "tuned":
             how = "lies in"
         elif place in home.parents:
             how = "lies around"
@@ -152,17 +135,14 @@ def check_space(path: Path, needed: int) -> None:
     free = free_bytes(path)
     if needed > free:
         raise GraftError(
-            f"the result needs {needed:,} bytes and the disk of {path} has {free:,} free. Make room or choose another "
-            "output."
+            f"the result needs {needed:,} bytes and the disk of {path} has {free:,} free. Make room or write elsewhere."
         )
 
 
 def free_bytes(path: Path) -> int:
     """Return the bytes free for this user on the disk on which `path` is or would be."""
-    folder = Path(os.path.abspath(path))
-    while not folder.exists():
-        folder = folder.parent
-    return shutil.disk_usage(folder).free
+    path = Path(os.path.abspath(path))
+    return shutil.disk_usage(next(folder for folder in (path, *path.parents) if folder.exists())).free
 
 
 def recover(path: Path) -> None:
@@ -196,21 +176,12 @@ def _old(path: Path) -> Path:
     return path.with_name(f".{path.name}.{_OLD}")
 
 
-def _manifest(folder: Path) -> dict[str, object] | None:
-    with suppress(CheckpointError):
-        return read_manifest(folder)
-    return None
-
-
 def make_parents(folder: Path) -> list[Path]:
     """Make a folder with the folders above it; return those that were not there, outermost first."""
-    missing = []
-    while not folder.exists():
-        missing.append(folder)
-        folder = folder.parent
-    for path in reversed(missing):
+    missing = [path for path in (folder, *folder.parents) if not path.exists()][::-1]
+    for path in missing:
         path.mkdir(exist_ok=True)
-    return missing[::-1]
+    return missing
 
 
 def _lock(folder: Path) -> int:

@@ -91,6 +91,11 @@ def check_adapter(start: Start, *, grafts: bool) -> None:
         )
     if not grafts:
         return
+    if start.origins.policy is None:
+        raise AdapterError(
+            "the model in memory has no name, so a graft could not find the weights that the adapter is trained on. "
+            "Save it (model.save_pretrained(folder)) and pass model=folder."
+        )
     check_has_delta(start.adapter)
     if is_adapted(start.model) and is_subtracted(setting):
         raise AdapterError(

@@ -373,6 +373,14 @@ def test_model_changed_in_memory_is_refused(pair, tmp_path):
         sft(pair, tmp_path / "out", model=AutoModelForCausalLM.from_config(tiny_config()))
 
 
+def test_an_adapter_on_a_model_without_a_name_is_refused_before_training(pair, tmp_path):
+    model = AutoModelForCausalLM.from_config(tiny_config())
+    model.load_state_dict(AutoModelForCausalLM.from_pretrained(pair[0], dtype=torch.float32).state_dict())
+    with pytest.raises(AdapterError, match=r"has no name.*pass model=folder"):
+        sft(pair, tmp_path / "out", model=model, base_model=str(pair[0]), peft_config=lora())
+    assert not (tmp_path / "out").exists()
+
+
 def test_loaded_model_trains_as_the_name_does(pair, tmp_path):
     sft(pair, tmp_path / "name").train()
     sft(pair, tmp_path / "object", model=AutoModelForCausalLM.from_pretrained(pair[0], dtype=torch.float32)).train()
