@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ..adapters.kinds import kind_of
-from ..adapters.lora import base_model_of, open_tuned, place_on, read_lora, streams
+from ..adapters.lora import base_model_of, no_factors, open_tuned, place_on, read_lora, streams
 from ..checkpoints.checkpoint import Checkpoint, Place
 from ..checkpoints.delta import refuse_deltas
 from ..checkpoints.header import TORCH_NAMES, narrower
@@ -96,12 +96,12 @@ def loaded_in(tuned: Checkpoint, given: Dtypes = None) -> tuple[str, ...]:
     return () if manifest is None or manifest["kind"] != "run" else (*manifest.get("loaded_in", ()), "tuned")
 
 
-def loaded_like(full: Checkpoint, dtypes: Sequence[str]) -> tuple[str, ...]:
-    """Return `dtypes` with that of most of the weights of `full`, a full model, where there is `tuned` alone."""
+def loaded_like(tuned: Checkpoint, dtypes: tuple[str, ...]) -> tuple[str, ...]:
+    """Return `dtypes` with that of most of what `tuned` has of weights, not of factors, where it is `tuned` alone."""
     sizes: Counter[str] = Counter()
-    for spec in full.specs.values():
-        sizes[TORCH_NAMES[spec.code]] += spec.numel if spec.is_float else 0
-    return (sizes.most_common(1)[0][0], "tuned") if tuple(dtypes) == ("tuned",) else tuple(dtypes)
+    for name in no_factors(tuned.specs) if dtypes == ("tuned",) else ():
+        sizes[TORCH_NAMES[tuned.specs[name].code]] += tuned.specs[name].numel
+    return (*(dtype for dtype, _ in sizes.most_common(1)), *dtypes)
 
 
 def merged_checkpoint(base: Checkpoint, adapter: Checkpoint, folder: Path) -> Overlay:
@@ -166,7 +166,7 @@ def _on_base(base: Source | None, source: Source, weight: float, scratch: Path, 
     first = Checkpoint.open(below[0])
     merged = merged_checkpoint(first.loaded(dtypes), tuned, scratch / "merged")
     # In which dtype the run before loaded BASE its own record tells or, where one was given, the weights that it saved.
-    before = loaded_in(first, None if base_dtype else base_dtype) or (("tuned",) if base_dtype else ())
+    before = (loaded_in(first) or ("tuned",)) if dtypes else ()
     return SingleTuned(below[1], merged, {"start": first, "tuned": learnt}, weights, loaded_like(first, before))
 
 
