@@ -25,6 +25,7 @@ from ..errors import AdapterError, list_names
 from ..layouts.model_names import ModelNames
 from .kinds import NOTHING, PLAIN_STARTS, START_FOLDER, lost_start, peft_type, start_setting
 from .lora import nearest_names, no_factors
+from .repoint import read_start
 from .stored import MemoryWeights, StoredValues, module_of, read_stored
 
 # Types that PEFT sets up without a look at the weights under them: their layers are made before a weight is read.
@@ -37,6 +38,9 @@ _BLIND = frozenset({
 def merge_into_base(base: Checkpoint, adapter: Checkpoint, folder: Path) -> Overlay:
     """Return BASE with an adapter of any type merged, in BASE's layout.
 
+    DoRA starts near BASE, by the rounding of its magnitudes: what its start makes of BASE is subtracted, where it was
+    kept.
+
     Args:
         base: what the adapter was trained on. The adapter is a delta to it as training loaded it, its layers in the
             last of the dtypes in `loaded_in`; the delta is added to BASE as stored.
@@ -46,8 +50,16 @@ def merge_into_base(base: Checkpoint, adapter: Checkpoint, folder: Path) -> Over
     Raises:
         AdapterError: an adapter that PEFT cannot merge, or weights of it that have no place in its base.
     """
+    start = read_start(adapter) if adapter.adapter_config.get("use_dora") else None
+    before = None if start is None else _merged_less(base, start, folder / "start", None)
+    return _merged_less(base, adapter, folder, before)
+
+
+def _merged_less(base: Checkpoint, adapter: Checkpoint, folder: Path, before: Overlay | None) -> Overlay:
+    """Return BASE with an adapter merged, less what `before`, BASE with its start merged, differs from BASE by."""
     names = ModelNames(base)
     weights = MemoryWeights(base, names)
+    moved = None if before is None else MemoryWeights(before, names)
     stored = read_stored(adapter, names.memory)
     result, rules = Overlay.over(base, adapter, folder), names.rules_of(base.specs)
     has_rows = any(rows is not ... for _, rows in stored.values.values())
@@ -60,6 +72,8 @@ def merge_into_base(base: Checkpoint, adapter: Checkpoint, folder: Path) -> Over
             if name == alias or (name == other and not together):
                 (key,) = names.to_disk({alias: torch.empty(0, device="meta")}, rules)
                 result.detach(key, weights.sources(other)[0])
+        if moved is not None:
+            value = value.double() - (moved[name].double() - weights[name].double())
         result.put(names.to_disk({name: value}, rules))
 
     dtypes = [dtype for dtype in base.loaded_in if dtype != "tuned"]

@@ -17,14 +17,12 @@ from ..checkpoints.checkpoint import ADAPTER_CONFIG, Checkpoint
 from ..errors import AdapterError, list_names
 from ..layouts.model_names import ModelNames
 from .kinds import START_FOLDER
-from .lora import PREFIX, WEIGHTS, nearest_names, no_factors, read_lora, streams
+from .lora import PREFIX, WEIGHTS, nearest_names, read_lora, streams
 from .stored import MemoryWeights, StoredValues, module_of, read_stored
 
 
 def read_start(adapter: Checkpoint) -> Checkpoint | None:
-    """Return the adapter as it was before training, None where it was not kept or cannot be subtracted as a whole."""
-    if no_factors(adapter.specs):
-        return None
+    """Return the adapter as it was before training, None where it was not kept."""
     folders = [adapter.path / START_FOLDER]
     if adapter.path.name.startswith("checkpoint-"):
         folders.append(adapter.path.parent / START_FOLDER)
@@ -32,7 +30,7 @@ def read_start(adapter: Checkpoint) -> Checkpoint | None:
     if found is None:
         return None
     start = Checkpoint.open(str(found))
-    here, there = ({name: spec.shape for name, spec in side.specs.items()} for side in (adapter, start))
+    here, there = ({n: spec.shape for n, spec in side.specs.items() if ".lora_" in n} for side in (adapter, start))
     if here != there:
         raise AdapterError(
             f"the start of adapter {adapter} in {START_FOLDER} has other weights than the adapter: "

@@ -139,12 +139,17 @@ def _needs_scratch(source: Source, base: Source | None) -> bool:
     learnt = open_tuned(source)
     if not learnt.is_adapter:
         return False
-    if kind_of(learnt.adapter_config).subtracted:
+    if _is_less_start(learnt):
         from ..adapters.repoint import read_start
 
         if read_start(learnt) is not None:
             return True
     return stage_below(learnt.path, None if base is None else str(base)) is not None
+
+
+def _is_less_start(adapter: Checkpoint) -> bool:
+    """Whether the delta is the adapter's product less that of its start."""
+    return kind_of(adapter.adapter_config).subtracted and not no_factors(adapter.specs)
 
 
 def _on_base(base: Source | None, source: Source, weight: float, scratch: Path, base_dtype: Dtypes) -> SingleTuned:
@@ -154,7 +159,7 @@ def _on_base(base: Source | None, source: Source, weight: float, scratch: Path, 
     if not learnt.is_adapter:
         return SingleTuned(base, learnt, {"tuned": learnt}, weights, dtypes)
     tuned = learnt
-    if kind_of(learnt.adapter_config).subtracted:
+    if _is_less_start(learnt):
         from ..adapters.repoint import less_start, read_start
 
         start = read_start(learnt)

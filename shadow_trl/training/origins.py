@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from trl.trainer.utils import get_config_model_id
 
 from ..checkpoints.checkpoint import ADAPTER_CONFIG, Checkpoint, read_json
@@ -138,11 +139,13 @@ def check_unchanged(model: PreTrainedModel, source: Entry, *, adapter: bool) -> 
     Raises:
         InputError: the model has weights that differ from those of `source`.
     """
-    fresh = type(model).from_pretrained(source.source, revision=source.revision or "main", dtype=model.dtype)
-    known, state = fresh.state_dict(), dict(bare_model(model).state_dict())
+    bare = bare_model(model)
+    with torch.random.fork_rng():
+        fresh = type(bare).from_pretrained(source.source, revision=source.revision or "main", dtype=bare.dtype)
+    known, state = fresh.state_dict(), dict(bare.state_dict())
     if is_adapted(model):
         # What an adapter trains is its own, and stored with it; the rest has a name of its own under it.
-        own = {name for name, parameter in bare_model(model).named_parameters() if parameter.requires_grad}
+        own = {name for name, parameter in bare.named_parameters() if parameter.requires_grad}
         below = {_BELOW.sub("", name): value for name, value in state.items() if name not in own}
         state = {name: below.get(name, value) for name, value in known.items()}
     changed = [
