@@ -35,7 +35,7 @@ class DeltaCheckpoint(Checkpoint):
         Raises:
             CheckpointError: no such folder or repository, or it holds no delta.
         """
-        name, revision, path = hub.locate(source, revision, weights=weights)
+        name, commit, path, asked = hub.locate(source, revision, weights=weights)
         manifest = read_manifest(path)
         if manifest is None or manifest["kind"] != "delta":
             raise CheckpointError(
@@ -44,7 +44,7 @@ class DeltaCheckpoint(Checkpoint):
             )
         if manifest["form"] == "adapter":
             raise CheckpointError(f"{name} is a LoRA adapter made from a delta. Give it as tuned, not as delta.")
-        delta = cls(name, revision, path, config=read_json(path / BASE_CONFIG))
+        delta = cls(name, commit, path, config=read_json(path / BASE_CONFIG), asked=asked)
         delta.manifest = manifest
         if weights:
             delta._read_headers()

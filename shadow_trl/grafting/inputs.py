@@ -11,9 +11,10 @@ from ..adapters.kinds import check_has_delta
 from ..adapters.lora import base_model_of, read_lora, streams
 from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.delta import DeltaCheckpoint, refuse_deltas
+from ..checkpoints.header import stamp
 from ..checkpoints.hub import Source
 from ..checkpoints.manifest import Entry, adapter_base, file_digest, read_manifest
-from ..errors import AdapterError, CheckpointError, ConfigError, list_names
+from ..errors import AdapterError, CheckpointError, ConfigError, GraftError, list_names
 from ..pair.pairs import ModelPair
 from .form import adapter_warnings, form_of, no_adapter_form
 from .options import GraftOptions, declared
@@ -187,9 +188,9 @@ def other_base(tuned: Full | PlainLora | Delta, sides: Mapping[str, Entry]) -> l
             named = adapter_base(side.adapter_config, side.path)
         if named is None:
             continue
-        recorded, ours = named.digests or {}, sides["base"].digests or {}
-        common = recorded.keys() & ours.keys()
-        same = all(recorded[name] == ours[name] for name in common) if common else named.names(tuned.base, side.path)
+        common = (named.digests or {}).keys() & (sides["base"].digests or {}).keys()
+        compared = replace(named, digests={name: (named.digests or {})[name] for name in common})
+        same = not compared.changed(tuned.base.path) if common else named.names(tuned.base, side.path)
         if not same:
             what = "with other weights" if common else "by its name"
             found.append(
@@ -240,10 +241,13 @@ def _check_base(base: Checkpoint, delta: DeltaCheckpoint, options: GraftOptions)
 
 
 class Digests:
-    """SHA-256 of the inputs, worked out while the graft streams."""
+    """Digests of the inputs, worked out while the graft streams, and the check that they stay as they are."""
 
     def __init__(self, sides: Mapping[str, Checkpoint], small: list[Path], options: GraftOptions) -> None:
         self._sides = sides
+        self._stamps = {path: stamp(path) for path in small}
+        for side in sides.values():
+            self._stamps |= side.stamps
         self._found: dict[str, dict[str, Future[str]]] = {}
         self._pool = ThreadPoolExecutor(2, thread_name_prefix="digest")
         if options.digest == "none":
@@ -251,7 +255,7 @@ class Digests:
         for role, side in sides.items():
             files = [*side.files, *(small if role == "instruct" else [])]
             self._found[role] = {
-                str(path.relative_to(side.path)): self._pool.submit(file_digest, path) for path in files
+                str(path.relative_to(side.path)): self._pool.submit(file_digest, path, options.digest) for path in files
             }
 
     def __enter__(self) -> Digests:
@@ -261,11 +265,21 @@ class Digests:
         self._pool.shutdown(cancel_futures=True)
 
     def collect(self) -> dict[str, Entry]:
-        """Return what the manifest says of each side, by role."""
+        """Return what the manifest says of each side, by role. To be called when everything was read.
+
+        Raises:
+            GraftError: a file was replaced or written to since it was first read.
+        """
         try:
             digests = {
                 role: {name: found.result() for name, found in files.items()} for role, files in self._found.items()
             }
-            return {role: Entry.of(side.source, side.revision, digests.get(role)) for role, side in self._sides.items()}
         except OSError as error:
             raise CheckpointError(f"cannot read an input again for its digest: {error}.") from error
+        changed = [str(path) for path, before in self._stamps.items() if stamp(path) != before]
+        if changed:
+            raise GraftError(
+                f"{len(changed)} input files were replaced or written to while they were read: the result could be a "
+                f"mixture.\n{list_names(changed)}\nWait for what writes them, or graft a copy."
+            )
+        return {role: Entry.of(side, digests.get(role)) for role, side in self._sides.items()}

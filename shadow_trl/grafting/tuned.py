@@ -22,7 +22,7 @@ from ..checkpoints.checkpoint import Checkpoint, Place
 from ..checkpoints.delta import refuse_deltas
 from ..checkpoints.header import TORCH_NAMES, narrower
 from ..checkpoints.hub import Source
-from ..checkpoints.manifest import read_manifest, stage_below
+from ..checkpoints.manifest import as_trained, check_weights, read_manifest, stage_below
 from ..checkpoints.overlay import Overlay
 from ..errors import AdapterError, ConfigError, list_names
 from ..results.folder import make_parents, remove_empty
@@ -63,8 +63,8 @@ def one_tuned(base: Source | None, tuned: Any, target: Path, base_dtype: Dtypes 
     for source, _ in sources:
         refuse_deltas(tuned=source)
     if len(sources) == 1 and sources[0][1] == 1.0 and not _needs_scratch(sources[0][0], base):
-        learnt = open_tuned(sources[0][0])
-        yield SingleTuned(base, learnt, loaded_in=loaded_in(learnt, base_dtype))
+        learnt = _open(sources[0][0])
+        yield SingleTuned(as_trained(base, learnt.path), learnt, loaded_in=loaded_in(learnt, base_dtype))
         return
     with _scratch_beside(target) as scratch:
         found = [
@@ -135,6 +135,12 @@ def _scratch_beside(target: Path) -> Iterator[Path]:
         remove_empty(made)
 
 
+def _open(source: Source) -> Checkpoint:
+    learnt = open_tuned(source)
+    check_weights(learnt.path)
+    return learnt
+
+
 def _needs_scratch(source: Source, base: Source | None) -> bool:
     learnt = open_tuned(source)
     if not learnt.is_adapter:
@@ -154,7 +160,8 @@ def _is_less_start(adapter: Checkpoint) -> bool:
 
 def _on_base(base: Source | None, source: Source, weight: float, scratch: Path, base_dtype: Dtypes) -> SingleTuned:
     """Return one source: merged into its start, less its start, or as it is."""
-    learnt = open_tuned(source)
+    learnt = _open(source)
+    base = as_trained(base, learnt.path)
     dtypes, weights = loaded_in(learnt, base_dtype), (weight,)
     if not learnt.is_adapter:
         return SingleTuned(base, learnt, {"tuned": learnt}, weights, dtypes)

@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 
-from ..checkpoints.checkpoint import Place
-from ..checkpoints.delta import BASE_CONFIG, INDEX, WEIGHTS, Zeros, refuse_deltas
+from ..checkpoints.checkpoint import Checkpoint, Place
+from ..checkpoints.delta import BASE_CONFIG, INDEX, WEIGHTS, DeltaCheckpoint, Zeros, refuse_deltas
 from ..checkpoints.header import FLOATS, nbytes_of
 from ..checkpoints.hub import Source
 from ..checkpoints.manifest import Entry, write_manifest
@@ -30,6 +30,7 @@ from ..grafting.reports import DeltaReport, graft_figures
 from ..grafting.stream import stream
 from ..grafting.tuned import one_tuned
 from ..results.cards import write_delta_card
+from ..results.check import check_result
 from ..results.copied import copied_files, copy_files
 from ..results.folder import OutputFolder, check_free, check_place, check_space, recover
 from ..runtime.progress import Progress
@@ -67,7 +68,7 @@ def extract_delta(
         base_dtype: as for `graft`.
         max_shard_size: as for `graft`. Default: as BASE's files.
         overwrite: whether an existing delta at `output` may be replaced. Default False.
-        digest: `sha256` (default) of the input files goes into the manifest, or `none`.
+        digest: of the input files, for the manifest: `sha256` (default), `xxh3` (faster, shows no forgery) or `none`.
         stats: whether to measure the delta's norm and what storing it lost. Default True.
         progress: whether to show a bar on a terminal. Default True.
 
@@ -204,3 +205,5 @@ def _finish(
     content = {"kind": "delta", **named, "options": chosen, "left_out": left_out, **found}
     write_manifest(part, content)
     write_delta_card(part, content)
+    reader = DeltaCheckpoint if report.form == "delta" else Checkpoint
+    check_result(part, report.output, small, inputs.instruct.path, reader=reader)

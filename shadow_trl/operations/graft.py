@@ -18,7 +18,7 @@ from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.delta import refuse_deltas
 from ..checkpoints.header import TORCH_NAMES
 from ..checkpoints.hub import Source
-from ..checkpoints.manifest import Entry, write_manifest
+from ..checkpoints.manifest import Entry, file_digest, write_manifest
 from ..errors import ConfigError, GraftError, ends_with, list_names
 from ..grafting.files import main_dtype, plan_files, write_index
 from ..grafting.form import is_local, no_adapter_form
@@ -30,6 +30,7 @@ from ..grafting.stream import Outcome, stream
 from ..grafting.trained import Full, PlainLora
 from ..grafting.tuned import one_tuned
 from ..results.cards import write_model_card
+from ..results.check import check_result
 from ..results.copied import copied_files, copy_files, write_config
 from ..results.folder import OutputFolder, check_free, check_place, check_space, recover
 from ..runtime.progress import Progress
@@ -88,7 +89,7 @@ def graft(
         max_shard_size: bytes of a file of the result, such as `5GB`. Default: INSTRUCT's own files.
         overwrite: whether an existing graft at `output` may be replaced. Default False.
         untie: whether a tied INSTRUCT may receive a head of its own. Default False.
-        digest: `sha256` (default) of the input files goes into the manifest, or `none`.
+        digest: of the input files, for the manifest: `sha256` (default), `xxh3` (faster, shows no forgery) or `none`.
         stats: whether to measure sigma, realised and noise. Default True.
         base_dtype: dtype in which training loaded BASE, which is rounded to it before subtracting; `tuned` for the
             dtype of each weight of TUNED; several, if one stage of training followed another, in their order (none: as
@@ -225,6 +226,7 @@ def _write_dense_form(inputs: Inputs, part: Path, target: Path, options: GraftOp
             options.instruct_scale, **figures, warnings=notes, dense_because=inputs.reasons,
         )  # fmt: skip
         _write_provenance(part, inputs, report, options, sides=digests.collect(), left_out=jobs.left_out)
+    check_result(part, target, small, inputs.instruct.path)
     return report
 
 
@@ -256,6 +258,7 @@ def _write_adapter_form(inputs: Inputs, part: Path, target: Path, options: Graft
         code = next(iter(adapter.specs.values())).code
         report = GraftReport(target, "adapter", modules, 0, TORCH_NAMES[code], options.scale, warnings=notes)
         _write_provenance(part, inputs, report, options, sides=digests.collect(), left_out=[])
+    check_result(part, target, small, inputs.instruct.path)
     return report
 
 
@@ -274,8 +277,8 @@ def _write_provenance(
     named = {role: vars(entry) for role, entry in sides.items()}
     facts = {"options": options.to_dict(), "left_out": left_out, **found}
     content = {"kind": "graft", **inputs.tuned.recorded, **named, **facts}
-    write_manifest(part, content)
-    write_model_card(part, content, adapter=report.form == "adapter")
+    card = write_model_card(part, content, adapter=report.form == "adapter")
+    write_manifest(part, {**content, "card": file_digest(card)})
 
 
 def check_finite(outcome: Outcome) -> None:

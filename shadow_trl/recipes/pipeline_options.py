@@ -9,7 +9,7 @@ from typing import Any
 
 from trl import get_peft_config
 
-from ..checkpoints.manifest import Entry, read_manifest, weight_digests
+from ..checkpoints.manifest import Entry, read_manifest
 from ..errors import ConfigError, InputError, OutputExistsError, ends_with, list_names, one_of
 from ..training.preflight import GRAFTED_FOLDER
 from .options import Options, UnknownKeysError, find_config, parse_values, read_yaml, take_option
@@ -233,7 +233,7 @@ def _check_models(folder: Path, options: Mapping[str, Options]) -> None:
         entry = Entry.read(manifest, role)
         if source is None or (entry is not None and source == entry.source):
             continue
-        if entry is None or entry.digests is None or weight_digests(source) != entry.digests:
+        if entry is None or not entry.digests or entry.changed(Path(source).expanduser()):
             raise OutputExistsError(
                 f"the SFT stage in {folder} was run with another {role}: {entry} there, {source} in the "
                 "configuration. Choose another output_dir."

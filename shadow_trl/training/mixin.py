@@ -19,7 +19,8 @@ from accelerate.logging import get_logger
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl.trainer.utils import get_config_model_id
 
-from ..checkpoints.manifest import write_manifest
+from ..adapters.kinds import START_FOLDER
+from ..checkpoints.manifest import weight_digests, write_manifest
 from ..errors import ends_with
 from ..grafting.reports import GraftReport
 from ..operations.graft import check_graft, graft
@@ -89,6 +90,8 @@ class ShadowMixin(GraftedEvaluation):
         self._choose_reference(config, given)
         if start.loads_adapter:
             self._load_adapter(given)
+        elif not start.in_memory:
+            self._pin_model(given)
         with without_second_start(given["model"]):
             super().__init__(*call.args, **call.kwargs)
         refuse_sharded(fsdp=self.is_fsdp_enabled, deepspeed=self.is_deepspeed_enabled)
@@ -108,7 +111,7 @@ class ShadowMixin(GraftedEvaluation):
         if self.args.graft and not in_search:
             with ends_with("Nothing was written."):
                 check_free(self._grafted_folder, self.args.graft_overwrite)
-        if not in_search and (self.args.graft or not given.get("resume_from_checkpoint")):
+        if not in_search:
             run_on_main(self.accelerator, self._begin, what="preparing the output folder")
         output = super().train(*args, **kwargs)
         if self.args.graft and not in_search:
@@ -167,12 +170,15 @@ class ShadowMixin(GraftedEvaluation):
         super()._load_best_model()
         reload_converted(self.model, str(self.state.best_model_checkpoint))
 
-    # Both files of a run, weights and manifest, pass through here: at the end and in every checkpoint.
+    # What belongs together passes through here, at the end and in every checkpoint: a run that dies leaves the files of
+    # the run before as they were.
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         with without_reference_adapter(self.model):
             super()._save(output_dir, state_dict)
         if self.args.should_save:
-            write_manifest(output_dir or self.args.output_dir, self._manifest)
+            folder = Path(output_dir or self.args.output_dir)
+            write_start(folder, self.model, self._adapter_start, self.origins.adapter)
+            write_manifest(folder, {**self._manifest, "weights": weight_digests(folder, START_FOLDER)})
 
     @property
     def _grafted_folder(self) -> Path:
@@ -239,6 +245,13 @@ class ShadowMixin(GraftedEvaluation):
     def _choose_reference(self, config: Any, given: dict[str, Any]) -> None:
         """Set what the reference policy is; only preference trainers have one."""
 
+    def _pin_model(self, given: dict[str, Any]) -> None:
+        """Let TRL load the commit that the delta will be measured from."""
+        policy, args = self._start.origins.policy, given["args"]
+        if policy is not None and policy.revision is not None:
+            given["model"] = policy.source
+            args.model_init_kwargs = {**(args.model_init_kwargs or {}), "revision": policy.revision}
+
     def _load_adapter(self, given: dict[str, Any]) -> None:
         """Make the adapter of the earlier run, on the model it was trained on, the model of this one."""
         origins = self._start.origins
@@ -251,11 +264,9 @@ class ShadowMixin(GraftedEvaluation):
         given["args"].model_init_kwargs = None
 
     def _begin(self) -> None:
-        """Put the manifest of this run, and the start of its adapter, in the place of those of a run before."""
-        if self.args.graft:
-            os.makedirs(self.args.output_dir, exist_ok=True)
-            write_manifest(self.args.output_dir, self._manifest)
-        write_start(Path(self.args.output_dir), self.model, self._adapter_start, self.origins.adapter)
+        """Make the output folder, and take the digests of what training starts from while it is what was loaded."""
+        os.makedirs(self.args.output_dir, exist_ok=True)
+        _ = self._manifest
 
     @cached_property
     def _manifest(self) -> dict[str, Any]:

@@ -76,11 +76,14 @@ def test_a_changed_and_a_missing_file_are_named(tmp_path):
 
 
 def test_a_name_without_its_revision_is_another_name(tmp_path, monkeypatch):
-    side = Checkpoint("own/base", "v2", tmp_path)
+    # Opened at `v2`, which is a commit now.
+    side = Checkpoint("own/base", "0" * 40, tmp_path, asked="v2")
     names = {
         revision: Entry("own/base", revision, folder=False).names(side, tmp_path) for revision in ("v1", "v2", None)
     }
     assert names == {"v1": False, "v2": True, None: False}
+    assert Entry("own/base", "0" * 40, folder=False, asked="v3").names(side, tmp_path)
+    assert not Entry("own/base", "1" * 40, folder=False, asked="v2").names(side, tmp_path)
     folder = place(tmp_path / "base")
     monkeypatch.chdir(place(tmp_path / "here"))
     assert Entry("../base", folder=True).names(Checkpoint(str(folder), None, folder), tmp_path / "run")
@@ -126,7 +129,10 @@ def test_a_revision_that_was_given_wins_over_the_adapter(tmp_path):
 def test_another_revision_of_the_same_name_is_not_the_raw_base():
     assert resolve_origins("owner/base", policy_revision="v1").from_raw_base
     assert not resolve_origins("owner/base", policy_revision="v1", base="owner/base").from_raw_base
-    assert not resolve_origins("owner/base", base_revision="v2").from_raw_base
+    assert not resolve_origins("owner/base", policy_revision="v1", base_revision="v2").from_raw_base
+    # A revision of BASE alone is that of the model too, which is BASE.
+    assert resolve_origins("owner/base", base_revision="v2").policy == Entry("owner/base", "v2")
+    assert resolve_origins("owner/tuned", base="owner/base", base_revision="v2").policy == Entry("owner/tuned")
 
 
 @pytest.mark.parametrize("digest", ["sha256", "none"])
@@ -163,4 +169,6 @@ def test_what_the_manifest_says_of_a_side(tmp_path):
     sides = family(tmp_path)
     graft(**sides, output=tmp_path / "out", digest="none", progress=False)
     written = json.loads((tmp_path / "out" / "shadow.json").read_text())["base"]
-    assert written == {"source": str(sides["base"]), "revision": None, "digests": None, "folder": True}
+    assert written == {
+        "source": str(sides["base"]), "revision": None, "digests": None, "folder": True, "asked": None,
+    }  # fmt: skip
