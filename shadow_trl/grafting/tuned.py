@@ -26,6 +26,7 @@ from ..checkpoints.manifest import as_trained, check_weights, read_manifest, sta
 from ..checkpoints.overlay import Overlay
 from ..errors import AdapterError, ConfigError, list_names
 from ..results.folder import make_parents, remove_empty
+from .options import GraftOptions
 
 Stages = dict[str, Checkpoint]
 Dtypes = str | Sequence[str] | None
@@ -93,7 +94,10 @@ def loaded_in(tuned: Checkpoint, given: Dtypes = None) -> tuple[str, ...]:
     if given is not None:
         return (given,) if isinstance(given, str) else tuple(given)
     manifest = read_manifest(tuned.path)
-    return () if manifest is None or manifest["kind"] != "run" else (*manifest.get("loaded_in", ()), "tuned")
+    if manifest is None or manifest["kind"] != "run":
+        return ()
+    recorded = GraftOptions(base_dtype=manifest.get("loaded_in", [])).base_dtype
+    return (*(recorded or ()), "tuned")
 
 
 def loaded_like(tuned: Checkpoint, dtypes: tuple[str, ...]) -> tuple[str, ...]:

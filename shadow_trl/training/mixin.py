@@ -22,6 +22,7 @@ from trl.trainer.utils import get_config_model_id
 from ..adapters.kinds import START_FOLDER
 from ..checkpoints.manifest import weight_digests, write_manifest
 from ..errors import ends_with
+from ..grafting.options import BASE_DTYPES
 from ..grafting.reports import GraftReport
 from ..operations.graft import check_graft, graft
 from ..pair.pairs import ModelPair
@@ -274,6 +275,7 @@ class ShadowMixin(GraftedEvaluation):
         start, origins = self._start, self.origins
         base = origins.base and origins.base.recorded()
         method = getattr(bare_model(self.model), "quantization_method", None)
+        dtypes = [*dtypes_before(start.stage), str(bare_model(self.model).dtype).removeprefix("torch.")]
         return {
             "kind": "run",
             "trainer": type(self).__name__,
@@ -282,7 +284,7 @@ class ShadowMixin(GraftedEvaluation):
             "policy": base if origins.policy == origins.base else origins.policy and origins.policy.recorded(),
             "adapter": {"source": origins.adapter} if origins.adapter else None,
             "ref_policy": getattr(self.args, "ref_policy", None),
-            "loaded_in": [*dtypes_before(start.stage), str(bare_model(self.model).dtype).removeprefix("torch.")],
+            "loaded_in": [dtype for dtype in dtypes if dtype in BASE_DTYPES],  # not that of a quantised model
             "options": self.args.graft_options(),
             **({"quantised": str(getattr(method, "value", method))} if method is not None else {}),
         }
