@@ -5,12 +5,10 @@ A manifest of kind `delta` is of form `delta`, or `adapter` for a LoRA made from
 
 from __future__ import annotations
 
-import hashlib
 import importlib.metadata
 import json
 import logging
 import os
-import re
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -18,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import CheckpointError, InputError, list_names
+from .digests import file_digest, weight_digests
 from .hub import Source, is_commit, locate
 
 if TYPE_CHECKING:
@@ -80,9 +79,9 @@ class Entry:
         """Return the entry with the commit that its revision is at now; a folder, or a commit, stays as it is.
 
         Raises:
-            CheckpointError: neither a folder nor a repository that can be reached.
+            CheckpointError: no folder and no repository that can be reached, or a folder with a repository's name.
         """
-        if is_commit(self.revision):
+        if is_commit(self.revision) and not Path(self.source).expanduser().is_dir():
             return self
         found = locate(self.source, self.revision, weights=False)
         return replace(self, source=found.name, revision=found.revision, asked=found.asked)
@@ -128,9 +127,11 @@ class Entry:
 
 def way_out(role: str) -> str:
     """Return what helps where the side that a manifest names for `role` is gone or has changed."""
-    if role == "policy":
+    kind = role.partition("_")[0]  # the second of several is `tuned_2`
+    if kind not in ("base", "instruct", "tuned", "delta"):
         return "Restore it, or merge the adapter into the right model and start from that."
-    return f"Restore it, or name it: --{role}, in training {role}_model=..."
+    training = f", in training {role}_model=..." if kind in ("base", "instruct") else ""
+    return f"Restore it, or name it: --{kind}{training}"
 
 
 def read_manifest(folder: Source) -> dict[str, Any] | None:
@@ -185,44 +186,6 @@ def versions() -> dict[str, str]:
         with suppress(importlib.metadata.PackageNotFoundError):
             found[package] = importlib.metadata.version(package)
     return found
-
-
-def file_digest(path: Source, algorithm: str = "sha256") -> str:
-    """Return `algorithm:<hex>` of a file.
-
-    Args:
-        path: of the file. A large one of the hub cache is not read for SHA-256: the name of its blob is the digest.
-        algorithm: `sha256`, which nobody can forge, or `xxh3` (XXH3, 128 bits), which is many times faster.
-
-    Raises:
-        CheckpointError: an algorithm that this version does not know.
-    """
-    import xxhash
-
-    real = Path(path).resolve()
-    known: dict[str, Any] = {"sha256": hashlib.sha256, "xxh3": xxhash.xxh3_128}
-    if algorithm not in known:
-        raise CheckpointError(f"the digest of {path} is of the unknown kind {algorithm!r}. Update shadow-trl.")
-    # Names of 40 digits are those of small files under git, and no SHA-256.
-    if algorithm == "sha256" and real.parent.name == "blobs" and re.fullmatch(r"[0-9a-f]{64}", real.name):
-        return f"sha256:{real.name}"
-    with open(real, "rb") as file:
-        return f"{algorithm}:{hashlib.file_digest(file, known[algorithm]).hexdigest()}"
-
-
-def weight_digests(source: Source, below: str = ".") -> dict[str, str] | None:
-    """Return `{file name: digest}` of the weight files of a local folder, None for a hub id.
-
-    Args:
-        source: folder or hub id.
-        below: a folder in it whose weight files belong to them. Default: no other.
-    """
-    folder = Path(source).expanduser()
-    if not folder.is_dir():
-        return None
-    files = {path for place in (folder, folder / below) for path in place.glob("*.safetensors")}
-    files = files or {path for name in ("pytorch_model*.bin", "adapter_model.bin") for path in folder.glob(name)}
-    return {str(path.relative_to(folder)): file_digest(path, "xxh3") for path in sorted(files)}
 
 
 def check_weights(folder: Path) -> None:

@@ -11,9 +11,10 @@ from ..adapters.kinds import check_has_delta
 from ..adapters.lora import base_model_of, read_lora, streams
 from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.delta import DeltaCheckpoint, refuse_deltas
+from ..checkpoints.digests import file_digest
 from ..checkpoints.header import stamp
 from ..checkpoints.hub import Source
-from ..checkpoints.manifest import Entry, adapter_base, file_digest, read_manifest
+from ..checkpoints.manifest import Entry, adapter_base, read_manifest
 from ..errors import AdapterError, CheckpointError, ConfigError, GraftError, list_names
 from ..pair.pairs import ModelPair
 from .form import adapter_warnings, form_of, no_adapter_form

@@ -16,9 +16,10 @@ from ..adapters.kinds import kind_of
 from ..adapters.lora import place_on
 from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.delta import refuse_deltas
+from ..checkpoints.digests import file_digest
 from ..checkpoints.header import TORCH_NAMES
 from ..checkpoints.hub import Source
-from ..checkpoints.manifest import Entry, file_digest, write_manifest
+from ..checkpoints.manifest import Entry, write_manifest
 from ..errors import ConfigError, GraftError, ends_with, list_names
 from ..grafting.files import main_dtype, plan_files, write_index
 from ..grafting.form import is_local, no_adapter_form

@@ -19,8 +19,9 @@ import torch
 from ..arithmetic.grafter import BLOCK
 from ..checkpoints.checkpoint import ADAPTER_CONFIG, Checkpoint, read_json
 from ..checkpoints.delta import refuse_deltas
+from ..checkpoints.digests import file_digest
 from ..checkpoints.hub import Source, locate
-from ..checkpoints.manifest import MANIFEST_NAME, Entry, file_digest, kind_found, read_manifest
+from ..checkpoints.manifest import MANIFEST_NAME, Entry, kind_found, read_manifest
 from ..errors import CheckpointError, ConfigError, ends_with, list_names
 from ..grafting.options import declared
 from ..grafting.tuned import weighted_sources

@@ -13,7 +13,8 @@ from typing import Any
 
 from accelerate import PartialState
 
-from ..checkpoints.manifest import read_manifest, weight_digests, write_manifest
+from ..checkpoints.digests import weight_digests
+from ..checkpoints.manifest import read_manifest, write_manifest
 from ..errors import InputError
 from ..evaluation.report import TITLES, RunReport
 from ..runtime.processes import run_on_main, say

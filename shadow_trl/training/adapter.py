@@ -17,6 +17,8 @@ from torch import Tensor
 
 from ..adapters.kinds import START_FOLDER, is_subtracted, lost_start, more_than_a_product, start_setting
 from ..adapters.lora import no_factors
+from ..checkpoints.checkpoint import Checkpoint
+from ..errors import AdapterError
 from .loading import is_adapted
 
 
@@ -80,6 +82,27 @@ def write_start(folder: Path, model: Any, start: dict[str, Tensor] | None, earli
     target.mkdir(parents=True)
     model.peft_config[model.active_adapters[0]].save_pretrained(str(target))
     save_file({key: value.contiguous() for key, value in start.items()}, target / "adapter_model.safetensors")
+
+
+def check_same_start(checkpoint: str, start: dict[str, Tensor] | None) -> None:
+    """Check that a resumed adapter starts where that of the checkpoint did: under it lies BASE less that start.
+
+    Raises:
+        AdapterError: it does not: another BASE, or a start that another seed draws, as of `pissa_niter_4`.
+    """
+    folder = Path(checkpoint) / START_FOLDER
+    if start is None or not folder.is_dir():
+        return
+    before = Checkpoint.open(str(folder))
+    for name in (name for name in start if ".lora_A." in name):
+        other = name.replace(".lora_A.", ".lora_B.")
+        here, there = start[other] @ start[name], before.tensor(other) @ before.tensor(name)
+        if (here - there).norm() > 1e-3 * there.norm():
+            raise AdapterError(
+                f"{checkpoint} cannot be resumed: its adapter has another start than a new one ({name} among others), "
+                "so the weights under it are not those that it was trained on. Resume with BASE and seed of that "
+                "run."
+            )
 
 
 @contextmanager

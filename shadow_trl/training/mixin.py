@@ -20,7 +20,8 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl.trainer.utils import get_config_model_id
 
 from ..adapters.kinds import START_FOLDER
-from ..checkpoints.manifest import weight_digests, write_manifest
+from ..checkpoints.digests import weight_digests
+from ..checkpoints.manifest import write_manifest
 from ..errors import ends_with
 from ..grafting.options import BASE_DTYPES
 from ..grafting.reports import GraftReport
@@ -29,7 +30,7 @@ from ..pair.pairs import ModelPair
 from ..pair.templates import check_processing_class
 from ..results.folder import check_free
 from ..runtime.processes import run_on_main
-from .adapter import start_of, without_reference_adapter, without_second_start, write_start
+from .adapter import check_same_start, start_of, without_reference_adapter, without_second_start, write_start
 from .config import ShadowArguments
 from .evaluation import GraftedEvaluation
 from .loading import bare_model, dtypes_before, load_adapter, reload_converted
@@ -164,6 +165,7 @@ class ShadowMixin(GraftedEvaluation):
             self._write_graft(str(folder), folder / "shadow" / GRAFTED_FOLDER, overwrite=True)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        check_same_start(resume_from_checkpoint, None if self.origins.adapter else self._adapter_start)
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         reload_converted(self.model, resume_from_checkpoint)
 

@@ -14,7 +14,7 @@ from families import family, load, lora
 
 from shadow_trl import extract_delta, graft, verify
 from shadow_trl.checkpoints.checkpoint import Checkpoint
-from shadow_trl.checkpoints.manifest import Entry, read_manifest
+from shadow_trl.checkpoints.manifest import Entry, read_manifest, write_manifest
 from shadow_trl.errors import CheckpointError
 from shadow_trl.training.origins import resolve_origins
 
@@ -148,6 +148,36 @@ def test_a_folder_of_a_graft_is_never_asked_of_the_hub(tmp_path, monkeypatch, no
         with pytest.raises(CheckpointError, match=rf"{role} of .*out is gone: own/{role} is neither .* --{role}"):
             verify(tmp_path / "out", **others, progress=False)
     assert verify(tmp_path / "out", **given, progress=False).same
+
+
+def test_the_folder_under_an_adapter_of_a_run_is_never_asked_of_the_hub(tmp_path, monkeypatch, no_hub):
+    """The adapter's config has the name alone; the manifest beside it knows that it was a folder."""
+    sides = family(tmp_path / "own")
+    adapter = lora(tmp_path / "run", base_model_name_or_path="own/base")
+    entry = {"source": "own/base", "revision": None, "digests": {}, "folder": True}
+    write_manifest(adapter, {"kind": "run", "base": entry, "policy": entry})
+    monkeypatch.chdir(place(tmp_path / "elsewhere"))
+    with pytest.raises(CheckpointError, match=r"own/base is neither a folder here nor in .*run\. .* --base"):
+        graft(instruct=sides["instruct"], tuned=adapter, output="out", progress=False)
+    shutil.copytree(sides["base"], adapter / "own" / "base")
+    graft(instruct=sides["instruct"], tuned=adapter, output="out", progress=False)
+
+
+def test_a_repository_is_never_taken_from_a_folder_of_its_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    family(tmp_path / "own")
+    with pytest.raises(CheckpointError, match="own/base is a local folder, which has no revision"):
+        Entry("own/base", "0" * 40, folder=False).pinned()
+
+
+@pytest.mark.parametrize(
+    ("role", "options"),
+    [("base", "--base, in training base_model="), ("tuned", "--tuned$"), ("tuned_2", "--tuned$"),
+     ("delta", "--delta$"), ("start", "merge the adapter"), ("policy", "merge the adapter")],
+)  # fmt: skip
+def test_what_is_gone_is_named_with_the_options_that_there_are(tmp_path, role, options):
+    with pytest.raises(CheckpointError, match=rf"{role} of .* is gone: own/side .*{options}"):
+        Entry("own/side", folder=True).find(tmp_path, role)
 
 
 def test_the_base_of_a_delta_is_looked_for_beside_it_and_not_on_the_hub(tmp_path, monkeypatch, no_hub):

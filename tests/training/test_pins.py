@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 
 from shadow_trl import ShadowSFTConfig, ShadowSFTTrainer, extract_delta, graft
 from shadow_trl.checkpoints.manifest import read_manifest
-from shadow_trl.errors import InputError
+from shadow_trl.errors import AdapterError, InputError
 
 OLD, NEW, INSTRUCT = "a" * 40, "b" * 40, "c" * 40
 PAIR = (Path("own/base"), Path("own/instruct"))
@@ -172,6 +172,20 @@ def test_the_start_of_an_adapter_is_bound_to_it_in_each_checkpoint(tmp_path):
     save_file({name: value + 1 for name, value in load_file(start).items()}, start)
     with pytest.raises(InputError, match=r"(?s)1 of 2 weight files.*shadow/start/adapter_model.safetensors"):
         graft(base=pair[0], instruct=pair[1], tuned=tmp_path / "alone", output=tmp_path / "again", progress=False)
+
+
+def test_a_start_that_is_drawn_anew_cannot_be_resumed(tmp_path):
+    pair = make_pair(tmp_path / "pair")
+    options = {"save_strategy": "steps", "save_steps": 1}
+    drawn = LoraConfig(r=2, lora_alpha=2, target_modules=["q_proj", "v_proj"], init_lora_weights="pissa_niter_1")
+    for name, config in (("drawn", drawn), ("exact", pissa())):
+        sft(pair, tmp_path / name, peft_config=config, **options).train()
+    torch.manual_seed(99)
+    again = sft(pair, tmp_path / "drawn", peft_config=drawn, graft_overwrite=True, seed=4, **options)
+    with pytest.raises(AdapterError, match="has another start"):
+        again.train(resume_from_checkpoint=str(tmp_path / "drawn" / "checkpoint-1"))
+    again = sft(pair, tmp_path / "exact", peft_config=pissa(), graft_overwrite=True, **options)
+    again.train(resume_from_checkpoint=str(tmp_path / "exact" / "checkpoint-1"))
 
 
 def test_a_base_in_pickled_files_that_changed_is_refused(tmp_path):
