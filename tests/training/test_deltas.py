@@ -14,7 +14,8 @@ from peft import LoraConfig, OFTConfig, PeftModel
 from runs import settings
 from safetensors.torch import load_file
 from tiny import make_pair, preference_data, sft_data
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl import SFTConfig, SFTTrainer
 
 from shadow_trl import ShadowDPOConfig, ShadowDPOTrainer, ShadowSFTConfig, ShadowSFTTrainer, graft
 
@@ -63,6 +64,7 @@ def trainer_of(pair, folder: Path, model, kind: str, dtype: str, *, dpo: bool = 
         base_model=base,
         args=config(**arguments),
         train_dataset=preference_data() if dpo else sft_data(),
+        eval_dataset=sft_data() if "eval_strategy" in options else None,
         peft_config=None if further else copy.deepcopy(KINDS[kind]),
     )
 
@@ -200,3 +202,21 @@ def test_without_a_learning_rate_the_graft_is_instruct(pair, home, stages):
         assert float((value.double() - instruct[name].double()).abs().max()) <= size, name
         assert not exact or torch.equal(value.view(torch.int32), instruct[name].view(torch.int32)), name
     again(pair, folder, found)
+
+
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_eval_grafted_knows_what_the_stage_before_loaded(pair, home, tmp_path, kind):
+    start = untrained(pair, home, (("full", BF16),))
+    options = {"eval_strategy": "steps", "eval_steps": 1, "max_steps": 1, "learning_rate": 0.0}
+    trainer = trainer_of(pair, tmp_path / "run", start, kind, FP32, eval_grafted=True, graft=False, **options)
+    trainer.train()
+    plain = SFTTrainer(
+        model=str(pair[1]),
+        args=SFTConfig(**settings(tmp_path / "plain", **options)),
+        train_dataset=sft_data(),
+        eval_dataset=sft_data(),
+        processing_class=AutoTokenizer.from_pretrained(pair[1]),
+    )
+    wanted = plain.evaluate()["eval_loss"]
+    found = next(line for line in trainer.state.log_history if "eval_loss" in line)
+    assert found["eval_grafted_loss"] == pytest.approx(wanted, abs=1e-6)
