@@ -62,7 +62,8 @@ def read_plan(argv: Sequence[str], default_config: str | Path | None = None) -> 
         InputError: the DPO stage alone was asked for, and there is no SFT stage to start from.
         OutputExistsError: a folder holds a later stage of an SFT stage that is not done, or of other models.
     """
-    config, words = find_config(argv, default_config)
+    needs = "pass --config FILE.yaml with the sections sft and dpo. Ready ones are in recipes/configs/pipelines"
+    config, words = find_config(argv, default_config, needs=needs)
     given, words = take_option("stages", words)
     named = given.split(",") if given is not None else STAGES
     selected = {one_of("each of --stages", name.strip(), STAGES) for name in named}
