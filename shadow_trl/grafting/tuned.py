@@ -101,7 +101,7 @@ def loaded_in(tuned: Checkpoint, given: Dtypes = None) -> tuple[str, ...]:
 
 
 def loaded_like(tuned: Checkpoint, dtypes: tuple[str, ...]) -> tuple[str, ...]:
-    """Return `dtypes` with that of most of what `tuned` has of weights, not of factors, where it is `tuned` alone."""
+    """Return `dtypes`; before `tuned` alone, with the dtype that most of the full values in `tuned` have."""
     sizes: Counter[str] = Counter()
     for name in no_factors(tuned.specs) if dtypes == ("tuned",) else ():
         sizes[TORCH_NAMES[tuned.specs[name].code]] += tuned.specs[name].numel
@@ -181,7 +181,7 @@ def _on_base(base: Source | None, source: Source, weight: float, scratch: Path, 
         return SingleTuned(home, tuned, {"tuned": learnt}, weights, dtypes)
     first = Checkpoint.open(below[0])
     merged = merged_checkpoint(first.loaded(dtypes), tuned, scratch / "merged")
-    # In which dtype the run before loaded BASE its own record tells or, where one was given, the weights that it saved.
+    # The run before has recorded in which dtype it loaded BASE; else its weights tell.
     before = (loaded_in(first) or ("tuned",)) if dtypes else ()
     return SingleTuned(below[1], merged, {"start": first, "tuned": learnt}, weights, loaded_like(first, before))
 

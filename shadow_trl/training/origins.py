@@ -154,7 +154,7 @@ def require_instruct(origins: Origins) -> Entry:
 def check_unchanged(model: PreTrainedModel, source: Entry, *, adapter: bool) -> None:
     """Check that a loaded model still has the weights of `source`, cast to its dtype.
 
-    The delta of a full model is measured from there; an `adapter` will be put there when it is loaded and grafted.
+    The delta of a full model is measured from there; an `adapter` is taken to have been trained on it.
 
     Raises:
         InputError: the model has weights that differ from those of `source`.
@@ -176,7 +176,7 @@ def check_unchanged(model: PreTrainedModel, source: Entry, *, adapter: bool) -> 
     ]
     what, ways_out = "from which the delta would be measured", _WAYS_OUT
     if adapter:
-        what = "which the adapter would be taken to be trained on"
+        what = "the model that the saved adapter would name"
         ways_out = "Save it (model.save_pretrained(folder)) and pass model=folder, with base_model=... naming BASE."
     if changed:
         raise InputError(
@@ -244,7 +244,7 @@ class Start:
 
     @property
     def is_compared(self) -> bool:
-        """Whether an object must be what its name stands for: there the delta starts, or lies what an adapter is on."""
+        """Whether an object must hold what its name stands for: the origin of the delta, or the model under an adapter."""
         return self.in_memory and self.loading.args.graft and (self.adapter is not None or not self.base_named)
 
     @property

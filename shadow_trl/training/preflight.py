@@ -82,8 +82,8 @@ def check_adapter(start: Start, *, grafts: bool) -> None:
     """
     if grafts and getattr(start.model, "_hf_peft_config_loaded", False):
         raise AdapterError(
-            "the model in memory has an adapter that transformers put on it, which is not told from its weights here. "
-            "Pass the model without it and the settings as peft_config, or the adapter's folder as model."
+            "the model in memory has an adapter that was added by transformers (add_adapter, load_adapter) and not by "
+            "peft. Pass the model without it and the settings as peft_config, or the adapter's folder as model."
         )
     if start.adapter is None:
         return
@@ -103,9 +103,9 @@ def check_adapter(start: Start, *, grafts: bool) -> None:
         )
     if is_adapted(start.model) and start.model.active_adapters != ["default"]:
         raise AdapterError(
-            f"the adapter called `default` is the one that is grafted, and active on the model in memory: "
-            f"{', '.join(start.model.active_adapters) or 'none'} (of {', '.join(start.model.peft_config)}). Save the "
-            "adapter that is to be trained (save_pretrained(folder, selected_adapters=[name])) and load it alone: "
+            "the adapter called `default` is the one that is grafted, and the model in memory has other active "
+            f"adapters: {', '.join(start.model.active_adapters) or 'none'} (of {', '.join(start.model.peft_config)}). "
+            "Save the one that is to be trained (save_pretrained(folder, selected_adapters=[name])) and load it alone: "
             "PeftModel.from_pretrained(base, folder/name, is_trainable=True)."
         )
     check_has_delta(start.adapter)
