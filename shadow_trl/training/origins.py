@@ -244,7 +244,7 @@ class Start:
 
     @property
     def is_compared(self) -> bool:
-        """Whether an object must hold what its name stands for: the origin of the delta, or the model under an adapter."""
+        """Whether an object must hold what its name stands for: the delta's origin, or the model under an adapter."""
         return self.in_memory and self.loading.args.graft and (self.adapter is not None or not self.base_named)
 
     @property
