@@ -98,15 +98,15 @@ def list_names(lines: Iterable[str], *, limit: int = 10) -> str:
     return "\n".join(shown)
 
 
-def both_sides(name: str, base: object, instruct: object) -> str:
-    """Return `name` with the values of BASE and INSTRUCT under it, one a line, as a row for `list_names`.
+def both_sides(name: str, one: object, two: object, roles: tuple[str, str] = ("base", "instruct")) -> str:
+    """Return `name` with the values of two sides under it, one a line, as a row for `list_names`.
 
     >>> print(list_names([both_sides("hidden_size", 64, 128)]))
       hidden_size
         base      64
         instruct  128
     """
-    return f"{name}\n    base      {base}\n    instruct  {instruct}"
+    return "\n".join([name, *(f"    {role:<9} {value}" for role, value in zip(roles, (one, two), strict=True))])
 
 
 @dataclass

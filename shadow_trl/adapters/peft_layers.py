@@ -26,7 +26,7 @@ from ..layouts.model_names import ModelNames
 from .kinds import NOTHING, PLAIN_STARTS, START_FOLDER, lost_start, peft_type, start_setting
 from .lora import nearest_names, no_factors
 from .repoint import read_start
-from .stored import MemoryWeights, StoredValues, module_of, read_stored
+from .stored import MemoryWeights, StoredValues, may_change, module_of, read_stored
 
 # Types that PEFT sets up without a look at the weights under them: their layers are made before a weight is read.
 _BLIND = frozenset({
@@ -57,7 +57,7 @@ def merge_into_base(base: Checkpoint, adapter: Checkpoint, folder: Path) -> Over
 
 def _merged_less(base: Checkpoint, adapter: Checkpoint, folder: Path, before: Overlay | None) -> Overlay:
     """Return BASE with an adapter merged, less what `before`, BASE with its start merged, differs from BASE by."""
-    names = ModelNames(base)
+    names = ModelNames.under(base, may_change(adapter))
     weights = MemoryWeights(base, names)
     moved = None if before is None else MemoryWeights(before, names)
     stored = read_stored(adapter, names.memory)
@@ -87,6 +87,9 @@ def _merged_less(base: Checkpoint, adapter: Checkpoint, folder: Path, before: Ov
             merged = merged.double() + stored.delta(name, weights)
         keep(name, merged)
     for name in left:
+        if (whole := stored.grown(name, weights)) is not None:
+            keep(name, whole)
+            continue
         delta = stored.delta(name, weights)
         if bool(delta.any()):
             keep(name, weights[name].double() + delta)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.header import dtype_of, narrower
+from ..checkpoints.weight_names import is_of_tokens
 from ..errors import AdapterError, list_names
 from ..layouts.model_names import ModelNames
 from .lora import PREFIX, nearest_names
@@ -89,10 +90,7 @@ class StoredValues:
             AdapterError: the stored values have another shape than BASE's.
         """
         key, rows = self.values[name]
-        stored, origin = self.adapter.tensor(key), base[name]
-        for code in self._casts(name, base.checkpoint):
-            origin = origin.to(dtype_of(code))
-        origin = origin.double()
+        stored, origin = self.adapter.tensor(key), self._loaded(name, base).double()
         before = origin[rows]
         if stored.shape != before.shape:
             raise AdapterError(
@@ -105,6 +103,19 @@ class StoredValues:
         delta[rows] = stored.double() - before
         return delta
 
+    def grown(self, name: str, base: MemoryWeights) -> Tensor | None:
+        """Return a whole weight with another number of rows than BASE's, float64; None where the shapes are the same.
+
+        BASE's rows get their delta, further rows are as stored.
+        """
+        key, rows = self.values[name]
+        stored, origin, loaded = self.adapter.tensor(key), base[name], self._loaded(name, base)
+        if rows is not ... or stored.shape == origin.shape or stored.shape[1:] != origin.shape[1:]:
+            return None
+        value, shared = stored.double(), min(len(stored), len(origin))
+        value[:shared] += origin[:shared].double() - loaded[:shared].double()
+        return value
+
     def narrow(self, base: MemoryWeights) -> list[str]:
         """Return a line for each stored weight with fewer digits than BASE's, where no cast of BASE is known."""
         specs = base.checkpoint.specs
@@ -114,6 +125,13 @@ class StoredValues:
             for source in base.sources(name)[:1]
             if not self._casts(name, base.checkpoint)
         )
+
+    def _loaded(self, name: str, base: MemoryWeights) -> Tensor:
+        """Return weight `name` of BASE as training loaded it."""
+        found = base[name]
+        for code in self._casts(name, base.checkpoint):
+            found = found.to(dtype_of(code))
+        return found
 
     def _casts(self, name: str, base: Checkpoint) -> tuple[str, ...]:
         key, rows = self.values[name]
@@ -135,6 +153,24 @@ def read_stored(adapter: Checkpoint, memory: Mapping[str, Any]) -> StoredValues:
             found.others.append(key)
     found.values.update(rows)
     return found
+
+
+def token_rows(adapter: Checkpoint) -> dict[str, list[int] | EllipsisType]:
+    """Return name in the file -> ids of the tokens whose rows it changes, `...` for all, of every tensor that does."""
+    found: dict[str, list[int] | EllipsisType] = {}
+    for key in adapter.specs:
+        tokens = _TOKENS.fullmatch(key.removeprefix(PREFIX))
+        if tokens is not None:
+            found[key] = _token_ids(adapter, tokens["module"])
+        elif is_of_tokens(key):
+            found[key] = ...
+    return found
+
+
+def may_change(adapter: Checkpoint) -> set[str]:
+    """Return every name that a weight under a tensor of the adapter can have in memory."""
+    paths = [_WRAPPED.sub("", name.removeprefix(PREFIX)).split(".") for name in adapter.specs]
+    return {".".join([*path[:end], "weight"]) for path in paths for end in range(1, len(path))}
 
 
 def module_of(key: str, known: set[str]) -> str | None:

@@ -28,6 +28,11 @@ class DeltaCheckpoint(Checkpoint):
 
     manifest: dict[str, Any]
 
+    @property
+    def absent(self) -> frozenset[str]:
+        """Names of BASE's weights that what was trained does not have: buffers, parts of a multimodal model."""
+        return frozenset(self.manifest.get("without_delta", ()))
+
     @classmethod
     def open(cls, source: Source, revision: str | None = None, *, weights: bool = True) -> DeltaCheckpoint:
         """Read the headers of `source`, a folder or hub id that `shadow-trl delta` wrote.

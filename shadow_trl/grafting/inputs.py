@@ -15,8 +15,10 @@ from ..checkpoints.digests import file_digest
 from ..checkpoints.header import stamp
 from ..checkpoints.hub import Source
 from ..checkpoints.manifest import Entry, adapter_base, read_manifest
+from ..checkpoints.weight_names import is_of_tokens
 from ..errors import AdapterError, CheckpointError, ConfigError, GraftError, list_names
 from ..pair.pairs import ModelPair
+from ..pair.token_rows import row_count, vocabulary_of
 from .form import adapter_warnings, form_of, no_adapter_form
 from .options import GraftOptions, declared
 from .trained import Delta, Full, PlainLora
@@ -68,15 +70,18 @@ def open_tuned_inputs(
     """
     refuse_deltas(base=single.base, instruct=instruct)
     receiver = _open_model("instruct", instruct)
-    tuned = _open_trained(single, receiver, options)
+    tuned = open_trained(single, receiver, options)
     receiver.check_not_quantised("instruct")
     for role, side in tuned.sides.items():
         if side.specs:  # BASE of a plain LoRA may be quantised, where its weights are not read
             side.check_not_quantised(role)
-    warnings = []
+    warnings, pair = [], ModelPair(tuned.base, receiver if check_pair else tuned.base)
     if check_pair:
-        warnings += ModelPair(tuned.base, receiver).check(vocab=options.vocab)
+        warnings += pair.check(vocab=options.vocab, trains=False)
         warnings += _check_trained(tuned.base, receiver, tuned.checkpoint)
+    for side in list(tuned.stages.values()) or [tuned.checkpoint]:
+        found = pair.check_trained(side.config, vocabulary_of(side))
+        warnings += [warning for warning in found if warning not in warnings]
     form, reasons = form_of(tuned, receiver, options)
     return Inputs(receiver, tuned, form, [*warnings, *adapter_warnings(tuned, receiver, reasons)], reasons)
 
@@ -108,16 +113,22 @@ def open_delta(base: Source | None, instruct: Source, delta: Source, options: Gr
     if base is not None and origin is not None:
         warnings += _check_base(origin, learnt, options)
     pair = ModelPair(facts if origin is None else origin, receiver)
-    warnings += pair.check(level="configs" if origin is None else "headers", vocab=options.vocab)
+    level = "configs" if origin is None else "headers"
+    warnings += pair.check(level=level, vocab=options.vocab, trains=False)
     return Inputs(receiver, Delta(pair.base, learnt), "model", warnings)
 
 
-def _open_trained(single: SingleTuned, receiver: Checkpoint, options: GraftOptions) -> Full:
+def open_trained(single: SingleTuned, receiver: Checkpoint, options: GraftOptions) -> Full:
     """Open BASE and say of which kind TUNED is."""
     learnt, stages, weights = single.checkpoint, single.stages, single.weights
     if learnt.is_adapter:
         check_has_delta(learnt.adapter_config)
     modules = read_lora(learnt) if learnt.is_adapter and streams(learnt, receiver) else {}
+    rows = row_count(receiver)
+    if options.vocab == "shared" and any(
+        is_of_tokens(f"{name}.") and at.shape[0] != rows for name, at in modules.items()
+    ):
+        modules = {}  # merged into BASE, whose rows it has
     needed = not modules or options.instruct_scale != 1.0 or options.rank is not None
     base = _open_base(single, needed).loaded(single.loaded_in)
     return PlainLora(base, learnt, stages, weights, modules) if modules else Full(base, learnt, stages, weights)

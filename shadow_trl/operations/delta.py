@@ -142,7 +142,10 @@ def _write_dense(inputs: Inputs, part: Path, target: Path, options: GraftOptions
             target, "delta", len(weights), main_dtype(weights) or "", exact=exact, warnings=warnings, **figures
         )
         _write_index(files, part)
-        _finish(part, inputs, report, options, sides=digests.collect(), small=small, left_out=jobs.left_out)
+        there = {job.name for job in weights}
+        without = [job.name for job in jobs.weights if job.name not in there]
+        facts = {"left_out": jobs.left_out, "without_delta": without}
+        _finish(part, inputs, report, options, sides=digests.collect(), small=small, facts=facts)
     return report
 
 
@@ -177,7 +180,8 @@ def _write_adapter(
             kept=found.kept, modules=found.modules, lost=found.lost, warnings=[*jobs.warnings, *found.warnings],
         )  # fmt: skip
         shutil.rmtree(scratch, ignore_errors=True)
-        _finish(part, inputs, report, options, sides=digests.collect(), small=small, left_out=jobs.left_out)
+        facts = {"left_out": jobs.left_out}
+        _finish(part, inputs, report, options, sides=digests.collect(), small=small, facts=facts)
     return report
 
 
@@ -189,7 +193,7 @@ def _finish(
     *,
     sides: Mapping[str, Entry],
     small: list[Path],
-    left_out: list[str],
+    facts: dict[str, list[str]],
 ) -> None:
     """Write what lies beside the weights: BASE's config and tokenizer, manifest and card."""
     copy_files(small, inputs.instruct, part)
@@ -202,7 +206,7 @@ def _finish(
     del found["output"]
     chosen = {"dtype": options.dtype, "base_dtype": options.base_dtype, "rank": report.rank}
     named = {role: vars(entry) for role, entry in sides.items()}
-    content = {"kind": "delta", **named, "options": chosen, "left_out": left_out, **found}
+    content = {"kind": "delta", **named, "options": chosen, **facts, **found}
     write_manifest(part, content)
     write_delta_card(part, content)
     reader = DeltaCheckpoint if report.form == "delta" else Checkpoint

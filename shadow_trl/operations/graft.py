@@ -12,19 +12,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ..adapters.kinds import kind_of
 from ..adapters.lora import place_on
-from ..checkpoints.checkpoint import Checkpoint
-from ..checkpoints.delta import refuse_deltas
 from ..checkpoints.digests import file_digest
 from ..checkpoints.header import TORCH_NAMES
 from ..checkpoints.hub import Source
 from ..checkpoints.manifest import Entry, write_manifest
 from ..errors import ConfigError, GraftError, ends_with, list_names
 from ..grafting.files import main_dtype, plan_files, write_index
-from ..grafting.form import is_local, no_adapter_form
+from ..grafting.form import is_local
 from ..grafting.inputs import Digests, Inputs, open_delta, open_tuned_inputs, other_base
-from ..grafting.jobs import check_rounding, full_jobs, narrow_warning
+from ..grafting.jobs import check_rounding, narrow_warning
 from ..grafting.options import GraftOptions
 from ..grafting.reports import GraftReport, graft_figures, graft_warnings
 from ..grafting.stream import Outcome, stream
@@ -147,62 +144,6 @@ def _opened(
         yield open_tuned_inputs(single, instruct, options)
 
 
-def check_graft(
-    *,
-    base: Source | None = None,
-    instruct: Source,
-    output: Source,
-    adapter: bool,
-    adapter_config: Mapping[str, Any] | None = None,
-    **options: Any,
-) -> None:
-    """Check before training all that would keep `graft` from succeeding after it.
-
-    Args:
-        base: as for `graft`.
-        instruct: as for `graft`.
-        output: as for `graft`.
-        adapter: whether TUNED will be an adapter.
-        adapter_config: its settings, as PEFT stores them. Default: those of a plain LoRA.
-        **options: as for `graft`.
-
-    Raises:
-        InputError: an option, the pair, the output folder or the form does not allow the graft.
-        GraftError: the disk has no room for the result.
-
-    """
-    settings = _options(options)
-    target = Path(output)
-    recover(target)
-    check_free(target, settings.overwrite)
-    refuse_deltas(base=base, instruct=instruct)
-    receiver = Checkpoint.open(instruct)
-    receiver.check_not_quantised("instruct")
-    folders = [("instruct", receiver.path)]
-    if base is not None:
-        kind = kind_of(adapter_config or {"peft_type": "LORA"})
-        origin = Checkpoint.open(base, weights=not adapter or kind.needs_base)
-        folders.append(("base", origin.path))
-        if not adapter:
-            origin.check_not_quantised("base")
-            # BASE stands in for TUNED, which will have its names and shapes.
-            full_jobs(origin, receiver, origin, settings, None)
-    check_place(target, folders)
-    if settings.format == "adapter" and not adapter:
-        raise no_adapter_form(["tuned will be a full checkpoint"], rank=False)
-    if settings.format == "adapter" and adapter_config is not None and kind_of(adapter_config).obstacles:
-        raise no_adapter_form(list(kind_of(adapter_config).obstacles), rank=False)
-    if settings.format == "model" or not adapter:
-        check_space(target, _size(receiver, settings))
-
-
-def _options(options: dict[str, Any]) -> GraftOptions:
-    try:
-        return GraftOptions(**options)
-    except TypeError as error:
-        raise ConfigError(f"{error}.") from error
-
-
 def _write_dense_form(inputs: Inputs, part: Path, target: Path, options: GraftOptions, progress: bool) -> GraftReport:
     scratch = part / ".converted"
     jobs = inputs.tuned.jobs(inputs.instruct, options, scratch)
@@ -295,8 +236,3 @@ def check_finite(outcome: Outcome) -> None:
         f"{list_names(lines)}\n"
         f"Repair or replace the checkpoint.{hint if overflow else ''}"
     )
-
-
-def _size(instruct: Checkpoint, options: GraftOptions) -> int:
-    width = {"float32": 4, "bfloat16": 2, "float16": 2}.get(options.dtype)
-    return sum(spec.numel * width if width and spec.is_float else spec.nbytes for spec in instruct.specs.values())

@@ -6,6 +6,7 @@ needs no weight of BASE and has an exact adapter form. DoRA starts near BASE: it
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,9 +16,10 @@ from typing import Any
 
 from torch import Tensor
 
-from ..adapters.kinds import START_FOLDER, is_subtracted, lost_start, more_than_a_product, start_setting
+from ..adapters.kinds import START_FOLDER, is_subtracted, kind_of, lost_start, more_than_a_product, start_setting
 from ..adapters.lora import no_factors
 from ..checkpoints.checkpoint import Checkpoint
+from ..checkpoints.header import CODES, TensorSpec
 from ..errors import AdapterError
 from .loading import is_adapted
 
@@ -46,6 +48,22 @@ def start_of(model: Any) -> dict[str, Tensor] | None:
     if others and lost_start(start) is not None:
         raise more_than_a_product(start, others)
     return {key: value.detach().to("cpu", copy=True) for key, value in tensors.items()}
+
+
+def announced(model: Any) -> Checkpoint:
+    """Return names, shapes and settings of the adapter of `model` as saving gives them, its start subtracted."""
+    from peft import get_peft_model_state_dict
+
+    name = model.active_adapters[0]
+    tensors = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+    specs = {
+        key: TensorSpec(CODES[str(value.dtype).removeprefix("torch.")], tuple(value.shape), Path(), None, value.nbytes)
+        for key, value in tensors.items()
+    }
+    config = json.loads(json.dumps(model.peft_config[name].to_dict(), default=list))
+    if kind_of(config).subtracted:
+        config["init_lora_weights"] = True
+    return Checkpoint("the adapter in training", None, Path(), is_adapter=True, adapter_config=config, specs=specs)
 
 
 @contextmanager

@@ -25,12 +25,20 @@ from ..checkpoints.manifest import write_manifest
 from ..errors import ends_with
 from ..grafting.options import BASE_DTYPES
 from ..grafting.reports import GraftReport
-from ..operations.graft import check_graft, graft
+from ..operations.checks import check_graft, check_left_out, check_trained
+from ..operations.graft import graft
 from ..pair.pairs import ModelPair
 from ..pair.templates import check_processing_class
 from ..results.folder import check_free
 from ..runtime.processes import run_on_main
-from .adapter import check_same_start, start_of, without_reference_adapter, without_second_start, write_start
+from .adapter import (
+    announced,
+    check_same_start,
+    start_of,
+    without_reference_adapter,
+    without_second_start,
+    write_start,
+)
 from .config import ShadowArguments
 from .evaluation import GraftedEvaluation
 from .loading import bare_model, dtypes_before, load_adapter, reload_converted
@@ -45,6 +53,7 @@ from .preflight import (
     refuse_sharded,
     refuse_unsupported,
 )
+from .saved import as_saved
 
 if TYPE_CHECKING:
     from transformers.trainer_utils import TrainOutput
@@ -97,6 +106,13 @@ class ShadowMixin(GraftedEvaluation):
         with without_second_start(given["model"]):
             super().__init__(*call.args, **call.kwargs)
         refuse_sharded(fsdp=self.is_fsdp_enabled, deepspeed=self.is_deepspeed_enabled)
+        if config.graft:
+            self._check_trained()
+        if config.graft and start.adapter_on_base:
+            check_left_out(
+                base=str(start.base), instruct=str(start.instruct), adapter=announced(self.model),
+                **config.graft_options(),
+            )  # fmt: skip
         if config.eval_grafted:
             _ = self._exchange  # what does not fit must be found before training
         # The adapter as it is before training: the delta of some is what it becomes less this.
@@ -230,6 +246,20 @@ class ShadowMixin(GraftedEvaluation):
             adapter_config=start.adapter,
             **config.graft_options(),
         )
+
+    def _check_trained(self) -> None:
+        """Find before the first step what would be found wrong with the model after the last."""
+        start = self._start
+        with as_saved(self.model, self.processing_class) as tuned:
+            for warning in check_trained(
+                base=str(start.base),
+                instruct=str(start.instruct),
+                tuned=tuned,
+                under=None if start.adapter is None else str(start.origins.policy or start.base),
+                has_weights=not start.is_quantised,
+                **self.args.graft_options(),
+            ):
+                logger.warning(warning)
 
     def _choose_processing_class(self, config: Any, given: dict[str, Any]) -> None:
         instruct = self.origins.instruct

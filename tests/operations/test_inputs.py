@@ -22,7 +22,7 @@ from shadow_trl.checkpoints.manifest import Entry, read_manifest, write_manifest
 from shadow_trl.errors import CheckpointError, ConfigError, GraftError
 from shadow_trl.operations import delta as delta_module
 from shadow_trl.operations import graft as graft_module
-from shadow_trl.operations.graft import check_graft
+from shadow_trl.operations.checks import check_graft
 
 WEIGHT = "model.layers.0.mlp.up_proj.weight"
 STEM = WEIGHT.removesuffix(".weight")
