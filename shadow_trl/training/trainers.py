@@ -64,7 +64,9 @@ class ShadowDPOTrainer(ShadowMixin, DPOTrainer):
         self._reference = Reference.of(start, config.ref_policy)
         # In full fine-tuning TRL loads the start by its name, which an object may have left behind.
         by_name = self._reference is None and start.adapter is None and given.get("ref_model") is None
-        left_behind = by_name and start.in_memory and not start.is_compared
+        policy = start.origins.policy
+        elsewhere = policy is not None and policy.asked is not None  # the name alone leads to the main branch
+        left_behind = by_name and start.in_memory and (elsewhere or not start.is_compared)
         preferred = self._reference is not None or left_behind
         decide_precompute(config, given, preferred=preferred and given.get("ref_model") is None)
         if left_behind and not config.precompute_ref_log_probs:
