@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"
 
 # No room may have the name of a public function: importing a submodule sets an attribute of its name on the package,
 # and `__getattr__` below would never be asked again.

@@ -26,10 +26,8 @@ def measure_gap(
         pairs: (name, place in BASE, place in INSTRUCT); shapes are equal.
         progress: called with the number of bytes read since the last call, from several threads.
     """
-    chunks = []
-    for number, (_, base, _) in enumerate(pairs):
-        total = base.spec.numel
-        chunks += [(number, low, min(low + _CHUNK, total)) for low in range(0, total, _CHUNK)]
+    sizes = [base.spec.numel for _, base, _ in pairs]
+    chunks = [(n, low, min(low + _CHUNK, size)) for n, size in enumerate(sizes) for low in range(0, size, _CHUNK)]
     found: dict[tuple[int, int, int], Sums] = {}
 
     def make_worker() -> Callable[[tuple[int, int, int]], None]:

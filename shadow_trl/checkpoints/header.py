@@ -96,6 +96,15 @@ class Header:
     specs: dict[str, TensorSpec]
 
 
+def stamp(path: Path) -> tuple[int, ...] | None:
+    """Return what changes when a file is replaced or written to: device, inode, size and time; None without a file."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+
+
 def read_header(path: Path) -> Header:
     """Read and check the header of `path`.
 

@@ -24,13 +24,7 @@ class Overlay(Checkpoint):
 
     @classmethod
     def over(cls, base: Checkpoint, source: Checkpoint, folder: Path) -> Overlay:
-        """Return `base` without a change yet.
-
-        Args:
-            base: whose other weights stay where they are.
-            source: what changes them.
-            folder: for the changed weights; made here, removed by the caller.
-        """
+        """Return `base` without a change yet; `folder`, for what `source` changes, is made here and not removed."""
         made = cls(source.source, source.revision, base.path, config=base.config, files=list(base.files))
         made.specs, made.before, made.folder = dict(base.specs), dict(base.specs), folder
         folder.mkdir(parents=True, exist_ok=True)

@@ -112,13 +112,9 @@ def _packed(jobs: list[WeightJob], limit: int) -> list[OutputFile]:
             room = limit
         groups[-1].append(job)
         room -= size
-    if len(groups) == 1:
-        names = ["model.safetensors"]
-    else:
-        names = [f"model-{number:05d}-of-{len(groups):05d}.safetensors" for number in range(1, len(groups) + 1)]
-    return [
-        OutputFile(name, _header(group, {"format": "pt"}), group) for name, group in zip(names, groups, strict=True)
-    ]
+    names = [f"model-{number:05d}-of-{len(groups):05d}.safetensors" for number in range(1, len(groups) + 1)]
+    named = zip(names if len(groups) > 1 else ["model.safetensors"], groups, strict=True)
+    return [OutputFile(name, _header(group, {"format": "pt"}), group) for name, group in named]
 
 
 def _header(jobs: list[WeightJob], metadata: dict[str, str] | None) -> bytes:

@@ -63,7 +63,7 @@ def parse_size(name: str, value: int | str) -> int:
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?i?B?)\s*", str(value), re.IGNORECASE)
     unit = match.group(2).upper() if match else None
     if match is None or unit not in _UNITS or float(match.group(1)) * _UNITS[unit] < 1:
-        raise ConfigError(f"{name}: {value!r} is not a valid size. Write it like 5GB or 500MB. Nothing was written.")
+        raise ConfigError(f"{name}: {value!r} is not a valid size. Write it like 5GB or 500MB.")
     return int(float(match.group(1)) * _UNITS[unit])
 
 
@@ -73,21 +73,21 @@ def _finite(name: str, value: Any) -> float:
     except (TypeError, ValueError):
         number = math.nan
     if isinstance(value, bool) or not math.isfinite(number):
-        raise ConfigError(f"{name} must be a finite number, got {value!r}. Nothing was written.")
+        raise ConfigError(f"{name} must be a finite number, got {value!r}.")
     return number
 
 
 def _integer(name: str, value: Any, least: float = -math.inf) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         wanted = "an integer" if least == -math.inf else f"a whole number of at least {least}"
-        raise ConfigError(f"{name} must be {wanted}, got {value!r}. Nothing was written.")
+        raise ConfigError(f"{name} must be {wanted}, got {value!r}.")
     return value
 
 
 def _modules(name: str, value: str | Sequence[str]) -> str | list[str]:
     """Check every expression; a list of one is kept as that one."""
     if not value:
-        raise ConfigError(f"{name} is an empty list or text: it selects nothing. Pass 'all'. Nothing was written.")
+        raise ConfigError(f"{name} is an empty list or text: it selects nothing. Pass 'all'.")
     given = [value] if isinstance(value, str) else list(value)
     for expression in given:
         try:
@@ -95,7 +95,7 @@ def _modules(name: str, value: str | Sequence[str]) -> str | list[str]:
         except (re.error, TypeError) as error:
             raise ConfigError(
                 f"{name}: {expression!r} is not a regular expression ({error}). Pass 'all', 'linear' or regular "
-                "expressions that are searched in the names of weights. Nothing was written."
+                "expressions that are searched in the names of weights."
             ) from error
     return given if len(given) > 1 else given[0]
 
@@ -150,7 +150,7 @@ class GraftOptions:
     )  # fmt: skip
     overwrite: bool = _option(False, "replace an existing graft", argument="graft_overwrite")
     untie: bool = _option(False, "let a tied INSTRUCT receive a head of its own", recorded=True, dense_only=True)
-    digest: str = _option("sha256", "digest of the inputs, for the manifest", choices=("sha256", "none"))
+    digest: str = _option("sha256", "digest of the inputs, for the manifest", choices=("sha256", "xxh3", "none"))
     stats: bool = _option(True, "measure sigma, realised, noise")
     base_dtype: str | None = _option(None, "dtype in which training loaded BASE", choices=BASE_DTYPES, recorded=True)
     rank: int | None = _option(
@@ -164,20 +164,19 @@ class GraftOptions:
         if self.rounding == "stochastic" and self.dtype == "float32":
             raise ConfigError(
                 "rounding='stochastic' has no meaning with dtype='float32': fp32 output is not rounded to 16 bits. "
-                "Use rounding='nearest', or a 16-bit dtype. Nothing was written."
+                "Use rounding='nearest', or a 16-bit dtype."
             )
         if self.rank is not None and self.format == "model":
-            raise ConfigError("rank is of an adapter; format='model' writes dense weights. Nothing was written.")
+            raise ConfigError("rank is of an adapter; format='model' writes dense weights.")
         if self.rank is not None and self.patterns() is not None:
             raise ConfigError(
-                "rank takes the whole delta of an adapter; modules would leave a part of it out. Leave one of them "
-                "out. Nothing was written."
+                "rank takes the whole delta of an adapter; modules would leave a part of it out. Leave one of them out."
             )
         wrong = [f"{name}={getattr(self, name)!r}" for name in self.dense_only()]
         if wrong and (self.format == "adapter" or self.rank is not None):
             raise ConfigError(
                 f"format='adapter' has no room for {', '.join(wrong)}: the adapter's own values are stored, not summed "
-                "weights. Use format='model', or leave the option out. Nothing was written."
+                "weights. Use format='model', or leave the option out."
             )
 
     def dense_only(self) -> list[str]:

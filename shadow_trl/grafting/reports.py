@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,11 +16,26 @@ POOR_REALISED = 0.1
 """Distance of `realised` from 1 that is worth a warning."""
 POOR_NOISE = 0.5
 """`noise` that is worth a warning: rounding puts half as much beside the delta as the delta itself."""
+FIGURES = ("sigma", "delta_norm", "realised", "noise")
+"""Of `Sums`, as reports have them."""
 _FLOAT32 = "fp32 output (--dtype float32; in training graft_dtype)"
 
 
+class _Report:
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything in types that JSON knows."""
+        fields = asdict(self)  # type: ignore[call-overload]
+        return {name: str(value) if isinstance(value, Path) else value for name, value in fields.items()}
+
+    def _figures(self) -> list[str]:
+        """Return a line of the figures that were measured; none where nothing was."""
+        found = {name: getattr(self, name, None) for name in FIGURES}
+        line = "  ".join(f"{name} {value:.4g}" for name, value in found.items() if value is not None)
+        return [line] if line else []
+
+
 @dataclass(frozen=True)
-class GraftReport:
+class GraftReport(_Report):
     """What `graft` wrote and measured.
 
     Args:
@@ -54,23 +69,17 @@ class GraftReport:
     warnings: list[str] = field(default_factory=list)
     dense_because: list[str] = field(default_factory=list)
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return everything in types that JSON knows."""
-        return {**asdict(self), "output": str(self.output)}
-
     def text(self) -> str:
         """Return the report as lines for a terminal."""
         unit = "modules" if self.form == "adapter" else "weights"
         lines = [f"{self.form} in {self.output}: {self.grafted} {unit} grafted, {self.copied} copied, {self.dtype}"]
         if self.dense_because:
             lines.append(f"dense because {'; '.join(self.dense_because)}")
-        figures = {name: getattr(self, name) for name in ("sigma", "delta_norm", "realised", "noise")}
-        shown = [f"{name} {value:.4g}" for name, value in figures.items() if value is not None]
-        return "\n".join([*lines, *(["  ".join(shown)] if shown else [])])
+        return "\n".join([*lines, *self._figures()])
 
 
 @dataclass(frozen=True)
-class DeltaReport:
+class DeltaReport(_Report):
     """What `extract_delta` wrote and measured.
 
     Args:
@@ -106,19 +115,13 @@ class DeltaReport:
     lost: dict[str, float] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return everything in types that JSON knows."""
-        return {**asdict(self), "output": str(self.output)}
-
     def text(self) -> str:
         """Return the report as lines for a terminal; the whole tables are in `to_dict`."""
         if self.form == "adapter":
             return "\n".join(self._adapter_lines())
         exact = {True: ", exact", False: ", rounded", None: ""}[self.exact]
-        lines = [f"delta in {self.output}: {self.weights} weights, {self.dtype}{exact}"]
-        figures = {name: getattr(self, name) for name in ("delta_norm", "realised", "noise")}
-        shown = [f"{name} {value:.4g}" for name, value in figures.items() if value is not None]
-        return "\n".join([*lines, *(["  ".join(shown)] if shown else [])])
+        head = f"delta in {self.output}: {self.weights} weights, {self.dtype}{exact}"
+        return "\n".join([head, *self._figures()])
 
     def _adapter_lines(self) -> list[str]:
         lines = [f"adapter in {self.output}: {self.weights} modules, rank {self.rank}, {self.dtype}"]
@@ -133,7 +136,7 @@ class DeltaReport:
 
 
 @dataclass(frozen=True)
-class GapReport:
+class GapReport(_Report):
     """Relative distance of BASE and INSTRUCT, `sigma = sum|B-I| / (sum|B| + sum|I|)`.
 
     Args:
@@ -154,10 +157,6 @@ class GapReport:
     delta: float | None = None
     delta_to_gap: float | None = None
     warnings: list[str] = field(default_factory=list)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return everything in types that JSON knows."""
-        return asdict(self)
 
     def text(self) -> str:
         """Return the report as a table for a terminal."""
@@ -182,10 +181,9 @@ def graft_figures(sums: Mapping[str, Sums], stats: bool, *, sigma: bool = True) 
         return {}
 
     def figures(found: Sums) -> dict[str, Any]:
-        names = ("sigma", "delta_norm", "realised", "noise")
-        return {name: getattr(found, name) if sigma or name != "sigma" else None for name in names}
+        return {name: getattr(found, name) if sigma or name != "sigma" else None for name in FIGURES}
 
-    return {**figures(_total(sums)), "by_kind": _grouped(sums, kind_of, figures)}
+    return {**figures(_total(sums.values())), "by_kind": _grouped(kind_of, figures, sums)}
 
 
 def graft_warnings(figures: Mapping[str, Any], dtype: str, rounding: str) -> list[str]:
@@ -216,54 +214,42 @@ def graft_warnings(figures: Mapping[str, Any], dtype: str, rounding: str) -> lis
 def gap_report(gaps: Mapping[str, Sums], deltas: Mapping[str, Sums] | None, warnings: list[str]) -> GapReport:
     """Return the report on the sums of each weight: of BASE against INSTRUCT, and of BASE against TUNED where given."""
 
-    def figures(found: Sums, delta: Sums | None) -> dict[str, Any]:
-        shown: dict[str, Any] = {"sigma": found.sigma}
-        if delta is not None:
-            shown["delta"] = delta.sigma
-            shown["delta_to_gap"] = delta.gap / found.gap if found.gap > 0 else None
-        return shown
+    def figures(found: Sums, delta: Sums | None = None) -> dict[str, Any]:
+        if delta is None:
+            return {"sigma": found.sigma}
+        between = delta.gap / found.gap if found.gap > 0 else None
+        return {"sigma": found.sigma, "delta": delta.sigma, "delta_to_gap": between}
 
-    def group(key: Callable[[str], str], names: list[str]) -> dict[str, dict[str, Any]]:
-        parts = _collect(gaps, key)
-        apart = _collect(deltas, key) if deltas is not None else {}
-        ordered = sorted(parts, key=layer_key) if key is layer_of else list(parts)
-        return {
-            name: {**figures(parts[name][0], apart[name][0] if apart else None), "weights": parts[name][1],
-                   "elements": parts[name][0].elements}
-            for name in ordered
-        }  # fmt: skip
-
-    names = list(gaps)
-    overall = figures(_total(gaps), _total(deltas) if deltas is not None else None)
+    parts = [gaps] if deltas is None else [gaps, deltas]
+    layers = _grouped(layer_of, figures, *parts)
     return GapReport(
-        by_kind=group(kind_of, names),
-        by_layer=group(layer_of, names),
-        weights=len(gaps),
-        elements=_total(gaps).elements,
+        **_summary(figures, gaps, *parts),
+        by_kind=_grouped(kind_of, figures, *parts),
+        by_layer={name: layers[name] for name in sorted(layers, key=layer_key)},
         warnings=warnings,
-        **overall,
     )
 
 
 def _grouped(
-    sums: Mapping[str, Sums], key: Callable[[str], str], figures: Callable[[Sums], dict[str, Any]]
+    key: Callable[[str], str], figures: Callable[..., dict[str, Any]], *parts: Mapping[str, Sums]
 ) -> dict[str, dict[str, Any]]:
-    parts = _collect(sums, key)
-    return {
-        name: {**figures(total), "weights": count, "elements": total.elements} for name, (total, count) in parts.items()
-    }
+    """Return group of names by `key` -> its summary; `parts` have the same names."""
+    groups: dict[str, list[str]] = {}
+    for name in parts[0]:
+        groups.setdefault(key(name), []).append(name)
+    return {group: _summary(figures, names, *parts) for group, names in groups.items()}
 
 
-def _collect(sums: Mapping[str, Sums], key: Callable[[str], str]) -> dict[str, tuple[Sums, int]]:
-    groups: dict[str, list[Sums]] = {}
-    for name, found in sums.items():
-        groups.setdefault(key(name), []).append(found)
-    return {name: (_total(dict(enumerate(found))), len(found)) for name, found in groups.items()}
+def _summary(
+    figures: Callable[..., dict[str, Any]], names: Collection[str], *parts: Mapping[str, Sums]
+) -> dict[str, Any]:
+    totals = [_total(part[name] for name in names) for part in parts]
+    return {**figures(*totals), "weights": len(names), "elements": totals[0].elements}
 
 
-def _total(sums: Mapping[Any, Sums]) -> Sums:
+def _total(sums: Iterable[Sums]) -> Sums:
     total = Sums()
-    for found in sums.values():
+    for found in sums:
         total += found
     return total
 

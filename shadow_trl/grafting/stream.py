@@ -126,13 +126,8 @@ class _Worker:
         self.lock = lock
         self.buffer = mmap.mmap(-1, CHUNK)
         self.bytes = torch.frombuffer(self.buffer, dtype=torch.uint8)
-        self.grafter = BlockGrafter(
-            options.scale,
-            options.instruct_scale,
-            rounding=options.rounding,
-            seed=options.seed,
-            stats=options.stats,
-        )
+        how = {name: getattr(options, name) for name in ("scale", "instruct_scale", "rounding", "seed", "stats")}
+        self.grafter = BlockGrafter(**how)
         self.spare = torch.empty(BLOCK, dtype=torch.float64).view(torch.uint8)
         self.factors: dict[str, tuple[LowRank, Tensor]] = {}
 

@@ -18,12 +18,12 @@ from ..adapters.kinds import kind_of
 from ..adapters.lora import base_model_of, open_tuned, place_on, read_lora, streams
 from ..checkpoints.checkpoint import Checkpoint, Place
 from ..checkpoints.delta import refuse_deltas
-from ..checkpoints.manifest import stage_below
+from ..checkpoints.hub import Source
+from ..checkpoints.manifest import as_trained, check_weights, stage_below
 from ..checkpoints.overlay import Overlay
 from ..errors import AdapterError, ConfigError, list_names
 from ..results.folder import Scratch
 
-Source = str | os.PathLike[str]
 Stages = dict[str, Checkpoint]
 
 
@@ -57,7 +57,8 @@ def one_tuned(base: Source | None, tuned: Any, target: Path, base_dtype: str | N
     for source, _ in sources:
         refuse_deltas(tuned=source)
     if len(sources) == 1 and sources[0][1] == 1.0 and not _needs_scratch(sources[0][0], base):
-        yield SingleTuned(base, open_tuned(sources[0][0]))
+        learnt = _open(sources[0][0])
+        yield SingleTuned(as_trained(base, learnt.path), learnt)
         return
     with Scratch(target) as scratch:
         found = [
@@ -69,7 +70,7 @@ def one_tuned(base: Source | None, tuned: Any, target: Path, base_dtype: str | N
         if len(origins) > 1:
             raise ConfigError(
                 f"the {len(found)} tuned models start from {len(origins)} bases.\n{list_names(sorted(origins))}\n"
-                "Deltas from one base only can be added. Nothing was written."
+                "Deltas from one base only can be added."
             )
         if len(found) == 1 and found[0].weights == (1.0,):
             yield found[0]
@@ -96,6 +97,12 @@ def merged_checkpoint(base: Checkpoint, adapter: Checkpoint, folder: Path) -> Ch
     return merged
 
 
+def _open(source: Source) -> Checkpoint:
+    learnt = open_tuned(source)
+    check_weights(learnt.path)
+    return learnt
+
+
 def _needs_scratch(source: Source, base: Source | None) -> bool:
     learnt = open_tuned(source)
     if not learnt.is_adapter:
@@ -119,7 +126,8 @@ def as_subtracted(base: Checkpoint, stages: Stages) -> Checkpoint:
 
 def _on_base(base: Source | None, source: Source, weight: float, scratch: Path, base_dtype: str | None) -> SingleTuned:
     """Return one source: merged into its start, less its start, or as it is."""
-    learnt = open_tuned(source)
+    learnt = _open(source)
+    base = as_trained(base, learnt.path)
     if not learnt.is_adapter:
         return SingleTuned(base, learnt, {"tuned": learnt}, (weight,))
     tuned = learnt
@@ -157,7 +165,7 @@ def _summed(parts: Sequence[SingleTuned], scratch: Path, base_dtype: str | None)
 
         total = concatenated([(part.checkpoint, part.weights[0]) for part in parts], scratch)
     elif origin is None:
-        raise ConfigError("base is missing: the deltas of full checkpoints are measured from it. Nothing was written.")
+        raise ConfigError("base is missing: the deltas of full checkpoints are measured from it.")
     else:
         total = _summed_on(Checkpoint.open(origin).loaded(base_dtype), parts, scratch)
     return SingleTuned(origin, total, stages, tuple(part.weights[0] for part in parts))
@@ -175,7 +183,7 @@ def _summed_on(base: Checkpoint, parts: Sequence[SingleTuned], scratch: Path) ->
     if strange:
         raise AdapterError(
             f"the tuned models cannot be added: {len(strange)} weights are not both in base {base} and in each of "
-            f"them.\n{list_names(strange)}\nGraft them one after the other. Nothing was written."
+            f"them.\n{list_names(strange)}\nGraft them one after the other."
         )
     changed = [name for name in base.specs if any(side.specs[name] != base.specs[name] for side, _, _ in full)]
 
@@ -204,18 +212,18 @@ def weighted_sources(tuned: Any) -> list[tuple[Source, float]]:
     """
     items = list(tuned) if isinstance(tuned, (list, tuple)) and not _is_weighted(tuned) else [tuned]
     if not items:
-        raise ConfigError("tuned is an empty list: there is nothing to graft. Nothing was written.")
+        raise ConfigError("tuned is an empty list: there is nothing to graft.")
     found: list[tuple[Source, float]] = []
     for item in items:
         source, weight = item if _is_weighted(item) else _split(item)
         if not isinstance(source, (str, os.PathLike)):
-            raise ConfigError(f"tuned: {source!r} is no folder or hub id. Nothing was written.")
+            raise ConfigError(f"tuned: {source!r} is no folder or hub id.")
         try:
             found.append((source, float(weight)))
         except (TypeError, ValueError):
             found.append((source, math.nan))
         if not math.isfinite(found[-1][1]):
-            raise ConfigError(f"tuned: {weight!r} is no weight of {source}. Nothing was written.")
+            raise ConfigError(f"tuned: {weight!r} is no weight of {source}.")
     return found
 
 

@@ -16,16 +16,16 @@ from typing import Any
 
 import torch
 
-from ..adapters.lora import base_model_of
 from ..checkpoints.checkpoint import Checkpoint, Place
 from ..checkpoints.delta import BASE_CONFIG, INDEX, WEIGHTS, DeltaCheckpoint, Zeros, refuse_deltas
 from ..checkpoints.header import FLOATS, nbytes_of
+from ..checkpoints.hub import Source
 from ..checkpoints.manifest import Entry, write_manifest
 from ..errors import AdapterError, ConfigError, ends_with
 from ..grafting.files import OutputFile, main_dtype, plan_files
-from ..grafting.inputs import Digests, Inputs, Source, open_tuned_inputs, other_base
+from ..grafting.inputs import Digests, Inputs, base_of, open_tuned_inputs, other_base
 from ..grafting.jobs import Jobs, WeightJob
-from ..grafting.options import DTYPES, GraftOptions
+from ..grafting.options import DTYPES, GraftOptions, declared
 from ..grafting.reports import DeltaReport, graft_figures
 from ..grafting.stream import stream
 from ..grafting.tuned import one_tuned
@@ -68,7 +68,7 @@ def extract_delta(
         base_dtype: as for `graft`.
         max_shard_size: as for `graft`. Default: as BASE's files.
         overwrite: whether an existing delta at `output` may be replaced. Default False.
-        digest: `sha256` (default) of the input files goes into the manifest, or `none`.
+        digest: of the input files, for the manifest: `sha256` (default), `xxh3` (faster, shows no forgery) or `none`.
         stats: whether to measure the delta's norm and what storing it lost. Default True.
         progress: whether to show a bar on a terminal. Default True.
 
@@ -90,7 +90,7 @@ def extract_delta(
         if rank is not None and inputs.tuned.checkpoint.is_adapter:
             raise AdapterError(
                 f"tuned {inputs.tuned.checkpoint} is an adapter already: rank is for full checkpoints. Leave rank out "
-                "for its dense delta. Nothing was written."
+                "for its dense delta."
             )
         with OutputFolder(target, overwrite, "delta") as place:
             if rank is None:
@@ -103,9 +103,8 @@ def extract_delta(
 
 def _options(dtype: Any, rank: int | None, **options: Any) -> GraftOptions:
     if str(dtype) == "auto":
-        raise ConfigError(f"dtype of a delta must be one of {', '.join(DTYPES[1:])}. Nothing was written.")
-    if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
-        raise ConfigError(f"rank must be a whole number of at least 1, got {rank!r}. Nothing was written.")
+        raise ConfigError(f"dtype of a delta must be one of {', '.join(DTYPES[1:])}.")
+    declared()["rank"].checked("rank", rank)
     # A head that only TUNED has of its own is part of the delta; whether INSTRUCT can take it is asked at the graft.
     return GraftOptions(format="model", dtype=dtype, untie=True, **options)
 
@@ -115,15 +114,8 @@ def _opened(base: Source | None, tuned: Source, target: Path, options: GraftOpti
     """Open BASE and TUNED; BASE is the receiver as well, so that the plan is one of BASE's own weights."""
     refuse_deltas(base=base, tuned=tuned)
     with one_tuned(base, [(tuned, 1.0)], target, options.base_dtype) as single:
-        home = single.base if single.base is not None else _base_of(single.checkpoint)
+        home = base_of(single)
         yield open_tuned_inputs(replace(single, base=home), home, options, check_pair=False)
-
-
-def _base_of(tuned: Checkpoint) -> Source:
-    base = base_model_of(tuned) if tuned.is_adapter else None
-    if base is None:
-        raise ConfigError("base is missing: only an adapter that names its own may leave it out. Nothing was written.")
-    return base
 
 
 def _write_dense(inputs: Inputs, part: Path, target: Path, options: GraftOptions, progress: bool) -> DeltaReport:
@@ -137,7 +129,7 @@ def _write_dense(inputs: Inputs, part: Path, target: Path, options: GraftOptions
     check_space(target, sum(file.size for file in files) + sum(path.stat().st_size for path in small))
     with Digests(inputs.tuned.sides, [], options) as digests, Progress(sum(f.size for f in files), progress) as bar:
         outcome = stream(files, part, options, bar.add)
-        check_finite(outcome, target)
+        check_finite(outcome)
         shutil.rmtree(scratch, ignore_errors=True)
         figures = graft_figures(outcome.sums, options.stats, sigma=False)
         figures.pop("sigma", None)
@@ -150,7 +142,10 @@ def _write_dense(inputs: Inputs, part: Path, target: Path, options: GraftOptions
             target, "delta", len(weights), main_dtype(weights) or "", exact=exact, warnings=warnings, **figures
         )
         _write_index(files, part)
-        _finish(part, inputs, report, options, sides=digests.collect(), small=small, left_out=jobs.left_out)
+        there = {job.name for job in weights}
+        without = [job.name for job in jobs.weights if job.name not in there]
+        facts = {"left_out": jobs.left_out, "without_delta": without}
+        _finish(part, inputs, report, options, sides=digests.collect(), small=small, facts=facts)
     return report
 
 
@@ -185,7 +180,8 @@ def _write_adapter(
             kept=found.kept, modules=found.modules, lost=found.lost, warnings=found.warnings,
         )  # fmt: skip
         shutil.rmtree(scratch, ignore_errors=True)
-        _finish(part, inputs, report, options, sides=digests.collect(), small=small, left_out=jobs.left_out)
+        facts = {"left_out": jobs.left_out}
+        _finish(part, inputs, report, options, sides=digests.collect(), small=small, facts=facts)
     return report
 
 
@@ -197,7 +193,7 @@ def _finish(
     *,
     sides: Mapping[str, Entry],
     small: list[Path],
-    left_out: list[str],
+    facts: dict[str, list[str]],
 ) -> None:
     """Write what lies beside the weights: BASE's config and tokenizer, manifest and card."""
     copy_files(small, inputs.instruct, part)
@@ -210,7 +206,7 @@ def _finish(
     del found["output"]
     chosen = {"dtype": options.dtype, "base_dtype": options.base_dtype, "rank": report.rank}
     named = {role: vars(entry) for role, entry in sides.items()}
-    content = {"kind": "delta", **named, "options": chosen, "left_out": left_out, **found}
+    content = {"kind": "delta", **named, "options": chosen, **facts, **found}
     write_delta_card(part, content)
     write_manifest(part, {**content, "files": files_in(part)})
     reader = DeltaCheckpoint if report.form == "delta" else Checkpoint

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import os
 import tempfile
 from pathlib import Path
 
 from ..checkpoints.checkpoint import Checkpoint, Place
 from ..checkpoints.delta import refuse_deltas
 from ..checkpoints.distance import measure_gap
+from ..checkpoints.hub import Source
 from ..errors import AdapterError, GraftError, PairMismatchError, ends_with, list_names
 from ..grafting.reports import GapReport, gap_report
 from ..layouts.plan import resolve
 from ..pair.architectures import compare_architectures
 from ..results.folder import Scratch
 from ..runtime.progress import Progress
-
-Source = str | os.PathLike[str]
 
 
 @ends_with("Nothing was written.")

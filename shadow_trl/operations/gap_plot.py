@@ -16,8 +16,7 @@ def require_matplotlib() -> None:
     """Raise ConfigError if matplotlib is not installed."""
     if importlib.util.find_spec("matplotlib") is None:
         raise ConfigError(
-            "a plot needs matplotlib, which is not installed. Run `pip install matplotlib`, or use --json. Nothing was "
-            "written."
+            "a plot needs matplotlib, which is not installed. Run `pip install matplotlib`, or use --json."
         )
 
 

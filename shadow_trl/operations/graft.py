@@ -12,17 +12,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ..adapters.kinds import kind_of
 from ..adapters.lora import place_on
-from ..checkpoints.checkpoint import Checkpoint
-from ..checkpoints.delta import refuse_deltas
+from ..checkpoints.digests import file_digest
 from ..checkpoints.header import TORCH_NAMES
-from ..checkpoints.manifest import Entry, file_digest, write_manifest
+from ..checkpoints.hub import Source
+from ..checkpoints.manifest import Entry, write_manifest
 from ..errors import ConfigError, GraftError, ends_with, list_names
 from ..grafting.files import main_dtype, plan_files, write_index
-from ..grafting.form import is_local, no_adapter_form
-from ..grafting.inputs import Digests, Inputs, Source, open_delta, open_tuned_inputs, other_base
-from ..grafting.jobs import check_rounding, full_jobs
+from ..grafting.form import is_local
+from ..grafting.inputs import Digests, Inputs, open_delta, open_tuned_inputs, other_base
+from ..grafting.jobs import check_rounding
 from ..grafting.options import GraftOptions
 from ..grafting.reports import GraftReport, graft_figures, graft_warnings
 from ..grafting.stream import Outcome, stream
@@ -88,7 +87,7 @@ def graft(
         max_shard_size: bytes of a file of the result, such as `5GB`. Default: INSTRUCT's own files.
         overwrite: whether an existing graft at `output` may be replaced. Default False.
         untie: whether a tied INSTRUCT may receive a head of its own. Default False.
-        digest: `sha256` (default) of the input files goes into the manifest, or `none`.
+        digest: of the input files, for the manifest: `sha256` (default), `xxh3` (faster, shows no forgery) or `none`.
         stats: whether to measure sigma, realised and noise. Default True.
         base_dtype: dtype in which training loaded BASE, which is rounded to it before subtracting; `tuned` for the
             dtype of each weight of TUNED. Default: as on disk. Of an adapter on the full model of an earlier run: dtype
@@ -136,68 +135,12 @@ def _opened(
 ) -> Iterator[Inputs]:
     """Open the sides of a graft of TUNED or of a delta."""
     if (tuned is None) == (delta is None):
-        raise ConfigError("give either tuned or delta: what BASE learnt is one of them. Nothing was written.")
+        raise ConfigError("give either tuned or delta: what BASE learnt is one of them.")
     if delta is not None:
         yield open_delta(base, instruct, delta, options)
         return
     with one_tuned(base, tuned, target, options.base_dtype) as single:
         yield open_tuned_inputs(single, instruct, options)
-
-
-def check_graft(
-    *,
-    base: Source | None = None,
-    instruct: Source,
-    output: Source,
-    adapter: bool,
-    adapter_config: Mapping[str, Any] | None = None,
-    **options: Any,
-) -> None:
-    """Check before training all that would keep `graft` from succeeding after it.
-
-    Args:
-        base: as for `graft`.
-        instruct: as for `graft`.
-        output: as for `graft`.
-        adapter: whether TUNED will be an adapter.
-        adapter_config: its settings, as PEFT stores them. Default: those of a plain LoRA.
-        **options: as for `graft`.
-
-    Raises:
-        InputError: an option, the pair, the output folder or the form does not allow the graft.
-        GraftError: the disk has no room for the result.
-
-    """
-    settings = _options(options)
-    target = Path(output)
-    recover(target)
-    check_free(target, settings.overwrite)
-    refuse_deltas(base=base, instruct=instruct)
-    receiver = Checkpoint.open(instruct)
-    receiver.check_not_quantised("instruct")
-    folders = [("instruct", receiver.path)]
-    if base is not None:
-        kind = kind_of(adapter_config or {"peft_type": "LORA"})
-        origin = Checkpoint.open(base, weights=not adapter or kind.needs_base)
-        folders.append(("base", origin.path))
-        if not adapter:
-            origin.check_not_quantised("base")
-            # BASE stands in for TUNED, which will have its names and shapes.
-            full_jobs(origin, receiver, origin, settings, None)
-    check_place(target, folders)
-    if settings.format == "adapter" and not adapter:
-        raise no_adapter_form(["tuned will be a full checkpoint"], rank=False)
-    if settings.format == "adapter" and adapter_config is not None and kind_of(adapter_config).obstacles:
-        raise no_adapter_form(list(kind_of(adapter_config).obstacles), rank=False)
-    if settings.format == "model" or not adapter:
-        check_space(target, _size(receiver, settings))
-
-
-def _options(options: dict[str, Any]) -> GraftOptions:
-    try:
-        return GraftOptions(**options)
-    except TypeError as error:
-        raise ConfigError(f"{error}. Nothing was written.") from error
 
 
 def _write_dense_form(inputs: Inputs, part: Path, target: Path, options: GraftOptions, progress: bool) -> GraftReport:
@@ -209,12 +152,12 @@ def _write_dense_form(inputs: Inputs, part: Path, target: Path, options: GraftOp
     check_space(target, sum(file.size for file in files) + sum(path.stat().st_size for path in small))
     with Digests(inputs.sides, small, options) as digests, Progress(sum(f.size for f in files), progress) as bar:
         outcome = stream(files, part, options, bar.add)
-        check_finite(outcome, target)
+        check_finite(outcome)
         write_index(files, jobs.layout, part)
         shutil.rmtree(scratch, ignore_errors=True)
         copy_files(small, inputs.instruct, part)
         dtype = main_dtype(jobs.weights)
-        write_config(inputs.instruct, part, dtype, jobs.config_edits)
+        write_config(part, dtype, jobs.config_edits)
         figures = graft_figures(outcome.sums, options.stats, sigma="base" in inputs.sides)
         notes = [*inputs.warnings, *jobs.warnings, *graft_warnings(figures, dtype or "", options.rounding)]
         if options.untie and not jobs.config_edits:
@@ -278,7 +221,7 @@ def _write_provenance(
     write_manifest(part, {**content, "card": file_digest(card), "files": files_in(part)})
 
 
-def check_finite(outcome: Outcome, target: Path) -> None:
+def check_finite(outcome: Outcome) -> None:
     """Raise GraftError if a weight has values that are not finite."""
     if not outcome.bad:
         return
@@ -289,10 +232,5 @@ def check_finite(outcome: Outcome, target: Path) -> None:
     raise GraftError(
         f"{len(lines)} weight{'s have' if len(lines) > 1 else ' has'} values that are infinite or not a number.\n"
         f"{list_names(lines)}\n"
-        f"Repair or replace the checkpoint.{hint if overflow else ''} Nothing was written to {target}."
+        f"Repair or replace the checkpoint.{hint if overflow else ''}"
     )
-
-
-def _size(instruct: Checkpoint, options: GraftOptions) -> int:
-    width = {"float32": 4, "bfloat16": 2, "float16": 2}.get(options.dtype)
-    return sum(spec.numel * width if width and spec.is_float else spec.nbytes for spec in instruct.specs.values())

@@ -139,12 +139,17 @@ def truncated(
     if bad:
         raise GraftError(
             f"{len(bad)} weights of the delta have values that are infinite or not a number.\n{list_names(bad)}\n"
-            f"Repair or replace the checkpoint, or write --dtype float32. Nothing was written to {target}."
+            f"Repair or replace the checkpoint, or write --dtype float32."
         )
     if not found.factors:
         raise ConfigError(
-            f"no linear module of {base} has a delta, so there is no LoRA near it.\n{list_names(found.lost)}\n"
-            "Write the dense form, without rank. Nothing was written."
+            "\n".join(
+                [
+                    f"no linear module of {base} has a delta, so there is no LoRA near it.",
+                    *([list_names(found.lost)] if found.lost else []),
+                    "Write the dense form, without rank.",
+                ]
+            )
         )
     return found
 

@@ -19,8 +19,9 @@ import torch
 from ..arithmetic.grafter import BLOCK
 from ..checkpoints.checkpoint import ADAPTER_CONFIG, Checkpoint, read_json
 from ..checkpoints.delta import refuse_deltas
+from ..checkpoints.digests import file_digest
 from ..checkpoints.hub import Source, locate
-from ..checkpoints.manifest import MANIFEST_NAME, Entry, file_digest, kind_found, read_manifest
+from ..checkpoints.manifest import MANIFEST_NAME, Entry, kind_found, read_manifest
 from ..errors import CheckpointError, ConfigError, ends_with, list_names
 from ..grafting.options import declared
 from ..grafting.tuned import weighted_sources
@@ -48,6 +49,7 @@ class VerifyReport:
         equal: names of the other files that are equal.
         not_compared: what a graft writes and was not compared.
         warnings: of the graft that was made to compare with.
+        inputs: which kind of change to an input would have been found.
     """
 
     folder: str
@@ -59,6 +61,7 @@ class VerifyReport:
     equal: list[str] = field(default_factory=list)
     not_compared: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
+    inputs: str = ""
 
     @property
     def same(self) -> bool:
@@ -74,9 +77,9 @@ class VerifyReport:
         if self.same:
             return (
                 f"{self.folder} is that graft. Equal are {self.compared} weights, the figures of {MANIFEST_NAME} and "
-                f"{', '.join(self.equal)}. Not compared: {'; '.join(self.not_compared)}."
+                f"{', '.join(self.equal)}. Not compared: {'; '.join(self.not_compared)}. {self.inputs}"
             )
-        lines = [f"{self.folder} is not that graft."]
+        lines = [f"{self.folder} is not that graft. {self.inputs}"]
         named = (
             (f"{len(self.weights)} of {self.compared} weights differ", [f"{k}  {v}" for k, v in self.weights.items()]),
             (f"{len(self.files)} other files differ", self.files),
@@ -114,9 +117,6 @@ def verify(
         delta: in the place of `tuned`, as for `graft`.
         progress: whether to show a bar on a terminal. Default True.
 
-    Returns:
-        what differs; `same` is True when nothing does.
-
     Raises:
         InputError: `folder` holds no graft, an input is not to be found, or the inputs cannot be grafted.
         GraftError: the graft failed (values that are not finite, full disk).
@@ -151,7 +151,8 @@ def verify(
     if ("delta" in sides) != ("delta" in manifest):
         left.append(f"the figures in {MANIFEST_NAME}, which a delta and a tuned model do not share")
         figures = []
-    return VerifyReport(str(folder), len(again.specs), weights, files, figures, wrong, equal, left, report.warnings)
+    return VerifyReport(str(folder), len(again.specs), weights, files, figures, wrong, equal, left,
+                        report.warnings, _found_changes(manifest))  # fmt: skip
 
 
 def _sides(given: Mapping[str, Any], manifest: Mapping[str, Any], folder: Path) -> dict[str, Any]:
@@ -162,9 +163,7 @@ def _sides(given: Mapping[str, Any], manifest: Mapping[str, Any], folder: Path) 
     role = learnt[0] if learnt else ("delta" if "delta" in manifest else "tuned")
     # BASE of a delta is only checked, and where an adapter needs none the manifest still names it.
     wanted = [role, "instruct", *(["base"] if role == "tuned" or given["base"] is not None else [])]
-    found: dict[str, Any] = {
-        name: _found(name, manifest, folder) if given[name] is None else given[name] for name in wanted
-    }
+    found = {name: _found(name, manifest, folder) if given[name] is None else given[name] for name in wanted}
     if role == "tuned" and given["tuned"] is None and manifest.get("tuned_weights"):
         names = ["tuned", *(f"tuned_{number}" for number in range(2, len(manifest["tuned_weights"]) + 1))]
         sources = [_found(name, manifest, folder) for name in names]
@@ -180,6 +179,17 @@ def _found(role: str, manifest: Mapping[str, Any], folder: Path) -> Source:
     return str(entry.find(folder, role))
 
 
+def _found_changes(manifest: Mapping[str, Any]) -> str:
+    """Return which kind of change to an input its recorded digest shows."""
+    recorded = [side["digests"] for side in manifest.values() if isinstance(side, dict) and side.get("digests")]
+    kinds = {digest.partition(":")[0] for digests in recorded for digest in digests.values()}
+    if not kinds:
+        return "The inputs have no digests: a change of theirs shows in the weights alone."
+    if kinds == {"sha256"}:
+        return "The inputs were compared by SHA-256: any change would show."
+    return "The inputs were compared by XXH3: a change by accident would show, a forged file might not."
+
+
 def _other_digests(sides: Mapping[str, Any], manifest: Mapping[str, Any]) -> list[str]:
     """Return `role: file` of the inputs whose digest is not the one in the manifest."""
     wrong = []
@@ -189,7 +199,7 @@ def _other_digests(sides: Mapping[str, Any], manifest: Mapping[str, Any]) -> lis
             role = side if number == 1 else f"{side}_{number}"
             entry = Entry.read(manifest, role)
             if entry is not None and entry.digests:
-                wrong += [f"{role}: {name}" for name in entry.changed(locate(part)[2])]
+                wrong += [f"{role}: {name}" for name in entry.changed(locate(part).path)]
     return wrong
 
 

@@ -18,13 +18,7 @@ _CITATION = """\
 
 
 def write_model_card(folder: Source, manifest: Mapping[str, Any], *, adapter: bool = False) -> Path:
-    """Write the `README.md` of a grafted model or adapter from its manifest; return its path.
-
-    Args:
-        folder: the folder of the graft, not yet renamed into place.
-        manifest: the content of its `shadow.json`; `base`, `instruct`, `tuned` (each with `source`) and `options`.
-        adapter: whether the folder holds an adapter.
-    """
+    """Write the `README.md` of a graft, a model or an `adapter`, from its manifest into `folder`; return its path."""
     names = _names(manifest, "instruct", "base", "tuned")
     options = manifest.get("options", {})
     scales = {name: options.get(name, 1.0) for name in ("scale", "instruct_scale")}
@@ -43,12 +37,7 @@ def write_model_card(folder: Source, manifest: Mapping[str, Any], *, adapter: bo
 
 
 def write_delta_card(folder: Source, manifest: Mapping[str, Any]) -> Path:
-    """Write the `README.md` of a delta, or of the LoRA made from one, from its manifest; return its path.
-
-    Args:
-        folder: the folder of the delta, not yet renamed into place.
-        manifest: the content of its `shadow.json`; `base`, `tuned` (each with `source`) and `form`.
-    """
+    """Write the `README.md` of a delta, or of the LoRA made from one, from its manifest; return its path."""
     names = _names(manifest, "base", "tuned")
     lines = [f"# What training added to {names['base']}", ""]
     if manifest["form"] == "adapter":

@@ -26,12 +26,7 @@ _MODEL_ONLY = ("config.json", "generation_config.json")
 
 
 def copied_files(instruct: Checkpoint, *, adapter: bool = False) -> list[Path]:
-    """Return INSTRUCT's files that go into the result as they are (config.json may be edited on the way).
-
-    Args:
-        instruct: the checkpoint.
-        adapter: whether the result is an adapter, which must not look like a model.
-    """
+    """Return INSTRUCT's files that go into the result; into an `adapter` none that would make it look like a model."""
     code = "auto_map" in json.dumps(instruct.config)
     chosen = []
     for path in sorted(instruct.path.iterdir()):
@@ -50,11 +45,10 @@ def copy_files(paths: Iterable[Path], instruct: Checkpoint, folder: Path) -> Non
         shutil.copyfile(path, target)
 
 
-def write_config(instruct: Checkpoint, folder: Path, dtype: str | None, edits: Mapping[str, Any]) -> None:
+def write_config(folder: Path, dtype: str | None, edits: Mapping[str, Any]) -> None:
     """Set `dtype`, in sub-configs too, and `edits` in the copied config.json; without a change its bytes stay.
 
     Args:
-        instruct: the checkpoint whose config.json it is.
         folder: where the copy is.
         dtype: torch name of the dtype that was written, for a loader obeys the config and not the file. None keeps it.
         edits: dotted key -> value.

@@ -65,8 +65,7 @@ class Scratch:
             os.close(self._held)
         if is_full(error):
             raise GraftError(
-                f"the disk of {self.path} is full ({free_bytes(self.path):,} bytes free). Make room or choose another "
-                "output."
+                f"the disk of {self.path} is full ({free_bytes(self.path):,} bytes free). Make room or write elsewhere."
             ) from error
 
     def _discard(self) -> None:
@@ -124,10 +123,8 @@ class OutputFolder(Scratch):
         Raises:
             OutputExistsError: something has come to be at the path since the work began. It stays as it is.
         """
-        for folder, _, files in os.walk(self.part, topdown=False):
-            for name in files:
-                sync(Path(folder, name))
-            sync(Path(folder))
+        for path in (*self.part.rglob("*"), self.part):
+            sync(path)
         check_free(self.path, self.overwrite, self.kind)
         old = _free_old(self.path)
         if self.overwrite and self.path.exists():
@@ -218,20 +215,14 @@ def check_free(path: Path, overwrite: bool, kind: str = "graft") -> None:
         )
 
 
-def check_place(path: Path, inputs: Iterable[tuple[str, Path]], *, room_in: str = "tuned") -> None:
-    """Raise ConfigError if the output lies at, in or around the folder of an input.
-
-    Args:
-        path: the output.
-        inputs: (role, folder) of each input.
-        room_in: the role whose folder may hold the output, as the folder of a run holds its graft.
-    """
+def check_place(path: Path, inputs: Iterable[tuple[str, Path]]) -> None:
+    """Raise ConfigError if `path` is, in (TUNED's may hold it) or around the folder of an input (role, folder)."""
     place = Path(os.path.realpath(path))
     for role, folder in inputs:
         home = folder.resolve()
         if place == home:
             how = "is"
-        elif home in place.parents and role != room_in:
+        elif home in place.parents and role != "tuned":
             how = "lies in"
         elif place in home.parents:
             how = "lies around"
@@ -248,8 +239,7 @@ def check_space(path: Path, needed: int) -> None:
     free = free_bytes(path)
     if needed > free:
         raise GraftError(
-            f"the result needs {needed:,} bytes and the disk of {path} has {free:,} free. Make room or choose another "
-            "output."
+            f"the result needs {needed:,} bytes and the disk of {path} has {free:,} free. Make room or write elsewhere."
         )
 
 

@@ -24,10 +24,8 @@ class ShardWriter:
     """
 
     def __init__(self, path: Path, size: int, direct: bool = True) -> None:
-        self.path = path
-        self.size = size
-        self._file = -1
-        self._direct = -1
+        self.path, self.size = path, size
+        self._file = self._direct = -1
         self._direct_wanted = direct and hasattr(os, "O_DIRECT")
         self.opened = False
 

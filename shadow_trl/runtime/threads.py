@@ -12,7 +12,8 @@ _Chunk = TypeVar("_Chunk")
 
 def run_threads(chunks: Sequence[_Chunk], make_worker: Callable[[], Callable[[_Chunk], None]]) -> None:
     """Hand `chunks` in order to threads, each with a worker of its own; raise the first error when all stopped."""
-    count = max(1, min(len(chunks), _thread_count()))
+    cores = len(os.sched_getaffinity(0)) + 1 if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    count = max(1, min(len(chunks), cores, 4))
     waiting = iter(chunks)
     errors: list[BaseException] = []
     lock = threading.Lock()
@@ -43,7 +44,3 @@ def run_threads(chunks: Sequence[_Chunk], make_worker: Callable[[], Callable[[_C
         raise
     if errors:
         raise errors[0]
-
-
-def _thread_count() -> int:
-    return min(4, len(os.sched_getaffinity(0)) + 1) if hasattr(os, "sched_getaffinity") else min(4, os.cpu_count() or 1)

@@ -201,7 +201,7 @@ def test_it_says_what_it_compared(tmp_path):
     run(sides, tmp_path / "out")
     text = check(tmp_path / "out").text()
     assert "Equal are 20 weights, the figures of shadow.json and LICENSE, config.json, README.md." in text
-    assert text.endswith("Not compared: warnings, versions and paths in shadow.json.")
+    assert "Not compared: warnings, versions and paths in shadow.json. The inputs were compared by" in text
     edit(tmp_path / "out" / "shadow.json", lambda content: content.pop("card"))
     text = check(tmp_path / "out").text()
     assert "config.json. Not compared" in text
