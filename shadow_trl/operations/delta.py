@@ -177,7 +177,7 @@ def _write_adapter(
         found.write(part, inputs.instruct)
         report = DeltaReport(
             target, "adapter", len(found.factors), options.dtype, delta_norm=math.sqrt(found.total), rank=rank,
-            kept=found.kept, modules=found.modules, lost=found.lost, warnings=found.warnings,
+            kept=found.kept, modules=found.modules, lost=found.lost, warnings=[*jobs.warnings, *found.warnings],
         )  # fmt: skip
         shutil.rmtree(scratch, ignore_errors=True)
         facts = {"left_out": jobs.left_out}

@@ -23,7 +23,7 @@ from ..checkpoints.manifest import Entry
 from ..errors import ConfigError, GraftError, list_names
 from ..grafting.options import GraftOptions
 from ..layouts.model_names import ModelNames
-from .loading import bare_model, is_adapted
+from .loading import bare_model, dtypes_before, is_adapted
 from .origins import Start
 
 if TYPE_CHECKING:
@@ -109,7 +109,11 @@ class GraftedEvaluation(_Trainer):
         instruct, base = loading.load(start.instruct).state_dict(), {}
         # Below an adapter BASE is needed where it was put on something else: on the full model of a stage before.
         if not start.adapter_on_base:
-            base = loading.load(start.base).state_dict()
+            stages = dtypes_before(str(start.origins.policy) if start.origins.policy != start.origins.base else None)
+            below = replace(loading, kwargs={**kwargs, "dtype": (*stages, kwargs["dtype"])[0]}).load(start.base)
+            for dtype in stages[1:]:
+                below.to(getattr(torch, dtype))
+            base = below.state_dict()
         return GraftExchange(self.model, instruct, base, options, receiver(options, start.instruct))
 
 
