@@ -30,7 +30,7 @@ from ..grafting.tuned import one_tuned
 from ..results.cards import write_model_card
 from ..results.check import check_result
 from ..results.copied import copied_files, copy_files, write_config
-from ..results.folder import OutputFolder, check_free, check_place, check_space, recover
+from ..results.folder import OutputFolder, check_free, check_place, check_space, files_in, recover
 from ..runtime.progress import Progress
 from .truncate import truncated
 
@@ -220,7 +220,7 @@ def _write_provenance(
     facts = {"options": options.to_dict(), "left_out": left_out, **found}
     content = {"kind": "graft", **inputs.tuned.recorded, **named, **facts}
     card = write_model_card(part, content, adapter=report.form == "adapter")
-    write_manifest(part, {**content, "card": file_digest(card)})
+    write_manifest(part, {**content, "card": file_digest(card), "files": files_in(part)})
 
 
 def check_finite(outcome: Outcome) -> None:
