@@ -54,8 +54,23 @@ class RecipeArguments:
     )
     score_rows: str | None = _option(
         None,
-        'JSONL file of held-out rows {"prompt": messages, "answer": str, "kind": str}; each model of the run answers '
-        "them greedily and is scored by exact match. Without it nothing is scored.",
+        'JSONL file of held-out rows {"prompt": messages, "answer": str or list of them, "kind": str}; each model of '
+        "the run answers them greedily and is scored by exact match. Without it nothing is scored.",
+    )
+    score_kept: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Kinds of rows that training should leave as they are: their mean is shown as `kept`.",
+            "nargs": "+",
+        },
+    )
+    score_scales: list[float] | None = field(
+        default=None,
+        metadata={
+            "help": "Multipliers of what training changed at which each tuned model is scored, in the place of graft_scale "
+            "for the graft and 1 for the others; they cost no training. The graft that is kept has graft_scale.",
+            "nargs": "+",
+        },
     )
     score_batch_size: int = _option(64, "Rows answered at once.")
     score_max_new_tokens: int = _option(64, "Longest answer in tokens.")

@@ -129,7 +129,7 @@ def train_stage(kind: str, options: Options, data: dict[str, Any]) -> tuple[Orig
         "instruct": origins.instruct and origins.instruct.source,
         "direct": direct_args.output_dir if compare else None,
         "tuned": training.output_dir,
-        "grafted": str(Path(training.output_dir) / GRAFTED_FOLDER) if training.graft else None,
+        "shadow": str(Path(training.output_dir) / GRAFTED_FOLDER) if training.graft else None,
     }
     return origins, {name: source for name, source in models.items() if source is not None}, seconds
 
