@@ -1,7 +1,7 @@
 """Make a nano pair and the data sets again, from what is committed or from nothing.
 
 `python data/make.py` writes pair and sets into the new folder `data-remade` beside `data`, in four minutes on one core.
-`--pair 2` and `--pair 3` make the same pair from other streams of rows. `--from-nothing` makes first what all pairs start
+`--pair 2` and `--pair 3` make such a pair from other streams of rows. `--from-nothing` first makes what all pairs start
 from, in 20 minutes more.
 """
 

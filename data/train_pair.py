@@ -148,7 +148,7 @@ def pretrain(folder: Path) -> None:
 
 
 def train_pair(pretrained: Path, base_folder: Path, instruct_folder: Path, pair: int = 1) -> None:
-    """Train and write BASE from the pre-trained model, then INSTRUCT from BASE, both from bfloat16 weights as written."""
+    """Train and write BASE from the pre-trained model, then INSTRUCT from BASE, each from bfloat16 weights."""
     model = Qwen3ForCausalLM.from_pretrained(pretrained, dtype=torch.float32)
     for phases, folder in ((BASE_PHASES, base_folder), (INSTRUCT_PHASES, instruct_folder)):
         for phase in phases:

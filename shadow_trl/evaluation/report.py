@@ -189,7 +189,7 @@ class RunReport:
         parts += [f"it is a tie on {said['tie']}"] if said["tie"] else []
         lines = [f"What this run shows: {shown}"]
         lines += [f"What it does not show: {'; '.join(parts)}."] if parts else []
-        return [textwrap.fill(line, 118, subsequent_indent="  ", break_on_hyphens=False) for line in lines]
+        return [textwrap.fill(line, 100, subsequent_indent="  ", break_on_hyphens=False) for line in lines]
 
     def _next(self) -> list[str]:
         """Return the commands that a user may want next."""

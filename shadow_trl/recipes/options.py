@@ -67,8 +67,8 @@ class RecipeArguments:
     score_scales: list[float] | None = field(
         default=None,
         metadata={
-            "help": "Multipliers of what training changed at which each tuned model is scored, in the place of graft_scale "
-            "for the graft and 1 for the others; they cost no training. The graft that is kept has graft_scale.",
+            "help": "Multipliers of what training changed at which each tuned model is scored; they cost no training. "
+            "The graft that is kept has graft_scale. Default: graft_scale for the graft, 1 for the others.",
             "nargs": "+",
         },
     )
