@@ -12,6 +12,8 @@ from families import CONFIG, family, load, lora, tensors, write
 from safetensors.torch import save_file
 
 from shadow_trl.checkpoints.checkpoint import Checkpoint, Place
+from shadow_trl.checkpoints.delta import Zeros
+from shadow_trl.checkpoints.overlay import Overlay
 from shadow_trl.errors import CheckpointError
 
 
@@ -221,3 +223,26 @@ def test_released_blocks_leave_no_page_behind(tmp_path):
         assert resident() >= step * 4 // 1024
         checkpoint.release("weight", start, start + step)
     assert resident() == 0
+
+
+def test_a_changed_weight_keeps_more_digits_than_base_has(tmp_path):
+    stored = {"half": torch.bfloat16, "single": torch.float32, "double": torch.float64}
+    base = Checkpoint.open(write(tmp_path / "base", {name: torch.ones(2, dtype=d) for name, d in stored.items()}))
+    changed = Overlay.over(base, base, tmp_path / "changed")
+    value = torch.tensor([1 / 3, 2 / 3], dtype=torch.float64)
+    changed.put({name: value.clone() for name in (*stored, "new")})
+    assert {name: spec.code for name, spec in changed.specs.items()} == {
+        "half": "F32", "single": "F64", "double": "F64", "new": "F64",
+    }  # fmt: skip
+    assert torch.equal(changed.tensor("half"), value.float())
+    assert all(torch.equal(changed.tensor(name), value) for name in ("single", "double", "new"))
+    assert torch.equal(base.tensor("single"), torch.ones(2))
+
+
+def test_zeros_are_what_their_headers_say(tmp_path):
+    model = Checkpoint.open(write(tmp_path / "model", tensors(0)))
+    zeros = Zeros.like(model)
+    for name, spec in model.specs.items():
+        assert (zeros.specs[name].dtype, zeros.specs[name].shape) == (torch.float32, spec.shape)
+        assert zeros.specs[name].nbytes == 4 * spec.numel
+        assert torch.equal(zeros.block(name, 1, spec.numel), torch.zeros(spec.numel - 1))

@@ -179,6 +179,7 @@ def test_the_manifest_lies_beside_the_weights_in_checkpoints_and_at_the_end(pair
         assert manifest["kind"] == "run"
         assert manifest["base"]["source"] == str(pair[0])
         assert manifest["instruct"]["source"] == str(pair[1])
+        assert manifest["adapter"] is None
         assert set(manifest["base"]["digests"]) == {"model.safetensors"}
         digest = xxhash.xxh3_128((folder / "model.safetensors").read_bytes()).hexdigest()
         assert manifest["weights"] == {"model.safetensors": f"xxh3:{digest}"}
@@ -294,6 +295,7 @@ def test_sync_ref_model_and_explicit_reference_are_refused_with_a_policy(pair, t
         ("changed in memory", r"model\.norm\.weight"),
         ("no INSTRUCT", "no INSTRUCT is known"),
         ("sync_ref_model", "sync_ref_model"),
+        ("a lost start", r"more than a product\.\n  modules_to_save"),
     ],
 )
 def test_what_the_arguments_show_is_refused_before_any_model_is_loaded(pair, tmp_path, monkeypatch, case, message):
@@ -309,6 +311,9 @@ def test_what_the_arguments_show_is_refused_before_any_model_is_loaded(pair, tmp
         model.model.norm.weight.data += 1
     elif case == "no INSTRUCT":
         instruct = None
+    elif case == "a lost start":
+        more = {"init_lora_weights": "pissa_niter_2", "modules_to_save": ["input_layernorm"]}
+        peft_config = LoraConfig(**{**LORA, **more})
     else:
         options["sync_ref_model"] = True
     for place in ("utils", "dpo_trainer"):
