@@ -156,7 +156,7 @@ class _Worker:
         """Compute one block; `at` is the byte of the buffer at which it goes, negative for a cut first element."""
         dtype = dtype_of(job.code)
         nbytes = (stop - start) * dtype.itemsize
-        whole = at >= 0 and at % dtype.itemsize == 0 and at + nbytes <= CHUNK
+        whole = at % dtype.itemsize == 0  # as a chunk is of every itemsize: else its ends cut through an element
         target = self.bytes[at : at + nbytes] if whole else self.spare[:nbytes]
         out = target.view(dtype)
         if delta:

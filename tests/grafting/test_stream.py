@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 from families import family, lora, shapes
 
@@ -38,7 +40,7 @@ def job(*shape: int, product: bool = False, delta: bool = True, runs=None) -> We
 )  # fmt: skip
 def test_a_weight_is_cut_into_blocks(monkeypatch, weight, first, last, wanted):
     monkeypatch.setattr(stream, "BLOCK", 8)
-    assert list(blocks_of(weight, first, last)) == wanted
+    assert list(itertools.islice(blocks_of(weight, first, last), 10)) == wanted
 
 
 @pytest.mark.parametrize("adapter", [False, True])
@@ -60,3 +62,8 @@ def test_the_memory_of_every_input_is_given_back(tmp_path, monkeypatch, adapter)
             assert (role, name, 0, size) in released
     factors = [name for path, name, _, _ in released if path == "adapter"]
     assert len(set(factors)) == (8 if adapter else 0)
+
+
+def test_a_chunk_is_whole_pages_of_any_system_and_small():
+    assert stream.CHUNK % 2**16 == 0
+    assert 2**20 <= stream.CHUNK <= 2**23  # one for each thread is in memory

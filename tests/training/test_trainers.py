@@ -179,7 +179,11 @@ def test_the_manifest_lies_beside_the_weights_in_checkpoints_and_at_the_end(pair
         assert manifest["kind"] == "run"
         assert manifest["base"]["source"] == str(pair[0])
         assert manifest["instruct"]["source"] == str(pair[1])
-        assert manifest["adapter"] is None
+        assert manifest["policy"] == manifest["base"]
+        assert (manifest["adapter"], manifest["ref_policy"], manifest["loaded_in"]) == (None, None, ["float32"])
+        assert manifest["trainer"] == "ShadowSFTTrainer"
+        assert manifest["options"] == trainer.args.graft_options()
+        assert "quantised" not in manifest
         assert set(manifest["base"]["digests"]) == {"model.safetensors"}
         digest = xxhash.xxh3_128((folder / "model.safetensors").read_bytes()).hexdigest()
         assert manifest["weights"] == {"model.safetensors": f"xxh3:{digest}"}
@@ -235,6 +239,13 @@ def test_options_that_are_refused(pair, tmp_path, changes, message):
     with pytest.raises(ConfigError, match=message):
         sft(pair, tmp_path / "out", **changes)
     assert not (tmp_path / "out").exists()
+
+
+def test_every_choice_is_accepted(tmp_path):
+    for value in (None, "headers", "weights"):
+        assert ShadowSFTConfig(**settings(tmp_path, pair_check=value)).pair_check == value
+    for value in ("init", "base", "instruct", "grafted"):
+        assert ShadowDPOConfig(**settings(tmp_path, ref_policy=value)).ref_policy == value
 
 
 @pytest.mark.parametrize("name", ["DeepSpeed", "FSDP"])
