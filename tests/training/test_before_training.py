@@ -217,7 +217,7 @@ def test_a_result_that_is_there_since_is_refused_before_the_first_step(pair, tmp
 
 def test_instruct_needs_no_template_beside_a_processing_class_that_has_one(pair, tmp_path):
     (pair[1] / "chat_template.jinja").unlink()
-    with pytest.raises(InputError, match="template"):
+    with pytest.raises(PairMismatchError, match="instruct has no chat template, but the training data are conv"):
         trainer(pair, tmp_path / "run")
     assert not (tmp_path / "run").exists()
     assert trainer(pair, tmp_path / "run", tokenizer=make_tokenizer(template=True))
