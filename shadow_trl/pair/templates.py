@@ -94,11 +94,12 @@ def _render(template: str, named: dict[str, str]) -> str:
     environment.globals.update(raise_exception=raise_exception, strftime_now=lambda form: datetime.now().strftime(form))
     rendered = []
     parts = [{**turn, "content": [{"type": "text", "text": turn["content"]}]} for turn in _TURNS]
-    for turns in (_TURNS, _TURNS[1:], parts, parts[1:]):  # with and without a system message
-        # templates refuse roles and forms in many ways; their text is searched as well
-        with suppress(Exception):
-            compiled = environment.from_string(_GENERATION_TAG.sub("", template))
-            rendered.append(compiled.render(messages=turns, add_generation_prompt=True, **named))
+    # templates refuse roles and forms in many ways, and some do not compile; their text is searched as well
+    with suppress(Exception):
+        compiled = environment.from_string(_GENERATION_TAG.sub("", template))
+        for turns in (_TURNS, _TURNS[1:], parts, parts[1:]):  # with and without a system message
+            with suppress(Exception):
+                rendered.append(compiled.render(messages=turns, add_generation_prompt=True, **named))
     return "\0".join(rendered)
 
 

@@ -44,7 +44,7 @@ class Loading:
 
         # The config's own parsing has made a dictionary of what was a string on the command line.
         given = cast("dict[str, Any]", self.args.model_init_kwargs or {})
-        kwargs = {**given, **self.kwargs, "revision": source.revision or "main"}
+        kwargs = {**given, **self.kwargs, "revision": source.revision}
         kwargs.setdefault("trust_remote_code", self.args.trust_remote_code)
         if self.quantization_config is not None:
             kwargs["quantization_config"] = self.quantization_config
@@ -63,7 +63,7 @@ class Loading:
             from transformers import AutoConfig
 
             # INSTRUCT's own dtype may be another one than BASE's.
-            how = {"revision": model.revision or "main", "trust_remote_code": self.args.trust_remote_code}
+            how = {"revision": model.revision, "trust_remote_code": self.args.trust_remote_code}
             dtype = AutoConfig.from_pretrained(model.source, **how).dtype or "float32"
         return replace(self, kwargs={"dtype": dtype})
 

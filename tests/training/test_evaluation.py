@@ -17,7 +17,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3MoeConfig, Tr
 from trl import DPOConfig, DPOTrainer
 
 from shadow_trl import ShadowDPOConfig, ShadowDPOTrainer, ShadowSFTConfig, ShadowSFTTrainer
-from shadow_trl.errors import ConfigError
+from shadow_trl.errors import ConfigError, GraftError
+from shadow_trl.training.evaluation import KeptReferences
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning:transformers")
 
@@ -322,3 +323,17 @@ def test_parts_of_a_weight_in_memory_are_refused(mixture, tmp_path):
     with pytest.raises(ConfigError, match=r"parts of 2 weights.*\n(.|\n)*experts.gate_up_proj  2 of 8 weights on disk"):
         dpo(mixture, tmp_path / "run", graft_modules=[r"experts\.0\."])
     assert list((tmp_path / "run").iterdir()) == []
+
+
+def test_reference_values_of_the_first_pass_are_for_the_same_batches_in_the_second():
+    batches = [{"input_ids": torch.tensor(ids)} for ids in ([[1, 2], [3, 4]], [[5, 6], [7, 8]], [[1, 2, 3, 4]])]
+    kept = KeptReferences()
+    assert [kept.of(batch, lambda at=at: at) for at, batch in enumerate(batches)] == [0, 1, 2]
+    kept.again = True
+    assert kept.of(batches[0], lambda: pytest.fail("computed again")) == 0
+    for other in (batches[0], batches[2], {"input_ids": torch.tensor([[5, 6, 7, 8]])}):
+        with pytest.raises(GraftError, match="another order"):  # rows of another number or shape
+            kept.of(other, lambda: pytest.fail("computed again"))
+    assert [kept.of(batch, lambda: pytest.fail("computed again")) for batch in batches[1:]] == [1, 2]
+    with pytest.raises(GraftError, match="another order"):  # one more than in the first pass
+        kept.of(batches[2], lambda: pytest.fail("computed again"))
