@@ -116,7 +116,7 @@ def graft_of_start(start: Start) -> PreTrainedModel:
 def _write_graft_of_start(start: Start, folder: Path) -> str:
     """Write the graft of the start to a new folder in `folder`; return its path."""
     dtype = str(start.loading.kwargs["dtype"]).removeprefix("torch.")
-    options = {**start.loading.args.graft_options(), "format": "model", "dtype": dtype}
+    options = {**start.loading.args.graft_options(), "format": "model", "dtype": dtype, "chat_template": "instruct"}
     if dtype == "float32":
         options["rounding"] = "nearest"  # nothing is rounded to 16 bits
     tuned, dtypes = start.origins.adapter or str(start.origins.policy), dtypes_before(start.stage)
