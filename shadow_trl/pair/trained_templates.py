@@ -89,8 +89,8 @@ def template_rows(
         if one != two:
             apart = (number for number, (a, b) in enumerate(zip(one, two, strict=False)) if a != b)
             place = next(apart, min(len(one), len(two)))
-            shown = (repr(text[place : place + _SHOWN]) for text in (one, two))
-            rows.append(both_sides(f"template {name!r}, from character {place}", *shown, roles))
+            one, two = (repr(text[place : place + _SHOWN]) for text in (one, two))
+            rows.append(both_sides(f"template {name!r}, from character {place}", one, two, roles))
     return rows
 
 

@@ -119,7 +119,8 @@ def compare_trained_vocabulary(tuned: Vocabulary, instruct: Vocabulary, role: st
     """Check that TUNED was, or will be, trained on the token ids that INSTRUCT's tokenizer gives to the result.
 
     Tokens that have another id on each side are an error; tokens of one side only, texts that are split differently,
-    and an end of text at which the result would not stop, are a warning. Nothing is found where a side has no tokenizer. `role` names `instruct` in messages.
+    and an end of text at which the result would not stop, are a warning. Nothing is found where a side has no
+    tokenizer. `role` names `instruct` in messages.
     """
     findings, roles = Findings(), ("tuned", role)
     if not (tuned.exists and instruct.exists):

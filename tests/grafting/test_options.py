@@ -22,7 +22,8 @@ ARGUMENTS = {
 }  # fmt: skip
 WRONG: dict[str, Any] = {
     "scale": "much", "instruct_scale": True, "modules": "(", "format": "gguf", "dtype": "int8", "rounding": "up",
-    "seed": 1.5, "vocab": "any", "chat_template": "base", "max_shard_size": "5 apples", "digest": "md5", "base_dtype": "int8", "rank": 0,
+    "seed": 1.5, "vocab": "any", "chat_template": "base", "max_shard_size": "5 apples", "digest": "md5",
+    "base_dtype": "int8", "rank": 0,
 }  # fmt: skip
 
 
