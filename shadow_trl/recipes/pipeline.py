@@ -101,7 +101,7 @@ def _run_stage(plan: Plan, stage: str, root: Path, data: dict[str, Any]) -> None
             start = run_on_main(PartialState(), lambda: _merge(root, options), what="merging the adapter")
         options.model.model_name_or_path = str(start)
     say(f"Stage {stage.upper()} in {root / stage}" + (f", from {checkpoint}" if checkpoint else ""))
-    train_stage(stage, options, data)
+    train_stage(stage, options, data, record=plan.records[stage])
 
 
 def _merge(root: Path, options: Options) -> Path:

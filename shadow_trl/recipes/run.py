@@ -7,7 +7,7 @@ import gc
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from ..training.trainers import ShadowDPOTrainer, ShadowSFTTrainer
 from .compare import make_report, timed
 from .data import load_data
 from .options import Options, RecipeArguments, parse
+from .record import write_record
 
 TRAINERS: dict[str, tuple[Any, Any]] = {"sft": (ShadowSFTTrainer, SFTTrainer), "dpo": (ShadowDPOTrainer, DPOTrainer)}
 """For each kind of recipe the Shadow trainer and TRL's own, which tunes INSTRUCT directly."""
@@ -91,13 +92,16 @@ def prepare(recipe: RecipeArguments) -> list[dict[str, Any]] | None:
     return read_rows(recipe.score_rows) if recipe.score_rows else None
 
 
-def train_stage(kind: str, options: Options, data: dict[str, Any]) -> tuple[Origins, dict[str, str], dict[str, float]]:
+def train_stage(
+    kind: str, options: Options, data: dict[str, Any], *, record: Mapping[str, Any] | None = None
+) -> tuple[Origins, dict[str, str], dict[str, float]]:
     """Train BASE and graft; then tune INSTRUCT directly if asked to.
 
     Args:
         kind: "sft" or "dpo".
         options: of the recipe, with the folder of the run in `training.output_dir`.
         data: keyword arguments of the trainer, as `load_data` returns them.
+        record: options that are written beside the results once training begins. Default: none.
 
     Returns:
         Where BASE and INSTRUCT come from, name of each model -> folder or hub id, in the order of the table, and the
@@ -112,6 +116,10 @@ def train_stage(kind: str, options: Options, data: dict[str, Any]) -> tuple[Orig
     origins: Origins = trainer.origins
     seconds: dict[str, float] = {}
     say(f"Tuning BASE {origins.base}" + (f", then grafting onto {origins.instruct}" if training.graft else ""))
+    if record is not None:
+        run_on_main(
+            trainer.accelerator, lambda: write_record(Path(training.output_dir), record), what="recording the options"
+        )
     resume = training.resume_from_checkpoint  # a folder, or true for the last checkpoint in `output_dir`
     with timed(seconds, "train and graft"):
         trainer.train(str(resume).lower() == "true" or resume or None)
