@@ -23,13 +23,14 @@ from trl.trainer.utils import get_config_model_id
 from ..adapters.kinds import START_FOLDER
 from ..checkpoints.digests import weight_digests
 from ..checkpoints.manifest import write_manifest
-from ..errors import ends_with
+from ..errors import ends_with, list_names
 from ..grafting.options import BASE_DTYPES
 from ..grafting.reports import GraftReport
 from ..operations.checks import check_graft, check_left_out, check_trained
 from ..operations.graft import graft
 from ..pair.pairs import ModelPair
-from ..pair.templates import check_processing_class
+from ..pair.templates import check_processing_class, read_templates
+from ..pair.trained_templates import template_rows
 from ..results.folder import check_free
 from ..runtime.processes import run_on_main
 from .adapter import (
@@ -247,7 +248,9 @@ class ShadowMixin(GraftedEvaluation):
         check_folders(Path(config.output_dir), start)
         for warning in ModelPair.open(base, instruct).check(
             level=config.pair_check or ("weights" if start.adapter is None else "headers"),
-            need_template=given.get("processing_class") is None and is_conversational(given.get("train_dataset")),
+            need_template=given.get("processing_class") is None
+            and not getattr(config, "chat_template_path", None)
+            and is_conversational(given.get("train_dataset")),
             allow_wide_gap=config.allow_wide_gap,
             vocab=config.graft_vocab,
         ):
@@ -266,6 +269,13 @@ class ShadowMixin(GraftedEvaluation):
         """Find before the first step what would be found wrong with the model after the last."""
         start = self._start
         with as_saved(self.model, self.processing_class) as tuned:
+            if start.stage is not None:
+                before = template_rows(read_templates(Path(start.stage)), read_templates(tuned.path), ("before", "now"))
+                if before:
+                    logger.warning(
+                        "%s was trained with another chat template than this run:\n%s\nTo train with that one, pass "
+                        "its tokenizer as processing_class.", start.stage, list_names(before),
+                    )  # fmt: skip
             for warning in check_trained(
                 base=str(start.base),
                 instruct=str(start.instruct),

@@ -10,6 +10,7 @@ from accelerate.utils import parse_flag_from_env
 
 from ..adapters.kinds import check_has_delta, is_subtracted, kind_of, lost_start, more_than_a_product, start_setting
 from ..errors import AdapterError, ConfigError, OutputExistsError, list_names
+from .adapter import rescaled_modules
 from .loading import is_adapted
 from .origins import Start
 
@@ -114,6 +115,12 @@ def check_adapter(start: Start, *, grafts: bool) -> None:
             f"the model in memory has an adapter of init_lora_weights={setting!r}, whose delta is what it becomes less "
             "what it was when it was made. Pass the model without an adapter and the settings as peft_config, so that "
             "the start is kept."
+        )
+    if is_adapted(start.model) and (rescaled := rescaled_modules(start.model)):
+        raise AdapterError(
+            f"in {len(rescaled)} modules the adapter in memory has another scaling than its settings make, which "
+            f"saving does not keep.\n{list_names(rescaled)}\nSet it back (set_scale(adapter, 1) of these layers), or "
+            "give the adapter another lora_alpha."
         )
     obstacles = kind_of(start.adapter).obstacles
     if obstacles and lost is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import secrets
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
+import torch
 from accelerate.logging import get_logger
 from accelerate.utils.memory import clear_device_cache
 
@@ -116,7 +118,7 @@ def graft_of_start(start: Start) -> PreTrainedModel:
 def _write_graft_of_start(start: Start, folder: Path) -> str:
     """Write the graft of the start to a new folder in `folder`; return its path."""
     dtype = str(start.loading.kwargs["dtype"]).removeprefix("torch.")
-    options = {**start.loading.args.graft_options(), "format": "model", "dtype": dtype}
+    options = {**start.loading.args.graft_options(), "format": "model", "dtype": dtype, "chat_template": "instruct"}
     if dtype == "float32":
         options["rounding"] = "nearest"  # nothing is rounded to 16 bits
     tuned, dtypes = start.origins.adapter or str(start.origins.policy), dtypes_before(start.stage)
@@ -213,20 +215,43 @@ def decide_precompute(config: Any, given: Mapping[str, Any], *, preferred: bool)
         )
 
 
-def reference_key(model_hash: str, model: Any, args: DPOConfig) -> str:
-    """Return the part of the cache's key that does not come from the data: the model, and how its values are summed.
+def reference_key(model_hash: str, model: Any, args: DPOConfig, collator: Any, precision: str) -> str:
+    """Return the part of the cache's key that does not come from the rows: the model, and how its values are summed.
 
     Args:
-        model_hash: of the reference's weights and dtypes, all that TRL's own key has of it.
-        model: the reference; its config turns weights into values, and so do the settings of its adapters.
-        args: of the run; `ld_alpha` weighs tokens, the lengths cut them, mixed precision rounds.
+        model_hash: of the reference's weights, stored buffers and dtypes, all that TRL's own key has of it.
+        model: the reference; its config turns weights into values, and so do buffers that are not stored, what its
+            adapters are multiplied by, and the dtype that it was cast to since.
+        args: of the run; `ld_alpha` weighs tokens, dropout and TF32 blur values.
+        collator: makes batches of rows; it cuts and fills them. One that cannot be hashed is never the same again.
+        precision: mixed precision of the accelerator, which need not come from `args`.
     """
     from datasets.fingerprint import Hasher
 
     adapters, bare = model.peft_config if is_adapted(model) else {}, bare_model(model)
     settings = {name: {**config.to_dict(), "base_model_name_or_path": None} for name, config in adapters.items()}
-    how = (args.ld_alpha, args.max_length, args.truncation_mode, args.bf16, args.fp16)
-    return Hasher.hash((model_hash, type(bare).__name__, _settings(bare.config), settings, *how))
+    stored = bare.state_dict().keys()
+    buffers = {name: _bits(value) for name, value in bare.named_buffers() if name not in stored}
+    how = (precision, args.ld_alpha, args.disable_dropout, args.tf32)
+    try:
+        batches = Hasher.hash(collator)
+    except Exception as error:  # of any kind: it is pickled
+        logger.warning("The reference log probabilities are not kept for other runs: the data_collator has %s.", error)
+        batches = secrets.token_hex()
+    within = (type(bare).__name__, str(bare.dtype), _settings(bare.config), buffers, settings, _multipliers(model))
+    return Hasher.hash((model_hash, *within, batches, *how))
+
+
+def _bits(tensor: torch.Tensor) -> tuple[str, bytes]:
+    return str(tensor.dtype), tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
+def _multipliers(model: Any) -> list[Any]:
+    """Return what adapters are multiplied by, which may be another number than their settings make, and which act."""
+    if not is_adapted(model):
+        return []
+    found = [(name, getattr(module, "scaling", None)) for name, module in model.named_modules()]
+    return [model.active_adapters, *((name, scaling) for name, scaling in found if isinstance(scaling, dict))]
 
 
 def _settings(config: Any) -> list[Any]:

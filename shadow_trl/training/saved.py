@@ -31,9 +31,8 @@ def as_saved(model: Any, processing_class: Any) -> Iterator[Announced]:
         folder = Path(name)
         config = {**json.loads(bare.config.to_json_string()), "architectures": [type(bare).__name__]}
         (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
-        tokenizer = getattr(processing_class, "tokenizer", processing_class)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(folder)
+        if processing_class is not None:
+            processing_class.save_pretrained(folder)
         specs, trained = _weights(bare)
         label = "the model in training"
         yield Announced(label, None, folder, config=read_json(folder / "config.json"), specs=specs, trained=trained)
