@@ -12,11 +12,8 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-
-from ..arithmetic.grafter import BLOCK
 from ..checkpoints.checkpoint import ADAPTER_CONFIG, Checkpoint, read_json
 from ..checkpoints.delta import refuse_deltas
 from ..checkpoints.digests import file_digest
@@ -27,6 +24,9 @@ from ..grafting.options import declared
 from ..grafting.tuned import weighted_sources
 from ..results.folder import Scratch, check_space
 from .graft import graft
+
+if TYPE_CHECKING:
+    import torch
 
 _CARD = "README.md"
 # What of the manifest is no figure: facts about the files, prose, and what the graft is made again from.
@@ -227,6 +227,8 @@ def _other_weights(there: Checkpoint, again: Checkpoint) -> dict[str, str]:
 
 def _difference(there: Checkpoint, again: Checkpoint, name: str) -> tuple[int, float]:
     """Return how many values have other bits, and the largest difference between two of them."""
+    from ..arithmetic.grafter import BLOCK
+
     count, largest = 0, 0.0
     for start in range(0, again.specs[name].numel, BLOCK):
         stop = min(start + BLOCK, again.specs[name].numel)
@@ -243,6 +245,8 @@ def _difference(there: Checkpoint, again: Checkpoint, name: str) -> tuple[int, f
 
 
 def _bits(values: torch.Tensor) -> torch.Tensor:
+    import torch
+
     return values.view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[values.dtype.itemsize])
 
 
