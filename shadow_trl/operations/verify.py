@@ -14,10 +14,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..checkpoints.checkpoint import ADAPTER_CONFIG, Checkpoint, read_json
+from ..checkpoints.checkpoint import ADAPTER_CONFIG, Checkpoint
 from ..checkpoints.delta import refuse_deltas
 from ..checkpoints.digests import file_digest
-from ..checkpoints.hub import Source, locate
+from ..checkpoints.hub import Source, local_folder, locate
+from ..checkpoints.json_files import read_json
 from ..checkpoints.manifest import MANIFEST_NAME, Entry, kind_found, read_manifest
 from ..errors import CheckpointError, ConfigError, ends_with, list_names
 from ..grafting.options import declared
@@ -274,7 +275,7 @@ def _stored_in(*sides: Checkpoint) -> set[str | None]:
 def _compare_card(there: Checkpoint, manifest: Mapping[str, Any], equal: list[str], files: list[str]) -> list[str]:
     """Add the card to the files that are equal or to those that differ; else return why it was not compared."""
     path = there.path / _CARD
-    if "card" not in manifest or not Path(there.source).expanduser().is_dir():
+    if "card" not in manifest or local_folder(there.source) is None:
         return [f"{_CARD}, of which {MANIFEST_NAME} has no digest" if "card" not in manifest else f"{_CARD} on the hub"]
     if path.is_file() and file_digest(path) == manifest["card"]:
         equal.append(_CARD)

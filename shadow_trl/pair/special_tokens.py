@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from ..checkpoints.checkpoint import Checkpoint, read_json
+from ..checkpoints.checkpoint import Checkpoint
+from ..checkpoints.json_files import read_json
+from ..checkpoints.schemas import ModelConfig
 from ..errors import Findings, list_names
 from .templates import read_templates, template_tokens
 from .token_rows import row_count, vocabulary_of
@@ -19,7 +21,7 @@ def special_ids(checkpoint: Checkpoint, vocabulary: Vocabulary) -> dict[str, int
     them before they look anything up.
     """
     found: dict[str, int | None] = {}
-    generation = read_json(checkpoint.path / "generation_config.json")
+    generation = read_json(checkpoint.path / "generation_config.json", ModelConfig)
     for file, config in (("generation_config.json", generation), ("config.json", checkpoint.config)):
         for role in _ROLES:
             values = config.get(role) if isinstance(config.get(role), list) else [config.get(role)]

@@ -10,8 +10,9 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from ..checkpoints.checkpoint import read_json
-from ..errors import CheckpointError, ConfigError
+from ..checkpoints.json_files import read_json, read_text
+from ..checkpoints.schemas import TokenizerConfig
+from ..errors import ConfigError
 
 _TURNS = [
     {"role": role, "content": text}
@@ -28,16 +29,15 @@ def read_templates(folder: Path) -> dict[str, str]:
     """
     templates: dict[str, str] = {}
     single = folder / "chat_template.jinja"
-    files = {"default": single} if single.is_file() else {}
+    files = {"default": single}
     files.update({file.stem: file for file in sorted((folder / "additional_chat_templates").glob("*.jinja"))})
     for name, file in files.items():
-        try:
-            templates[name] = file.read_text(encoding="utf-8")
-        except (OSError, ValueError) as error:
-            raise CheckpointError(f"cannot read the chat template {file}: {error}.") from error
+        text = read_text(file)
+        if text is not None:
+            templates[name] = text
     for file in (folder / "tokenizer_config.json", folder / "chat_template.json"):
         if not templates:
-            templates = _templates_of(read_json(file).get("chat_template"))
+            templates = _templates_of(read_json(file, TokenizerConfig).get("chat_template"))
     return {name: text for name, text in templates.items() if text.strip()}
 
 
