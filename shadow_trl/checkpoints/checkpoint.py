@@ -251,6 +251,13 @@ class Checkpoint:
             if not name.endswith(".index.json"):
                 return [hub.inside(self.path, name)], None
             weight_map = read_json(self.path / name, Index)["weight_map"]
+            kind = Path(name.removesuffix(".index.json")).suffix
+            strange = [f"{weight}  {file}" for weight, file in weight_map.items() if not file.endswith(kind)]
+            if strange:
+                raise CheckpointError(
+                    f"{self}: {len(strange)} weights of {name} are in files that are no {kind} files.\n"
+                    f"{list_names(strange)}\nDownload or save the checkpoint again."
+                )
             return [hub.inside(self.path, file) for file in dict.fromkeys(weight_map.values())], name
         found = sorted(entry.name for entry in self.path.iterdir() if entry.suffix in (".safetensors", ".bin", ".gguf"))
         others = f" It holds {', '.join(found[:5])}, which is no layout that transformers loads." if found else ""

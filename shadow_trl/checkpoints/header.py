@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import math
 import os
+import zipfile
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, list_names
 from .json_files import parse, unreadable
 
 if TYPE_CHECKING:
@@ -155,18 +156,43 @@ def load_pickled(path: Path) -> dict[str, torch.Tensor]:
     import torch
 
     try:
-        try:
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        except RuntimeError:  # files of torch < 1.6 cannot be mapped
-            content = torch.load(path, map_location="cpu", weights_only=True)
+        # Files of torch < 1.6 are no archives and cannot be mapped. Compressed parts could be of any size.
+        archive = zipfile.is_zipfile(path)
+        if archive and any(part.compress_type != zipfile.ZIP_STORED for part in zipfile.ZipFile(path).infolist()):
+            raise ValueError("it is compressed, which torch.save does not do")
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=archive)
     except Exception as error:
         raise CheckpointError(
             f"cannot read {path}: {str(error).splitlines()[0] if str(error) else type(error).__name__}. Only plain "
             "tensors are loaded from .bin files (weights_only=True). Give a safetensors checkpoint."
         ) from error
-    if not isinstance(content, dict) or not all(isinstance(value, torch.Tensor) for value in content.values()):
+    if not isinstance(content, dict):
         raise CheckpointError(f"{path} is not a dictionary of tensors. Give a safetensors checkpoint.")
+    wrong = [f"{name!r}  {what}" for name, value in content.items() if (what := _not_plain(name, value))]
+    # Views of few numbers can stand for any number of them.
+    views = sum(value.nbytes for value in content.values() if not wrong and not value.is_contiguous())
+    if not wrong and views > path.stat().st_size:
+        wrong = [f"views of few numbers, which would take {views:,} bytes in a file of {path.stat().st_size:,}"]
+    if wrong:
+        raise CheckpointError(
+            f"{path} is not a dictionary of tensors: {len(wrong)} entries are something else.\n"
+            f"{list_names(wrong)}\n"
+            "Give a safetensors checkpoint."
+        )
     return {name: tensor.detach().contiguous() for name, tensor in content.items()}
+
+
+def _not_plain(name: Any, value: Any) -> str:
+    """Return what an entry of a .bin file is, where it is no name with a plain tensor; else ""."""
+    import torch
+
+    if not isinstance(value, torch.Tensor):
+        return f"is {type(value).__name__}"
+    if not isinstance(name, str) or not name.isprintable():
+        return "is no name"
+    if value.device.type != "cpu" or value.layout != torch.strided or value.is_quantized:
+        return f"is a tensor of another kind: {value.device}, {value.layout}, {value.dtype}"
+    return ""
 
 
 def pickled_specs(path: Path, tensors: dict[str, torch.Tensor]) -> dict[str, TensorSpec]:

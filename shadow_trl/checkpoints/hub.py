@@ -8,11 +8,13 @@ import stat
 from pathlib import Path
 from typing import NamedTuple
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, ConfigError
 from .json_files import is_file_name, is_there
 
 Source = str | os.PathLike[str]
 _SMALL = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.spm", "LICENSE*", "NOTICE*", "USE_POLICY*", "*.py")
+_LONGEST_NAME = 200
+"""Bytes of a folder's name that leave room, of the 255 of a disk, for the endings of what lies beside it meanwhile."""
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
@@ -39,9 +41,8 @@ def local_folder(source: Source) -> Path | None:
         CheckpointError: a name that nothing can have, or a folder that may not be looked at.
     """
     name = os.fspath(source)
-    reason = "the name is empty" if not name else "it has the character NUL" if "\0" in name else ""
+    reason = _impossible(name)
     try:
-        name.encode()
         folder = Path(name).expanduser()
         if not reason:
             return folder if stat.S_ISDIR(folder.stat().st_mode) else None
@@ -49,13 +50,41 @@ def local_folder(source: Source) -> Path | None:
         return None
     except OSError as error:
         reason = str(error.strerror)
-    except UnicodeEncodeError:
-        reason = "it is no text in UTF-8"
     except RuntimeError:
         reason = "there is no such user"
     raise CheckpointError(
         f"cannot look for {name!r}: {reason}. Give a checkpoint's folder or a hub id like owner/name."
     )
+
+
+def output_folder(output: Source) -> Path:
+    """Return the path of a folder that is to be written, whether or not something is there.
+
+    Raises:
+        ConfigError: a name that no folder can have, or that leads through something that is no folder.
+    """
+    name = os.fspath(output)
+    path, reason = Path(name), _impossible(name)
+    try:
+        if not reason:
+            path.lstat()
+    except FileNotFoundError:
+        if len(os.fsencode(path.name)) > _LONGEST_NAME:
+            reason = f"the name of the folder has more than {_LONGEST_NAME} bytes"
+    except OSError as error:
+        reason = str(error.strerror)
+    if reason:
+        raise ConfigError(f"cannot write to {name!r}: {reason}. Choose another output.")
+    return path
+
+
+def _impossible(name: str) -> str:
+    """Return why nothing on a disk can have this name, "" where something can."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return "it is no text in UTF-8"
+    return "the name is empty" if not name else "it has the character NUL" if "\0" in name else ""
 
 
 def is_commit(revision: str | None) -> bool:

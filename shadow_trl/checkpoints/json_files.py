@@ -132,7 +132,8 @@ def parse(text: str, *, unique: bool = False) -> Any:
 def check(content: Any, schema: Any, path: Path) -> None:
     """Raise CheckpointError if `content`, of the file `path`, is not what `schema` says; every wrong value is named."""
     wrong = [
-        f"{at or 'the file'}  {_shown(value)}, must be {wanted}" for at, value, wanted in _wrong(content, schema, "")
+        f"{at.lstrip('.') or 'the file'}  {_shown(value)}, must be {wanted}"
+        for at, value, wanted in _wrong(content, schema, "")
     ]
     if wrong:
         verb = "value of it is" if len(wrong) == 1 else "values of it are"

@@ -17,7 +17,7 @@ from typing import Any
 from ..checkpoints.checkpoint import Checkpoint, Place
 from ..checkpoints.delta import BASE_CONFIG, INDEX, WEIGHTS, DeltaCheckpoint, Zeros, refuse_deltas
 from ..checkpoints.header import CODES, FLOATS, dtype_of, nbytes_of
-from ..checkpoints.hub import Source
+from ..checkpoints.hub import Source, output_folder
 from ..checkpoints.manifest import Entry, write_manifest
 from ..errors import AdapterError, ConfigError, ends_with
 from ..grafting.files import OutputFile, main_dtype, plan_files
@@ -79,7 +79,7 @@ def extract_delta(
     """
     settings = _options(dtype, rank, base_dtype=base_dtype, max_shard_size=max_shard_size, overwrite=overwrite,
                         digest=digest, stats=stats)  # fmt: skip
-    target = Path(output)
+    target = output_folder(output)
     recover(target)
     check_free(target, overwrite, "delta")
     with _opened(base, tuned, target, settings) as inputs:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from ..adapters.lora import place_on
 from ..checkpoints.digests import file_digest
 from ..checkpoints.header import TORCH_NAMES
-from ..checkpoints.hub import Source
+from ..checkpoints.hub import Source, output_folder
 from ..checkpoints.manifest import Entry, write_manifest
 from ..errors import ConfigError, GraftError, ends_with, list_names
 from ..grafting.files import main_dtype, plan_files, write_index
@@ -113,7 +113,7 @@ def graft(
         seed=seed, vocab=vocab, max_shard_size=max_shard_size, overwrite=overwrite, untie=untie, digest=digest,
         stats=stats, base_dtype=base_dtype, rank=rank,
     )  # fmt: skip
-    target = Path(output)
+    target = output_folder(output)
     recover(target)
     check_free(target, settings.overwrite)
     with _opened(base, instruct, tuned, delta, target, settings) as inputs:

@@ -21,7 +21,7 @@ from ..checkpoints.hub import Source, local_folder, locate
 from ..checkpoints.json_files import read_json
 from ..checkpoints.manifest import MANIFEST_NAME, Entry, kind_found, read_manifest
 from ..errors import CheckpointError, ConfigError, ends_with, list_names
-from ..grafting.options import declared
+from ..grafting.options import GraftOptions, declared
 from ..grafting.tuned import weighted_sources
 from ..results.folder import Scratch, check_space
 from .graft import graft
@@ -143,6 +143,10 @@ def verify(
         unrecorded = "tuned" in sides and "loaded_in" not in manifest  # by 0.1.0, which then subtracted BASE as stored
         if unrecorded and options.get("base_dtype") is None:
             options["base_dtype"] = ()
+        try:
+            GraftOptions(**options)
+        except ConfigError as error:
+            raise CheckpointError(f"cannot use the options in {there.path / MANIFEST_NAME}: {error}") from error
         measured = bool(manifest.get("by_kind") or manifest.get("delta_norm") is not None)
         report = graft(**sides, output=made, **options, digest="none", stats=measured, progress=progress)
         again = Checkpoint.open(made)
