@@ -218,8 +218,9 @@ class Checkpoint:
             twice = [f"{name}  in {self.specs[name].file.name} and {path.name}" for name in specs if name in self.specs]
             if twice:
                 raise CheckpointError(
-                    f"{self}: {len(twice)} tensors are stored twice.\n{list_names(twice)}\nReaders differ in which "
-                    "copy they take. Load the model with transformers and save it again, which keeps the copy it takes."
+                    f"{self}: {len(twice)} tensors are stored twice, and readers differ in which they take.\n"
+                    f"{list_names(twice)}\nLoad the model and save it again with transformers (save_pretrained), which "
+                    "stores each once."
                 )
             self.specs.update(specs)
         if self.index is not None:
@@ -251,14 +252,14 @@ class Checkpoint:
             if not name.endswith(".index.json"):
                 return [hub.inside(self.path, name)], None
             weight_map = read_json(self.path / name, Index)["weight_map"]
+            files = [hub.inside(self.path, file) for file in dict.fromkeys(weight_map.values())]
             kind = Path(name.removesuffix(".index.json")).suffix
-            strange = [f"{weight}  {file}" for weight, file in weight_map.items() if not file.endswith(kind)]
-            if strange:
+            if strange := [file.name for file in files if file.suffix != kind]:
                 raise CheckpointError(
-                    f"{self}: {len(strange)} weights of {name} are in files that are no {kind} files.\n"
-                    f"{list_names(strange)}\nDownload or save the checkpoint again."
+                    f"{self}: {len(strange)} files that {name} names are no {kind} files.\n{list_names(strange)}\n"
+                    "Download or save the checkpoint again."
                 )
-            return [hub.inside(self.path, file) for file in dict.fromkeys(weight_map.values())], name
+            return files, name
         found = sorted(entry.name for entry in self.path.iterdir() if entry.suffix in (".safetensors", ".bin", ".gguf"))
         others = f" It holds {', '.join(found[:5])}, which is no layout that transformers loads." if found else ""
         raise CheckpointError(f"{self} has no weights: none of {', '.join(names)} is in {self.path}.{others}")

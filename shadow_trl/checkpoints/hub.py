@@ -110,7 +110,8 @@ def locate(source: Source, revision: str | None = None, *, weights: bool = True)
         raise CheckpointError(f"{source} and revision={revision!r} name two revisions. Give one of them.")
     revision, folder = tail or revision, local_folder(name)
     if folder is not None:
-        if tail or (revision is not None and is_hub_id(name)):
+        # `main` is what a folder has: TRL's scripts pass it with every model.
+        if revision not in (None, "main") and (tail or is_hub_id(name)):
             raise CheckpointError(f"{name} is a local folder, which has no revision {revision!r}. Leave it out.")
         return Located(name, None, folder)
     if not is_hub_id(name):
@@ -144,8 +145,8 @@ def inside(folder: Path, name: str) -> Path:
         raise CheckpointError(f"{folder} lacks the weight file {name}. Download or save the checkpoint again.")
     if leads_out(folder, name):
         raise CheckpointError(
-            f"{path} is a link to a file outside the checkpoint's folder; it is not read. Put the file itself in the "
-            "place of the link, by a copy or a hard link."
+            f"{path} is a link to {os.path.realpath(path)}, outside the checkpoint's folder; it is not read. Put the "
+            f"file itself there, as `cp -rL {folder} COPY` does for all, or give the folder that it is in."
         )
     return path
 
