@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from ..checkpoints.checkpoint import read_json
 from ..checkpoints.header import CODES, TensorSpec
+from ..checkpoints.json_files import read_json
 from ..layouts.matching import Announced
 from .loading import bare_model
 
