@@ -36,7 +36,7 @@ from .origins import Start, check_unchanged
 from .preflight import (
     GRAFTED_FOLDER,
     check_adapter,
-    check_exchangeable,
+    check_evaluated,
     check_folders,
     check_same_adapter,
     is_conversational,
@@ -93,10 +93,8 @@ class ShadowMixin(GraftedEvaluation):
         with without_second_start(given["model"]):
             super().__init__(*call.args, **call.kwargs)
         refuse_sharded(fsdp=self.is_fsdp_enabled, deepspeed=self.is_deepspeed_enabled)
-        if config.eval_grafted:
-            _ = self._exchange  # what does not fit must be found before training
         # The adapter as it is before training: the delta of some is what it becomes less this.
-        self._adapter_start = start_of(self.model) if config.graft else None
+        self._adapter_start = start_of(self.model) if config.graft or config.eval_grafted else None
 
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
         """Train BASE as TRL does; then save TUNED to `output_dir` and the graft to `output_dir/grafted`.
@@ -201,20 +199,22 @@ class ShadowMixin(GraftedEvaluation):
     def _check_before_loading(self, config: Any, given: Mapping[str, Any]) -> None:
         """Find before any model is loaded what would keep the run from ending in a graft."""
         start = self._start
-        check_adapter(start, grafts=config.graft)
+        grafts = config.graft or config.eval_grafted
+        check_adapter(start, grafts=grafts)
         if start.loads_adapter and given.get("peft_config") is not None:
             check_same_adapter(given["peft_config"], str(start.origins.adapter))
         if config.graft:
+            check_folders(Path(config.output_dir), start)
+        if grafts:
             self._check_graft(config, given)
         if config.eval_grafted:
-            check_exchangeable(start, config)
-        if config.graft and start.in_memory and start.adapter is None and not start.base_named:
+            check_evaluated(start)
+        if grafts and start.in_memory and start.adapter is None and not start.base_named:
             check_unchanged(start.model, start.base)
 
     def _check_graft(self, config: Any, given: Mapping[str, Any]) -> None:
         start = self._start
         instruct, base = str(start.instruct), str(start.base)
-        check_folders(Path(config.output_dir), start)
         for warning in ModelPair.open(base, instruct).check(
             level=config.pair_check or ("weights" if start.adapter is None else "headers"),
             need_template=given.get("processing_class") is None and is_conversational(given.get("train_dataset")),
@@ -225,7 +225,7 @@ class ShadowMixin(GraftedEvaluation):
         check_graft(
             base=base,
             instruct=instruct,
-            output=Path(config.output_dir) / GRAFTED_FOLDER,
+            output=Path(config.output_dir) / (GRAFTED_FOLDER if config.graft else ".shadow-evaluation"),
             # An adapter on the full model of an earlier run is grafted as one full model.
             adapter=start.adapter_on_base,
             adapter_config=start.adapter,
@@ -265,7 +265,10 @@ class ShadowMixin(GraftedEvaluation):
         if self.args.graft:
             os.makedirs(self.args.output_dir, exist_ok=True)
             write_manifest(self.args.output_dir, self._manifest)
-        write_start(Path(self.args.output_dir), self.model, self._adapter_start, self.origins.adapter)
+        self._write_start(Path(self.args.output_dir))
+
+    def _write_start(self, folder: Path) -> None:
+        write_start(folder, self.model, self._adapter_start, self.origins.adapter)
 
     @cached_property
     def _manifest(self) -> dict[str, Any]:

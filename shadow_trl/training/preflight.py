@@ -157,24 +157,12 @@ def check_reference_options(args: Any, *, ref_model: Any) -> None:
         )
 
 
-def check_exchangeable(start: Start, args: Any) -> None:
-    """Refuse `eval_grafted` where an exchange of weights would not give the graft.
-
-    Raises:
-        ConfigError: a quantised BASE, an adapter that is not the same delta on INSTRUCT, or an `instruct_scale`
-            that needs BASE's weights below an adapter.
-    """
-    reasons = []
+def check_evaluated(start: Start) -> None:
+    """Refuse `eval_grafted` with a quantised BASE with ConfigError: the dense graft may not fit where BASE does."""
     if start.is_quantised:
-        reasons.append("BASE is quantised: its weights cannot be exchanged for INSTRUCT's")
-    if start.adapter is not None:
-        reasons += [f"the adapter is more than a plain LoRA: {name}" for name in kind_of(start.adapter).beyond]
-        if args.instruct_scale != 1.0:
-            reasons.append("instruct_scale other than 1 needs BASE's weights beside the adapter")
-    if reasons:
         raise ConfigError(
-            f"eval_grafted=True is not possible here.\n{list_names(reasons)}\nPass eval_grafted=False and score the "
-            "grafted folder after training."
+            "eval_grafted=True is not possible here: BASE is quantised, and the graft, which is not, needs more memory "
+            "than training it. Pass eval_grafted=False and score the grafted folder after training."
         )
 
 

@@ -163,11 +163,16 @@ def _graft_in_memory(start: Start) -> PreTrainedModel | None:
 
 
 @contextmanager
-def prepared(model: PreTrainedModel, accelerator: Accelerator) -> Iterator[PreTrainedModel]:
-    """Give `model` to the accelerator for evaluation with TRL's fused head; take it back and free it at the end."""
+def prepared(
+    model: PreTrainedModel, accelerator: Accelerator, *, outputs: tuple[str, ...] = ("log_probs",)
+) -> Iterator[PreTrainedModel]:
+    """Give `model` to the accelerator for evaluation with TRL's fused head; take it back and free it at the end.
+
+    `outputs` are what that head computes of each token.
+    """
     from trl.trainer.utils import add_fused_lm_head
 
-    add_fused_lm_head(model)
+    add_fused_lm_head(bare_model(model), outputs=outputs)
     ready = accelerator.prepare_model(model, evaluation_mode=True)
     try:
         yield ready
