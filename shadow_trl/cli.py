@@ -98,7 +98,7 @@ def _add_graft(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     learnt.add_argument("--delta", metavar="D", help="in its place: what `shadow-trl delta` wrote; needs no BASE")
     need.add_argument("--output", metavar="O", required=True, help="folder of the result; must not exist")
-    sums, form = parser.add_argument_group("arithmetic"), parser.add_argument_group("result")
+    sums, form = parser.add_argument_group("result"), parser.add_argument_group("writing it")
     for name, option in declared().items():
         _add_option(sums if option.recorded else form, name)
     _add_output(form)

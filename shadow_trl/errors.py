@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+_STOPS = (".", "!", "?", ":")
+
 
 class ShadowError(Exception):
     """Base class of every error raised on purpose by shadow_trl."""
@@ -20,7 +22,12 @@ class ShadowError(Exception):
     """What is on the disk now, as the last sentence of the message: see `ends_with`."""
 
     def __str__(self) -> str:
-        return f"{super().__str__()} {self.ending}".rstrip()
+        text = super().__str__()
+        if not self.ending:
+            return text
+        # A list of names at the end is no sentence that another could follow on its line.
+        listed = text.rpartition("\n")[2].startswith("  ")
+        return f"{text}\n{self.ending}" if listed else f"{text}{'' if text.endswith(_STOPS) else '.'} {self.ending}"
 
 
 class InputError(ShadowError, ValueError):
@@ -91,15 +98,15 @@ def list_names(lines: Iterable[str], *, limit: int = 10) -> str:
     return "\n".join(shown)
 
 
-def both_sides(name: str, base: object, instruct: object) -> str:
-    """Return `name` with the values of BASE and INSTRUCT under it, one a line, as a row for `list_names`.
+def both_sides(name: str, one: object, two: object, roles: tuple[str, str] = ("base", "instruct")) -> str:
+    """Return `name` with the values of two sides under it, one a line, as a row for `list_names`.
 
     >>> print(list_names([both_sides("hidden_size", 64, 128)]))
       hidden_size
         base      64
         instruct  128
     """
-    return f"{name}\n    base      {base}\n    instruct  {instruct}"
+    return "\n".join([name, *(f"    {role:<9} {value}" for role, value in zip(roles, (one, two), strict=True))])
 
 
 @dataclass

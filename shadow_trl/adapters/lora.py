@@ -190,7 +190,7 @@ def _as_stored(placed: dict[str, LoraModule], instruct: Checkpoint, has_conv1d: 
     from ..layouts.model_names import ModelNames
 
     try:
-        names = ModelNames(instruct)
+        names = ModelNames.under(instruct, placed)
         if not placed.keys() <= instruct.specs.keys():
             on_disk = names.keys(instruct.specs)
             keys = {name: key for key, name in names.keys(placed).items()}

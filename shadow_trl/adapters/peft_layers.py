@@ -25,7 +25,7 @@ from ..errors import AdapterError, list_names
 from ..layouts.model_names import ModelNames
 from .kinds import NOTHING, PLAIN_STARTS, START_FOLDER, lost_start, peft_type, start_setting
 from .lora import nearest_names, no_factors
-from .stored import MemoryWeights, StoredValues, module_of, read_stored
+from .stored import MemoryWeights, StoredValues, may_change, module_of, read_stored
 
 # Types that PEFT sets up without a look at the weights under them: their layers are made before a weight is read.
 _BLIND = frozenset({
@@ -46,7 +46,7 @@ def merge_into_base(base: Checkpoint, adapter: Checkpoint, folder: Path) -> Chec
     Raises:
         AdapterError: an adapter that PEFT cannot merge, or weights of it that have no place in its base.
     """
-    names = ModelNames(base)
+    names = ModelNames.under(base, may_change(adapter))
     weights = MemoryWeights(base, names)
     stored = read_stored(adapter, names.memory)
     result, rules = Overlay.over(base, adapter, folder), names.rules_of(base.specs)
@@ -72,6 +72,9 @@ def merge_into_base(base: Checkpoint, adapter: Checkpoint, folder: Path) -> Chec
             merged = merged.double() + stored.delta(name, weights)
         keep(name, merged)
     for name in left:
+        if (whole := stored.grown(name, weights)) is not None:
+            keep(name, whole)
+            continue
         delta = stored.delta(name, weights)
         if bool(delta.any()):
             keep(name, weights[name].double() + delta)

@@ -18,7 +18,7 @@ from ..errors import AdapterError, list_names
 from ..layouts.model_names import ModelNames
 from .kinds import START_FOLDER
 from .lora import PREFIX, WEIGHTS, nearest_names, no_factors, read_lora, streams
-from .stored import MemoryWeights, StoredValues, module_of, read_stored
+from .stored import MemoryWeights, StoredValues, may_change, module_of, read_stored
 
 
 def read_start(adapter: Checkpoint) -> Checkpoint | None:
@@ -113,9 +113,9 @@ def write_adapter(adapter: Checkpoint, base: Checkpoint, instruct: Checkpoint, s
     if streams(adapter, instruct):
         stored, modules = StoredValues(adapter, others=list(adapter.specs)), len(adapter.specs) // 2
     else:
-        names = ModelNames(base)
+        names, receiving = (ModelNames.under(side, may_change(adapter)) for side in (base, instruct))
         stored = read_stored(adapter, names.memory)
-        origin, receiver = MemoryWeights(base, names), MemoryWeights(instruct, ModelNames(instruct))
+        origin, receiver = MemoryWeights(base, names), MemoryWeights(instruct, receiving)
         modules = _check_modules(stored, receiver)
     if scale == 1.0 and adapter.files[0].name == WEIGHTS and not stored.values:
         shutil.copyfile(adapter.files[0], folder / WEIGHTS)
@@ -127,7 +127,7 @@ def write_adapter(adapter: Checkpoint, base: Checkpoint, instruct: Checkpoint, s
         scaled = scale != 1.0 and key.endswith((".lora_B.weight", ".lora_embedding_B"))
         tensors[key] = adapter.tensor(key).float() * scale if scaled else adapter.tensor(key).clone()
     for name, (key, rows) in stored.values.items():
-        tensors[key] = (receiver[name].double() + scale * stored.delta(name, origin))[rows].float()
+        tensors[key] = (receiver[name][rows].double() + scale * stored.delta(name, origin)[rows]).float()
     ordered = {name: tensors[name].contiguous() for name in adapter.specs}
     save_file(ordered, folder / WEIGHTS, metadata={"format": "pt"})
     return modules

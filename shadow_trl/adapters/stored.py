@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.header import dtype_of
+from ..checkpoints.weight_names import is_of_tokens
 from ..errors import AdapterError, list_names
 from ..layouts.model_names import ModelNames
 from .lora import PREFIX, nearest_names
@@ -103,6 +104,20 @@ class StoredValues:
         delta[rows] = stored.double() - before
         return delta
 
+    def grown(self, name: str, base: MemoryWeights) -> Tensor | None:
+        """Return a whole weight with another number of rows than BASE's, float64; None where the shapes are the same.
+
+        BASE's rows get their delta, further rows are as stored.
+        """
+        key, rows = self.values[name]
+        stored, origin, cast = self.adapter.tensor(key), base[name], base.checkpoint.cast(self.adapter.specs[key])
+        if rows is not ... or stored.shape == origin.shape or stored.shape[1:] != origin.shape[1:]:
+            return None
+        value, shared = stored.double(), min(len(stored), len(origin))
+        loaded = origin if cast is None else origin.to(dtype_of(cast))
+        value[:shared] += origin[:shared].double() - loaded[:shared].double()
+        return value
+
 
 def read_stored(adapter: Checkpoint, memory: Mapping[str, Any]) -> StoredValues:
     """Sort the tensors of an adapter of any type; `memory` has the names of the weights of the model under it."""
@@ -117,6 +132,18 @@ def read_stored(adapter: Checkpoint, memory: Mapping[str, Any]) -> StoredValues:
         else:
             found.others.append(key)
     found.values.update(rows)
+    return found
+
+
+def token_rows(adapter: Checkpoint) -> dict[str, list[int] | EllipsisType]:
+    """Return name in the file -> ids of the tokens whose rows it changes, `...` for all, of every tensor that does."""
+    found: dict[str, list[int] | EllipsisType] = {}
+    for key in adapter.specs:
+        tokens = _TOKENS.fullmatch(key.removeprefix(PREFIX))
+        if tokens is not None:
+            found[key] = _token_ids(adapter, tokens["module"])
+        elif is_of_tokens(key):
+            found[key] = ...
     return found
 
 
@@ -158,6 +185,12 @@ def without_cast(merged: Checkpoint, start: Checkpoint, base: Checkpoint) -> Ite
 def _cast_of(base: Tensor, dtype: torch.dtype) -> Tensor:
     """Return what rounding to `dtype` took from BASE's weight, float64."""
     return base.double() - base.to(dtype).double()
+
+
+def may_change(adapter: Checkpoint) -> set[str]:
+    """Return every name that a weight under a tensor of the adapter can have in memory."""
+    paths = [_WRAPPED.sub("", name.removeprefix(PREFIX)).split(".") for name in adapter.specs]
+    return {".".join([*path[:end], "weight"]) for path in paths for end in range(1, len(path))}
 
 
 def module_of(key: str, known: set[str]) -> str | None:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import CheckpointError, list_names
 from . import hub
-from .header import CODES, Header, TensorSpec, dtype_of, load_pickled, pickled_specs, read_header
+from .header import CODES, Header, TensorSpec, dtype_of, load_pickled, pickled_specs, read_header, stamp
 from .hub import Source
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ class Checkpoint:
 
     Args:
         source: folder or hub id as the user gave it, without the revision.
-        revision: revision as the user gave it, None where none was given.
+        revision: commit on the hub, None for a folder.
         path: the folder on this machine.
         is_adapter: whether it is a PEFT adapter.
         config: content of config.json, {} where there is none (an adapter has none).
@@ -54,6 +54,8 @@ class Checkpoint:
         headers: header of each safetensors file.
         loaded_in: of BASE: torch name of the dtype in which training loaded it, `tuned` for that of each weight of
             TUNED; None as stored.
+        asked: revision as the user gave it, None where none was given.
+        stamps: `stamp` of each weight file before it was first read.
     """
 
     source: str
@@ -67,6 +69,8 @@ class Checkpoint:
     specs: dict[str, TensorSpec] = field(default_factory=dict)
     headers: dict[Path, Header] = field(default_factory=dict)
     loaded_in: str | None = None
+    asked: str | None = None
+    stamps: dict[Path, tuple[int, ...] | None] = field(default_factory=dict, repr=False)
     _views: dict[str, torch.Tensor] = field(default_factory=dict, repr=False)
 
     @classmethod
@@ -82,7 +86,7 @@ class Checkpoint:
             CheckpointError: no such folder or repository, no weights, a damaged or quantised checkpoint, or a file that
                 points outside the checkpoint.
         """
-        name, revision, path = hub.locate(source, revision, weights=weights)
+        name, commit, path, asked = hub.locate(source, revision, weights=weights)
         is_adapter = (path / ADAPTER_CONFIG).is_file()
         if is_adapter and any((path / file).is_file() for file in (_SAFE, _SAFE_INDEX, _BIN, _BIN_INDEX)):
             raise CheckpointError(
@@ -90,7 +94,7 @@ class Checkpoint:
                 "Move one of them to a folder of its own."
             )
         config, adapter_config = read_json(path / "config.json"), read_json(path / ADAPTER_CONFIG)
-        checkpoint = cls(name, revision, path, is_adapter, config, adapter_config)
+        checkpoint = cls(name, commit, path, is_adapter, config, adapter_config, asked=asked)
         if weights:
             checkpoint._read_headers()
         return checkpoint
@@ -193,6 +197,7 @@ class Checkpoint:
     def _read_headers(self) -> None:
         self.files, self.index = self._weight_files()
         for path in self.files:
+            self.stamps[path] = stamp(path)
             if path.suffix == ".safetensors":
                 self.headers[path] = read_header(path)
                 specs = self.headers[path].specs

@@ -28,6 +28,11 @@ class DeltaCheckpoint(Checkpoint):
 
     manifest: dict[str, Any]
 
+    @property
+    def absent(self) -> frozenset[str]:
+        """Names of BASE's weights that what was trained does not have: buffers, parts of a multimodal model."""
+        return frozenset(self.manifest.get("without_delta", ()))
+
     @classmethod
     def open(cls, source: Source, revision: str | None = None, *, weights: bool = True) -> DeltaCheckpoint:
         """Read the headers of `source`, a folder or hub id that `shadow-trl delta` wrote.
@@ -35,7 +40,7 @@ class DeltaCheckpoint(Checkpoint):
         Raises:
             CheckpointError: no such folder or repository, or it holds no delta.
         """
-        name, revision, path = hub.locate(source, revision, weights=weights)
+        name, commit, path, asked = hub.locate(source, revision, weights=weights)
         manifest = read_manifest(path)
         if manifest is None or manifest["kind"] != "delta":
             raise CheckpointError(
@@ -44,7 +49,7 @@ class DeltaCheckpoint(Checkpoint):
             )
         if manifest["form"] == "adapter":
             raise CheckpointError(f"{name} is a LoRA adapter made from a delta. Give it as tuned, not as delta.")
-        delta = cls(name, revision, path, config=read_json(path / BASE_CONFIG))
+        delta = cls(name, commit, path, config=read_json(path / BASE_CONFIG), asked=asked)
         delta.manifest = manifest
         if weights:
             delta._read_headers()

@@ -96,6 +96,15 @@ class Header:
     specs: dict[str, TensorSpec]
 
 
+def stamp(path: Path) -> tuple[int, ...] | None:
+    """Return what changes when a file is replaced or written to: device, inode, size and time; None without a file."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+
+
 def read_header(path: Path) -> Header:
     """Read and check the header of `path`.
 
@@ -112,6 +121,9 @@ def read_header(path: Path) -> Header:
             raw = file.read(length)
         content = json.loads(raw)
         metadata = content.pop("__metadata__", None)
+        # Of these the safetensors library is as strict.
+        if raw[:1] != b"{" or not all(isinstance(value, str) for value in (metadata or {}).values()):
+            raise ValueError("its header does not begin with a brace or has metadata that is not text")
         found = [(name, _spec(path, name, entry, 8 + length)) for name, entry in content.items()]
         specs = dict(sorted(found, key=lambda item: (item[1].offset, item[1].nbytes)))
         _check_places(specs, 8 + length, size)

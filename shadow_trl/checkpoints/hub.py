@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path, PurePosixPath
+from typing import NamedTuple
 
 from ..errors import CheckpointError
 
@@ -13,8 +14,29 @@ _SMALL = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.spm", "LICEN
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
-def locate(source: Source, revision: str | None = None, *, weights: bool = True) -> tuple[str, str | None, Path]:
-    """Return (name without revision, revision, folder on this machine) of a folder or hub id.
+class Located(NamedTuple):
+    """A checkpoint that was found.
+
+    Args:
+        name: folder or hub id, without the revision.
+        revision: commit of a repository, whatever was asked for; None for a folder.
+        path: the folder on this machine.
+        asked: revision that was asked for; None where none was.
+    """
+
+    name: str
+    revision: str | None
+    path: Path
+    asked: str | None = None
+
+
+def is_commit(revision: str | None) -> bool:
+    """Whether a revision can never mean another version: a whole commit, not a branch or a tag."""
+    return bool(revision and re.fullmatch("[0-9a-f]{40}", revision))
+
+
+def locate(source: Source, revision: str | None = None, *, weights: bool = True) -> Located:
+    """Find a folder or hub id. A branch may move; what is found has the commit that it is at now.
 
     Args:
         source: a folder, or `owner/name`, optionally with `@revision`. A folder that exists wins.
@@ -33,10 +55,11 @@ def locate(source: Source, revision: str | None = None, *, weights: bool = True)
     if folder.is_dir():
         if tail or (revision is not None and is_hub_id(name)):
             raise CheckpointError(f"{name} is a local folder, which has no revision {revision!r}. Leave it out.")
-        return name, None, folder
+        return Located(name, None, folder)
     if not is_hub_id(name):
         raise CheckpointError(f"there is no folder {source}. Give a checkpoint's folder or a hub id like owner/name.")
-    return name, revision, _download(name, revision, weights)
+    path = _download(name, revision, weights)
+    return Located(name, path.name, path, revision)
 
 
 def is_hub_id(source: str) -> bool:
@@ -74,6 +97,7 @@ def _download(name: str, revision: str | None, weights: bool) -> Path:
 
     try:
         folder = fetch(*_SMALL)
+        revision = folder.name  # the branch may move before the next request
         snapshot_download(name, revision=revision, allow_patterns=["additional_chat_templates/*.jinja"])
         if weights:
             names = {entry.name for entry in folder.iterdir()}

@@ -5,20 +5,19 @@ A manifest of kind `delta` is of form `delta`, or `adapter` for a LoRA made from
 
 from __future__ import annotations
 
-import hashlib
 import importlib.metadata
 import json
 import logging
 import os
-import re
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import CheckpointError, InputError
-from .hub import Source
+from ..errors import CheckpointError, InputError, list_names
+from .digests import file_digest, weight_digests
+from .hub import Source, is_commit, locate
 
 if TYPE_CHECKING:
     from .checkpoint import Checkpoint
@@ -36,22 +35,26 @@ _PACKAGES = ("shadow-trl", "torch", "transformers", "trl", "peft", "accelerate",
 class Entry:
     """What a manifest says of one side: `str()` is the name to open it by, `vars()` what is written.
 
+    Two are one origin when name and revision are equal.
+
     Args:
         source: folder or hub id, as the user gave it.
-        revision: on the hub; None where none was given.
-        digests: file -> `sha256:<hex>`; None where none were taken.
+        revision: on the hub: the commit once it is known, before that what was asked for; None for a folder.
+        digests: file -> `algorithm:<hex>`; None where none were taken.
         folder: whether it was a local folder; None where that is not recorded: then a folder of that name wins.
+        asked: revision that was asked for, where `revision` is the commit; None where none was.
     """
 
     source: str
     revision: str | None = None
-    digests: dict[str, str] | None = None
-    folder: bool | None = None
+    digests: dict[str, str] | None = field(default=None, compare=False)
+    folder: bool | None = field(default=None, compare=False)
+    asked: str | None = field(default=None, compare=False)
 
     @classmethod
-    def of(cls, source: str, revision: str | None, digests: dict[str, str] | None) -> Entry:
-        """Return the entry of a side that is there now."""
-        return cls(source, revision, digests, Path(source).expanduser().is_dir())
+    def of(cls, side: Checkpoint, digests: dict[str, str] | None) -> Entry:
+        """Return the entry of a side that was opened."""
+        return cls(side.source, side.revision, digests, Path(side.source).expanduser().is_dir(), side.asked)
 
     @classmethod
     def read(cls, manifest: Mapping[str, Any] | None, role: str) -> Entry | None:
@@ -62,14 +65,30 @@ class Entry:
         digests = found.get("digests")
         # Version 0.1.0 did not record it; its runs took digests of every folder and of nothing else.
         folder = found.get("folder", digests is not None if manifest.get("kind") == "run" else None)
-        return cls(str(found["source"]), found.get("revision"), digests, folder)
+        return cls(str(found["source"]), found.get("revision"), digests, folder, found.get("asked"))
 
     def __str__(self) -> str:
         return f"{self.source}@{self.revision}" if self.revision else self.source
 
     def recorded(self) -> dict[str, Any]:
         """Return what a run writes of the side as it is now: of a local folder with digests of its weights."""
-        return vars(Entry.of(self.source, self.revision, weight_digests(self.source)))
+        digests = weight_digests(self.source)
+        return vars(replace(self, digests=digests, folder=digests is not None))
+
+    def pinned(self) -> Entry:
+        """Return the entry with the commit that its revision is at now; a folder, or a commit, stays as it is.
+
+        Raises:
+            CheckpointError: no folder and no repository that can be reached, or a folder with a repository's name.
+        """
+        if is_commit(self.revision) and not Path(self.source).expanduser().is_dir():
+            return self
+        found = locate(self.source, self.revision, weights=False)
+        return replace(self, source=found.name, revision=found.revision, asked=found.asked)
+
+    def covers(self, given: Entry) -> bool:
+        """Whether this has the commit of what was `given`: the same name, with no other revision."""
+        return is_commit(self.revision) and given.source == self.source and given.revision in (None, self.asked)
 
     def find(self, home: Path, role: str) -> Entry:
         """Return the entry with the name under which the side is found now: from the current folder, else from `home`.
@@ -89,13 +108,17 @@ class Entry:
 
     def changed(self, folder: Path) -> list[str]:
         """Return the names of the files whose digest is recorded and that `folder` lacks or has otherwise."""
-        digests = (self.digests or {}).items()
-        return [n for n, digest in digests if not (folder / n).is_file() or file_digest(folder / n) != digest]
+        return [
+            name
+            for name, digest in (self.digests or {}).items()
+            if not (folder / name).is_file() or file_digest(folder / name, digest.partition(":")[0]) != digest
+        ]
 
     def names(self, side: Checkpoint, home: Path) -> bool:
         """Whether it is `side`, by the same name and revision or as another path of the same folder."""
         places = self._places(home) if side.path.is_dir() else []
-        return str(self) == str(side) or any(place.samefile(side.path) for place in places)
+        named = self.source == side.source and self.revision in (side.revision, side.asked)
+        return named or any(place.samefile(side.path) for place in places)
 
     def _places(self, home: Path) -> list[Path]:
         places = [] if self.folder is False else [Path(self.source).expanduser(), home / self.source]
@@ -104,9 +127,11 @@ class Entry:
 
 def way_out(role: str) -> str:
     """Return what helps where the side that a manifest names for `role` is gone or has changed."""
-    if role == "policy":
+    kind = role.partition("_")[0]  # the second of several is `tuned_2`
+    if kind not in ("base", "instruct", "tuned", "delta"):
         return "Restore it, or merge the adapter into the right model and start from that."
-    return f"Restore it, or name it: --{role}, in training {role}_model=..."
+    training = f", in training {role}_model=..." if kind in ("base", "instruct") else ""
+    return f"Restore it, or name it: --{kind}{training}"
 
 
 def read_manifest(folder: Source) -> dict[str, Any] | None:
@@ -163,22 +188,22 @@ def versions() -> dict[str, str]:
     return found
 
 
-def file_digest(path: Source) -> str:
-    """Return `sha256:<hex>` of a file; a large file of the hub cache is not read, its blob's name is the digest."""
-    real = Path(path).resolve()
-    # Names of 40 digits are those of small files under git, and no SHA-256.
-    if real.parent.name == "blobs" and re.fullmatch(r"[0-9a-f]{64}", real.name):
-        return f"sha256:{real.name}"
-    with open(real, "rb") as file:
-        return f"sha256:{hashlib.file_digest(file, 'sha256').hexdigest()}"
+def check_weights(folder: Path) -> None:
+    """Check that the weights in the folder of a run are those that its manifest was written for.
 
-
-def weight_digests(source: str) -> dict[str, str] | None:
-    """Return `{file name: digest}` of the weight files of a local folder, None for a hub id."""
-    folder = Path(source).expanduser()
-    if not folder.is_dir():
-        return None
-    return {path.name: file_digest(path) for path in sorted(folder.glob("*.safetensors"))}
+    Raises:
+        InputError: they are others; a manifest of version 0.1.0 does not say.
+    """
+    manifest = read_manifest(folder) or {}
+    recorded = manifest.get("weights") if manifest.get("kind") == "run" else None
+    changed = Entry(str(folder), digests=recorded).changed(folder)
+    if changed:
+        raise InputError(
+            f"{len(changed)} of {len(recorded or {})} weight files in {folder} are not those that its {MANIFEST_NAME} "
+            f"describes.\n{list_names(changed)}\nA later run into this folder was cut off while it saved, or the files "
+            "were changed afterwards. Use a checkpoint or train again; if the weights are right, remove "
+            f"{MANIFEST_NAME} and name base and instruct."
+        )
 
 
 def from_manifest(role: str, manifest: Mapping[str, Any], folder: Path, given: Entry | None = None) -> Entry | None:
@@ -188,7 +213,7 @@ def from_manifest(role: str, manifest: Mapping[str, Any], folder: Path, given: E
         InputError: the manifest names a folder that is not to be found or has changed.
     """
     entry = Entry.read(manifest, role)
-    if given is not None:
+    if given is not None and not (entry and entry.covers(given)):
         if entry and str(given) != str(entry):
             logger.warning("%s is %s as given; %s names %s.", role, given, folder / MANIFEST_NAME, entry)
         return given
@@ -202,7 +227,16 @@ def from_manifest(role: str, manifest: Mapping[str, Any], folder: Path, given: E
             f"files of {found} are missing or differ ({', '.join(sorted(changed))}). The delta would be measured from "
             f"other weights than the run started from. {way_out(role)}"
         )
-    return Entry(found.source, found.revision)
+    return replace(found, digests=None)
+
+
+def as_trained(base: Source | None, tuned: Path) -> Source | None:
+    """Return `base` at the commit that the run in `tuned` was trained on, where it names no other revision."""
+    entry = Entry.read(read_manifest(tuned), "base")
+    if base is None or entry is None or not entry.covers(Entry(os.fspath(base))):
+        return base
+    logger.warning("base is %s, the commit that %s records.", entry, tuned / MANIFEST_NAME)
+    return str(entry)
 
 
 def stage_below(tuned: Source, base: str | None = None) -> tuple[str, str] | None:
@@ -210,7 +244,7 @@ def stage_below(tuned: Source, base: str | None = None) -> tuple[str, str] | Non
 
     Args:
         tuned: folder of what was trained; a folder without a manifest, or a full model, is no such adapter.
-        base: BASE as the user named it; wins over the manifest.
+        base: BASE as the user named it; wins over the manifest, whose commit of the same name is taken.
 
     Raises:
         InputError: the manifest names a folder that is not to be found or has changed.
@@ -229,4 +263,9 @@ def stage_below(tuned: Source, base: str | None = None) -> tuple[str, str] | Non
 def adapter_base(config: Mapping[str, Any], folder: Path) -> Entry | None:
     """Return the model that the `adapter_config.json` in `folder` names, found from here or there; None if none."""
     name = config.get("base_model_name_or_path")
-    return Entry(str(name), config.get("revision")).find(folder, "base") if name else None
+    if not name:
+        return None
+    named, manifest = Entry(str(name), config.get("revision")), read_manifest(folder)
+    # The manifest of its run knows the commit, and whether it was a folder.
+    known = (Entry.read(manifest, role) for role in ("policy", "base"))
+    return next((e for e in known if e and e.source == name), named).find(folder, "base")

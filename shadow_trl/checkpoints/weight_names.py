@@ -10,6 +10,7 @@ HEAD_NAMES = ("lm_head.weight", "embed_out.weight")
 EMBEDDING_NAMES = tuple(f"{name}.weight" for name in ("embed_tokens", "wte", "embed_in", "word_embeddings"))
 TOKEN_NAMES = (*HEAD_NAMES, *EMBEDDING_NAMES, "embed_tokens_per_layer.weight", "lm_head.bias", "embed_out.bias")
 """Weights with one row for each token id."""
+_TOKEN_MODULES = tuple(f".{name.rpartition('.')[0]}." for name in TOKEN_NAMES)
 COMPUTED_ON_LOAD = re.compile(r"rotary_emb\.inv_freq$|(^|\.)position_ids$")
 """Buffers that old checkpoints store and transformers computes anew."""
 # The official code adapts these seven projections; it takes their biases too, by accident of a substring match.
@@ -29,6 +30,15 @@ def is_tied(config: Mapping[str, Any]) -> bool | None:
     if any(part.get("tie_word_embeddings") is True for part in parts):
         return True
     return False if config.get("tie_word_embeddings") is False else None
+
+
+def is_of_tokens(name: str) -> bool:
+    """Whether a weight, or a tensor of an adapter, belongs to a module with one row for each token id.
+
+    >>> is_of_tokens("lm_head.weight"), is_of_tokens("base_model.model.model.embed_tokens.lora_embedding_A")
+    (True, True)
+    """
+    return any(module in f".{name}" for module in _TOKEN_MODULES)
 
 
 def kind_of(name: str) -> str:

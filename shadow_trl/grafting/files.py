@@ -71,7 +71,7 @@ def plan_files(jobs: list[WeightJob], instruct: Checkpoint, max_shard_size: int 
 
 
 def write_index(files: list[OutputFile], instruct: Checkpoint, folder: Path) -> None:
-    """Write the index that names the file of each weight; INSTRUCT's own bytes where they still hold."""
+    """Write the index that names the file of each weight; INSTRUCT's own bytes where they state the same."""
     if len(files) == 1 and files[0].name == "model.safetensors":
         return
     weight_map = {job.name: file.name for file in files for job in file.jobs}
@@ -82,10 +82,11 @@ def write_index(files: list[OutputFile], instruct: Checkpoint, folder: Path) -> 
         changed = any(
             job.code != job.instruct.checkpoint.specs[job.instruct.name].code for file in files for job in file.jobs
         )
-        if index["weight_map"] == weight_map and not changed:
+        metadata = index.get("metadata") or {}
+        if index["weight_map"] == weight_map and not changed and metadata.get("total_size") == total:
             (folder / INDEX).write_text(text, encoding="utf-8")
             return
-        metadata = {**(index.get("metadata") or {}), "total_size": total}
+        metadata = {**metadata, "total_size": total}
     else:
         metadata = {"total_size": total}
     content = {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))}

@@ -5,11 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 from ..adapters.kinds import SCALABLE, START_FOLDER, kind_of, peft_type
-from ..adapters.lora import no_factors, other_adapters
+from ..adapters.lora import no_factors, other_adapters, place_on
 from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.hub import is_hub_id
 from ..checkpoints.manifest import read_manifest
 from ..errors import AdapterError, list_names
+from ..pair.token_rows import row_count
+from .jobs import check_selection, rows_to_graft
 from .options import GraftOptions
 from .trained import Full, PlainLora
 
@@ -25,12 +27,13 @@ def form_of(tuned: Full, instruct: Checkpoint, options: GraftOptions) -> tuple[s
             what = "a sum, which has an adapter form for plain LoRAs only" if tuned.stages else "a full checkpoint"
             raise no_adapter_form([f"tuned is {what}  (`shadow-trl delta --rank R` makes a LoRA for base)"], rank=False)
         return "model", []
+    left = left_out(tuned, instruct, options)
+    if left and (options.rank is not None or options.format == "adapter"):
+        raise no_adapter_form(left, rank=False)
     if options.rank is not None:
         return "adapter", []
-    reasons = [f"{name} is set" for name in options.dense_only()]
+    reasons = [*(f"{name} is set" for name in options.dense_only()), *left]
     reasons += adapter_obstacles(tuned.checkpoint, options.scale)
-    if options.patterns() is not None and not _all_selected(tuned, options):
-        reasons.append("modules leaves out a part of the adapter")
     if reasons and options.format == "adapter":
         raise no_adapter_form(reasons)
     if reasons or options.format == "adapter":
@@ -40,9 +43,34 @@ def form_of(tuned: Full, instruct: Checkpoint, options: GraftOptions) -> tuple[s
     return "adapter", []
 
 
-def _all_selected(tuned: Full, options: GraftOptions) -> bool:
+def left_out(tuned: Full, instruct: Checkpoint, options: GraftOptions) -> list[str]:
+    """Return the parts of an adapter that `modules` and `vocab` leave out, which only the dense form can."""
+    found = _rows_left_out(tuned, instruct, options)
+    if options.patterns() is not None and not _all_selected(tuned, instruct, options):
+        found.append("modules leaves out a part of the adapter")
+    return found
+
+
+def _all_selected(tuned: Full, instruct: Checkpoint, options: GraftOptions) -> bool:
     """Whether `modules` selects the whole adapter; only of a plain LoRA is it known which weights it changes."""
-    return isinstance(tuned, PlainLora) and all(map(options.selector(), (f"{name}.weight" for name in tuned.modules)))
+    if not isinstance(tuned, PlainLora):
+        return False
+    names = list(place_on(tuned.modules, tuned.checkpoint, instruct))
+    chosen = list(filter(options.selector(), names))
+    check_selection(options, chosen, names)
+    return chosen == names
+
+
+def _rows_left_out(tuned: Full, instruct: Checkpoint, options: GraftOptions) -> list[str]:
+    """Return the parts of an adapter that change token rows which `vocab` leaves as they are in INSTRUCT."""
+    from ..adapters.stored import token_rows
+
+    changed = token_rows(tuned.checkpoint) if options.vocab == "shared" else {}
+    if not changed:
+        return []
+    rows, every = set(rows_to_graft(tuned.base, instruct, options) or ()), range(row_count(instruct) or 0)
+    left = [key for key, ids in changed.items() if not rows.issuperset(every if ids is ... else ids)]
+    return [f"{key}  (it changes token rows that vocab='shared' leaves as they are)" for key in left]
 
 
 def adapter_obstacles(tuned: Checkpoint, scale: float) -> list[str]:

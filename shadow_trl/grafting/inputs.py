@@ -11,10 +11,14 @@ from ..adapters.kinds import check_has_delta
 from ..adapters.lora import base_model_of, read_lora, streams
 from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.delta import DeltaCheckpoint, refuse_deltas
+from ..checkpoints.digests import file_digest
+from ..checkpoints.header import stamp
 from ..checkpoints.hub import Source
-from ..checkpoints.manifest import Entry, adapter_base, file_digest, read_manifest
-from ..errors import AdapterError, CheckpointError, ConfigError, list_names
+from ..checkpoints.manifest import Entry, adapter_base, read_manifest
+from ..checkpoints.weight_names import is_of_tokens
+from ..errors import AdapterError, CheckpointError, ConfigError, GraftError, list_names
 from ..pair.pairs import ModelPair
+from ..pair.token_rows import row_count, vocabulary_of
 from .form import adapter_warnings, form_of, no_adapter_form
 from .options import GraftOptions, declared
 from .trained import Delta, Full, PlainLora
@@ -66,15 +70,18 @@ def open_tuned_inputs(
     """
     refuse_deltas(base=single.base, instruct=instruct)
     receiver = _open_model("instruct", instruct)
-    tuned = _open_trained(single, receiver, options)
+    tuned = open_trained(single, receiver, options)
     receiver.check_not_quantised("instruct")
     for role, side in tuned.sides.items():
         if side.specs:  # BASE of a plain LoRA may be quantised, where its weights are not read
             side.check_not_quantised(role)
-    warnings = []
+    warnings, pair = [], ModelPair(tuned.base, receiver if check_pair else tuned.base)
     if check_pair:
-        warnings += ModelPair(tuned.base, receiver).check(vocab=options.vocab)
+        warnings += pair.check(vocab=options.vocab, trains=False)
         warnings += _check_trained(tuned.base, receiver, tuned.checkpoint)
+    for side in list(tuned.stages.values()) or [tuned.checkpoint]:
+        found = pair.check_trained(side.config, vocabulary_of(side))
+        warnings += [warning for warning in found if warning not in warnings]
     form, reasons = form_of(tuned, receiver, options)
     return Inputs(receiver, tuned, form, [*warnings, *adapter_warnings(tuned, receiver, reasons)], reasons)
 
@@ -106,16 +113,22 @@ def open_delta(base: Source | None, instruct: Source, delta: Source, options: Gr
     if base is not None and origin is not None:
         warnings += _check_base(origin, learnt, options)
     pair = ModelPair(facts if origin is None else origin, receiver)
-    warnings += pair.check(level="configs" if origin is None else "headers", vocab=options.vocab)
+    level = "configs" if origin is None else "headers"
+    warnings += pair.check(level=level, vocab=options.vocab, trains=False)
     return Inputs(receiver, Delta(pair.base, learnt), "model", warnings)
 
 
-def _open_trained(single: SingleTuned, receiver: Checkpoint, options: GraftOptions) -> Full:
+def open_trained(single: SingleTuned, receiver: Checkpoint, options: GraftOptions) -> Full:
     """Open BASE and say of which kind TUNED is."""
     learnt, stages, weights = single.checkpoint, single.stages, single.weights
     if learnt.is_adapter:
         check_has_delta(learnt.adapter_config)
     modules = read_lora(learnt) if learnt.is_adapter and streams(learnt, receiver) else {}
+    rows = row_count(receiver)
+    if options.vocab == "shared" and any(
+        is_of_tokens(f"{name}.") and at.shape[0] != rows for name, at in modules.items()
+    ):
+        modules = {}  # merged into BASE, whose rows it has
     needed = not modules or options.instruct_scale != 1.0 or options.rank is not None
     base = as_subtracted(_open_base(single, needed).loaded(options.base_dtype), stages)
     return PlainLora(base, learnt, stages, weights, modules) if modules else Full(base, learnt, stages, weights)
@@ -187,9 +200,9 @@ def other_base(tuned: Full | PlainLora | Delta, sides: Mapping[str, Entry]) -> l
             named = adapter_base(side.adapter_config, side.path)
         if named is None:
             continue
-        recorded, ours = named.digests or {}, sides["base"].digests or {}
-        common = recorded.keys() & ours.keys()
-        same = all(recorded[name] == ours[name] for name in common) if common else named.names(tuned.base, side.path)
+        common = (named.digests or {}).keys() & (sides["base"].digests or {}).keys()
+        compared = replace(named, digests={name: (named.digests or {})[name] for name in common})
+        same = not compared.changed(tuned.base.path) if common else named.names(tuned.base, side.path)
         if not same:
             what = "with other weights" if common else "by its name"
             found.append(
@@ -240,10 +253,13 @@ def _check_base(base: Checkpoint, delta: DeltaCheckpoint, options: GraftOptions)
 
 
 class Digests:
-    """SHA-256 of the inputs, worked out while the graft streams."""
+    """Digests of the inputs, worked out while the graft streams, and the check that they stay as they are."""
 
     def __init__(self, sides: Mapping[str, Checkpoint], small: list[Path], options: GraftOptions) -> None:
         self._sides = sides
+        self._stamps = {path: stamp(path) for path in small}
+        for side in sides.values():
+            self._stamps |= side.stamps
         self._found: dict[str, dict[str, Future[str]]] = {}
         self._pool = ThreadPoolExecutor(2, thread_name_prefix="digest")
         if options.digest == "none":
@@ -251,7 +267,7 @@ class Digests:
         for role, side in sides.items():
             files = [*side.files, *(small if role == "instruct" else [])]
             self._found[role] = {
-                str(path.relative_to(side.path)): self._pool.submit(file_digest, path) for path in files
+                str(path.relative_to(side.path)): self._pool.submit(file_digest, path, options.digest) for path in files
             }
 
     def __enter__(self) -> Digests:
@@ -261,11 +277,21 @@ class Digests:
         self._pool.shutdown(cancel_futures=True)
 
     def collect(self) -> dict[str, Entry]:
-        """Return what the manifest says of each side, by role."""
+        """Return what the manifest says of each side, by role. To be called when everything was read.
+
+        Raises:
+            GraftError: a file was replaced or written to since it was first read.
+        """
         try:
             digests = {
                 role: {name: found.result() for name, found in files.items()} for role, files in self._found.items()
             }
-            return {role: Entry.of(side.source, side.revision, digests.get(role)) for role, side in self._sides.items()}
         except OSError as error:
             raise CheckpointError(f"cannot read an input again for its digest: {error}.") from error
+        changed = [str(path) for path, before in self._stamps.items() if stamp(path) != before]
+        if changed:
+            raise GraftError(
+                f"{len(changed)} input files were replaced or written to while they were read: the result could be a "
+                f"mixture.\n{list_names(changed)}\nWait for what writes them, or graft a copy."
+            )
+        return {role: Entry.of(side, digests.get(role)) for role, side in self._sides.items()}

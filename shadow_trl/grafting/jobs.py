@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from ..checkpoints.checkpoint import Checkpoint, Place
 from ..checkpoints.delta import Zeros
 from ..checkpoints.header import CODES
 from ..errors import ConfigError, list_names
-from ..layouts.plan import WeightPlan, resolve
+from ..layouts.plan import resolve
 from .options import GraftOptions
 
 
@@ -111,14 +112,9 @@ def full_jobs(
     Raises:
         InputError: a weight that cannot be grafted, or nothing that is selected.
     """
-    rows = None
-    if options.vocab == "shared":
-        from ..pair.token_rows import shared_rows
-
-        rows = shared_rows(base, instruct)
     layout = resolve(
-        None if is_delta else base, instruct, tuned, scratch=scratch, rows=rows, untie=options.untie,
-        wanted=options.selector(),
+        None if is_delta else base, instruct, tuned, scratch=scratch, untie=options.untie, wanted=options.selector(),
+        rows=rows_to_graft(base, instruct, options),
     )  # fmt: skip
     home, learnt = layout.sides["instruct"], layout.sides["tuned"]
     origin = Zeros.like(learnt) if is_delta else layout.sides["base"]
@@ -133,7 +129,7 @@ def full_jobs(
         if plan.tuned is not None:
             end = Place(learnt, plan.tuned)
             start = Place(origin, plan.base or plan.tuned, base.cast(end.spec))
-            job = replace(job, base=start, tuned=end, runs=_runs(plan, spec.shape))
+            job = replace(job, base=start, tuned=end, runs=runs_of(plan.rows, spec.shape))
         weights.append(job)
     grafted = [job for job in weights if job.grafted]
     warnings = layout.warnings if is_delta else [*layout.warnings, *_narrower(grafted)]
@@ -161,15 +157,24 @@ def output_code(stored: str, options: GraftOptions) -> str:
     )
 
 
-def _runs(plan: WeightPlan, shape: tuple[int, ...]) -> tuple[tuple[int, int], ...] | None:
-    """Return the ranges of elements of the rows that receive the delta."""
-    if plan.rows is None:
+def rows_to_graft(base: Checkpoint, instruct: Checkpoint, options: GraftOptions) -> tuple[int, ...] | None:
+    """Return the token rows that `vocab` lets receive the delta, None for all of them; errors as of `shared_rows`."""
+    if options.vocab != "shared":
+        return None
+    from ..pair.token_rows import shared_rows
+
+    return shared_rows(base, instruct)
+
+
+def runs_of(rows: Sequence[int] | None, shape: tuple[int, ...]) -> tuple[tuple[int, int], ...] | None:
+    """Return the ranges of elements of some rows; None for None, which is all of them."""
+    if rows is None:
         return None
     width = 1
     for size in shape[1:]:
         width *= size
     runs: list[list[int]] = []
-    for row in plan.rows:
+    for row in rows:
         if runs and runs[-1][1] == row * width:
             runs[-1][1] += width
         else:

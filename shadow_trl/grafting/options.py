@@ -30,7 +30,7 @@ class Option:
             raises ConfigError. Default: every value is kept as it is.
         flags: further arguments for `argparse.ArgumentParser.add_argument`.
         argument: its name in the configs of the trainers. Default None: they do not have it.
-        recorded: whether the manifest has it, as what changes the numbers. Default False.
+        recorded: whether the manifest has it, as what the weights and their files depend on. Default False.
         dense_only: whether dense weights alone can honour another value than the default. Default False.
 
     """
@@ -146,11 +146,11 @@ class GraftOptions:
     )  # fmt: skip
     max_shard_size: int | str | None = _option(
         None, "largest file of the result, such as 5GB; left out: INSTRUCT's files",
-        check=parse_size, flags={"metavar": "SIZE"}, dense_only=True,
+        check=parse_size, flags={"metavar": "SIZE"}, recorded=True, dense_only=True,
     )  # fmt: skip
     overwrite: bool = _option(False, "replace an existing graft", argument="graft_overwrite")
     untie: bool = _option(False, "let a tied INSTRUCT receive a head of its own", recorded=True, dense_only=True)
-    digest: str = _option("sha256", "digest of the inputs, for the manifest", choices=("sha256", "none"))
+    digest: str = _option("sha256", "digest of the inputs, for the manifest", choices=("sha256", "xxh3", "none"))
     stats: bool = _option(True, "measure sigma, realised, noise")
     base_dtype: str | None = _option(None, "dtype in which training loaded BASE", choices=BASE_DTYPES, recorded=True)
     rank: int | None = _option(
@@ -194,7 +194,7 @@ class GraftOptions:
         return lambda name: patterns is None or any(pattern.search(name) for pattern in patterns)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return what changes the numbers, for the manifest; a rank only where there is one."""
+        """Return what the result depends on, for the manifest; a rank only where there is one."""
         known = {name: getattr(self, name) for name, option in declared().items() if option.recorded}
         return {name: value for name, value in known.items() if name != "rank" or value is not None}
 

@@ -13,8 +13,10 @@ from typing import Any, ClassVar
 from ..adapters.lora import LoraModule, place_on
 from ..checkpoints.checkpoint import Checkpoint, Place
 from ..checkpoints.delta import DeltaCheckpoint
+from ..checkpoints.weight_names import is_of_tokens
 from ..errors import ConfigError
-from .jobs import Jobs, LowRank, WeightJob, check_selection, full_jobs, output_code
+from ..layouts.plan import notice_of_rows
+from .jobs import Jobs, LowRank, WeightJob, check_selection, full_jobs, output_code, rows_to_graft, runs_of
 from .options import GraftOptions
 from .tuned import merged_checkpoint
 
@@ -81,15 +83,19 @@ class PlainLora(Full):
         wanted = options.selector()
         chosen = {name: lora for name, lora in placed.items() if wanted(name)}
         check_selection(options, list(chosen), list(placed))
+        of_tokens = [name for name in chosen if is_of_tokens(name)]
+        shared = rows_to_graft(self.base, instruct, options) if of_tokens else None
+        rows = {} if shared is None else {n: shared for n in of_tokens if len(shared) < instruct.specs[n].shape[0]}
         shifted = {} if options.instruct_scale == 1.0 else self._shifted(instruct, options, scratch)
         weights = []
         for name, spec in instruct.specs.items():
             plain = WeightJob(name, output_code(spec.code, options), spec.shape, Place(instruct, name))
             job = shifted.get(name, plain)
             if name in chosen:
-                job = replace(plain, base=job.base, low_rank=self._product(chosen[name], spec.shape[1]))
+                runs = runs_of(rows.get(name), spec.shape)
+                job = replace(plain, base=job.base, low_rank=self._product(chosen[name], spec.shape[1]), runs=runs)
             weights.append(job)
-        return Jobs.of(weights, instruct, options, grafted=len(chosen))
+        return Jobs.of(weights, instruct, options, warnings=notice_of_rows(rows), grafted=len(chosen))
 
     def _shifted(self, instruct: Checkpoint, options: GraftOptions, scratch: Path) -> dict[str, WeightJob]:
         """Plan another instruct scale: every weight moves then, and BASE without a delta is TUNED."""

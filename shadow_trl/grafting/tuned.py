@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import os
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -20,10 +19,10 @@ from ..adapters.lora import base_model_of, open_tuned, place_on, read_lora, stre
 from ..checkpoints.checkpoint import Checkpoint, Place
 from ..checkpoints.delta import refuse_deltas
 from ..checkpoints.hub import Source
-from ..checkpoints.manifest import stage_below
+from ..checkpoints.manifest import as_trained, check_weights, stage_below
 from ..checkpoints.overlay import Overlay
 from ..errors import AdapterError, ConfigError, list_names
-from ..results.folder import make_parents, remove_empty
+from ..results.folder import Scratch
 
 Stages = dict[str, Checkpoint]
 
@@ -58,11 +57,12 @@ def one_tuned(base: Source | None, tuned: Any, target: Path, base_dtype: str | N
     for source, _ in sources:
         refuse_deltas(tuned=source)
     if len(sources) == 1 and sources[0][1] == 1.0 and not _needs_scratch(sources[0][0], base):
-        yield SingleTuned(base, open_tuned(sources[0][0]))
+        learnt = _open(sources[0][0])
+        yield SingleTuned(as_trained(base, learnt.path), learnt)
         return
-    with _scratch_beside(target) as scratch:
+    with Scratch(target) as scratch:
         found = [
-            _on_base(base, source, weight, scratch / str(number), base_dtype)
+            _on_base(base, source, weight, scratch.part / str(number), base_dtype)
             for number, (source, weight) in enumerate(sources)
         ]
         unknown = "not known, since a full checkpoint names none: give base"
@@ -75,7 +75,7 @@ def one_tuned(base: Source | None, tuned: Any, target: Path, base_dtype: str | N
         if len(found) == 1 and found[0].weights == (1.0,):
             yield found[0]
         else:
-            yield _summed(found, scratch / "sum", base_dtype)
+            yield _summed(found, scratch.part / "sum", base_dtype)
 
 
 def merged_checkpoint(base: Checkpoint, adapter: Checkpoint, folder: Path) -> Checkpoint:
@@ -97,16 +97,10 @@ def merged_checkpoint(base: Checkpoint, adapter: Checkpoint, folder: Path) -> Ch
     return merged
 
 
-@contextmanager
-def _scratch_beside(target: Path) -> Iterator[Path]:
-    """Give a folder beside the result that is gone afterwards, with the folders that were made for it and are empty."""
-    parent = target.absolute().parent
-    made = make_parents(parent)
-    try:
-        with tempfile.TemporaryDirectory(prefix=".shadow-merged-", dir=parent) as name:
-            yield Path(name)
-    finally:
-        remove_empty(made)
+def _open(source: Source) -> Checkpoint:
+    learnt = open_tuned(source)
+    check_weights(learnt.path)
+    return learnt
 
 
 def _needs_scratch(source: Source, base: Source | None) -> bool:
@@ -132,7 +126,8 @@ def as_subtracted(base: Checkpoint, stages: Stages) -> Checkpoint:
 
 def _on_base(base: Source | None, source: Source, weight: float, scratch: Path, base_dtype: str | None) -> SingleTuned:
     """Return one source: merged into its start, less its start, or as it is."""
-    learnt = open_tuned(source)
+    learnt = _open(source)
+    base = as_trained(base, learnt.path)
     if not learnt.is_adapter:
         return SingleTuned(base, learnt, {"tuned": learnt}, (weight,))
     tuned = learnt

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Set
 from dataclasses import dataclass
 
 from ..checkpoints.checkpoint import Checkpoint, Place
@@ -12,6 +12,17 @@ from ..errors import PairMismatchError, list_names
 
 BLOCK = 2**22
 """Elements that are compared at a time."""
+
+
+@dataclass
+class Announced(Checkpoint):
+    """A checkpoint that does not exist yet: names and shapes are known, the values are BASE's where nothing is trained.
+
+    Args:
+        trained: names of the weights that training will change.
+    """
+
+    trained: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,7 +53,8 @@ class Sides:
         tuned: BASE after training, or a delta when there is no base.
         base: BASE before training, or None.
         ties: key of a head -> key of the embedding whose weight it may share.
-        ignores: says of a key that transformers drops it on load.
+        ignores: says of a key that transformers drops it on load by a rule of the architecture.
+        unknown: keys of BASE that the model that was trained has no weight for.
     """
 
     instruct: Side
@@ -50,6 +62,7 @@ class Sides:
     base: Side | None
     ties: Mapping[str, str]
     ignores: Callable[[str], bool] = lambda key: False
+    unknown: Set[str] = frozenset()
 
     def __post_init__(self) -> None:
         self._partners: dict[str, list[str]] = {}
@@ -69,8 +82,15 @@ class Sides:
         return next((name for name in self._partners.get(key, ()) if name in side.names), None)
 
     def dropped(self, key: str) -> bool:
-        """Whether loading drops `key`, so that a trained checkpoint need not have it."""
-        return bool(COMPUTED_ON_LOAD.search(key)) or self.ignores(key)
+        """Whether loading drops `key`, so that a trained checkpoint need not have it.
+
+        What the class of TUNED does not know may be missing in TUNED; that TUNED or INSTRUCT alone has it is no such
+        case, for there somebody added a weight.
+        """
+        if COMPUTED_ON_LOAD.search(key) or self.ignores(key):
+            return True
+        there = self.base is None or key in self.base.names
+        return key in self.unknown and there and key not in self.tuned.names
 
     def counts_rows(self, key: str) -> bool:
         """Whether the weight has one row for each token id."""
@@ -172,7 +192,14 @@ def _shapes_fit(specs: Mapping[str, TensorSpec], counts_rows: bool) -> bool:
 
 
 def same_values(side: Side, key: str, other: Side, other_key: str) -> bool:
-    """Whether two weights hold equal numbers, whatever their dtypes; True where values cannot be read yet."""
+    """Whether two weights hold equal numbers, whatever their dtypes; True where values cannot be read yet.
+
+    A weight that is going to be trained is equal to no other.
+    """
+    ahead = [(at.checkpoint, at.names[k]) for at, k in ((side, key), (other, other_key))
+             if isinstance(at.checkpoint, Announced)]  # fmt: skip
+    if ahead:
+        return not any(name in checkpoint.trained for checkpoint, name in ahead)
     if not (side.readable and other.readable):
         return True
     if side.specs[key].shape != other.specs[other_key].shape:

@@ -11,6 +11,7 @@ import logging
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from copy import deepcopy
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -51,14 +52,32 @@ class ModelNames:
 
     Args:
         checkpoint: its config.json says which model class; no weight is read and no code of the checkpoint is run.
+        text: whether the text-only class of a multimodal model is meant. Default False.
 
     Raises:
         PairMismatchError: transformers has no class for this config.
     """
 
-    def __init__(self, checkpoint: Checkpoint) -> None:
-        self.model = _empty_model(checkpoint)
+    def __init__(self, checkpoint: Checkpoint, *, text: bool = False) -> None:
+        self.model = _empty_model(checkpoint, text)
         self.memory = {name: tuple(tensor.shape) for name, tensor in self.model.state_dict().items()}
+
+    @classmethod
+    def under(cls, checkpoint: Checkpoint, adapted: Iterable[str]) -> ModelNames:
+        """Return the names of the class that an adapter was trained on: the text-only one where it has more of them.
+
+        Args:
+            checkpoint: the model under the adapter, or INSTRUCT.
+            adapted: names in memory of weights that the adapter may be on.
+        """
+        whole, wanted = cls(checkpoint), set(adapted)
+        if "text_config" not in checkpoint.config or wanted <= whole.memory.keys():
+            return whole
+        with suppress(PairMismatchError):
+            text = cls(checkpoint, text=True)
+            if len(wanted & text.memory.keys()) > len(wanted & whole.memory.keys()):
+                return text
+        return whole
 
     @property
     def ties(self) -> dict[str, str]:
@@ -71,6 +90,10 @@ class ModelNames:
         """Whether transformers drops `key` on load by a rule of this architecture (extra layers for drafts, ...)."""
         patterns = getattr(self.model, "_keys_to_ignore_on_load_unexpected", None) or ()
         return key not in self.memory and any(re.search(pattern, key) for pattern in patterns)
+
+    def unknown(self, names: Iterable[str]) -> frozenset[str]:
+        """Return the keys of those on-disk names that are no weight of the model: it neither loads nor saves them."""
+        return frozenset(at.key for at in self._placed(names)[0] if at.place not in self.memory)
 
     def keys(self, names: Iterable[str]) -> dict[str, str]:
         """Return key -> on-disk name: names with prefixes and legacy spellings brought to those in memory.
@@ -164,14 +187,16 @@ class ModelNames:
         return placed, rules
 
 
-def _empty_model(checkpoint: Checkpoint) -> Any:
-    """Build the model of a checkpoint's config without memory for its weights."""
+def _empty_model(checkpoint: Checkpoint, text: bool) -> Any:
+    """Build the model of a checkpoint's config, or of its text config, without memory for its weights."""
     import transformers
     from transformers.initialization import meta_device_safe_creation_ops, no_tie_weights
 
     try:
         config = transformers.AutoConfig.from_pretrained(checkpoint.path, trust_remote_code=False)
         model_class: Any = getattr(transformers, (config.architectures or [""])[0], None)
+        if text:
+            config, model_class = config.get_text_config(), None
         if model_class is None:
             model_class = transformers.AutoModelForCausalLM._model_mapping[type(config)]
         with torch.device("meta"), meta_device_safe_creation_ops(), no_tie_weights():

@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..checkpoints.checkpoint import Checkpoint
+from ..checkpoints.delta import DeltaCheckpoint
 from ..errors import PairMismatchError, list_names
+from ..pair.architectures import is_text_class
 from ..results.folder import check_space
 from .matching import Side, Sides, embedding_ties, found_specs, left_out, mismatch_error, mismatches, side_rows
 from .ties import Tie, config_edits, decide
@@ -120,7 +122,7 @@ def resolve(
     from .model_names import ModelNames, normalise
 
     check_space(scratch, sum(spec.nbytes for role in layout.converts for spec in checkpoints[role].specs.values()))
-    names = ModelNames(instruct)
+    names = ModelNames(_named_by(checkpoints))
     like = None if "instruct" in layout.converts else list(instruct.specs)
     copies: dict[int, Checkpoint] = {}  # BASE may stand in for TUNED: one copy is enough
     for role in layout.converts:
@@ -139,14 +141,14 @@ def _plan(checkpoints: dict[str, Checkpoint], choices: Choices) -> Layout:
     """Plan with the names as they are or, where these do not match, with the names and layouts of transformers."""
     ties = embedding_ties(name for checkpoint in checkpoints.values() for name in checkpoint.specs)
     made = {role: Side(role, c, {name: name for name in c.specs}, c.specs) for role, c in checkpoints.items()}
-    sides = Sides(made["instruct"], made["tuned"], made.get("base"), ties)
+    sides = Sides(made["instruct"], made["tuned"], made.get("base"), ties, unknown=_absent(checkpoints["tuned"]))
     problems = mismatches(sides, choices.wanted)
     if not problems:
         return _build("equal", sides, choices)
     from .model_names import ModelNames
 
     try:
-        names = ModelNames(checkpoints["instruct"])
+        names = ModelNames(_named_by(checkpoints))
     except PairMismatchError as error:
         raise mismatch_error(problems, str(error)) from error
     sides = _renamed(names, checkpoints, {})
@@ -154,7 +156,8 @@ def _plan(checkpoints: dict[str, Checkpoint], choices: Choices) -> Layout:
     if not problems:
         return _build("renamed", sides, choices)
     failures = []
-    for like in (list(checkpoints["instruct"].specs), None):
+    whole = _named_by(checkpoints) is checkpoints["instruct"]
+    for like in (list(checkpoints["instruct"].specs), None) if whole else (list(checkpoints["instruct"].specs),):
         try:
             converted = _conversions(names, checkpoints, like)
             sides = _renamed(names, checkpoints, converted)
@@ -166,6 +169,16 @@ def _plan(checkpoints: dict[str, Checkpoint], choices: Choices) -> Layout:
             notices = [_notice_of(role, checkpoints[role], like) for role in sorted(converted)]
             return replace(layout, converts=tuple(sorted(converted)), warnings=[*layout.warnings, *notices])
     raise mismatch_error(problems, "\n".join(dict.fromkeys(failures)))
+
+
+def _named_by(checkpoints: dict[str, Checkpoint]) -> Checkpoint:
+    """Return the checkpoint whose class names the weights: INSTRUCT, or TUNED where it is the text-only class of it."""
+    tuned, instruct = checkpoints["tuned"], checkpoints["instruct"]
+    return tuned if is_text_class(tuned.config, instruct.config) else instruct
+
+
+def _absent(tuned: Checkpoint) -> frozenset[str]:
+    return tuned.absent if isinstance(tuned, DeltaCheckpoint) else frozenset()
 
 
 def _notice_of(role: str, checkpoint: Checkpoint, like: list[str] | None) -> str:
@@ -197,7 +210,11 @@ def _renamed(names: ModelNames, checkpoints: dict[str, Checkpoint], converted: d
         of_name = {name: key for key, name in names.keys(specs).items()}
         keys = {of_name[name]: name for name in specs}
         made[role] = Side(role, checkpoint, keys, {k: specs[n] for k, n in keys.items()}, role not in converted)
-    return Sides(made["instruct"], made["tuned"], made.get("base"), names.ties, names.ignores)
+    if "base" in made:
+        unknown = names.unknown(made["base"].names.values())
+    else:
+        unknown = frozenset(names.keys(_absent(checkpoints["tuned"])))
+    return Sides(made["instruct"], made["tuned"], made.get("base"), names.ties, names.ignores, unknown)
 
 
 def _build(tier: str, sides: Sides, choices: Choices) -> Layout:
@@ -274,11 +291,13 @@ def _notices(sides: Sides, plans: Iterable[WeightPlan], choices: Choices) -> lis
     unmatched = [plan.name for plan in plans if plan.copied and choices.wanted(plan.name)]
     if unmatched:
         notices.append(
-            f"{len(unmatched)} weights of instruct are copied: they are whole numbers, or buffers and extra parts that "
-            f"transformers does not load.\n{list_names(unmatched)}"
+            f"{len(unmatched)} weights of instruct are copied: they are whole numbers, or buffers and parts that the "
+            f"model that was trained does not have.\n{list_names(unmatched)}"
         )
-    partial = [plan for plan in plans if plan.rows is not None]
-    if partial:
-        lines = [f"{plan.name}  {len(plan.rows or ())} rows grafted" for plan in partial]
-        notices.append(f"only the token rows that both sides share are grafted.\n{list_names(lines)}")
-    return notices
+    return [*notices, *notice_of_rows({plan.name: plan.rows for plan in plans})]
+
+
+def notice_of_rows(rows: Mapping[str, Sequence[int] | None]) -> list[str]:
+    """Return what to say of weights of which some token rows are grafted; None of a weight stands for all rows."""
+    lines = [f"{name}  {len(ids)} rows grafted" for name, ids in rows.items() if ids is not None]
+    return [f"only the token rows that both sides share are grafted.\n{list_names(lines)}"] if lines else []

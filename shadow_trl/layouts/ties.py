@@ -50,7 +50,8 @@ def decide(sides: Sides, alias: str, source: str, *, untie: bool) -> Tie | None:
     raise PairMismatchError(
         f"cannot graft: the output head has a delta of its own, but the embedding of INSTRUCT is its head too.\n"
         f"  {alias}\n" + "\n".join(f"    {side.role:<9} {_state(side, alias, source)}" for side in everyone) + "\n"
-        "To give the result a head of its own, pass --untie (tie_word_embeddings becomes false in its config)."
+        "To give the result a head of its own, pass --untie (tie_word_embeddings becomes false in its config); a "
+        "trainer with graft=False leaves the graft to `shadow-trl graft`."
     )
 
 

@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 
-from ..checkpoints.checkpoint import Place
-from ..checkpoints.delta import BASE_CONFIG, INDEX, WEIGHTS, Zeros, refuse_deltas
+from ..checkpoints.checkpoint import Checkpoint, Place
+from ..checkpoints.delta import BASE_CONFIG, INDEX, WEIGHTS, DeltaCheckpoint, Zeros, refuse_deltas
 from ..checkpoints.header import FLOATS, nbytes_of
 from ..checkpoints.hub import Source
 from ..checkpoints.manifest import Entry, write_manifest
@@ -30,6 +30,7 @@ from ..grafting.reports import DeltaReport, graft_figures
 from ..grafting.stream import stream
 from ..grafting.tuned import one_tuned
 from ..results.cards import write_delta_card
+from ..results.check import check_result
 from ..results.copied import copied_files, copy_files
 from ..results.folder import OutputFolder, check_free, check_place, check_space, recover
 from ..runtime.progress import Progress
@@ -67,7 +68,7 @@ def extract_delta(
         base_dtype: as for `graft`.
         max_shard_size: as for `graft`. Default: as BASE's files.
         overwrite: whether an existing delta at `output` may be replaced. Default False.
-        digest: `sha256` (default) of the input files goes into the manifest, or `none`.
+        digest: of the input files, for the manifest: `sha256` (default), `xxh3` (faster, shows no forgery) or `none`.
         stats: whether to measure the delta's norm and what storing it lost. Default True.
         progress: whether to show a bar on a terminal. Default True.
 
@@ -141,7 +142,10 @@ def _write_dense(inputs: Inputs, part: Path, target: Path, options: GraftOptions
             target, "delta", len(weights), main_dtype(weights) or "", exact=exact, warnings=warnings, **figures
         )
         _write_index(files, part)
-        _finish(part, inputs, report, options, sides=digests.collect(), small=small, left_out=jobs.left_out)
+        there = {job.name for job in weights}
+        without = [job.name for job in jobs.weights if job.name not in there]
+        facts = {"left_out": jobs.left_out, "without_delta": without}
+        _finish(part, inputs, report, options, sides=digests.collect(), small=small, facts=facts)
     return report
 
 
@@ -176,7 +180,8 @@ def _write_adapter(
             kept=found.kept, modules=found.modules, lost=found.lost, warnings=found.warnings,
         )  # fmt: skip
         shutil.rmtree(scratch, ignore_errors=True)
-        _finish(part, inputs, report, options, sides=digests.collect(), small=small, left_out=jobs.left_out)
+        facts = {"left_out": jobs.left_out}
+        _finish(part, inputs, report, options, sides=digests.collect(), small=small, facts=facts)
     return report
 
 
@@ -188,7 +193,7 @@ def _finish(
     *,
     sides: Mapping[str, Entry],
     small: list[Path],
-    left_out: list[str],
+    facts: dict[str, list[str]],
 ) -> None:
     """Write what lies beside the weights: BASE's config and tokenizer, manifest and card."""
     copy_files(small, inputs.instruct, part)
@@ -201,6 +206,8 @@ def _finish(
     del found["output"]
     chosen = {"dtype": options.dtype, "base_dtype": options.base_dtype, "rank": report.rank}
     named = {role: vars(entry) for role, entry in sides.items()}
-    content = {"kind": "delta", **named, "options": chosen, "left_out": left_out, **found}
+    content = {"kind": "delta", **named, "options": chosen, **facts, **found}
     write_manifest(part, content)
     write_delta_card(part, content)
+    reader = DeltaCheckpoint if report.form == "delta" else Checkpoint
+    check_result(part, report.output, small, inputs.instruct.path, reader=reader)

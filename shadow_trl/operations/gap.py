@@ -13,6 +13,7 @@ from ..errors import AdapterError, GraftError, PairMismatchError, ends_with, lis
 from ..grafting.reports import GapReport, gap_report
 from ..layouts.plan import resolve
 from ..pair.architectures import compare_architectures
+from ..results.folder import Scratch
 from ..runtime.progress import Progress
 
 
@@ -52,10 +53,10 @@ def gap(base: Source, instruct: Source, tuned: Source | None = None, *, progress
 
 def _measure(base: Checkpoint, instruct: Checkpoint, tuned: Checkpoint | None, progress: bool) -> GapReport:
     """Measure every weight of INSTRUCT against BASE and, with TUNED, TUNED against BASE under the same names."""
-    with tempfile.TemporaryDirectory(prefix="shadow-trl-") as scratch:
+    with Scratch(Path(tempfile.gettempdir(), "shadow-trl-gap")) as scratch:
         # A head that only one side has of its own is measured as one. Without TUNED, BASE takes its place in the plan.
         origin, learnt = (base, tuned) if tuned is not None else (None, base)
-        layout = resolve(origin, instruct, learnt, scratch=Path(scratch), untie=True)
+        layout = resolve(origin, instruct, learnt, scratch=scratch.part, untie=True)
         gaps, deltas = [], []
         for weight in layout.weights:
             if weight.tuned is None:

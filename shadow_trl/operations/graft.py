@@ -12,24 +12,23 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ..adapters.kinds import kind_of
 from ..adapters.lora import place_on
-from ..checkpoints.checkpoint import Checkpoint
-from ..checkpoints.delta import refuse_deltas
+from ..checkpoints.digests import file_digest
 from ..checkpoints.header import TORCH_NAMES
 from ..checkpoints.hub import Source
 from ..checkpoints.manifest import Entry, write_manifest
 from ..errors import ConfigError, GraftError, ends_with, list_names
 from ..grafting.files import main_dtype, plan_files, write_index
-from ..grafting.form import is_local, no_adapter_form
+from ..grafting.form import is_local
 from ..grafting.inputs import Digests, Inputs, open_delta, open_tuned_inputs, other_base
-from ..grafting.jobs import check_rounding, full_jobs
+from ..grafting.jobs import check_rounding
 from ..grafting.options import GraftOptions
 from ..grafting.reports import GraftReport, graft_figures, graft_warnings
 from ..grafting.stream import Outcome, stream
 from ..grafting.trained import Full, PlainLora
 from ..grafting.tuned import one_tuned
 from ..results.cards import write_model_card
+from ..results.check import check_result
 from ..results.copied import copied_files, copy_files, write_config
 from ..results.folder import OutputFolder, check_free, check_place, check_space, recover
 from ..runtime.progress import Progress
@@ -88,7 +87,7 @@ def graft(
         max_shard_size: bytes of a file of the result, such as `5GB`. Default: INSTRUCT's own files.
         overwrite: whether an existing graft at `output` may be replaced. Default False.
         untie: whether a tied INSTRUCT may receive a head of its own. Default False.
-        digest: `sha256` (default) of the input files goes into the manifest, or `none`.
+        digest: of the input files, for the manifest: `sha256` (default), `xxh3` (faster, shows no forgery) or `none`.
         stats: whether to measure sigma, realised and noise. Default True.
         base_dtype: dtype in which training loaded BASE, which is rounded to it before subtracting; `tuned` for the
             dtype of each weight of TUNED. Default: as on disk. Of an adapter on the full model of an earlier run: dtype
@@ -144,62 +143,6 @@ def _opened(
         yield open_tuned_inputs(single, instruct, options)
 
 
-def check_graft(
-    *,
-    base: Source | None = None,
-    instruct: Source,
-    output: Source,
-    adapter: bool,
-    adapter_config: Mapping[str, Any] | None = None,
-    **options: Any,
-) -> None:
-    """Check before training all that would keep `graft` from succeeding after it.
-
-    Args:
-        base: as for `graft`.
-        instruct: as for `graft`.
-        output: as for `graft`.
-        adapter: whether TUNED will be an adapter.
-        adapter_config: its settings, as PEFT stores them. Default: those of a plain LoRA.
-        **options: as for `graft`.
-
-    Raises:
-        InputError: an option, the pair, the output folder or the form does not allow the graft.
-        GraftError: the disk has no room for the result.
-
-    """
-    settings = _options(options)
-    target = Path(output)
-    recover(target)
-    check_free(target, settings.overwrite)
-    refuse_deltas(base=base, instruct=instruct)
-    receiver = Checkpoint.open(instruct)
-    receiver.check_not_quantised("instruct")
-    folders = [("instruct", receiver.path)]
-    if base is not None:
-        kind = kind_of(adapter_config or {"peft_type": "LORA"})
-        origin = Checkpoint.open(base, weights=not adapter or kind.needs_base)
-        folders.append(("base", origin.path))
-        if not adapter:
-            origin.check_not_quantised("base")
-            # BASE stands in for TUNED, which will have its names and shapes.
-            full_jobs(origin, receiver, origin, settings, None)
-    check_place(target, folders)
-    if settings.format == "adapter" and not adapter:
-        raise no_adapter_form(["tuned will be a full checkpoint"], rank=False)
-    if settings.format == "adapter" and adapter_config is not None and kind_of(adapter_config).obstacles:
-        raise no_adapter_form(list(kind_of(adapter_config).obstacles), rank=False)
-    if settings.format == "model" or not adapter:
-        check_space(target, _size(receiver, settings))
-
-
-def _options(options: dict[str, Any]) -> GraftOptions:
-    try:
-        return GraftOptions(**options)
-    except TypeError as error:
-        raise ConfigError(f"{error}.") from error
-
-
 def _write_dense_form(inputs: Inputs, part: Path, target: Path, options: GraftOptions, progress: bool) -> GraftReport:
     scratch = part / ".converted"
     jobs = inputs.tuned.jobs(inputs.instruct, options, scratch)
@@ -224,6 +167,7 @@ def _write_dense_form(inputs: Inputs, part: Path, target: Path, options: GraftOp
             options.instruct_scale, **figures, warnings=notes, dense_because=inputs.reasons,
         )  # fmt: skip
         _write_provenance(part, inputs, report, options, sides=digests.collect(), left_out=jobs.left_out)
+    check_result(part, target, small, inputs.instruct.path)
     return report
 
 
@@ -254,6 +198,7 @@ def _write_adapter_form(inputs: Inputs, part: Path, target: Path, options: Graft
         code = next(iter(adapter.specs.values())).code
         report = GraftReport(target, "adapter", modules, 0, TORCH_NAMES[code], options.scale, warnings=notes)
         _write_provenance(part, inputs, report, options, sides=digests.collect(), left_out=[])
+    check_result(part, target, small, inputs.instruct.path)
     return report
 
 
@@ -272,8 +217,8 @@ def _write_provenance(
     named = {role: vars(entry) for role, entry in sides.items()}
     facts = {"options": options.to_dict(), "left_out": left_out, **found}
     content = {"kind": "graft", **inputs.tuned.recorded, **named, **facts}
-    write_manifest(part, content)
-    write_model_card(part, content, adapter=report.form == "adapter")
+    card = write_model_card(part, content, adapter=report.form == "adapter")
+    write_manifest(part, {**content, "card": file_digest(card)})
 
 
 def check_finite(outcome: Outcome) -> None:
@@ -289,8 +234,3 @@ def check_finite(outcome: Outcome) -> None:
         f"{list_names(lines)}\n"
         f"Repair or replace the checkpoint.{hint if overflow else ''}"
     )
-
-
-def _size(instruct: Checkpoint, options: GraftOptions) -> int:
-    width = {"float32": 4, "bfloat16": 2, "float16": 2}.get(options.dtype)
-    return sum(spec.numel * width if width and spec.is_float else spec.nbytes for spec in instruct.specs.values())

@@ -143,8 +143,13 @@ def truncated(
         )
     if not found.factors:
         raise ConfigError(
-            f"no linear module of {base} has a delta, so there is no LoRA near it.\n{list_names(found.lost)}\n"
-            "Write the dense form, without rank."
+            "\n".join(
+                [
+                    f"no linear module of {base} has a delta, so there is no LoRA near it.",
+                    *([list_names(found.lost)] if found.lost else []),
+                    "Write the dense form, without rank.",
+                ]
+            )
         )
     return found
 

@@ -1,6 +1,7 @@
 """Is a folder the graft that its `shadow.json` says it is? It is made again beside the folder and compared.
 
-The weights are compared by name, whatever files they are in, block by block; the other files byte by byte.
+The weights are compared by name, block by block, the other files byte by byte, the figures as numbers, the card by its
+digest in `shadow.json`.
 """
 
 from __future__ import annotations
@@ -18,15 +19,20 @@ import torch
 from ..arithmetic.grafter import BLOCK
 from ..checkpoints.checkpoint import ADAPTER_CONFIG, Checkpoint, read_json
 from ..checkpoints.delta import refuse_deltas
+from ..checkpoints.digests import file_digest
 from ..checkpoints.hub import Source, locate
 from ..checkpoints.manifest import MANIFEST_NAME, Entry, kind_found, read_manifest
 from ..errors import CheckpointError, ConfigError, ends_with, list_names
 from ..grafting.options import declared
 from ..grafting.tuned import weighted_sources
-from ..results.folder import check_space
+from ..results.folder import Scratch, check_space
 from .graft import graft
 
-_OUR_OWN = (MANIFEST_NAME, "README.md")
+_CARD = "README.md"
+# What of the manifest is no figure: facts about the files, prose, and what the graft is made again from.
+_NO_FIGURES = {"kind", "format", "versions", "card", "options", "warnings", "dense_because"}
+_FIGURE_TOLERANCE = 1e-6
+"""Sums of another processor or torch may add up in another order."""
 
 
 @dataclass(frozen=True)
@@ -38,34 +44,46 @@ class VerifyReport:
         compared: number of weights of the graft.
         weights: name -> what is different about it.
         files: other files that are missing, changed or not of the graft.
+        figures: entries of `shadow.json` that are missing, changed or not of the graft.
         digests: `role: file` of inputs that are not those named in the manifest.
+        equal: names of the other files that are equal.
+        not_compared: what a graft writes and was not compared.
         warnings: of the graft that was made to compare with.
+        inputs: which kind of change to an input would have been found.
     """
 
     folder: str
     compared: int
     weights: dict[str, str] = field(default_factory=dict)
     files: list[str] = field(default_factory=list)
+    figures: list[str] = field(default_factory=list)
     digests: list[str] = field(default_factory=list)
+    equal: list[str] = field(default_factory=list)
+    not_compared: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
+    inputs: str = ""
 
     @property
     def same(self) -> bool:
         """Whether nothing differs."""
-        return not (self.weights or self.files or self.digests)
+        return not (self.weights or self.files or self.figures or self.digests)
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything in types that JSON knows."""
         return {"same": self.same, **asdict(self)}
 
     def text(self) -> str:
-        """Return one line when the folder is the graft, else what differs."""
+        """Return what was compared when the folder is the graft, else what differs."""
         if self.same:
-            return f"{self.folder} is that graft: {self.compared} weights and all other files are equal."
-        lines = [f"{self.folder} is not that graft."]
+            return (
+                f"{self.folder} is that graft. Equal are {self.compared} weights, the figures of {MANIFEST_NAME} and "
+                f"{', '.join(self.equal)}. Not compared: {'; '.join(self.not_compared)}. {self.inputs}"
+            )
+        lines = [f"{self.folder} is not that graft. {self.inputs}"]
         named = (
             (f"{len(self.weights)} of {self.compared} weights differ", [f"{k}  {v}" for k, v in self.weights.items()]),
             (f"{len(self.files)} other files differ", self.files),
+            (f"{len(self.figures)} entries of {MANIFEST_NAME} differ", self.figures),
             (f"{len(self.digests)} input files are not those of the manifest", self.digests),
         )
         for title, rows in named:
@@ -86,9 +104,10 @@ def verify(
 ) -> VerifyReport:
     """Make the graft in `folder` again, with the options in its `shadow.json`, and say whether it is that graft.
 
-    Compared are every weight, bit by bit, the config, tokenizer and other files that a graft has, and the digests in
-    `shadow.json` with those of the inputs. The graft is made again in a temporary folder beside `folder`, which needs
-    its size on the disk; memory does not grow with it.
+    Compared are every weight, bit by bit; the metadata of every header; index, config, tokenizer and other files, byte
+    by byte; the figures of `shadow.json`, to 1e-6; its digests, with the inputs and the card. Hidden files and what
+    `shadow.json` says in words (warnings, versions, paths) are not. The graft is made again in a temporary folder
+    beside `folder`, which needs its size on the disk; memory does not grow with it.
 
     Args:
         folder: of a graft, in dense or adapter form, or a hub id.
@@ -116,14 +135,24 @@ def verify(
     if not os.access(scratch_home, os.W_OK):
         scratch_home = Path(tempfile.gettempdir())
     check_space(scratch_home, sum(spec.nbytes for spec in there.specs.values()))
-    with tempfile.TemporaryDirectory(prefix=".shadow-verify-", dir=scratch_home) as scratch:
-        made, recorded = Path(scratch) / "graft", manifest["options"]
+    with Scratch(scratch_home / f"{there.path.absolute().name}.verify") as scratch:
+        made, recorded = scratch.part / "graft", manifest["options"]
         options = {name: recorded[name] for name, option in declared().items() if option.recorded and name in recorded}
         options["format"] = manifest["form"]
-        report = graft(**sides, output=made, **options, digest="none", stats=False, progress=progress)
+        measured = bool(manifest.get("by_kind") or manifest.get("delta_norm") is not None)
+        report = graft(**sides, output=made, **options, digest="none", stats=measured, progress=progress)
         again = Checkpoint.open(made)
-        weights, files = _other_weights(there, again), _other_files(there, again)
-    return VerifyReport(str(folder), len(again.specs), weights, files, wrong, report.warnings)
+        weights, (equal, files) = _other_weights(there, again), _other_files(there, again)
+        figures = _other_figures(manifest, read_manifest(made) or {})
+    left = [f"warnings, versions and paths in {MANIFEST_NAME}", *_compare_card(there, manifest, equal, files)]
+    if "max_shard_size" not in recorded:  # by 0.1.0
+        left.append("which file holds which weight, the index and the metadata of headers, as the size is not recorded")
+        files = [row for row in files if row.split("  ")[0] not in _stored_in(there, again)]
+    if ("delta" in sides) != ("delta" in manifest):
+        left.append(f"the figures in {MANIFEST_NAME}, which a delta and a tuned model do not share")
+        figures = []
+    return VerifyReport(str(folder), len(again.specs), weights, files, figures, wrong, equal, left,
+                        report.warnings, _found_changes(manifest))  # fmt: skip
 
 
 def _sides(given: Mapping[str, Any], manifest: Mapping[str, Any], folder: Path) -> dict[str, Any]:
@@ -150,6 +179,17 @@ def _found(role: str, manifest: Mapping[str, Any], folder: Path) -> Source:
     return str(entry.find(folder, role))
 
 
+def _found_changes(manifest: Mapping[str, Any]) -> str:
+    """Return which kind of change to an input its recorded digest shows."""
+    recorded = [side["digests"] for side in manifest.values() if isinstance(side, dict) and side.get("digests")]
+    kinds = {digest.partition(":")[0] for digests in recorded for digest in digests.values()}
+    if not kinds:
+        return "The inputs have no digests: a change of theirs shows in the weights alone."
+    if kinds == {"sha256"}:
+        return "The inputs were compared by SHA-256: any change would show."
+    return "The inputs were compared by XXH3: a change by accident would show, a forged file might not."
+
+
 def _other_digests(sides: Mapping[str, Any], manifest: Mapping[str, Any]) -> list[str]:
     """Return `role: file` of the inputs whose digest is not the one in the manifest."""
     wrong = []
@@ -159,7 +199,7 @@ def _other_digests(sides: Mapping[str, Any], manifest: Mapping[str, Any]) -> lis
             role = side if number == 1 else f"{side}_{number}"
             entry = Entry.read(manifest, role)
             if entry is not None and entry.digests:
-                wrong += [f"{role}: {name}" for name in entry.changed(locate(part)[2])]
+                wrong += [f"{role}: {name}" for name in entry.changed(locate(part).path)]
     return wrong
 
 
@@ -200,23 +240,77 @@ def _bits(values: torch.Tensor) -> torch.Tensor:
     return values.view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[values.dtype.itemsize])
 
 
-def _other_files(there: Checkpoint, again: Checkpoint) -> list[str]:
-    """Return the files beside the weights that are missing, changed or not of the graft."""
-    ours, theirs = _small_files(there), _small_files(again)
-    return [
+def _other_files(there: Checkpoint, again: Checkpoint) -> tuple[list[str], list[str]]:
+    """Return the names of the equal files, and those that are missing, changed or not of the graft."""
+    ours, theirs = _files(there), _files(again)
+    changed = {name for name in ours & theirs if _content(there, name) != _content(again, name)}
+    return sorted((ours & theirs) - changed - {path.name for path in again.files}), [
         *(f"{name}  missing" for name in sorted(theirs - ours)),
-        *(f"{n}  changed" for n in sorted(ours & theirs) if _content(there.path / n) != _content(again.path / n)),
+        *(f"{name}  changed" for name in sorted(changed)),
         *(f"{name}  not of the graft" for name in sorted(ours - theirs)),
     ]
 
 
-def _small_files(side: Checkpoint) -> set[str]:
+def _files(side: Checkpoint) -> set[str]:
     found = {path.relative_to(side.path) for path in side.path.rglob("*") if path.is_file()}
     names = {str(name) for name in found if not any(part.startswith(".") for part in name.parts)}
-    return names - {path.name for path in side.files} - {side.index, *_OUR_OWN}
+    return names - {MANIFEST_NAME, _CARD}
 
 
-def _content(path: Path) -> Any:
+def _stored_in(*sides: Checkpoint) -> set[str | None]:
+    return {name for side in sides for name in (side.index, *(path.name for path in side.files))}
+
+
+def _compare_card(there: Checkpoint, manifest: Mapping[str, Any], equal: list[str], files: list[str]) -> list[str]:
+    """Add the card to the files that are equal or to those that differ; else return why it was not compared."""
+    path = there.path / _CARD
+    if "card" not in manifest or not Path(there.source).expanduser().is_dir():
+        return [f"{_CARD}, of which {MANIFEST_NAME} has no digest" if "card" not in manifest else f"{_CARD} on the hub"]
+    if path.is_file() and file_digest(path) == manifest["card"]:
+        equal.append(_CARD)
+    else:
+        files.append(f"{_CARD}  {'changed' if path.is_file() else 'missing'}")
+    return []
+
+
+def _other_figures(there: Mapping[str, Any], again: Mapping[str, Any]) -> list[str]:
+    """Return the entries of the manifest that differ: counts, names, figures, and options that there are none of."""
+    ours, theirs = (_flat({key: value for key, value in side.items() if key not in _NO_FIGURES and not _is_side(value)})
+                    for side in (there, again))  # fmt: skip
+    return [
+        *(f"{key}  missing" for key in theirs.keys() - ours.keys()),
+        *(
+            f"{k}  {ours[k]!r} instead of {theirs[k]!r}"
+            for k in ours.keys() & theirs.keys()
+            if not _near(ours[k], theirs[k])
+        ),
+        *(f"{key}  not of the graft" for key in ours.keys() - theirs.keys()),
+        *(f"options.{key}  not of the graft" for key in there["options"].keys() - again["options"].keys()),
+    ]
+
+
+def _is_side(value: Any) -> bool:
+    return isinstance(value, dict) and "source" in value
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    """Return dotted key -> value, in which no value is a dictionary that has entries."""
+    if not isinstance(value, dict) or not value:
+        return {prefix: value}
+    parts = [_flat(inner, f"{prefix}.{key}" if prefix else str(key)) for key, inner in value.items()]
+    return {key: inner for part in parts for key, inner in part.items()}
+
+
+def _near(one: Any, other: Any) -> bool:
+    if isinstance(one, float) and isinstance(other, float):
+        return math.isclose(one, other, rel_tol=_FIGURE_TOLERANCE, abs_tol=_FIGURE_TOLERANCE**2)
+    return type(one) is type(other) and one == other
+
+
+def _content(side: Checkpoint, name: str) -> Any:
+    path = side.path / name
+    if path in side.headers:
+        return side.headers[path].metadata  # the weights behind it are compared by name
     if path.name != ADAPTER_CONFIG:
         return path.read_bytes()
     # The model's name in it is as the user gave it; a path may lead there from another folder by another name.

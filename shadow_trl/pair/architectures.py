@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,12 @@ BEHAVIOUR = frozenset(
 """Settings that change what the same weights compute; post-training sometimes changes them on purpose."""
 
 PROCESSOR_FILES = ("preprocessor_config.json", "video_preprocessor_config.json", "processor_config.json")
+CLASS = ("architectures", "model_type")
+_ROPE_DEFAULTS = ("rope_theta", "partial_rotary_factor")
 _PROCESSOR_NAMES = ("_type", "_class", "_version", "auto_map")
+
+
+Values = dict[str, tuple[Any, Any]]
 
 
 def compare_architectures(base: dict[str, Any], instruct: dict[str, Any]) -> Findings:
@@ -44,51 +49,105 @@ def compare_architectures(base: dict[str, Any], instruct: dict[str, Any]) -> Fin
     Another architecture or size is an error. Another rotary embedding, activation, norm epsilon, attention window or
     tied head is a warning. Settings that only one side states are not compared: the weights' shapes tell the rest.
     """
-    sizes = _differing(base, instruct, ("architectures", "model_type"))
-    behaviour: list[str] = []
-    base_parts, instruct_parts = _parts(base), _parts(instruct)
-    for part in base_parts.keys() & instruct_parts.keys():
-        ours, theirs = base_parts[part], instruct_parts[part]
-        prefix = f"{part}." if part else ""
-        sizes += _differing(ours, theirs, sorted(SIZES), prefix)
-        behaviour += _differing(ours, theirs, sorted(BEHAVIOUR), prefix)
-        behaviour += _rope_rows(ours, theirs, prefix)
-        behaviour += _differing(ours, theirs, ("tie_word_embeddings",), prefix)
     findings = Findings()
-    if sizes:
+    if sizes := {**_differing(base, instruct, CLASS), **_sizes(base, instruct)}:
         findings.errors.append(
-            f"{_settings(len(sizes))} of config.json: base and instruct are different networks.\n{list_names(sizes)}\n"
+            f"{_settings(sizes)} of config.json: base and instruct are different networks.\n{_listed(sizes)}\n"
             "Give the base that instruct was made from."
         )
-    if behaviour:
+    if behaviour := _behaviour(base, instruct):
         findings.warnings.append(
-            f"{_settings(len(behaviour))} of config.json, so the same weights compute something else in base than in "
-            f"instruct; training uses base's, the grafted model instruct's.\n{list_names(behaviour)}"
+            f"{_settings(behaviour)} of config.json, so the same weights compute something else in base than in "
+            f"instruct; training uses base's, the grafted model instruct's.\n{_listed(behaviour)}"
         )
     return findings
 
 
+def compare_trained(
+    base: dict[str, Any], instruct: dict[str, Any], tuned: dict[str, Any], role: str = "instruct"
+) -> Findings:
+    """Compare the config of TUNED with BASE's, of which it must be the same network, and with that of the result.
+
+    The text class of a multimodal BASE is the same network: its config is compared with BASE's text config. A setting
+    that TUNED has from BASE is left to `compare_architectures`.
+
+    Args:
+        base: config.json of BASE.
+        instruct: config.json of INSTRUCT, which the result has too; BASE's again where there is no INSTRUCT yet.
+        tuned: config.json of TUNED, or the config of the model in memory; {} compares nothing.
+        role: of `instruct`, for the messages.
+    """
+    findings = Findings()
+    other_class = {} if is_text_class(tuned, base) else _differing(base, tuned, CLASS)
+    if sizes := {**other_class, **_sizes(base, tuned)}:
+        findings.errors.append(
+            f"{_settings(sizes)} of config.json: tuned is another network than base.\n"
+            f"{_listed(sizes, ('base', 'tuned'))}\nGive the base that tuned was trained from."
+        )
+    known = {key: values[0] for key, values in _behaviour(base, instruct).items()}
+    found = _behaviour(tuned, instruct)
+    if behaviour := {key: values for key, values in found.items() if key not in known or known[key] != values[0]}:
+        findings.warnings.append(
+            f"{_settings(behaviour)} of config.json: tuned was trained with other settings than {role} has, "
+            f"so that the grafted model computes something else.\n{_listed(behaviour, ('tuned', role))}"
+        )
+    return findings
+
+
+def is_text_class(config: dict[str, Any], whole: dict[str, Any]) -> bool:
+    """Whether `config` is that of the text-only class of the multimodal model whose config is `whole`."""
+    text = whole.get("text_config")
+    own = config.get("model_type")
+    return isinstance(text, dict) and own not in (None, whole.get("model_type")) and own == text.get("model_type")
+
+
 def compare_processors(base: Path, instruct: Path) -> Findings:
     """Warn about settings of the image and video processors that differ; training uses INSTRUCT's."""
-    rows: list[str] = []
+    rows: Values = {}
     for name in PROCESSOR_FILES:
         ours, theirs = _flat(read_json(base / name)), _flat(read_json(instruct / name))
         keys = [key for key in sorted(ours) if not key.endswith(_PROCESSOR_NAMES)]
-        rows += _differing(ours, theirs, keys, f"{name}: ")
+        rows |= _differing(ours, theirs, keys, f"{name}: ")
     if not rows:
         return Findings()
-    headline = f"{_settings(len(rows))} of the processors; training and the grafted model use instruct's."
-    return Findings(warnings=[f"{headline}\n{list_names(rows)}"])
+    headline = f"{_settings(rows)} of the processors; training and the grafted model use instruct's."
+    return Findings(warnings=[f"{headline}\n{_listed(rows)}"])
 
 
-def _settings(count: int) -> str:
-    return "1 setting differs" if count == 1 else f"{count} settings differ"
+def _settings(rows: Values) -> str:
+    return "1 setting differs" if len(rows) == 1 else f"{len(rows)} settings differ"
 
 
-def _differing(base: dict[str, Any], instruct: dict[str, Any], keys: Iterable[str], prefix: str = "") -> list[str]:
-    """Return a row for each of `keys` that both sides state with different values."""
-    values = [(prefix + key, base.get(key), instruct.get(key)) for key in keys]
-    return [both_sides(*row) for row in values if None not in row and row[1] != row[2]]
+def _listed(rows: Values, roles: tuple[str, str] = ("base", "instruct")) -> str:
+    return list_names(both_sides(key, *values, roles) for key, values in rows.items())
+
+
+def _differing(ours: dict[str, Any], theirs: dict[str, Any], keys: Iterable[str], prefix: str = "") -> Values:
+    """Return the values of those of `keys` that both sides state and differ in."""
+    values = {prefix + key: (ours.get(key), theirs.get(key)) for key in keys}
+    return {key: pair for key, pair in values.items() if None not in pair and pair[0] != pair[1]}
+
+
+def _sizes(ours: dict[str, Any], theirs: dict[str, Any]) -> Values:
+    """Return the settings that make two networks different ones."""
+    found: Values = {}
+    for prefix, one, two in _both_parts(ours, theirs):
+        found |= _differing(one, two, sorted(SIZES), prefix)
+    return found
+
+
+def _behaviour(ours: dict[str, Any], theirs: dict[str, Any]) -> Values:
+    """Return the settings with which the same weights compute something else."""
+    found: Values = {}
+    for prefix, one, two in _both_parts(ours, theirs):
+        found |= _differing(one, two, sorted(BEHAVIOUR), prefix) | _rope_rows(one, two, prefix)
+        found |= _differing(one, two, ("tie_word_embeddings",), prefix)
+    return found
+
+
+def _both_parts(ours: dict[str, Any], theirs: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any], dict[str, Any]]]:
+    one, two = _parts(ours), _parts(theirs)
+    yield from ((f"{part}." if part else "", one[part], two[part]) for part in one.keys() & two.keys())
 
 
 def _parts(config: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -102,15 +161,15 @@ def _parts(config: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return {"": text, **subs}
 
 
-def _rope_rows(base: dict[str, Any], instruct: dict[str, Any], prefix: str) -> list[str]:
-    """Return the rows of rotary parameters that differ, in whichever of the two ways each side writes them."""
-    ours, theirs = _rope(base), _rope(instruct)
+def _rope_rows(one: dict[str, Any], two: dict[str, Any], prefix: str) -> Values:
+    """Return the rotary parameters that differ, in whichever of the two ways each side writes them."""
+    ours, theirs = _rope(one), _rope(two)
     if not ours or not theirs:
-        return []
+        return {}
     keys = [key for key in sorted(ours.keys() | theirs.keys()) if ours.get(key) != theirs.get(key)]
-    # a base frequency that one side leaves to its class's default cannot be compared
-    keys = [key for key in keys if not key.endswith("rope_theta") or (key in ours and key in theirs)]
-    return [both_sides(prefix + key, ours.get(key), theirs.get(key)) for key in keys]
+    # what one side leaves to its class's default cannot be compared
+    keys = [key for key in keys if not key.endswith(_ROPE_DEFAULTS) or (key in ours and key in theirs)]
+    return {prefix + key: (ours.get(key), theirs.get(key)) for key in keys}
 
 
 def _rope(config: dict[str, Any]) -> dict[str, Any]:
@@ -130,6 +189,7 @@ def _rope(config: dict[str, Any]) -> dict[str, Any]:
             flat["sliding_attention.rope_theta"] = config["rope_local_base_freq"]
     else:
         return {}
+    flat.setdefault("partial_rotary_factor", config.get("partial_rotary_factor"))
     # "default" and "mrope" with sections are how files say that nothing is scaled
     plain = {key for key, value in flat.items() if key.endswith("rope_type") and value in ("default", "mrope")}
     return {key: value for key, value in flat.items() if value is not None and key not in plain and key != "type"}

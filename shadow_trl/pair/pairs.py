@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -13,11 +14,12 @@ from ..arithmetic.sums import Sums
 from ..checkpoints.checkpoint import Checkpoint, Place
 from ..checkpoints.distance import measure_gap
 from ..errors import Findings, PairMismatchError, both_sides, list_names, one_of
-from .architectures import compare_architectures, compare_processors
+from .architectures import compare_architectures, compare_processors, compare_trained
 from .special_tokens import check_special_ids, check_template_rows
 from .templates import read_templates
 from .token_rows import explain_rows, row_count, vocabulary_of
-from .vocabulary_checks import SHARED_ADVICE, compare_vocabularies
+from .vocabularies import Vocabulary
+from .vocabulary_checks import SHARED_ADVICE, compare_trained_vocabulary, compare_vocabularies
 
 GAP_WARNING = 0.1
 """sigma that no pair of the paper exceeds: grafts get worse as it grows."""
@@ -56,6 +58,7 @@ class ModelPair:
         need_template: bool = False,
         allow_wide_gap: bool = False,
         vocab: str = "strict",
+        trains: bool = True,
     ) -> list[str]:
         """Check that INSTRUCT was made from BASE and that BASE can be trained on INSTRUCT's chats.
 
@@ -66,6 +69,8 @@ class ModelPair:
             need_template: refuse an INSTRUCT without a chat template (the training data are conversations).
             allow_wide_gap: only warn when sigma is above 0.5.
             vocab: "shared" accepts another number of token rows; only rows with the same token on both sides count.
+            trains: whether INSTRUCT's tokenizer will index BASE's rows. False with "shared": for a TUNED that exists,
+                INSTRUCT may use tokens for which BASE has no row.
 
         Returns:
             Warnings, one text each; empty when nothing is strange.
@@ -86,7 +91,8 @@ class ModelPair:
         findings.add(self._check_shapes(shared=shared))
         findings.add(compare_vocabularies(vocabulary_of(self.base), vocabulary_of(self.instruct), shared=shared))
         findings.add(self._check_template(need_template=need_template))
-        findings.add(check_special_ids(self.base, self.instruct))
+        if trains or not shared:
+            findings.add(check_special_ids(self.base, self.instruct))
         findings.add(compare_processors(self.base.path, self.instruct.path))
         # The rest compares numbers, which says nothing about two different networks.
         if not findings.errors and level != "configs":
@@ -94,6 +100,27 @@ class ModelPair:
             findings.add(self._check_gap(allow_wide_gap) if level == "weights" else self._check_sample())
         if findings.errors:
             raise self._refusal(findings.errors)
+        return findings.warnings
+
+    def check_trained(self, config: dict[str, Any], tokenizer: Vocabulary) -> list[str]:
+        """Check that TUNED, or the model that becomes it, is BASE's network and was trained on INSTRUCT's token ids.
+
+        Args:
+            config: its config; {} where there is none, as for an adapter.
+            tokenizer: its tokenizer, in a folder that may have none.
+
+        Returns:
+            Warnings, one text each: settings and tokens that the result, which takes INSTRUCT's, has not.
+
+        Raises:
+            PairMismatchError: another architecture or size than BASE's, or the same token ids mean other tokens.
+
+        """
+        role = "base" if self.instruct is self.base else "instruct"  # a delta has no INSTRUCT yet
+        findings = compare_trained(self.base.config, self.instruct.config, config, role)
+        findings.add(compare_trained_vocabulary(tokenizer, vocabulary_of(self.instruct), role))
+        if findings.errors:
+            raise self._refusal(findings.errors, "what was trained cannot be used with this pair")
         return findings.warnings
 
     def gap(self) -> float | None:
@@ -187,13 +214,13 @@ class ModelPair:
             return Findings(warnings=[f"{text} (pairs of one family stay below 0.05); the graft may transfer badly."])
         return Findings()
 
-    def _refusal(self, errors: list[str]) -> PairMismatchError:
+    def _refusal(self, errors: list[str], head: str = "this pair cannot be used") -> PairMismatchError:
         what = errors[0]
         if len(errors) > 1:
             listed = "\n".join(f"{number}. {text}" for number, text in enumerate(errors, 1))
             what = f"{len(errors)} things are wrong with it.\n{listed}"
         sides = f"  base      {self.base}\n  instruct  {self.instruct}"
-        return PairMismatchError(f"this pair cannot be used: {what}\n{sides}")
+        return PairMismatchError(f"{head}: {what}\n{sides}")
 
 
 def _same_start(base: torch.Tensor, instruct: torch.Tensor) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from statistics import median
 
@@ -22,6 +23,8 @@ SMALL = 0.5
 """A row is far too small when its norm is below this share of the norm that all but 1 % of the ordinary rows reach."""
 SAME = 0.02
 """Two rows are the same when they are closer than this share of their norm; trained rows never are."""
+NEAR = 0.2
+"""Two rows are near twins when they are closer than this share of their norm and hardly any two ordinary rows are."""
 NEAR_MEAN = 0.1
 """A row is a copy of the mean row when it is closer to it than this share of the ordinary rows' median distance."""
 
@@ -65,9 +68,9 @@ def check_special_ids(base: Checkpoint, instruct: Checkpoint) -> Findings:
 def check_template_rows(base: Checkpoint, instruct: Checkpoint) -> Findings:
     """Warn about special tokens of INSTRUCT's chat template whose rows in BASE's embedding do not look trained.
 
-    A row is named when it is far smaller than ordinary rows, equal to another template token's row, equal to the
-    unused rows behind the vocabulary, or a copy of the mean row. BASE has then never seen that token: what training
-    does to it has to be learnt from scratch, and grafts made like that were worse than the untouched INSTRUCT.
+    A row is named when it is far smaller than ordinary rows, equal or close to the row of another added token, equal
+    to the unused rows behind the vocabulary, or a copy of the mean row. BASE has then never seen that token: what
+    training does to it has to be learnt from scratch, and such grafts were worse than the untouched INSTRUCT.
     """
     name, vocabulary = embedding_name(base), vocabulary_of(instruct)
     if name is None or not vocabulary.exists or not base.specs[name].is_float:
@@ -78,7 +81,10 @@ def check_template_rows(base: Checkpoint, instruct: Checkpoint) -> Findings:
     ordinary, unused = _samples(vocabulary, matrix.shape[0])
     if not tokens or len(ordinary) < 8:
         return Findings()
-    doubts = _untrained(_rows(matrix, tokens.values()), list(tokens), _rows(matrix, ordinary), _rows(matrix, unused))
+    rows, known = _rows(matrix, tokens.values()), _rows(matrix, ordinary)
+    added = {token: index for token, index in vocabulary.added.items() if index < matrix.shape[0]}
+    twins = _twins(rows, tokens, added, matrix)
+    doubts = _untrained(rows, twins, known, _rows(matrix, unused))
     if not doubts:
         return Findings()
     where = {token: "" if used[token] else " (not in a plain conversation)" for token in tokens}
@@ -106,27 +112,52 @@ def _rows(matrix: torch.Tensor, ids: Iterable[int]) -> torch.Tensor:
     return matrix[torch.tensor(list(ids), dtype=torch.long)].double()
 
 
-def _untrained(rows: torch.Tensor, names: list[str], ordinary: torch.Tensor, unused: torch.Tensor) -> dict[str, str]:
-    """Return why rows (tokens, hidden) with texts `names` do not look trained, with the figures; others are left out.
+def _twins(
+    rows: torch.Tensor, tokens: dict[str, int], added: dict[str, int], matrix: torch.Tensor
+) -> dict[str, tuple[float, str]]:
+    """Return for each of `tokens`, with rows (tokens, hidden), how near the nearest other added token is, and which."""
+    names, ids = list(added), list(added.values())
+    parts = (_rows(matrix, ids[start : start + SAMPLE]) for start in range(0, len(ids), SAMPLE))
+    apart = torch.cat([_relative_distances(rows, part) for part in parts], dim=1)
+    found: dict[str, tuple[float, str]] = {}
+    for (token, index), distances in zip(tokens.items(), apart, strict=True):
+        distances[[place for place, other in enumerate(ids) if other == index]] = math.inf
+        found[token] = (float(distances.min()), names[int(distances.argmin())])
+    return found
+
+
+def _relative_distances(rows: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
+    """Return the distances (rows, others) as shares of the norms of `rows`; infinite for a row of zeros."""
+    apart = torch.cdist(rows, others, compute_mode="donot_use_mm_for_euclid_dist")
+    return (apart / rows.norm(dim=1, keepdim=True)).nan_to_num(nan=math.inf, posinf=math.inf)
+
+
+def _untrained(
+    rows: torch.Tensor, twins: dict[str, tuple[float, str]], ordinary: torch.Tensor, unused: torch.Tensor
+) -> dict[str, str]:
+    """Return why rows (tokens, hidden) do not look trained, by token, with the figures; others are left out.
 
     They are compared with those of ordinary tokens, (sample, hidden), and of no token, (any number, hidden); fp64.
+    `twins` has the tokens in the order of the rows, and the nearest added token of each.
     """
+    among = _relative_distances(ordinary, ordinary).fill_diagonal_(math.inf).min(dim=1).values
+    distinct = float(among.quantile(0.05)) > NEAR  # else close rows say nothing
     norms, mean = ordinary.norm(dim=1), ordinary.mean(dim=0)
     typical, low = median(norms.tolist()), float(norms.quantile(0.01))
     spread = median((ordinary - mean).norm(dim=1).tolist())
     doubts: dict[str, str] = {}
-    for row, name in zip(rows, names, strict=True):
+    for row, (name, (near, other)) in zip(rows, twins.items(), strict=True):
         norm, distance = float(row.norm()), float((row - mean).norm())
-        near = zip(names, (rows - row).norm(dim=1).tolist(), strict=True)
-        twins = [other for other, apart in near if other != name and apart <= SAME * norm]
         if norm < SMALL * low:
             doubts[name] = f"norm {norm:.3g}, ordinary rows have {typical:.3g} (99 % of them at least {low:.3g})"
-        elif twins:
-            doubts[name] = f"same row as {twins[0]!r}"
+        elif near <= SAME:
+            doubts[name] = f"same row as {other!r}"
         elif _like_unused(row, unused, ordinary):
             doubts[name] = f"direction of the {len(unused)} unused rows behind the vocabulary"
         elif distance < NEAR_MEAN * spread:
             doubts[name] = f"distance {distance:.3g} from the mean row, ordinary rows have {spread:.3g}"
+        elif distinct and near <= NEAR:
+            doubts[name] = f"{near:.2g} of its norm from the row of {other!r}, ordinary rows are further apart"
     return doubts
 
 

@@ -36,16 +36,16 @@ class VocabularyDifference:
     """Token of BASE -> its id, which INSTRUCT does not use."""
     instruct_only: dict[str, int] = field(default_factory=dict)
 
-    def rows(self) -> Iterator[str]:
+    def rows(self, roles: tuple[str, str] = ("base", "instruct")) -> Iterator[str]:
         """Yield one row for each token that differs, with both sides' values."""
         for token, (base_id, instruct_id) in self.moved.items():
-            yield both_sides(f"token {token!r}", f"id {base_id}", f"id {instruct_id}")
+            yield both_sides(f"token {token!r}", f"id {base_id}", f"id {instruct_id}", roles)
         for index, (base_token, instruct_token) in self.renamed.items():
-            yield both_sides(f"id {index}", f"token {base_token!r}", f"token {instruct_token!r}")
+            yield both_sides(f"id {index}", f"token {base_token!r}", f"token {instruct_token!r}", roles)
         for token, index in self.instruct_only.items():
-            yield both_sides(f"token {token!r}", "no such token", f"id {index}")
+            yield both_sides(f"token {token!r}", "no such token", f"id {index}", roles)
         for token, index in self.base_only.items():
-            yield both_sides(f"token {token!r}", f"id {index}", "no such token")
+            yield both_sides(f"token {token!r}", f"id {index}", "no such token", roles)
 
     def __len__(self) -> int:
         """Return the number of tokens and ids that differ; 0 when the same tokens have the same ids."""
@@ -103,8 +103,7 @@ def compare_vocabularies(base: Vocabulary, instruct: Vocabulary, *, shared: bool
     difference = vocabulary_difference(base, instruct)
     if difference:
         findings.add(_explain(base, instruct, difference, shared=shared))
-    encodings = zip(PROBE_TEXTS, base.encode(PROBE_TEXTS), instruct.encode(PROBE_TEXTS), strict=True)
-    other = [both_sides(repr(text), ours, theirs) for text, ours, theirs in encodings if ours != theirs]
+    other = _split_otherwise(base, instruct)
     if other:
         message = (
             f"{len(other)} of {len(PROBE_TEXTS)} probe texts become other token ids in base than in instruct.\n"
@@ -115,12 +114,50 @@ def compare_vocabularies(base: Vocabulary, instruct: Vocabulary, *, shared: bool
     return findings
 
 
+def compare_trained_vocabulary(tuned: Vocabulary, instruct: Vocabulary, role: str = "instruct") -> Findings:
+    """Check that TUNED was, or will be, trained on the token ids that INSTRUCT's tokenizer gives to the result.
+
+    Tokens that have another id on each side are an error; tokens of one side only, and texts that are split
+    differently, are a warning. Nothing is found where a side has no tokenizer. `role` names `instruct` in messages.
+    """
+    findings, roles = Findings(), ("tuned", role)
+    if not (tuned.exists and instruct.exists) or same_tokenizer_files(tuned, instruct):
+        return findings
+    difference = vocabulary_difference(tuned, instruct)
+    if difference:
+        verb = "token differs" if len(difference) == 1 else "tokens differ"
+        text = f"{len(difference)} {verb} between the tokenizers of tuned ({tuned.label}) and {role}.\n"
+        text += list_names(difference.rows(roles))
+        if _means_others(tuned, instruct, difference):
+            way_out = f"The same ids mean other tokens in the grafted model. Train with {role}'s tokenizer."
+            findings.errors.append(f"{text}\n{way_out}")
+            return findings
+        findings.warnings.append(f"{text}\nThe grafted model has instruct's tokenizer.")
+    if other := _split_otherwise(tuned, instruct, roles):
+        findings.warnings.append(
+            f"{len(other)} of {len(PROBE_TEXTS)} probe texts become other token ids with the tokenizer of tuned "
+            f"({tuned.label}) than with {role}'s; the grafted model has instruct's.\n{list_names(other)}"
+        )
+    return findings
+
+
+def _split_otherwise(one: Vocabulary, two: Vocabulary, roles: tuple[str, str] = ("base", "instruct")) -> list[str]:
+    """Return a row for each probe text that becomes other ids on the two sides."""
+    encodings = zip(PROBE_TEXTS, one.encode(PROBE_TEXTS), two.encode(PROBE_TEXTS), strict=True)
+    return [both_sides(repr(text), ours, theirs, roles) for text, ours, theirs in encodings if ours != theirs]
+
+
+def _means_others(one: Vocabulary, two: Vocabulary, difference: VocabularyDifference) -> bool:
+    """Whether an id means two tokens that are not both reserved or added ones."""
+    added = one.added.keys() | two.added.keys()
+    return bool(difference.moved) or not all(added.issuperset(tokens) for tokens in difference.renamed.values())
+
+
 def _explain(base: Vocabulary, instruct: Vocabulary, difference: VocabularyDifference, *, shared: bool) -> Findings:
     """Put `difference` into words: an error, or with `shared` a warning where the shared rows can be grafted alone."""
-    added = base.added.keys() | instruct.added.keys()
     verb = "token differs" if len(difference) == 1 else "tokens differ"
     head = f"{len(difference)} {verb} between the vocabularies of base and instruct.\n{list_names(difference.rows())}\n"
-    if difference.moved or not all(added.issuperset(tokens) for tokens in difference.renamed.values()):
+    if _means_others(base, instruct, difference):
         way_out = "The same ids mean other tokens: instruct was not made from this base. Give the one it was made from."
         return Findings(errors=[head + way_out])
     if shared:

@@ -29,6 +29,11 @@ CONFIGS: dict[str, type[ShadowSFTConfig] | type[ShadowDPOConfig]] = {"sft": Shad
 PATH_KEYS = ("model_name_or_path", "instruct_model", "base_model", "dataset_name", "score_rows")
 """Keys whose value may be a path inside the repository of a shipped config."""
 
+NEEDS = (
+    "pass --config FILE.yaml, or at least --model_name_or_path, --instruct_model and --dataset_name. Ready "
+    "configurations are in recipes/configs"
+)
+
 
 class UnknownKeysError(ConfigError):
     """Keys of the YAML file or words of the command line that the recipe does not have."""
@@ -145,17 +150,22 @@ def parse_values(kind: str, words: Sequence[str], values: Mapping[str, Any], con
     return options
 
 
-def find_config(argv: Sequence[str], default_config: str | Path | None) -> tuple[Path | None, list[str]]:
-    """Return the YAML file, None for a command line that names BASE or asks for help, and the other words."""
+def find_config(
+    argv: Sequence[str], default_config: str | Path | None, *, needs: str = NEEDS
+) -> tuple[Path | None, list[str]]:
+    """Return the YAML file, None for a command line that names BASE or asks for help, and the other words.
+
+    Args:
+        argv: the command line.
+        default_config: the file for a command line with neither.
+        needs: the way out of the error where there is none.
+    """
     config, words = take_option("config", argv)
     needs_none = re.compile(r"(--(sft\.)?model[-_]name[-_]or[-_]path|-h|--help)(=|$)")
     if config is not None or any(needs_none.match(word) for word in words):
         return (Path(config) if config is not None else None), words
     if default_config is None or not Path(default_config).is_file():
-        raise ConfigError(
-            "no configuration: pass --config FILE.yaml, or at least --model_name_or_path, --instruct_model and "
-            "--dataset_name. Ready configurations are in recipes/configs of the repository."
-        )
+        raise ConfigError(f"no configuration: {needs} of the repository.")
     return Path(default_config), words
 
 
@@ -171,7 +181,7 @@ def take_option(name: str, argv: Sequence[str]) -> tuple[str | None, list[str]]:
     if option in rest:
         raise ConfigError(f"{option} was given more than once.")
     if len(values) != 1:
-        raise ConfigError(f"{option} needs one value, not {len(values)}: {' '.join(values)}.")
+        raise ConfigError(f"{option} needs one value, but has {' '.join(values) or 'none'}.")
     return values[0], rest
 
 

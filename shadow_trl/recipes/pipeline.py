@@ -13,6 +13,7 @@ from typing import Any
 
 from accelerate import PartialState
 
+from ..checkpoints.digests import weight_digests
 from ..checkpoints.manifest import read_manifest, write_manifest
 from ..errors import InputError
 from ..evaluation.report import TITLES, RunReport
@@ -120,7 +121,7 @@ def _merge(root: Path, options: Options) -> Path:
     shutil.rmtree(unfinished, ignore_errors=True)
     model.save_pretrained(unfinished)
     manifest = read_manifest(run) or {}
-    write_manifest(unfinished, {**manifest, "adapter": None})
+    write_manifest(unfinished, {**manifest, "adapter": None, "weights": weight_digests(unfinished)})
     unfinished.rename(merged)
     return merged
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from trl import get_peft_config
 
-from ..checkpoints.manifest import Entry, read_manifest, weight_digests
+from ..checkpoints.manifest import Entry, read_manifest
 from ..errors import ConfigError, InputError, OutputExistsError, ends_with, list_names, one_of
 from ..training.preflight import GRAFTED_FOLDER
 from .options import Options, UnknownKeysError, find_config, parse_values, read_yaml, take_option
@@ -62,7 +62,8 @@ def read_plan(argv: Sequence[str], default_config: str | Path | None = None) -> 
         InputError: the DPO stage alone was asked for, and there is no SFT stage to start from.
         OutputExistsError: a folder holds a later stage of an SFT stage that is not done, or of other models.
     """
-    config, words = find_config(argv, default_config)
+    needs = "pass --config FILE.yaml with the sections sft and dpo. Ready ones are in recipes/configs/pipelines"
+    config, words = find_config(argv, default_config, needs=needs)
     given, words = take_option("stages", words)
     named = given.split(",") if given is not None else STAGES
     selected = {one_of("each of --stages", name.strip(), STAGES) for name in named}
@@ -233,7 +234,7 @@ def _check_models(folder: Path, options: Mapping[str, Options]) -> None:
         entry = Entry.read(manifest, role)
         if source is None or (entry is not None and source == entry.source):
             continue
-        if entry is None or entry.digests is None or weight_digests(source) != entry.digests:
+        if entry is None or not entry.digests or entry.changed(Path(source).expanduser()):
             raise OutputExistsError(
                 f"the SFT stage in {folder} was run with another {role}: {entry} there, {source} in the "
                 "configuration. Choose another output_dir."

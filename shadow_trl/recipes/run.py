@@ -166,9 +166,8 @@ def _train_direct(kind: str, options: Options, origins: Origins, args: Any, data
 def _set_model_options(options: Options) -> None:
     """Put TRL's model arguments into `model_init_kwargs`; values that are TRL's defaults are left to the trainer."""
     model, training = options.model, options.training
-    revision = model.model_revision if model.model_revision != "main" else None
     chosen = {
-        "revision": training.base_revision if revision is None and training.base_model is None else revision,
+        "revision": model.model_revision if model.model_revision != "main" else None,
         "attn_implementation": model.attn_implementation,
         "dtype": model.dtype if model.dtype != "float32" else None,
     }

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoints.hub import Source, is_hub_id
-from ..checkpoints.manifest import MANIFEST_NAME
+from ..checkpoints.manifest import MANIFEST_NAME, Entry
 
 _CITATION = """\
 @article{shadowft2025,
@@ -61,7 +61,7 @@ def _write(folder: Source, front: list[str], tags: list[str], lines: list[str]) 
 
 def _base_models(manifest: Mapping[str, Any], *roles: str, relation: str | None = None) -> list[str]:
     # Only a hub id is a valid `base_model`; a local folder would be a dead link on the hub.
-    found = [f"- {name}" for role, name in _names(manifest, *roles).items() if _is_hub_id(manifest[role]["source"])]
+    found = [f"- {name}" for role, name in _names(manifest, *roles).items() if _on_hub(manifest, role)]
     return ["base_model:", *found, *([f"base_model_relation: {relation}"] if relation else [])] if found else []
 
 
@@ -70,12 +70,17 @@ def _table(rows: Mapping[str, Any]) -> list[str]:
 
 
 def _names(manifest: Mapping[str, Any], *roles: str) -> dict[str, str]:
-    # A card is published: of a local path only the folder's name is told.
+    # A card is published: of a local path only the folder's name is shown.
     sources = {role: manifest[role]["source"] for role in roles if manifest.get(role)}
     return {
-        role: source.partition("@")[0] if _is_hub_id(source) else Path(source).name for role, source in sources.items()
+        role: source.partition("@")[0] if _on_hub(manifest, role) else Path(source).name
+        for role, source in sources.items()
     }
 
 
-def _is_hub_id(source: str) -> bool:
-    return "/" in source and is_hub_id(source) and not Path(source.partition("@")[0]).exists()
+def _on_hub(manifest: Mapping[str, Any], role: str) -> bool:
+    entry = Entry.read(manifest, role)
+    if entry is None or "/" not in entry.source or not is_hub_id(entry.source):
+        return False
+    # Version 0.1.0 did not record whether it was a folder.
+    return not Path(entry.source.partition("@")[0]).exists() if entry.folder is None else not entry.folder

@@ -8,46 +8,51 @@ from __future__ import annotations
 import errno
 import fcntl
 import glob
+import itertools
 import os
 import shutil
-import threading
-from collections.abc import Callable, Iterable
+import socket
+import warnings
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import Self
+
+from filelock import FileLock, Timeout
 
 from ..checkpoints.manifest import MANIFEST_NAME, read_manifest
-from ..errors import CheckpointError, ConfigError, GraftError, OutputExistsError
+from ..errors import CheckpointError, ConfigError, GraftError, OutputExistsError, list_names
 
 _PART = "shadow-part"
 _OLD = "shadow-old"
+_LOCK = "shadow-lock"
+_NUMBERS = itertools.count()
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
-class OutputFolder:
-    """The folder of a result while it is made: `with OutputFolder(path) as part: ...` and `commit()` at its end.
+class Scratch:
+    """A hidden folder beside `path` that is gone afterwards: `with Scratch(path) as scratch: ... scratch.part`.
+
+    Those that killed runs left for the same `path` go first; those of running ones stay.
 
     Args:
-        path: where the result goes.
-        overwrite: whether a result of the same kind may be replaced; it is kept until the new one is there.
-        kind: of the result, as its manifest names it. Default `graft`.
-
-    Raises:
-        OutputExistsError: something is at `path` and `overwrite` is off, or what is there is of another kind.
+        path: what it is for; need not exist.
     """
 
-    def __init__(self, path: Path, overwrite: bool = False, kind: str = "graft") -> None:
-        self.path = Path(os.path.abspath(path))
-        self.overwrite, self.kind = overwrite, kind
-        self.part = self.path.with_name(f".{self.path.name}.{_PART}-{os.getpid()}-{threading.get_ident():x}")
-        self._made: list[Path] = []
-        self._lock = -1
+    mode = 0o700
 
-    def __enter__(self) -> OutputFolder:
-        recover(self.path)
-        check_free(self.path, self.overwrite, self.kind)
+    def __init__(self, path: Path) -> None:
+        self.path = Path(os.path.abspath(path))
+        self.part = self.path.with_name(f".{self.path.name}.{_PART}-{os.getpid()}-{next(_NUMBERS)}")
+        self._made: list[Path] = []
+        self._held = -1
+
+    def __enter__(self) -> Self:
+        _remove_dead(self.path)
         try:
             self._made = make_parents(self.path.parent)
-            self.part.mkdir()
-            self._lock = _lock(self.part)
+            self.part.mkdir(self.mode)
+            self._held = _lock(self.part)
         except OSError as error:
             self._discard()
             raise GraftError(f"cannot write to {self.path}: {error.strerror}.") from error
@@ -56,32 +61,127 @@ class OutputFolder:
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if self.part.exists():  # not committed
             self._discard()
-        if self._lock >= 0:
-            os.close(self._lock)
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        if self._held >= 0:
+            os.close(self._held)
+        if is_full(error):
             raise GraftError(
                 f"the disk of {self.path} is full ({free_bytes(self.path):,} bytes free). Make room or write elsewhere."
             ) from error
 
-    def commit(self) -> None:
-        """Sync everything and move the result to its place; an older result is removed after that."""
-        for path in (*self.part.rglob("*"), self.part):
-            sync(path)
-        old = _old(self.path)
-        if self.path.exists():
-            os.rename(self.path, old)
-        try:
-            os.rename(self.part, self.path)
-        except OSError:
-            if old.exists():
-                os.rename(old, self.path)
-            raise
-        sync(self.path.parent)
-        _remove(old)
-
     def _discard(self) -> None:
         shutil.rmtree(self.part, ignore_errors=True)
         remove_empty(self._made)
+
+
+class OutputFolder(Scratch):
+    """The folder of a result while it is made: `with OutputFolder(path) as place: ...` and `commit()` at its end.
+
+    Only one at a time can be made for a path; others are refused.
+
+    Args:
+        path: where the result goes.
+        overwrite: whether a result of the same kind may be replaced; it is kept until the new one is there.
+        kind: of the result, as its manifest names it. Default `graft`.
+
+    Raises:
+        OutputExistsError: something is at `path` and `overwrite` is off, what is there is of another kind or holds
+            files of the user, or another run is making a result for it.
+    """
+
+    mode = 0o777
+
+    def __init__(self, path: Path, overwrite: bool = False, kind: str = "graft") -> None:
+        super().__init__(path)
+        self.overwrite = overwrite
+        self.kind = kind
+        self._lock = _RunLock(self.path)
+
+    def __enter__(self) -> Self:
+        made = make_parents(self.path.parent)
+        try:
+            self._lock.acquire()
+            _restore(self.path)
+            check_free(self.path, self.overwrite, self.kind)
+            super().__enter__()
+        except BaseException:
+            self._lock.release()
+            remove_empty(made)
+            raise
+        self._made = made
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        try:
+            super().__exit__(kind, error, trace)
+        finally:
+            self._lock.release()
+            remove_empty(self._made)
+
+    def commit(self) -> None:
+        """Sync everything and move the result to its place; an older result is removed after that.
+
+        Raises:
+            OutputExistsError: something has come to be at the path since the work began. It stays as it is.
+        """
+        for folder, _, files in os.walk(self.part, topdown=False):
+            for name in files:
+                sync(Path(folder, name))
+            sync(Path(folder))
+        check_free(self.path, self.overwrite, self.kind)
+        old = _free_old(self.path)
+        if self.overwrite and self.path.exists():
+            os.rename(self.path, old)
+        try:
+            os.rename(self.part, self.path)  # fails where somebody's folder came there since the check
+        except OSError as error:
+            if old.exists() and not self.path.exists():
+                os.rename(old, self.path)
+            if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+                raise OutputExistsError(f"{self.path} was written by another run meanwhile, and is kept.") from error
+            raise
+        sync(self.path.parent)
+        _remove_old(old)
+
+
+class _RunLock:
+    """The lock of an output while one run makes a result for it: a file beside it that names the holder.
+
+    The kernel drops the lock of a process that died. Where the file system has no locks, nothing is held: the rename
+    decides then.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._file = path.with_name(f".{path.name}.{_LOCK}")
+        self._lock = FileLock(self._file, blocking=False, thread_local=False)
+
+    def acquire(self) -> None:
+        try:
+            self._lock.acquire()
+            self._file.write_text(f"process {os.getpid()} on {socket.gethostname()}", encoding="utf-8")
+        except Timeout as error:
+            holder = ""
+            with suppress(OSError):
+                holder = self._file.read_text(encoding="utf-8")
+            raise OutputExistsError(
+                f"another run ({holder or 'unknown'}) is writing to {self._path}. Wait until it ends, or choose "
+                "another output."
+            ) from error
+        except (OSError, NotImplementedError) as error:
+            if is_full(error) or isinstance(error, PermissionError):
+                raise GraftError(f"cannot write to {self._path}: {error}.") from error
+
+    def release(self) -> None:
+        if self._lock.is_locked:
+            self._file.unlink(missing_ok=True)  # while it is held: a next holder makes a file of its own
+            self._lock.release()
+
+
+def is_full(error: BaseException | None) -> bool:
+    """Whether `error` says that a disk is full, also in the words of the safetensors library."""
+    if isinstance(error, OSError):
+        return error.errno in _FULL
+    return type(error).__name__ == "SafetensorError" and any(f"os error {code}" in str(error) for code in _FULL)
 
 
 def remove_empty(folders: list[Path]) -> None:
@@ -93,21 +193,26 @@ def remove_empty(folders: list[Path]) -> None:
 
 def check_free(path: Path, overwrite: bool, kind: str = "graft") -> None:
     """Raise OutputExistsError unless a result of this kind can be put at `path`."""
-    old = _old(path)
-    if not os.path.lexists(path) and not old.exists():
+    if not os.path.lexists(path):
         return
     if not overwrite:
         raise OutputExistsError(
             f"{path} exists. Choose another output, remove it, or pass --overwrite (in training, graft_overwrite)."
         )
-    there = path if os.path.lexists(path) else old
     manifest = None
     with suppress(CheckpointError):
-        manifest = read_manifest(there)
-    if there.is_symlink() or not there.is_dir() or manifest is None or manifest.get("kind") != kind:
+        manifest = read_manifest(path)
+    if path.is_symlink() or not path.is_dir() or manifest is None or manifest.get("kind") != kind:
         raise OutputExistsError(
             f"{path} exists and is no {kind} (it has no {MANIFEST_NAME} of kind {kind}), so it is not overwritten. "
             "Choose another output or remove it yourself."
+        )
+    # Version 0.1.0 did not record which files it wrote.
+    others = _files(path) - set(manifest.get("files") or _files(path))
+    if others:
+        raise OutputExistsError(
+            f"{path} holds {len(others)} files that the {kind} in it did not write, which overwriting would remove.\n"
+            f"{list_names(sorted(others))}\nMove them away or choose another output."
         )
 
 
@@ -146,21 +251,47 @@ def free_bytes(path: Path) -> int:
 
 
 def recover(path: Path) -> None:
-    """Clean up after a killed run for the same folder: restore or remove the old result, remove unfinished parts."""
+    """Clean up after a killed run for the same folder: restore or remove the old result, remove unfinished parts.
+
+    While another run makes a result for it, nothing is touched.
+    """
     path = Path(os.path.abspath(path))
-    if not path.parent.is_dir():
+    if next(_siblings(path, "shadow-"), None) is None:
         return
-    for part in path.parent.glob(f".{glob.escape(path.name)}.{_PART}-*"):
-        lock = _lock(part)
-        if lock >= 0:
-            _remove(part)
-            os.close(lock)
-    old = _old(path)
-    if old.exists() and path.exists():
-        _remove(old)
-    elif old.exists():
-        os.rename(old, path)
-        sync(path.parent)
+    lock = _RunLock(path)
+    with suppress(OutputExistsError, GraftError):
+        lock.acquire()
+        try:
+            _remove_dead(path)
+            _restore(path)
+        finally:
+            lock.release()
+
+
+def _restore(path: Path) -> None:
+    """Give `path` its old result back where a kill came between two renames, else remove what is left of old ones."""
+    for old in sorted(_siblings(path, _OLD), reverse=True):
+        if os.path.lexists(path):
+            _remove_old(old)
+        else:
+            os.rename(old, path)
+            sync(path.parent)
+
+
+def _remove_dead(path: Path) -> None:
+    for part in _siblings(path, f"{_PART}-"):
+        held = _lock(part)
+        if held >= 0:
+            shutil.rmtree(part, ignore_errors=True)
+            os.close(held)
+
+
+def _siblings(path: Path, kind: str) -> Iterator[Path]:
+    return path.parent.glob(f".{glob.escape(path.name)}.{kind}*")
+
+
+def _files(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if not path.is_dir() or path.is_symlink()}
 
 
 def sync(path: Path) -> None:
@@ -172,8 +303,10 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _old(path: Path) -> Path:
-    return path.with_name(f".{path.name}.{_OLD}")
+def _free_old(path: Path) -> Path:
+    # One that could not be removed, as another user's, keeps its name.
+    names = (path.with_name(f".{path.name}.{_OLD}-{number:03d}") for number in itertools.count())
+    return next(name for name in names if not os.path.lexists(name))
 
 
 def make_parents(folder: Path) -> list[Path]:
@@ -185,10 +318,10 @@ def make_parents(folder: Path) -> list[Path]:
 
 
 def _lock(folder: Path) -> int:
-    """Return a descriptor that holds the lock of `folder`, -1 if it is gone or another process may hold the lock."""
+    """Return a descriptor that holds the lock of `folder`, -1 if it is gone, or others may hold it."""
     try:
         descriptor = os.open(folder, os.O_RDONLY)
-    except FileNotFoundError:
+    except OSError:
         return -1
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -198,8 +331,12 @@ def _lock(folder: Path) -> int:
     return descriptor
 
 
-def _remove(folder: Path) -> None:
-    shutil.rmtree(folder, onerror=_ignore_missing)
+def _remove_old(folder: Path) -> None:
+    try:
+        shutil.rmtree(folder, onerror=_ignore_missing)
+    except OSError as error:
+        # The result is in place: what cannot be removed, as another user's, is no reason to call that a failure.
+        warnings.warn(f"the result that was replaced could not be removed: {error}. Remove {folder}.", stacklevel=3)
 
 
 def _ignore_missing(function: Callable[..., object], path: str, info: tuple[object, BaseException, object]) -> None:

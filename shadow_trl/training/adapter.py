@@ -6,6 +6,7 @@ needs no weight of BASE and has an exact adapter form.
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,8 +16,11 @@ from typing import Any
 
 from torch import Tensor
 
-from ..adapters.kinds import START_FOLDER, is_subtracted, lost_start, more_than_a_product, start_setting
+from ..adapters.kinds import START_FOLDER, is_subtracted, kind_of, lost_start, more_than_a_product, start_setting
 from ..adapters.lora import no_factors
+from ..checkpoints.checkpoint import Checkpoint
+from ..checkpoints.header import CODES, TensorSpec
+from ..errors import AdapterError
 from .loading import is_adapted
 
 
@@ -39,6 +43,22 @@ def start_of(model: Any) -> dict[str, Tensor] | None:
     if others and lost_start(start) is not None:
         raise more_than_a_product(start, others)
     return {key: value.detach().to("cpu", copy=True) for key, value in tensors.items()}
+
+
+def announced(model: Any) -> Checkpoint:
+    """Return names, shapes and settings of the adapter of `model` as saving gives them, its start subtracted."""
+    from peft import get_peft_model_state_dict
+
+    name = model.active_adapters[0]
+    tensors = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+    specs = {
+        key: TensorSpec(CODES[str(value.dtype).removeprefix("torch.")], tuple(value.shape), Path(), None, value.nbytes)
+        for key, value in tensors.items()
+    }
+    config = json.loads(json.dumps(model.peft_config[name].to_dict(), default=list))
+    if kind_of(config).subtracted:
+        config["init_lora_weights"] = True
+    return Checkpoint("the adapter in training", None, Path(), is_adapter=True, adapter_config=config, specs=specs)
 
 
 @contextmanager
@@ -77,6 +97,27 @@ def write_start(folder: Path, model: Any, start: dict[str, Tensor] | None, earli
     target.mkdir(parents=True)
     model.peft_config[model.active_adapters[0]].save_pretrained(str(target))
     save_file({key: value.contiguous() for key, value in start.items()}, target / "adapter_model.safetensors")
+
+
+def check_same_start(checkpoint: str, start: dict[str, Tensor] | None) -> None:
+    """Check that a resumed adapter starts where that of the checkpoint did: under it lies BASE less that start.
+
+    Raises:
+        AdapterError: it does not: another BASE, or a start that another seed draws, as of `pissa_niter_4`.
+    """
+    folder = Path(checkpoint) / START_FOLDER
+    if start is None or not folder.is_dir():
+        return
+    before = Checkpoint.open(str(folder))
+    for name in (name for name in start if ".lora_A." in name):
+        other = name.replace(".lora_A.", ".lora_B.")
+        here, there = start[other] @ start[name], before.tensor(other) @ before.tensor(name)
+        if (here - there).norm() > 1e-3 * there.norm():
+            raise AdapterError(
+                f"{checkpoint} cannot be resumed: its adapter has another start than a new one ({name} among others), "
+                "so the weights under it are not those that it was trained on. Resume with BASE and seed of that "
+                "run."
+            )
 
 
 @contextmanager

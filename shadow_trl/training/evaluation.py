@@ -76,7 +76,6 @@ class GraftedEvaluation(_Trainer):
     _metrics: dict[str, Any]
     _references: KeptReferences | None = None  # while both passes last
     _write_graft: Callable[..., GraftReport]
-    _write_start: Callable[[Path], None]
 
     def evaluation_loop(
         self,
@@ -138,7 +137,6 @@ class GraftedEvaluation(_Trainer):
             kept.callback(self.accelerator.wait_for_everyone)  # before the main process removes the folder
             tuned = folder / "tuned"
             self.save_model(str(tuned), _internal_call=True)
-            run_on_main(self.accelerator, lambda: self._write_start(tuned), what="the start of the adapter")
             with ends_with("The graft was to be evaluated; nothing of it was kept.", instead=True):
                 self._write_graft(str(tuned), folder / "grafted", digest="none", stats=False)
             yield folder / "grafted"

@@ -19,16 +19,26 @@ from accelerate.logging import get_logger
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl.trainer.utils import get_config_model_id
 
+from ..adapters.kinds import START_FOLDER
+from ..checkpoints.digests import weight_digests
 from ..checkpoints.manifest import write_manifest
 from ..errors import ends_with
 from ..grafting.options import BASE_DTYPES
 from ..grafting.reports import GraftReport
-from ..operations.graft import check_graft, graft
+from ..operations.checks import check_graft, check_left_out, check_trained
+from ..operations.graft import graft
 from ..pair.pairs import ModelPair
 from ..pair.templates import check_processing_class
 from ..results.folder import check_free
 from ..runtime.processes import run_on_main
-from .adapter import start_of, without_reference_adapter, without_second_start, write_start
+from .adapter import (
+    announced,
+    check_same_start,
+    start_of,
+    without_reference_adapter,
+    without_second_start,
+    write_start,
+)
 from .config import ShadowArguments
 from .evaluation import GraftedEvaluation
 from .loading import bare_model, load_adapter, reload_converted
@@ -43,6 +53,7 @@ from .preflight import (
     refuse_sharded,
     refuse_unsupported,
 )
+from .saved import as_saved
 
 if TYPE_CHECKING:
     from transformers.trainer_utils import TrainOutput
@@ -90,11 +101,21 @@ class ShadowMixin(GraftedEvaluation):
         self._choose_reference(config, given)
         if start.loads_adapter:
             self._load_adapter(given)
+        elif not start.in_memory:
+            self._pin_model(given)
         with without_second_start(given["model"]):
             super().__init__(*call.args, **call.kwargs)
         refuse_sharded(fsdp=self.is_fsdp_enabled, deepspeed=self.is_deepspeed_enabled)
+        grafts = config.graft or config.eval_grafted
+        if grafts:
+            self._check_trained()
+        if grafts and start.adapter_on_base:
+            check_left_out(
+                base=str(start.base), instruct=str(start.instruct), adapter=announced(self.model),
+                **config.graft_options(),
+            )  # fmt: skip
         # The adapter as it is before training: the delta of some is what it becomes less this.
-        self._adapter_start = start_of(self.model) if config.graft or config.eval_grafted else None
+        self._adapter_start = start_of(self.model) if grafts else None
 
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
         """Train BASE as TRL does; then save TUNED to `output_dir` and the graft to `output_dir/grafted`.
@@ -107,7 +128,7 @@ class ShadowMixin(GraftedEvaluation):
         if self.args.graft and not in_search:
             with ends_with("Nothing was written."):
                 check_free(self._grafted_folder, self.args.graft_overwrite)
-        if not in_search and (self.args.graft or not given.get("resume_from_checkpoint")):
+        if not in_search:
             run_on_main(self.accelerator, self._begin, what="preparing the output folder")
         output = super().train(*args, **kwargs)
         if self.args.graft and not in_search:
@@ -169,6 +190,7 @@ class ShadowMixin(GraftedEvaluation):
             self._write_graft(str(folder), folder / "shadow" / GRAFTED_FOLDER, overwrite=True)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        check_same_start(resume_from_checkpoint, None if self.origins.adapter else self._adapter_start)
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         reload_converted(self.model, resume_from_checkpoint)
 
@@ -176,12 +198,15 @@ class ShadowMixin(GraftedEvaluation):
         super()._load_best_model()
         reload_converted(self.model, str(self.state.best_model_checkpoint))
 
-    # Both files of a run, weights and manifest, pass through here: at the end and in every checkpoint.
+    # What belongs together passes through here, at the end and in every checkpoint: a run that dies leaves the files of
+    # the run before as they were.
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         with without_reference_adapter(self.model):
             super()._save(output_dir, state_dict)
         if self.args.should_save:
-            write_manifest(output_dir or self.args.output_dir, self._manifest)
+            folder = Path(output_dir or self.args.output_dir)
+            write_start(folder, self.model, self._adapter_start, self.origins.adapter)
+            write_manifest(folder, {**self._manifest, "weights": weight_digests(folder, START_FOLDER)})
 
     @property
     def _grafted_folder(self) -> Path:
@@ -232,6 +257,20 @@ class ShadowMixin(GraftedEvaluation):
             **config.graft_options(),
         )
 
+    def _check_trained(self) -> None:
+        """Find before the first step what would be found wrong with the model after the last."""
+        start = self._start
+        with as_saved(self.model, self.processing_class) as tuned:
+            for warning in check_trained(
+                base=str(start.base),
+                instruct=str(start.instruct),
+                tuned=tuned,
+                under=None if start.adapter is None else str(start.origins.policy or start.base),
+                has_weights=not start.is_quantised,
+                **self.args.graft_options(),
+            ):
+                logger.warning(warning)
+
     def _choose_processing_class(self, config: Any, given: dict[str, Any]) -> None:
         instruct = self.origins.instruct
         if given.get("processing_class") is None and instruct is not None:
@@ -249,6 +288,13 @@ class ShadowMixin(GraftedEvaluation):
     def _choose_reference(self, config: Any, given: dict[str, Any]) -> None:
         """Set what the reference policy is; only preference trainers have one."""
 
+    def _pin_model(self, given: dict[str, Any]) -> None:
+        """Let TRL load the commit that the delta will be measured from."""
+        policy, args = self._start.origins.policy, given["args"]
+        if policy is not None and policy.revision is not None:
+            given["model"] = policy.source
+            args.model_init_kwargs = {**(args.model_init_kwargs or {}), "revision": policy.revision}
+
     def _load_adapter(self, given: dict[str, Any]) -> None:
         """Make the adapter of the earlier run, on the model it was trained on, the model of this one."""
         origins = self._start.origins
@@ -261,14 +307,9 @@ class ShadowMixin(GraftedEvaluation):
         given["args"].model_init_kwargs = None
 
     def _begin(self) -> None:
-        """Put the manifest of this run, and the start of its adapter, in the place of those of a run before."""
-        if self.args.graft:
-            os.makedirs(self.args.output_dir, exist_ok=True)
-            write_manifest(self.args.output_dir, self._manifest)
-        self._write_start(Path(self.args.output_dir))
-
-    def _write_start(self, folder: Path) -> None:
-        write_start(folder, self.model, self._adapter_start, self.origins.adapter)
+        """Make the output folder, and take the digests of what training starts from while it is what was loaded."""
+        os.makedirs(self.args.output_dir, exist_ok=True)
+        _ = self._manifest
 
     @cached_property
     def _manifest(self) -> dict[str, Any]:

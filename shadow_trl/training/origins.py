@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +15,7 @@ from trl.trainer.utils import get_config_model_id
 
 from ..checkpoints.checkpoint import ADAPTER_CONFIG, Checkpoint, read_json
 from ..checkpoints.delta import refuse_deltas
-from ..checkpoints.manifest import Entry, adapter_base, from_manifest, read_manifest
+from ..checkpoints.manifest import Entry, adapter_base, check_weights, from_manifest, read_manifest
 from ..errors import AdapterError, ConfigError, InputError, list_names
 from .loading import Loading, bare_model, is_adapted
 
@@ -44,6 +44,13 @@ class Origins:
     instruct: Entry | None
     adapter: str | None = None
 
+    def pinned(self) -> Origins:
+        """Return the same with the commit of each that is on the hub: what a branch means may change in training."""
+        named = [entry for entry in (self.policy, self.base, self.instruct) if entry is not None]
+        found = {entry: entry.pinned() for entry in dict.fromkeys(named)}
+        policy, base, instruct = (entry and found[entry] for entry in (self.policy, self.base, self.instruct))
+        return Origins(policy, base, instruct, self.adapter)
+
     @property
     def from_raw_base(self) -> bool:
         """Whether training starts from BASE itself, so that the delta starts at zero."""
@@ -66,7 +73,7 @@ def resolve_origins(
             a PEFT adapter. None for a model that exists in memory only.
         base: BASE as the user named it; wins over the manifest, with a line of log.
         instruct: the same for INSTRUCT.
-        policy_revision: branch, tag or commit of `policy` on the hub.
+        policy_revision: branch, tag or commit of `policy` on the hub. Default: `base_revision` where it is BASE.
         base_revision: the same for `base`.
         instruct_revision: the same for `instruct`.
 
@@ -74,12 +81,15 @@ def resolve_origins(
         InputError: `policy` is a grafted folder, or a manifest names a folder that is not to be found or has changed.
         AdapterError: an adapter that does not say what it was trained on.
     """
-    start, origin, receiver = (
-        Entry(source, revision) if source else None
-        for source, revision in ((policy, policy_revision), (base, base_revision), (instruct, instruct_revision))
-    )
     home = Path(policy or "")
     manifest = read_manifest(home) if policy else None
+    if policy_revision is None and base in (None, policy) and not home.is_dir():
+        policy_revision = base_revision
+    start = Entry(policy, policy_revision) if policy else None
+    origin, receiver = (
+        _given("base", base, base_revision, manifest),
+        _given("instruct", instruct, instruct_revision, manifest),
+    )
     if manifest is not None and manifest["kind"] == "graft":
         run = (manifest.get("tuned") or {}).get("source", "unknown")
         raise InputError(
@@ -89,6 +99,8 @@ def resolve_origins(
     if manifest is not None and manifest["kind"] == "delta":
         refuse_deltas(model=policy)
         manifest = None  # a LoRA made from a delta is an adapter like any other
+    if manifest is not None:
+        check_weights(home)
     adapter = policy if policy and (home / ADAPTER_CONFIG).is_file() else None
     if manifest is not None:
         origin = from_manifest("base", manifest, home, origin)
@@ -104,10 +116,18 @@ def resolve_origins(
                 f"the adapter in {adapter} does not say what it was trained on (base_model_name_or_path is empty). "
                 "Name it with base_model=..."
             )
-        start = Entry(found.source, base_revision or found.revision)
+        start = replace(found, revision=base_revision or found.revision)
     if origin is None and start is not None:
-        origin = Entry(start.source, base_revision or start.revision)
+        origin = replace(start, revision=base_revision or start.revision)
     return Origins(start, origin, receiver, adapter)
+
+
+def _given(role: str, source: str | None, revision: str | None, manifest: Mapping[str, Any] | None) -> Entry | None:
+    """Return what the user named for `role`; a revision alone is one of the repository that the manifest names."""
+    known = Entry.read(manifest, role)
+    if source is None and revision is not None and known is not None and not known.folder:
+        source = known.source
+    return Entry(source, revision) if source else None
 
 
 def require_base(origins: Origins) -> Entry:
@@ -177,7 +197,7 @@ class Start:
             policy_revision=(config.model_init_kwargs or {}).get("revision"),
             base_revision=config.base_revision,
             instruct_revision=config.instruct_revision,
-        )
+        ).pinned()
         adapter = None
         if given.get("peft_config") is not None:
             adapter = given["peft_config"].to_dict()

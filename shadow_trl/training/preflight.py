@@ -133,7 +133,7 @@ def check_same_adapter(peft_config: PeftConfig, adapter: str) -> None:
 
 def _form(config: PeftConfig) -> dict[str, Any]:
     """Return the settings of an adapter's form; nothing given and nothing listed are the same, as is another order."""
-    known = {name: value for name, value in config.to_dict().items() if name not in _NOT_FORM and value not in ({}, [])}
+    known = {name: value or None for name, value in config.to_dict().items() if name not in _NOT_FORM}
     return {name: sorted(value, key=str) if isinstance(value, set | list) else value for name, value in known.items()}
 
 

@@ -196,7 +196,7 @@ def test_auto_gives_the_adapter_form_for_a_hub_instruct_only(sides, tmp_path, mo
     hub = {**sides, "instruct": "someone/model@v2"}
     assert run(hub, adapter, tmp_path / "b").form == "adapter"
     config = json.loads((tmp_path / "b" / "adapter_config.json").read_text())
-    assert (config["base_model_name_or_path"], config["revision"]) == ("someone/model", "v2")
+    assert (config["base_model_name_or_path"], config["revision"]) == ("someone/model", "1" * 40)
     assert run(hub, adapter, tmp_path / "c", dtype="float32").form == "model"
     assert run(hub, adapter, tmp_path / "d", modules="q_proj").form == "model"
 

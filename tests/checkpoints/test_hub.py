@@ -47,8 +47,12 @@ def test_all_sides_by_hub_id_and_revision(tmp_path, cached):
     graft(**{**hub, "instruct": "nano/instruct"}, output=tmp_path / "c", progress=False)
     assert not same(tmp_path / "a", tmp_path / "c")
     found = read_manifest(tmp_path / "a")
-    assert (found["instruct"]["source"], found["instruct"]["revision"]) == ("nano/instruct", "v2")
-    assert (found["base"]["source"], found["base"]["revision"]) == ("nano/base", None)
+    recorded = {role: (found[role]["source"], found[role]["revision"], found[role]["asked"]) for role in hub}
+    assert recorded == {
+        "base": ("nano/base", "0" * 40, None),
+        "instruct": ("nano/instruct", "9" * 40, "v2"),
+        "tuned": ("nano/tuned", "2" * 40, "2" * 40),
+    }
     card = (tmp_path / "a" / "README.md").read_text()
     assert "base_model:\n- nano/instruct\n- nano/base\n" in card
     assert verify(tmp_path / "a", progress=False).same

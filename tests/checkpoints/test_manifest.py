@@ -24,7 +24,7 @@ def test_the_manifest_has_everything_that_a_second_graft_needs(tmp_path):
     found = read_manifest(tmp_path / "out")
     assert (found["kind"], found["format"], found["form"], found["dtype"]) == ("graft", FORMAT, "model", "float16")
     assert found["options"] == {
-        **options, "seed": 11, "vocab": "strict", "untie": False, "base_dtype": "bfloat16",
+        **options, "seed": 11, "vocab": "strict", "max_shard_size": None, "untie": False, "base_dtype": "bfloat16",
     }  # fmt: skip
     for role, folder in sides.items():
         assert (found[role]["source"], found[role]["revision"]) == (str(folder), None)
@@ -58,6 +58,14 @@ def test_the_card_of_a_graft_of_hub_models(tmp_path):
     assert "eprint" in card.text or "arXiv:2505.12716" in card.text
     assert "@article{shadowft2025" in card.text
     assert "Shadow-FT: Tuning Instruct Model via Training on Paired Base Model" in card.text
+
+
+def test_what_was_a_folder_is_never_called_a_model_of_the_hub(tmp_path):
+    """The process may have changed its folder since `owner/base` was found."""
+    sides = {role: {"source": f"owner/{role}", "folder": role == "base"} for role in ("base", "instruct", "tuned")}
+    card = card_of(sides, tmp_path)
+    assert card.data.base_model == ["owner/instruct"]
+    assert "| base | base |" in card.text
 
 
 def test_the_card_of_an_adapter_and_of_another_instruct_scale(tmp_path):

@@ -14,7 +14,7 @@ from families import family, load, lora
 
 from shadow_trl import extract_delta, graft, verify
 from shadow_trl.checkpoints.checkpoint import Checkpoint
-from shadow_trl.checkpoints.manifest import Entry, read_manifest
+from shadow_trl.checkpoints.manifest import Entry, read_manifest, write_manifest
 from shadow_trl.errors import CheckpointError
 from shadow_trl.training.origins import resolve_origins
 
@@ -76,11 +76,14 @@ def test_a_changed_and_a_missing_file_are_named(tmp_path):
 
 
 def test_a_name_without_its_revision_is_another_name(tmp_path, monkeypatch):
-    side = Checkpoint("own/base", "v2", tmp_path)
+    # Opened at `v2`, which is a commit now.
+    side = Checkpoint("own/base", "0" * 40, tmp_path, asked="v2")
     names = {
         revision: Entry("own/base", revision, folder=False).names(side, tmp_path) for revision in ("v1", "v2", None)
     }
     assert names == {"v1": False, "v2": True, None: False}
+    assert Entry("own/base", "0" * 40, folder=False, asked="v3").names(side, tmp_path)
+    assert not Entry("own/base", "1" * 40, folder=False, asked="v2").names(side, tmp_path)
     folder = place(tmp_path / "base")
     monkeypatch.chdir(place(tmp_path / "here"))
     assert Entry("../base", folder=True).names(Checkpoint(str(folder), None, folder), tmp_path / "run")
@@ -126,7 +129,10 @@ def test_a_revision_that_was_given_wins_over_the_adapter(tmp_path):
 def test_another_revision_of_the_same_name_is_not_the_raw_base():
     assert resolve_origins("owner/base", policy_revision="v1").from_raw_base
     assert not resolve_origins("owner/base", policy_revision="v1", base="owner/base").from_raw_base
-    assert not resolve_origins("owner/base", base_revision="v2").from_raw_base
+    assert not resolve_origins("owner/base", policy_revision="v1", base_revision="v2").from_raw_base
+    # A revision of BASE alone is that of the model too, which is BASE.
+    assert resolve_origins("owner/base", base_revision="v2").policy == Entry("owner/base", "v2")
+    assert resolve_origins("owner/tuned", base="owner/base", base_revision="v2").policy == Entry("owner/tuned")
 
 
 @pytest.mark.parametrize("digest", ["sha256", "none"])
@@ -142,6 +148,36 @@ def test_a_folder_of_a_graft_is_never_asked_of_the_hub(tmp_path, monkeypatch, no
         with pytest.raises(CheckpointError, match=rf"{role} of .*out is gone: own/{role} is neither .* --{role}"):
             verify(tmp_path / "out", **others, progress=False)
     assert verify(tmp_path / "out", **given, progress=False).same
+
+
+def test_the_folder_under_an_adapter_of_a_run_is_never_asked_of_the_hub(tmp_path, monkeypatch, no_hub):
+    """The adapter's config has the name alone; the manifest beside it knows that it was a folder."""
+    sides = family(tmp_path / "own")
+    adapter = lora(tmp_path / "run", base_model_name_or_path="own/base")
+    entry = {"source": "own/base", "revision": None, "digests": {}, "folder": True}
+    write_manifest(adapter, {"kind": "run", "base": entry, "policy": entry})
+    monkeypatch.chdir(place(tmp_path / "elsewhere"))
+    with pytest.raises(CheckpointError, match=r"own/base is neither a folder here nor in .*run\. .* --base"):
+        graft(instruct=sides["instruct"], tuned=adapter, output="out", progress=False)
+    shutil.copytree(sides["base"], adapter / "own" / "base")
+    graft(instruct=sides["instruct"], tuned=adapter, output="out", progress=False)
+
+
+def test_a_repository_is_never_taken_from_a_folder_of_its_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    family(tmp_path / "own")
+    with pytest.raises(CheckpointError, match="own/base is a local folder, which has no revision"):
+        Entry("own/base", "0" * 40, folder=False).pinned()
+
+
+@pytest.mark.parametrize(
+    ("role", "options"),
+    [("base", "--base, in training base_model="), ("tuned", "--tuned$"), ("tuned_2", "--tuned$"),
+     ("delta", "--delta$"), ("start", "merge the adapter"), ("policy", "merge the adapter")],
+)  # fmt: skip
+def test_what_is_gone_is_named_with_the_options_that_there_are(tmp_path, role, options):
+    with pytest.raises(CheckpointError, match=rf"{role} of .* is gone: own/side .*{options}"):
+        Entry("own/side", folder=True).find(tmp_path, role)
 
 
 def test_the_base_of_a_delta_is_looked_for_beside_it_and_not_on_the_hub(tmp_path, monkeypatch, no_hub):
@@ -163,4 +199,6 @@ def test_what_the_manifest_says_of_a_side(tmp_path):
     sides = family(tmp_path)
     graft(**sides, output=tmp_path / "out", digest="none", progress=False)
     written = json.loads((tmp_path / "out" / "shadow.json").read_text())["base"]
-    assert written == {"source": str(sides["base"]), "revision": None, "digests": None, "folder": True}
+    assert written == {
+        "source": str(sides["base"]), "revision": None, "digests": None, "folder": True, "asked": None,
+    }  # fmt: skip

@@ -98,5 +98,5 @@ def test_the_manifest_has_what_changes_the_numbers(tmp_path):
     graft(**family(tmp_path), output=tmp_path / "out", progress=False)
     assert read_manifest(tmp_path / "out")["options"] == {
         "scale": 1.0, "instruct_scale": 1.0, "modules": "all", "dtype": "auto", "rounding": "nearest", "seed": 0,
-        "vocab": "strict", "untie": False, "base_dtype": None,
+        "vocab": "strict", "untie": False, "base_dtype": None, "max_shard_size": None,
     }  # fmt: skip

@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 
 from shadow_trl.checkpoints.checkpoint import Checkpoint
 from shadow_trl.layouts.plan import resolve
-from shadow_trl.operations.graft import check_graft
+from shadow_trl.operations.checks import check_graft
 
 
 @pytest.mark.parametrize("name", ["gemma3", "qwen2_5_vl"])

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from shadow_trl import graft
 from shadow_trl.checkpoints.manifest import read_manifest
 from shadow_trl.errors import CheckpointError, ConfigError, GraftError, InputError, OutputExistsError, PairMismatchError
-from shadow_trl.operations.graft import check_graft
+from shadow_trl.operations.checks import check_graft
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 

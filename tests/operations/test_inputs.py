@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+import xxhash
 from families import CONFIG, family, load, lora, moved, shapes, write
 from safetensors.torch import save_file
 
-from shadow_trl import extract_delta, graft
-from shadow_trl.checkpoints.manifest import Entry, write_manifest
+from shadow_trl import extract_delta, graft, verify
+from shadow_trl.adapters import repoint
+from shadow_trl.checkpoints.manifest import Entry, read_manifest, write_manifest
 from shadow_trl.errors import CheckpointError, ConfigError, GraftError
-from shadow_trl.operations.graft import check_graft
+from shadow_trl.operations import delta as delta_module
+from shadow_trl.operations import graft as graft_module
+from shadow_trl.operations.checks import check_graft
 
 WEIGHT = "model.layers.0.mlp.up_proj.weight"
 STEM = WEIGHT.removesuffix(".weight")
@@ -186,3 +192,73 @@ def test_the_missing_base_of_an_adapter_is_told_with_a_way_out(tmp_path):
     with pytest.raises(CheckpointError, match=r"names /gone/base as the model that it was trained on(.|\n)*--base B"):
         graft(instruct=sides["instruct"], tuned=adapter, output=tmp_path / "a", progress=False)
     assert not (tmp_path / "a").exists()
+
+
+def replace(path: Path, content: bytes) -> None:
+    path.with_name("new").write_bytes(content)
+    path.with_name("new").replace(path)
+
+
+@pytest.mark.parametrize("change", [replace, Path.write_bytes], ids=["replaced", "rewritten"])
+@pytest.mark.parametrize(
+    ("role", "name"),
+    [("base", "model.safetensors"), ("instruct", "model.safetensors"), ("tuned", "model.safetensors"),
+     ("instruct", "generation_config.json")],
+)  # fmt: skip
+def test_a_file_that_changes_while_it_is_read_is_an_error(tmp_path, monkeypatch, role, name, change):
+    sides = family(tmp_path, generation_config_DOT_json="{}")
+    path = sides[role] / name
+
+    def late(*arguments, **options):
+        found = stream(*arguments, **options)
+        change(path, path.read_bytes())
+        return found
+
+    stream = graft_module.stream
+    monkeypatch.setattr(graft_module, "stream", late)
+    for digest in ("sha256", "none"):
+        with pytest.raises(GraftError, match=rf"1 input files were replaced or written to .*\n *{path}\n"):
+            graft(**sides, output=tmp_path / "out", digest=digest, progress=False)
+        assert not (tmp_path / "out").exists()
+    monkeypatch.undo()
+    graft(**sides, output=tmp_path / "out", progress=False)
+
+
+def test_a_file_that_changes_after_its_header_was_read_is_an_error_of_a_delta_and_of_an_adapter(tmp_path, monkeypatch):
+    sides = family(tmp_path)
+    adapter = lora(tmp_path / "lora", base_model_name_or_path=str(sides["base"]))
+
+    def change_before(module, name, path):
+        def late(*arguments, **options):
+            replace(path, path.read_bytes())
+            return real(*arguments, **options)
+
+        real = getattr(module, name)
+        monkeypatch.setattr(module, name, late)
+
+    change_before(delta_module, "stream", sides["tuned"] / "model.safetensors")
+    with pytest.raises(GraftError, match="1 input files were replaced"):
+        extract_delta(base=sides["base"], tuned=sides["tuned"], output=tmp_path / "delta", progress=False)
+    change_before(repoint, "write_adapter", adapter / "adapter_model.safetensors")
+    with pytest.raises(GraftError, match="1 input files were replaced"):
+        graft(instruct=sides["instruct"], tuned=adapter, output=tmp_path / "out", format="adapter", progress=False)
+
+
+@pytest.mark.parametrize(
+    ("digest", "hashed", "said"),
+    [("sha256", hashlib.sha256, "by SHA-256: any change"), ("xxh3", xxhash.xxh3_128, "by XXH3: a change by accident"),
+     ("none", None, "no digests")],
+)  # fmt: skip
+def test_a_digest_names_its_kind_and_verify_says_what_it_finds(tmp_path, digest, hashed, said):
+    sides = family(tmp_path)
+    graft(**sides, output=tmp_path / "out", digest=digest, progress=False)
+    content = (sides["tuned"] / "model.safetensors").read_bytes()
+    wanted = hashed and {"model.safetensors": f"{digest}:{hashed(content).hexdigest()}"}
+    assert read_manifest(tmp_path / "out")["tuned"]["digests"] == wanted
+    report = verify(tmp_path / "out", progress=False)
+    assert report.same
+    assert said in report.text()
+    # The same numbers in another file, which the weights do not show.
+    tensors = load(sides["tuned"])
+    save_file(tensors, sides["tuned"] / "model.safetensors", metadata={"format": "pt", "note": "other"})
+    assert verify(tmp_path / "out", progress=False).digests == (["tuned: model.safetensors"] if hashed else [])

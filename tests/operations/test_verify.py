@@ -134,13 +134,78 @@ def test_changed_missing_and_added_files_are_named(tmp_path):
     edit(tmp_path / "out" / "config.json", lambda content: content.update(rope_theta=1.0))
     (tmp_path / "out" / "generation_config.json").unlink()
     (tmp_path / "out" / "modeling_x.py").write_text("x")
-    (tmp_path / "out" / "README.md").write_text("the card may be edited")
+    (tmp_path / "out" / "README.md").write_text("another card")
     report = check(tmp_path / "out")
     assert not report.weights
     assert report.files == [
         "generation_config.json  missing", "config.json  changed", "tokenizer_config.json  changed",
-        "modeling_x.py  not of the graft",
+        "modeling_x.py  not of the graft", "README.md  changed",
     ]  # fmt: skip
+    assert report.equal == ["chat_template.jinja", "tokenizer.json"]
+    (tmp_path / "out" / "README.md").unlink()
+    assert check(tmp_path / "out").files[-1] == "README.md  missing"
+
+
+def test_index_and_header_metadata_are_compared(tmp_path, sides):
+    run(sides, tmp_path / "out")
+    index = tmp_path / "out" / "model.safetensors.index.json"
+    whole = index.read_text()
+    edit(index, lambda content: content["metadata"].update(total_size=1))
+    assert check(tmp_path / "out").files == ["model.safetensors.index.json  changed"]
+    index.write_text(whole)
+    shard = tmp_path / "out" / "model-00001-of-00002.safetensors"
+    save_file(load_file(shard), shard, metadata={"format": "pt", "note": "y"})
+    save_file({}, tmp_path / "out" / "model-00003-of-00002.safetensors")
+    assert check(tmp_path / "out").files == [
+        f"{shard.name}  changed",
+        "model-00003-of-00002.safetensors  not of the graft",
+    ]
+
+
+@pytest.mark.parametrize("size", ["1GB", 600])
+def test_another_spread_over_files_is_another_result(tmp_path, sides, size):
+    run(sides, tmp_path / "out", max_shard_size=size)
+    assert check(tmp_path / "out").same
+    edit(tmp_path / "out" / "shadow.json", lambda content: content["options"].update(max_shard_size=None))
+    report = check(tmp_path / "out")
+    assert not report.weights
+    assert any(row.startswith("model") for row in report.files)
+
+
+FIGURES = {
+    "sigma": lambda content: content.update(sigma=content["sigma"] * 1.001),
+    "delta_norm": lambda content: content.update(delta_norm=None),
+    "realised": lambda content: content.pop("realised"),
+    "grafted": lambda content: content.update(grafted=content["grafted"] - 1),
+    "by_kind.norm.elements": lambda content: content["by_kind"]["norm"].update(elements=1),
+    "left_out": lambda content: content.update(left_out=["x"]),
+    "score": lambda content: content.update(score=99.9),
+    "options.rounds": lambda content: content["options"].update(rounds=3),
+}
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_figures_of_the_manifest_are_compared(tmp_path, name):
+    sides = family(tmp_path)
+    run(sides, tmp_path / "out")
+    edit(tmp_path / "out" / "shadow.json", FIGURES[name])
+    report = check(tmp_path / "out")
+    assert [row.split("  ")[0] for row in report.figures] == [name]
+    assert not report.same
+    assert not report.files
+    assert not report.weights
+
+
+def test_it_says_what_it_compared(tmp_path):
+    sides = family(tmp_path, LICENSE="x")
+    run(sides, tmp_path / "out")
+    text = check(tmp_path / "out").text()
+    assert "Equal are 20 weights, the figures of shadow.json and LICENSE, config.json, README.md." in text
+    assert "Not compared: warnings, versions and paths in shadow.json. The inputs were compared by" in text
+    edit(tmp_path / "out" / "shadow.json", lambda content: content.pop("card"))
+    text = check(tmp_path / "out").text()
+    assert "config.json. Not compared" in text
+    assert "README.md, of which shadow.json has no digest" in text
 
 
 def test_missing_added_and_reshaped_weights_are_named(tmp_path, sides):

@@ -118,3 +118,22 @@ def test_a_token_of_another_branch_of_the_template_is_marked(sides):
     set_rows(sides[0], {USER: torch.zeros(16)})
     (warning,) = ModelPair.open(*sides).check()
     assert "'<|user|>' (id 3) (not in a plain conversation): norm 0" in warning
+
+
+def test_a_template_token_with_the_row_of_an_added_token_outside_the_template_is_named(sides):
+    for folder in sides:
+        add_rows(folder, 2)
+        add_tokens(folder, "<|spare|>", "<|other|>", template=folder == sides[1])
+    rows = load_file(sides[0] / "model.safetensors")[EMBEDDING]
+    assert ModelPair.open(*sides).check() == []
+    set_rows(sides[0], {USER: rows[49].clone()})
+    (warning,) = ModelPair.open(*sides).check()
+    assert "1 of the 4 special tokens" in warning
+    assert "'<|user|>' (id 3): same row as '<|spare|>'" in warning
+    away = torch.randn(16)
+    set_rows(sides[0], {USER: rows[49] + 0.12 * rows[49].norm() * away / away.norm()})
+    (warning,) = ModelPair.open(*sides).check()
+    assert "'<|user|>' (id 3): 0.12 of its norm from the row of '<|spare|>'" in warning
+    # close rows are nothing special where ordinary rows are as close
+    set_rows(sides[0], {index: 1.05 * rows[index + 1] for index in range(5, 25, 2)})
+    assert ModelPair.open(*sides).check() == []

@@ -4,6 +4,7 @@ import errno
 import fcntl
 import mmap
 import os
+import shutil
 import subprocess
 import sys
 
@@ -12,7 +13,8 @@ from kills import killed_at_every_step
 
 from shadow_trl.checkpoints.manifest import write_manifest
 from shadow_trl.errors import ConfigError, GraftError, OutputExistsError
-from shadow_trl.results.folder import OutputFolder, check_place, check_space, recover
+from shadow_trl.results import folder
+from shadow_trl.results.folder import OutputFolder, Scratch, check_place, check_space, recover
 from shadow_trl.results.shard_writer import ALIGNMENT, ShardWriter
 
 
@@ -122,12 +124,114 @@ def test_parts_of_a_killed_run_are_removed_and_of_a_running_one_kept(tmp_path):
     try:
         assert process.stdout.readline() == "ready\n"
         recover(path)
-        assert len(siblings(path)) == 1
+        assert len(siblings(path)) == 2  # the part and the lock
+        with pytest.raises(OutputExistsError, match=rf"process {process.pid} on .* is writing to"):
+            make(path, "2")
+        assert len(siblings(path)) == 2
     finally:
         process.kill()
         process.wait()
     make(path, "1")
     assert siblings(path) == ["out"]
+
+
+def test_two_results_for_one_path_at_a_time_are_refused_and_the_first_stays(tmp_path):
+    path = tmp_path / "new" / "out"
+    for overwrite in (False, True):
+        with OutputFolder(path, overwrite) as first:
+            (first.part / "file").write_text("first")
+            write_manifest(first.part, {"kind": "graft"})
+            with pytest.raises(OutputExistsError, match=f"process {os.getpid()} on .* is writing"):
+                make(path, "second", overwrite=True)
+            first.commit()
+    assert (path / "file").read_text() == "first"
+    assert siblings(path) == ["out"]
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOTSUP, "no locks"), NotImplementedError("no locks")])
+@pytest.mark.parametrize("late", ["before the check", "after it"])
+def test_without_locks_the_rename_decides(tmp_path, monkeypatch, error, late):
+    def fail(self, *arguments, **options):
+        raise error
+
+    monkeypatch.setattr("filelock.FileLock.acquire", fail)
+    path = tmp_path / "out"
+
+    checked = folder.check_free
+
+    def second():
+        with OutputFolder(path) as place:
+            (place.part / "file").write_text("second")
+            if late == "before the check":
+                make_elsewhere(tmp_path / "elsewhere", path)
+            else:
+                monkeypatch.setattr(folder, "check_free", checked_early)
+            place.commit()
+
+    def checked_early(*given):
+        monkeypatch.setattr(folder, "check_free", checked)
+        checked(*given)
+        make_elsewhere(tmp_path / "elsewhere", path)
+
+    def make_elsewhere(other, path):
+        make(other, "first")
+        os.rename(other, path)
+
+    with pytest.raises(OutputExistsError):
+        second()
+    assert (path / "file").read_text() == "first"
+    assert siblings(path) == ["out"]
+
+
+def test_an_old_result_that_cannot_be_removed_is_a_warning(tmp_path, monkeypatch):
+    """As another user's: its folder can be renamed, what is in it cannot be removed."""
+    path = tmp_path / "out"
+    make(path, "old")
+    real = shutil.rmtree
+
+    def refuse(place, *arguments, **options):
+        if "shadow-old" in str(place):
+            raise PermissionError(errno.EACCES, "Permission denied", str(place))
+        real(place, *arguments, **options)
+
+    monkeypatch.setattr(shutil, "rmtree", refuse)
+    for text in ("new", "newer"):
+        with pytest.warns(UserWarning, match="could not be removed.*Remove .*shadow-old-00"):
+            make(path, text, overwrite=True)
+        assert (path / "file").read_text() == text
+    assert siblings(path) == [".out.shadow-old-000", ".out.shadow-old-001", "out"]
+    monkeypatch.undo()
+    recover(path)
+    assert siblings(path) == ["out"]
+
+
+def test_files_of_the_user_are_not_overwritten(tmp_path):
+    path = tmp_path / "out"
+    with OutputFolder(path) as place:
+        (place.part / "file").write_text("old")
+        write_manifest(place.part, {"kind": "graft", "files": ["file", "shadow.json"]})
+        place.commit()
+    (path / ".git").mkdir()
+    (path / ".git" / "HEAD").write_text("x")
+    (path / "thesis.tex").write_text("years")
+    with pytest.raises(OutputExistsError, match=r"2 files that the graft.*\n  \.git/HEAD\n  thesis\.tex\n"):
+        make(path, "new", overwrite=True)
+    assert (path / "thesis.tex").read_text() == "years"
+    assert siblings(path) == ["out"]
+
+
+def test_scratch_of_a_dead_process_goes_with_the_next(tmp_path):
+    dead = tmp_path / ".name.shadow-part-1-2"
+    dead.mkdir()
+    (dead / "weights").write_text("x")
+    with Scratch(tmp_path / "name2"):
+        assert dead.exists()
+    with Scratch(tmp_path / "name") as one:
+        assert not dead.exists()
+        with Scratch(tmp_path / "name") as other:
+            assert {one.part, other.part} == set(tmp_path.iterdir())
+        assert siblings(tmp_path / "name") == [one.part.name]
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_siblings_of_other_results_are_left_alone(tmp_path):

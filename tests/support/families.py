@@ -65,7 +65,8 @@ def write(folder: Path, weights: Mapping[str, torch.Tensor], *, shards: int = 1,
             chosen = names[number::shards]
             save_file({name: weights[name] for name in chosen}, folder / file, metadata={"format": "pt", "note": "x"})
             weight_map |= dict.fromkeys(chosen, file)
-        (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+        index = {"metadata": {"total_size": sum(value.nbytes for value in weights.values())}, "weight_map": weight_map}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     for name, text in extra.items():
         (folder / name.replace("_DOT_", ".")).write_text(text)
     return folder

@@ -61,6 +61,7 @@ def test_every_option_reaches_the_graft(tmp_path):
     assert manifest["options"] == {
         "scale": 0.5, "instruct_scale": 0.9, "modules": ["q_proj", "k_proj"], "dtype": "float16",
         "rounding": "stochastic", "seed": 3, "vocab": "strict", "untie": False, "base_dtype": "bfloat16",
+        "max_shard_size": 300,
     }  # fmt: skip
     assert manifest["tuned"]["digests"] is None
     assert manifest["sigma"] is None

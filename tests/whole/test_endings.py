@@ -21,6 +21,20 @@ def test_the_innermost_block_is_believed_unless_an_outer_one_knows_more():
     assert "inner" not in str(other.value)
 
 
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("2 keys are unknown:\n  a\n  b", "2 keys are unknown:\n  a\n  b\nNothing was written."),
+        ("invalid choice: 'x'", "invalid choice: 'x'. Nothing was written."),
+        ("no.\n  a\nGive b.", "no.\n  a\nGive b. Nothing was written."),
+    ],
+)
+def test_the_ending_is_a_sentence_of_its_own(text, shown):
+    with pytest.raises(ConfigError) as found, ends_with("Nothing was written."):
+        raise ConfigError(text)
+    assert str(found.value) == shown
+
+
 def test_without_a_block_nothing_is_claimed():
     assert str(InputError("no.")) == "no."
 

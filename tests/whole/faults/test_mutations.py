@@ -63,8 +63,8 @@ FAULTS = {
     ),
     "commit: renamed before it is synced": Fault(
         "results/folder",
-        "        for folder, _, files in os.walk(self.part, topdown=False):\n",
-        "        for folder, _, files in ():\n",
+        '        for path in (*self.part.rglob("*"), self.part):\n',
+        "        for path in ():\n",
         "results/test_folder.py::test_files_are_synced_before_the_rename",
     ),
     "count: copied weights count as grafted": Fault(

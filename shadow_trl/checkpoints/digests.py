@@ -1,0 +1,49 @@
+"""Digests of files, which name their algorithm: `sha256:<hex>`, `xxh3:<hex>`."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from pathlib import Path
+from typing import Any
+
+from ..errors import CheckpointError
+from .hub import Source
+
+
+def file_digest(path: Source, algorithm: str = "sha256") -> str:
+    """Return `algorithm:<hex>` of a file.
+
+    Args:
+        path: of the file. A large one of the hub cache is not read for SHA-256: the name of its blob is the digest.
+        algorithm: `sha256`, which nobody can forge, or `xxh3` (XXH3, 128 bits), which is many times faster.
+
+    Raises:
+        CheckpointError: an algorithm that this version does not know.
+    """
+    import xxhash
+
+    real = Path(path).resolve()
+    known: dict[str, Any] = {"sha256": hashlib.sha256, "xxh3": xxhash.xxh3_128}
+    if algorithm not in known:
+        raise CheckpointError(f"the digest of {path} is of the unknown kind {algorithm!r}. Update shadow-trl.")
+    # Names of 40 digits are those of small files under git, and no SHA-256.
+    if algorithm == "sha256" and real.parent.name == "blobs" and re.fullmatch(r"[0-9a-f]{64}", real.name):
+        return f"sha256:{real.name}"
+    with open(real, "rb") as file:
+        return f"{algorithm}:{hashlib.file_digest(file, known[algorithm]).hexdigest()}"
+
+
+def weight_digests(source: Source, below: str = ".") -> dict[str, str] | None:
+    """Return `{file name: digest}` of the weight files of a local folder, None for a hub id.
+
+    Args:
+        source: folder or hub id.
+        below: a folder in it whose weight files belong to them. Default: no other.
+    """
+    folder = Path(source).expanduser()
+    if not folder.is_dir():
+        return None
+    files = {path for place in (folder, folder / below) for path in place.glob("*.safetensors")}
+    files = files or {path for name in ("pytorch_model*.bin", "adapter_model.bin") for path in folder.glob(name)}
+    return {str(path.relative_to(folder)): file_digest(path, "xxh3") for path in sorted(files)}

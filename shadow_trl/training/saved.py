@@ -1,0 +1,87 @@
+"""TUNED before it exists: the model in memory as the run will save it. No weight is copied."""
+
+from __future__ import annotations
+
+import json
+import re
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..checkpoints.checkpoint import read_json
+from ..checkpoints.header import CODES, TensorSpec
+from ..layouts.matching import Announced
+from .loading import bare_model
+
+_WRAPPED = re.compile(r"\.(?:base_layer|original_module|token_adapter)(?=\.)")
+
+
+@contextmanager
+def as_saved(model: Any, processing_class: Any) -> Iterator[Announced]:
+    """Give the checkpoint that `model` will become, its adapter merged, with the tokenizer that trains it.
+
+    Config and tokenizer lie in a folder that is gone afterwards; names and shapes are those that saving gives.
+    """
+    bare = bare_model(model)
+    with tempfile.TemporaryDirectory(prefix="shadow-") as name:
+        folder = Path(name)
+        config = {**json.loads(bare.config.to_json_string()), "architectures": [type(bare).__name__]}
+        (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+        tokenizer = getattr(processing_class, "tokenizer", processing_class)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+        specs, trained = _weights(bare)
+        label = "the model in training"
+        yield Announced(label, None, folder, config=read_json(folder / "config.json"), specs=specs, trained=trained)
+
+
+def _weights(bare: Any) -> tuple[dict[str, TensorSpec], frozenset[str]]:
+    """Return the weights on disk, and the names of those that training changes."""
+    from transformers.core_model_loading import revert_weight_conversion
+
+    found = _in_memory(bare)
+    moving = revert_weight_conversion(bare, {name: tensor for name, (tensor, trained) in found.items() if trained})
+    saved = revert_weight_conversion(bare, {name: tensor for name, (tensor, _) in found.items()})
+    specs = {
+        name: TensorSpec(
+            CODES[str(tensor.dtype).removeprefix("torch.")], tuple(tensor.shape), Path(), None, tensor.nbytes
+        )
+        for name, tensor in saved.items()
+    }
+    return specs, frozenset(moving)
+
+
+def _in_memory(bare: Any) -> dict[str, tuple[torch.Tensor, bool]]:
+    """Return the weights below an adapter, on the meta device, and whether training changes each.
+
+    Of a tied weight one name is left, as in a file, unless an adapter changes it under one name only.
+    """
+    # PEFT's layers and wrappers keep the weight that they change as `base_layer` or `original_module`.
+    wrapped = {
+        name: module
+        for name, module in bare.named_modules()
+        if hasattr(module, "base_layer") or hasattr(module, "original_module")
+    }
+    found: dict[str, tuple[torch.Tensor, bool]] = {}
+    seen: set[tuple[int, ...]] = set()
+    for name, tensor in bare.state_dict(keep_vars=True).items():
+        plain = _WRAPPED.sub("", name)
+        above = next((module for path, module in wrapped.items() if name.startswith(f"{path}.")), None)
+        if above is not None and not _is_below(name):
+            continue  # of the adapter itself
+        added = [] if above is None else [p for key, p in above.named_parameters() if not _is_below(f".{key}")]
+        one = (id(tensor), *map(id, added))
+        ignored = name in (getattr(bare, "_keys_to_ignore_on_save", None) or ())
+        if one in seen or ignored:
+            continue
+        seen.add(one)
+        found[plain] = (tensor.detach().to("meta"), bool(added) or tensor.requires_grad)
+    return found
+
+
+def _is_below(name: str) -> bool:
+    return ".base_layer." in name or ".original_module." in name
