@@ -25,6 +25,7 @@ from ..errors import AdapterError, list_names
 from ..layouts.model_names import ModelNames
 from .kinds import NOTHING, PLAIN_STARTS, START_FOLDER, lost_start, peft_type, start_setting
 from .lora import nearest_names, no_factors
+from .repoint import read_start
 from .stored import MemoryWeights, StoredValues, may_change, module_of, read_stored
 
 # Types that PEFT sets up without a look at the weights under them: their layers are made before a weight is read.
@@ -34,20 +35,31 @@ _BLIND = frozenset({
 })  # fmt: skip
 
 
-def merge_into_base(base: Checkpoint, adapter: Checkpoint, folder: Path) -> Checkpoint:
+def merge_into_base(base: Checkpoint, adapter: Checkpoint, folder: Path) -> Overlay:
     """Return BASE with an adapter of any type merged, in BASE's layout.
 
+    DoRA starts near BASE, by the rounding of its magnitudes: what its start makes of BASE is subtracted, where it was
+    kept.
+
     Args:
-        base: what the adapter was trained on. The adapter is a delta to it as training loaded it (`loaded_in`, `tuned`
-            for the dtype of each stored value); the delta is added to BASE as stored.
+        base: what the adapter was trained on. The adapter is a delta to it as training loaded it, its layers in the
+            last of the dtypes in `loaded_in`; the delta is added to BASE as stored.
         adapter: of any PEFT type with a weight delta.
         folder: for the changed weights; made here, removed by the caller.
 
     Raises:
         AdapterError: an adapter that PEFT cannot merge, or weights of it that have no place in its base.
     """
+    start = read_start(adapter) if adapter.adapter_config.get("use_dora") else None
+    before = None if start is None else _merged_less(base, start, folder / "start", None)
+    return _merged_less(base, adapter, folder, before)
+
+
+def _merged_less(base: Checkpoint, adapter: Checkpoint, folder: Path, before: Overlay | None) -> Overlay:
+    """Return BASE with an adapter merged, less what `before`, BASE with its start merged, differs from BASE by."""
     names = ModelNames.under(base, may_change(adapter))
     weights = MemoryWeights(base, names)
+    moved = None if before is None else MemoryWeights(before, names)
     stored = read_stored(adapter, names.memory)
     result, rules = Overlay.over(base, adapter, folder), names.rules_of(base.specs)
     has_rows = any(rows is not ... for _, rows in stored.values.values())
@@ -60,13 +72,16 @@ def merge_into_base(base: Checkpoint, adapter: Checkpoint, folder: Path) -> Chec
             if name == alias or (name == other and not together):
                 (key,) = names.to_disk({alias: torch.empty(0, device="meta")}, rules)
                 result.detach(key, weights.sources(other)[0])
+        if moved is not None:
+            value = value.double() - (moved[name].double() - weights[name].double())
         result.put(names.to_disk({name: value}, rules))
 
-    as_stored = base.loaded_in in (None, "tuned")
-    loaded = weights if as_stored else MemoryWeights(base, names, getattr(torch, str(base.loaded_in)))
+    dtypes = [dtype for dtype in base.loaded_in if dtype != "tuned"]
+    loaded = MemoryWeights(base, names, getattr(torch, dtypes[-1])) if dtypes else weights
     left = dict.fromkeys(stored.values)
+    result.narrow += stored.narrow(weights)
     for name, value in _changed_by_layers(adapter, stored, loaded):
-        merged = value if as_stored else weights[name].double() + (value - loaded[name].double())
+        merged = weights[name].double() + (value - loaded[name].double()) if dtypes else value
         if name in left:
             del left[name]
             merged = merged.double() + stored.delta(name, weights)

@@ -17,14 +17,12 @@ from ..checkpoints.checkpoint import ADAPTER_CONFIG, Checkpoint
 from ..errors import AdapterError, list_names
 from ..layouts.model_names import ModelNames
 from .kinds import START_FOLDER
-from .lora import PREFIX, WEIGHTS, nearest_names, no_factors, read_lora, streams
+from .lora import PREFIX, WEIGHTS, nearest_names, read_lora, streams
 from .stored import MemoryWeights, StoredValues, may_change, module_of, read_stored
 
 
 def read_start(adapter: Checkpoint) -> Checkpoint | None:
-    """Return the adapter as it was before training, None where it was not kept or cannot be subtracted as a whole."""
-    if no_factors(adapter.specs):
-        return None
+    """Return the adapter as it was before training, None where it was not kept."""
     folders = [adapter.path / START_FOLDER]
     if adapter.path.name.startswith("checkpoint-"):
         folders.append(adapter.path.parent / START_FOLDER)
@@ -32,7 +30,7 @@ def read_start(adapter: Checkpoint) -> Checkpoint | None:
     if found is None:
         return None
     start = Checkpoint.open(str(found))
-    here, there = ({name: spec.shape for name, spec in side.specs.items()} for side in (adapter, start))
+    here, there = ({n: spec.shape for n, spec in side.specs.items() if ".lora_" in n} for side in (adapter, start))
     if here != there:
         raise AdapterError(
             f"the start of adapter {adapter} in {START_FOLDER} has other weights than the adapter: "
@@ -98,8 +96,10 @@ def write_factors(factors: Mapping[str, tuple[Tensor, Tensor]], config: Mapping[
     return Checkpoint.open(str(folder))
 
 
-def write_adapter(adapter: Checkpoint, base: Checkpoint, instruct: Checkpoint, scale: float, folder: Path) -> int:
-    """Write `adapter` into `folder` as an adapter of INSTRUCT and return the number of its modules.
+def write_adapter(
+    adapter: Checkpoint, base: Checkpoint, instruct: Checkpoint, scale: float, folder: Path
+) -> tuple[int, list[str]]:
+    """Write `adapter` into `folder` as an adapter of INSTRUCT.
 
     Args:
         adapter: of a kind without obstacles, its start already subtracted.
@@ -107,19 +107,22 @@ def write_adapter(adapter: Checkpoint, base: Checkpoint, instruct: Checkpoint, s
         instruct: the model it is for; its name and revision as the user gave them go into the config.
         scale: multiplier of the delta.
         folder: where; must exist.
+
+    Returns:
+        the number of its modules, and a line for each stored weight that is narrower than BASE's.
     """
     named = {"base_model_name_or_path": instruct.source, "revision": instruct.revision}
     _write_config(folder, {**adapter.adapter_config, **named})
     if streams(adapter, instruct):
-        stored, modules = StoredValues(adapter, others=list(adapter.specs)), len(adapter.specs) // 2
+        stored, modules, narrow = StoredValues(adapter, others=list(adapter.specs)), len(adapter.specs) // 2, []
     else:
         names, receiving = (ModelNames.under(side, may_change(adapter)) for side in (base, instruct))
         stored = read_stored(adapter, names.memory)
         origin, receiver = MemoryWeights(base, names), MemoryWeights(instruct, receiving)
-        modules = _check_modules(stored, receiver)
+        modules, narrow = _check_modules(stored, receiver), stored.narrow(origin)
     if scale == 1.0 and adapter.files[0].name == WEIGHTS and not stored.values:
         shutil.copyfile(adapter.files[0], folder / WEIGHTS)
-        return modules
+        return modules, narrow
     from safetensors.torch import save_file
 
     tensors = {}
@@ -130,7 +133,7 @@ def write_adapter(adapter: Checkpoint, base: Checkpoint, instruct: Checkpoint, s
         tensors[key] = (receiver[name][rows].double() + scale * stored.delta(name, origin)[rows]).float()
     ordered = {name: tensors[name].contiguous() for name in adapter.specs}
     save_file(ordered, folder / WEIGHTS, metadata={"format": "pt"})
-    return modules
+    return modules, narrow
 
 
 def _write_config(folder: Path, config: Mapping[str, Any]) -> None:

@@ -6,7 +6,7 @@ Names are those that a weight has in memory, as adapters have them; transformers
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import EllipsisType
 from typing import Any
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..checkpoints.checkpoint import Checkpoint
-from ..checkpoints.header import dtype_of
+from ..checkpoints.header import dtype_of, narrower
 from ..checkpoints.weight_names import is_of_tokens
 from ..errors import AdapterError, list_names
 from ..layouts.model_names import ModelNames
@@ -90,8 +90,7 @@ class StoredValues:
             AdapterError: the stored values have another shape than BASE's.
         """
         key, rows = self.values[name]
-        stored, origin, cast = self.adapter.tensor(key), base[name], base.checkpoint.cast(self.adapter.specs[key])
-        origin = (origin if cast is None else origin.to(dtype_of(cast))).double()
+        stored, origin = self.adapter.tensor(key), self._loaded(name, base).double()
         before = origin[rows]
         if stored.shape != before.shape:
             raise AdapterError(
@@ -110,13 +109,34 @@ class StoredValues:
         BASE's rows get their delta, further rows are as stored.
         """
         key, rows = self.values[name]
-        stored, origin, cast = self.adapter.tensor(key), base[name], base.checkpoint.cast(self.adapter.specs[key])
+        stored, origin, loaded = self.adapter.tensor(key), base[name], self._loaded(name, base)
         if rows is not ... or stored.shape == origin.shape or stored.shape[1:] != origin.shape[1:]:
             return None
         value, shared = stored.double(), min(len(stored), len(origin))
-        loaded = origin if cast is None else origin.to(dtype_of(cast))
         value[:shared] += origin[:shared].double() - loaded[:shared].double()
         return value
+
+    def narrow(self, base: MemoryWeights) -> list[str]:
+        """Return a line for each stored weight with fewer digits than BASE's, where no cast of BASE is known."""
+        specs = base.checkpoint.specs
+        return narrower(
+            (name, specs[source], self.adapter.specs[key])
+            for name, (key, _) in self.values.items()
+            for source in base.sources(name)[:1]
+            if not self._casts(name, base.checkpoint)
+        )
+
+    def _loaded(self, name: str, base: MemoryWeights) -> Tensor:
+        """Return weight `name` of BASE as training loaded it."""
+        found = base[name]
+        for code in self._casts(name, base.checkpoint):
+            found = found.to(dtype_of(code))
+        return found
+
+    def _casts(self, name: str, base: Checkpoint) -> tuple[str, ...]:
+        key, rows = self.values[name]
+        # PEFT keeps rows of tokens in fp32 from the first stage on; whole weights it loads in the dtype of each stage.
+        return (base if rows is ... else base.loaded(base.loaded_in[:1])).casts(self.adapter.specs[key])
 
 
 def read_stored(adapter: Checkpoint, memory: Mapping[str, Any]) -> StoredValues:
@@ -145,46 +165,6 @@ def token_rows(adapter: Checkpoint) -> dict[str, list[int] | EllipsisType]:
         elif is_of_tokens(key):
             found[key] = ...
     return found
-
-
-def without_cast(merged: Checkpoint, start: Checkpoint, base: Checkpoint) -> Iterator[tuple[str, Tensor]]:
-    """Yield the weights that an adapter changed as they would be had BASE not been rounded for the run before it.
-
-    Args:
-        merged: the full model of that run with the adapter merged, its changed weights in fp32 or wider.
-        start: the full model of that run, in the dtype that it loaded BASE in.
-        base: as stored.
-
-    Yields:
-        name on disk and `merged + base - base in start's dtype`, where that is another value.
-    """
-    elsewhere = []
-    for name, spec in merged.specs.items():
-        if spec == start.specs.get(name):
-            continue
-        if name not in base.specs or name not in start.specs:
-            elsewhere.append(name)
-            continue
-        cast = _cast_of(base.tensor(name), start.specs[name].dtype)
-        if bool(cast.any()):
-            yield name, merged.tensor(name).double() + cast
-    if not elsewhere:
-        return
-    # That run saved the weights under other names than BASE's, or the adapter made a weight of a shared one.
-    names = ModelNames(start)
-    learnt, first, origin = (MemoryWeights(side, names) for side in (merged, start, base))
-    rules = names.rules_of(merged.specs)
-    for name in names.memory:
-        if not any(source in elsewhere for source in learnt.sources(name)):
-            continue
-        cast = _cast_of(origin[name], first[name].dtype)
-        if bool(cast.any()):
-            yield from names.to_disk({name: learnt[name].double() + cast}, rules).items()
-
-
-def _cast_of(base: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return what rounding to `dtype` took from BASE's weight, float64."""
-    return base.double() - base.to(dtype).double()
 
 
 def may_change(adapter: Checkpoint) -> set[str]:

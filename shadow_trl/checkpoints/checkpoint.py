@@ -9,6 +9,7 @@ import copy
 import json
 import mmap
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -52,8 +53,10 @@ class Checkpoint:
         files: the weight files, in the order of the index.
         specs: name of each tensor on disk to its `TensorSpec`, in file order.
         headers: header of each safetensors file.
-        loaded_in: of BASE: torch name of the dtype in which training loaded it, `tuned` for that of each weight of
-            TUNED; None as stored.
+        loaded_in: of BASE: torch names of the dtypes that it went through as stage after stage of training loaded the
+            model; () as stored. `tuned` at the end stands for the dtype of each weight of TUNED: weights that are in
+            another one than the rest were left in it by every stage.
+        before: of a checkpoint with changed weights in wider dtypes: what each weight was; None where nothing changed.
         asked: revision as the user gave it, None where none was given.
         stamps: `stamp` of each weight file before it was first read.
     """
@@ -68,7 +71,8 @@ class Checkpoint:
     files: list[Path] = field(default_factory=list)
     specs: dict[str, TensorSpec] = field(default_factory=dict)
     headers: dict[Path, Header] = field(default_factory=dict)
-    loaded_in: str | None = None
+    loaded_in: tuple[str, ...] = ()
+    before: dict[str, TensorSpec] | None = None
     asked: str | None = None
     stamps: dict[Path, tuple[int, ...] | None] = field(default_factory=dict, repr=False)
     _views: dict[str, torch.Tensor] = field(default_factory=dict, repr=False)
@@ -126,15 +130,21 @@ class Checkpoint:
                 "Give the 16-bit or 32-bit checkpoint that it was made from, graft, and quantise the result."
             )
 
-    def loaded(self, dtype: str | None) -> Checkpoint:
+    def loaded(self, dtypes: Sequence[str]) -> Checkpoint:
         """Return the same checkpoint as training loaded it: a view with this `loaded_in`."""
         view = copy.copy(self)
-        view.loaded_in = dtype
+        view.loaded_in = tuple(dtypes)
         return view
 
-    def cast(self, tuned: TensorSpec) -> str | None:
-        """Return the code of the dtype in which training loaded the weight that became `tuned`; None as stored."""
-        return tuned.code if self.loaded_in == "tuned" else CODES.get(str(self.loaded_in))
+    def casts(self, tuned: TensorSpec | None) -> tuple[str, ...]:
+        """Return the codes of the dtypes that a weight of BASE went through to become `tuned`; () as stored."""
+        codes = tuple(CODES[dtype] for dtype in self.loaded_in if dtype != "tuned")
+        follows = self.loaded_in[-1:] == ("tuned",) and tuned is not None and codes[-1:] != (tuned.code,)
+        return (tuned.code,) if follows and tuned is not None else codes
+
+    def spec_before(self, name: str) -> TensorSpec | None:
+        """Return what weight `name` was before it was changed in a wider dtype; None where that is not known."""
+        return self.specs[name] if self.before is None else self.before.get(name)
 
     def tensor(self, name: str) -> torch.Tensor:
         """Return tensor `name` in its shape and dtype: a view of the mapped file, not a copy; do not write to it."""
@@ -251,12 +261,12 @@ class Place:
     Args:
         checkpoint: which checkpoint.
         name: its name there.
-        cast: code of the dtype that its elements are rounded to as they are read. Default: none, they stay as stored.
+        casts: codes of the dtypes that its elements are rounded to, in this order, as they are read. Default: none.
     """
 
     checkpoint: Checkpoint
     name: str
-    cast: str | None = None
+    casts: tuple[str, ...] = ()
 
     @property
     def spec(self) -> TensorSpec:
@@ -266,7 +276,9 @@ class Place:
     def block(self, start: int, stop: int) -> torch.Tensor:
         """Return elements `start` to `stop` of the flattened tensor: a copy where they are cast, else a view."""
         found = self.checkpoint.block(self.name, start, stop)
-        return found if self.cast is None else found.to(dtype_of(self.cast))
+        for code in self.casts:
+            found = found.to(dtype_of(code))
+        return found
 
     def tensor(self) -> torch.Tensor:
         """Return the whole tensor in its shape, read as `block` reads it."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,7 +28,8 @@ _DTYPES = {
 }  # fmt: skip
 TORCH_NAMES = {code: name for code, (_, name) in _DTYPES.items()}
 CODES = {name: code for code, (_, name) in _DTYPES.items() if name}
-FLOATS = ("F64", "F32", "F16", "BF16")
+_DIGITS = {"F64": 53, "F32": 24, "F16": 11, "BF16": 8}
+FLOATS = tuple(_DIGITS)
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,15 @@ class TensorSpec:
     def is_float(self) -> bool:
         """Whether the elements are numbers that a graft can add to (not packed, not integers)."""
         return self.code in FLOATS
+
+
+def narrower(weights: Iterable[tuple[str, TensorSpec, TensorSpec]]) -> list[str]:
+    """Return a line for each of (name, BASE's, TUNED's) where TUNED's numbers have fewer digits than BASE's."""
+    return [
+        f"{name}  base {base.code}, tuned {tuned.code}"
+        for name, base, tuned in weights
+        if base.is_float and tuned.is_float and _DIGITS[tuned.code] < _DIGITS[base.code]
+    ]
 
 
 def dtype_of(code: str) -> torch.dtype:

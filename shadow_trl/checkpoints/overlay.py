@@ -16,17 +16,19 @@ if TYPE_CHECKING:
 class Overlay(Checkpoint):
     """BASE with some weights changed, called in messages as what changed them.
 
-    A changed weight is kept in fp32 where BASE has 16 bits, else in fp64: exact enough for one rounding later.
+    A changed weight is kept in fp32 where BASE has 16 bits, else in fp64: exact enough for one rounding later. `narrow`
+    lists the weights whose change may hold what a cast of BASE took.
     """
 
     folder: Path
     before: dict[str, TensorSpec]
+    narrow: list[str]
 
     @classmethod
     def over(cls, base: Checkpoint, source: Checkpoint, folder: Path) -> Overlay:
         """Return `base` without a change yet; `folder`, for what `source` changes, is made here and not removed."""
         made = cls(source.source, source.revision, base.path, config=base.config, files=list(base.files))
-        made.specs, made.before, made.folder = dict(base.specs), dict(base.specs), folder
+        made.specs, made.before, made.folder, made.narrow = dict(base.specs), dict(base.specs), folder, []
         folder.mkdir(parents=True, exist_ok=True)
         return made
 

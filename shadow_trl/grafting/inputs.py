@@ -22,7 +22,7 @@ from ..pair.token_rows import row_count, vocabulary_of
 from .form import adapter_warnings, form_of, no_adapter_form
 from .options import GraftOptions, declared
 from .trained import Delta, Full, PlainLora
-from .tuned import SingleTuned, as_subtracted
+from .tuned import SingleTuned
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,7 @@ def open_trained(single: SingleTuned, receiver: Checkpoint, options: GraftOption
     ):
         modules = {}  # merged into BASE, whose rows it has
     needed = not modules or options.instruct_scale != 1.0 or options.rank is not None
-    base = as_subtracted(_open_base(single, needed).loaded(options.base_dtype), stages)
+    base = _open_base(single, needed).loaded(single.loaded_in)
     return PlainLora(base, learnt, stages, weights, modules) if modules else Full(base, learnt, stages, weights)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from ..checkpoints.checkpoint import Checkpoint, Place
 from ..checkpoints.delta import Zeros
-from ..checkpoints.header import CODES
+from ..checkpoints.header import CODES, narrower
 from ..errors import ConfigError, list_names
 from ..layouts.plan import resolve
 from .options import GraftOptions
@@ -127,8 +127,8 @@ def full_jobs(
         spec = home.specs[plan.instruct]
         job = WeightJob(plan.name, output_code(spec.code, options), spec.shape, Place(home, plan.instruct))
         if plan.tuned is not None:
-            end = Place(learnt, plan.tuned)
-            start = Place(origin, plan.base or plan.tuned, base.cast(end.spec))
+            casts = base.casts(learnt.spec_before(plan.tuned))
+            start, end = Place(origin, plan.base or plan.tuned, casts), Place(learnt, plan.tuned)
             job = replace(job, base=start, tuned=end, runs=runs_of(plan.rows, spec.shape))
         weights.append(job)
     grafted = [job for job in weights if job.grafted]
@@ -197,17 +197,22 @@ def check_selection(options: GraftOptions, grafted: list[str], known: list[str])
 
 def _narrower(grafted: list[WeightJob]) -> list[str]:
     """Warn when TUNED holds fewer digits than BASE as stored: the cast is then part of the delta."""
-    digits = {"F64": 53, "F32": 24, "F16": 11, "BF16": 8}
-    names = []
-    for job in grafted:
-        if job.base is None or job.tuned is None or job.base.cast is not None:
-            continue
-        ours, theirs = job.base.spec.code, job.tuned.spec.code
-        if digits[theirs] < digits[ours]:
-            names.append(f"{job.name}  base {ours}, tuned {theirs}")
-    if not names:
-        return []
-    return [
-        f"{len(names)} weights of tuned are narrower than base's: what the cast changed counts as learnt.\n"
-        f"{list_names(names)}\nIf training loaded base in tuned's dtype, pass base_dtype='tuned'."
-    ]
+    return narrow_warning(
+        narrower(
+            (job.name, job.base.spec, job.tuned.spec)
+            for job in grafted
+            if job.base is not None and job.tuned is not None and not job.base.casts
+        )
+    )
+
+
+def narrow_warning(names: list[str]) -> list[str]:
+    """Return the warning on weights of TUNED that are narrower than BASE's, where there are any."""
+    return (
+        [
+            f"{len(names)} weights of tuned are narrower than base's: what the cast changed counts as learnt.\n"
+            f"{list_names(names)}\nIf training loaded base in tuned's dtype, pass base_dtype='tuned'."
+        ]
+        if names
+        else []
+    )

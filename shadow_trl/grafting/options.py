@@ -100,6 +100,13 @@ def _modules(name: str, value: str | Sequence[str]) -> str | list[str]:
     return given if len(given) > 1 else given[0]
 
 
+def _dtypes(name: str, value: Any) -> str | list[str]:
+    """Check one dtype, or several that followed each other; a list of them stays one."""
+    names = [one_of(name, str(item).removeprefix("torch."), BASE_DTYPES)
+             for item in (value if isinstance(value, (list, tuple)) else [value])]  # fmt: skip
+    return names if isinstance(value, (list, tuple)) else names[0]
+
+
 def _option(default: Any, text: str, **known: Any) -> Any:
     return field(default=default, metadata={"option": Option(default, text, **known)})
 
@@ -152,7 +159,10 @@ class GraftOptions:
     untie: bool = _option(False, "let a tied INSTRUCT receive a head of its own", recorded=True, dense_only=True)
     digest: str = _option("sha256", "digest of the inputs, for the manifest", choices=("sha256", "xxh3", "none"))
     stats: bool = _option(True, "measure sigma, realised, noise")
-    base_dtype: str | None = _option(None, "dtype in which training loaded BASE", choices=BASE_DTYPES, recorded=True)
+    base_dtype: str | Sequence[str] | None = _option(
+        None, "dtype in which training loaded BASE; left out: what TUNED's run recorded, else that of BASE's files",
+        check=_dtypes, flags={"metavar": "|".join(BASE_DTYPES)}, recorded=True,
+    )  # fmt: skip
     rank: int | None = _option(
         None, "an adapter of this rank near a delta that has no exact one",
         check=partial(_integer, least=1), flags={"type": int, "metavar": "R"}, recorded=True,

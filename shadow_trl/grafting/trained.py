@@ -13,10 +13,21 @@ from typing import Any, ClassVar
 from ..adapters.lora import LoraModule, place_on
 from ..checkpoints.checkpoint import Checkpoint, Place
 from ..checkpoints.delta import DeltaCheckpoint
+from ..checkpoints.overlay import Overlay
 from ..checkpoints.weight_names import is_of_tokens
 from ..errors import ConfigError
 from ..layouts.plan import notice_of_rows
-from .jobs import Jobs, LowRank, WeightJob, check_selection, full_jobs, output_code, rows_to_graft, runs_of
+from .jobs import (
+    Jobs,
+    LowRank,
+    WeightJob,
+    check_selection,
+    full_jobs,
+    narrow_warning,
+    output_code,
+    rows_to_graft,
+    runs_of,
+)
 from .options import GraftOptions
 from .tuned import merged_checkpoint
 
@@ -46,7 +57,8 @@ class Full:
     @property
     def recorded(self) -> dict[str, Any]:
         """What the manifest of a graft says of TUNED beside its sides."""
-        return {} if self.weights == (1.0,) else {"tuned_weights": list(self.weights)}
+        summed = {} if self.weights == (1.0,) else {"tuned_weights": list(self.weights)}
+        return {"loaded_in": list(self.base.loaded_in), **summed}
 
     def jobs(self, instruct: Checkpoint, options: GraftOptions, scratch: Path) -> Jobs:
         """Plan the weights of a dense result; merged weights and copies in another layout go to `scratch`.
@@ -59,7 +71,9 @@ class Full:
         learnt = self.checkpoint
         if learnt.is_adapter:
             learnt = merged_checkpoint(self.base, learnt, scratch / "merged")
-        jobs = full_jobs(self.base.loaded(None), instruct, learnt, options, scratch)
+        jobs = full_jobs(self.base.loaded(()), instruct, learnt, options, scratch)
+        if isinstance(learnt, Overlay):
+            jobs.warnings.extend(narrow_warning(learnt.narrow))
         return jobs if options.instruct_scale != 1.0 else _without_unchanged(jobs)
 
 
@@ -99,7 +113,7 @@ class PlainLora(Full):
 
     def _shifted(self, instruct: Checkpoint, options: GraftOptions, scratch: Path) -> dict[str, WeightJob]:
         """Plan another instruct scale: every weight moves then, and BASE without a delta is TUNED."""
-        base = self.base.loaded(None)
+        base = self.base.loaded(())
         jobs = full_jobs(base, instruct, base, options, scratch)
         if jobs.layout is not instruct:
             raise ConfigError(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -15,16 +16,19 @@ from pathlib import Path
 from typing import Any
 
 from ..adapters.kinds import kind_of
-from ..adapters.lora import base_model_of, open_tuned, place_on, read_lora, streams
+from ..adapters.lora import base_model_of, no_factors, open_tuned, place_on, read_lora, streams
 from ..checkpoints.checkpoint import Checkpoint, Place
 from ..checkpoints.delta import refuse_deltas
+from ..checkpoints.header import TORCH_NAMES, narrower
 from ..checkpoints.hub import Source
-from ..checkpoints.manifest import as_trained, check_weights, stage_below
+from ..checkpoints.manifest import as_trained, check_weights, read_manifest, stage_below
 from ..checkpoints.overlay import Overlay
 from ..errors import AdapterError, ConfigError, list_names
 from ..results.folder import Scratch
+from .options import GraftOptions
 
 Stages = dict[str, Checkpoint]
+Dtypes = str | Sequence[str] | None
 
 
 @dataclass(frozen=True)
@@ -36,16 +40,18 @@ class SingleTuned:
         checkpoint: TUNED.
         stages: what it was made of, by role (`start`, `tuned`, `tuned_2`); empty where it is one as stored.
         weights: weight of each delta that it is the sum of.
+        loaded_in: dtypes that BASE went through in training, see `Checkpoint.loaded_in`.
     """
 
     base: Source | None
     checkpoint: Checkpoint
     stages: Stages = field(default_factory=dict)
     weights: tuple[float, ...] = (1.0,)
+    loaded_in: tuple[str, ...] = ()
 
 
 @contextmanager
-def one_tuned(base: Source | None, tuned: Any, target: Path, base_dtype: str | None = None) -> Iterator[SingleTuned]:
+def one_tuned(base: Source | None, tuned: Any, target: Path, base_dtype: Dtypes = None) -> Iterator[SingleTuned]:
     """Give TUNED of a graft as a single checkpoint.
 
     An adapter trained on the full model of an earlier run is merged into that first: its delta is
@@ -58,7 +64,7 @@ def one_tuned(base: Source | None, tuned: Any, target: Path, base_dtype: str | N
         refuse_deltas(tuned=source)
     if len(sources) == 1 and sources[0][1] == 1.0 and not _needs_scratch(sources[0][0], base):
         learnt = _open(sources[0][0])
-        yield SingleTuned(as_trained(base, learnt.path), learnt)
+        yield SingleTuned(as_trained(base, learnt.path), learnt, loaded_in=loaded_in(learnt, base_dtype))
         return
     with Scratch(target) as scratch:
         found = [
@@ -75,10 +81,33 @@ def one_tuned(base: Source | None, tuned: Any, target: Path, base_dtype: str | N
         if len(found) == 1 and found[0].weights == (1.0,):
             yield found[0]
         else:
-            yield _summed(found, scratch.part / "sum", base_dtype)
+            yield _summed(found, scratch.part / "sum")
 
 
-def merged_checkpoint(base: Checkpoint, adapter: Checkpoint, folder: Path) -> Checkpoint:
+def loaded_in(tuned: Checkpoint, given: Dtypes = None) -> tuple[str, ...]:
+    """Return the dtypes that BASE went through to become `tuned`: those `given`, else those that its run recorded.
+
+    Runs of version 0.1.0 recorded none: they loaded BASE in the dtype of each weight of TUNED. Of an adapter the stages
+    that trained it are meant, not those of the full model under it.
+    """
+    if given is not None:
+        return (given,) if isinstance(given, str) else tuple(given)
+    manifest = read_manifest(tuned.path)
+    if manifest is None or manifest["kind"] != "run":
+        return ()
+    recorded = GraftOptions(base_dtype=manifest.get("loaded_in", [])).base_dtype
+    return (*(recorded or ()), "tuned")
+
+
+def loaded_like(tuned: Checkpoint, dtypes: tuple[str, ...]) -> tuple[str, ...]:
+    """Return `dtypes`; before `tuned` alone, with the dtype that most of the full values in `tuned` have."""
+    sizes: Counter[str] = Counter()
+    for name in no_factors(tuned.specs) if dtypes == ("tuned",) else ():
+        sizes[TORCH_NAMES[tuned.specs[name].code]] += tuned.specs[name].numel
+    return (*(dtype for dtype, _ in sizes.most_common(1)), *dtypes)
+
+
+def merged_checkpoint(base: Checkpoint, adapter: Checkpoint, folder: Path) -> Overlay:
     """Return BASE with an adapter merged, what it changes in fp32 or wider.
 
     Args:
@@ -107,7 +136,7 @@ def _needs_scratch(source: Source, base: Source | None) -> bool:
     learnt = open_tuned(source)
     if not learnt.is_adapter:
         return False
-    if kind_of(learnt.adapter_config).subtracted:
+    if _is_less_start(learnt):
         from ..adapters.repoint import read_start
 
         if read_start(learnt) is not None:
@@ -115,44 +144,36 @@ def _needs_scratch(source: Source, base: Source | None) -> bool:
     return stage_below(learnt.path, None if base is None else str(base)) is not None
 
 
-def as_subtracted(base: Checkpoint, stages: Stages) -> Checkpoint:
-    """Return BASE as it is subtracted from a TUNED that is made of `stages`.
-
-    An adapter's training loaded the full model of the run before, not BASE: that run saved its weights in the dtype
-    that it had loaded BASE in.
-    """
-    return base.loaded("tuned") if base.loaded_in is not None and "start" in stages else base
+def _is_less_start(adapter: Checkpoint) -> bool:
+    """Whether the delta is the adapter's product less that of its start."""
+    return kind_of(adapter.adapter_config).subtracted and not no_factors(adapter.specs)
 
 
-def _on_base(base: Source | None, source: Source, weight: float, scratch: Path, base_dtype: str | None) -> SingleTuned:
+def _on_base(base: Source | None, source: Source, weight: float, scratch: Path, base_dtype: Dtypes) -> SingleTuned:
     """Return one source: merged into its start, less its start, or as it is."""
     learnt = _open(source)
     base = as_trained(base, learnt.path)
+    dtypes, weights = loaded_in(learnt, base_dtype), (weight,)
     if not learnt.is_adapter:
-        return SingleTuned(base, learnt, {"tuned": learnt}, (weight,))
+        return SingleTuned(base, learnt, {"tuned": learnt}, weights, dtypes)
     tuned = learnt
-    if kind_of(learnt.adapter_config).subtracted:
+    if _is_less_start(learnt):
         from ..adapters.repoint import less_start, read_start
 
         start = read_start(learnt)
         tuned = learnt if start is None else less_start(learnt, start, scratch / "less-start")
     below = stage_below(learnt.path, None if base is None else str(base))
     if below is None:
-        return SingleTuned(base if base is not None else base_model_of(learnt), tuned, {"tuned": learnt}, (weight,))
-    first = Checkpoint.open(below[0]).loaded(base_dtype)
-    merged = merged_checkpoint(first, tuned, scratch / "merged")
-    if base_dtype is not None:
-        from ..adapters.stored import without_cast
-
-        # Merged weights are wider than the start's, and no longer tell in which dtype BASE was loaded for them.
-        plain = Overlay.over(merged, learnt, scratch / "plain")
-        for name, value in without_cast(merged, first, Checkpoint.open(below[1])):
-            plain.put({name: value})
-        merged = plain
-    return SingleTuned(below[1], merged, {"start": first, "tuned": learnt}, (weight,))
+        home = base if base is not None else base_model_of(learnt)
+        return SingleTuned(home, tuned, {"tuned": learnt}, weights, dtypes)
+    first = Checkpoint.open(below[0])
+    merged = merged_checkpoint(first.loaded(dtypes), tuned, scratch / "merged")
+    # The run before has recorded in which dtype it loaded BASE; else its weights tell.
+    before = (loaded_in(first) or ("tuned",)) if dtypes else ()
+    return SingleTuned(below[1], merged, {"start": first, "tuned": learnt}, weights, loaded_like(first, before))
 
 
-def _summed(parts: Sequence[SingleTuned], scratch: Path, base_dtype: str | None) -> SingleTuned:
+def _summed(parts: Sequence[SingleTuned], scratch: Path) -> SingleTuned:
     """Return the weighted sum of several: plain LoRAs as one of higher rank, others as BASE with changed weights."""
     origin = parts[0].base
     stages = {
@@ -167,18 +188,19 @@ def _summed(parts: Sequence[SingleTuned], scratch: Path, base_dtype: str | None)
     elif origin is None:
         raise ConfigError("base is missing: the deltas of full checkpoints are measured from it.")
     else:
-        total = _summed_on(Checkpoint.open(origin).loaded(base_dtype), parts, scratch)
+        total = _summed_on(Checkpoint.open(origin), parts, scratch)
     return SingleTuned(origin, total, stages, tuple(part.weights[0] for part in parts))
 
 
 def _summed_on(base: Checkpoint, parts: Sequence[SingleTuned], scratch: Path) -> Checkpoint:
-    """Return `base + sum of weight * (tuned - base)`; an adapter's delta is to BASE as training loaded it."""
-    full = []
+    """Return `base + sum of weight * (tuned - base)`; each delta is to BASE as that part's training loaded it."""
+    full, narrow = [], []
     for number, part in enumerate(parts):
-        side, start = part.checkpoint, as_subtracted(base, part.stages)
+        side, start = part.checkpoint, base.loaded(part.loaded_in)
         if side.is_adapter:  # what a merged adapter adds, it adds to BASE as stored
-            side, start = merged_checkpoint(base, side, scratch / str(number)), base.loaded(None)
+            side, start = merged_checkpoint(start, side, scratch / str(number)), base
         full.append((side, start, part.weights[0]))
+        narrow += side.narrow if isinstance(side, Overlay) else []
     strange = [f"{name}  {side}" for side, _, _ in full for name in side.specs.keys() ^ base.specs.keys()]
     if strange:
         raise AdapterError(
@@ -190,10 +212,12 @@ def _summed_on(base: Checkpoint, parts: Sequence[SingleTuned], scratch: Path) ->
     total = Overlay.over(base, full[0][0], scratch / "changed")
     for name in changed:
         value = base.tensor(name).double()
-        for side, loaded, weight in full:
-            origin = Place(loaded, name, loaded.cast(side.specs[name])).tensor().double()
-            value = value + weight * (side.tensor(name).double() - origin)
+        for side, start, weight in full:
+            origin = Place(start, name, start.casts(side.spec_before(name)))
+            narrow += [] if origin.casts else narrower([(name, origin.spec, side.specs[name])])
+            value = value + weight * (side.tensor(name).double() - origin.tensor().double())
         total.put({name: value})
+    total.narrow = list(dict.fromkeys(narrow))
     return total
 
 

@@ -254,6 +254,7 @@ def normalise(checkpoint: Checkpoint, folder: Path, *, names: ModelNames, like: 
     (folder / "config.json").write_text(json.dumps(checkpoint.config), encoding="utf-8")
     _write_shards(_converted(names, checkpoint, rules, blocks), folder)
     result = Checkpoint.open(str(folder))
+    result.before = checkpoint.before
     announced, written = ({(name, spec.shape) for name, spec in found.items()} for found in (wanted, result.specs))
     other = sorted({name for name, _ in announced ^ written})
     if other:

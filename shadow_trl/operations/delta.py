@@ -32,7 +32,7 @@ from ..grafting.tuned import one_tuned
 from ..results.cards import write_delta_card
 from ..results.check import check_result
 from ..results.copied import copied_files, copy_files
-from ..results.folder import OutputFolder, check_free, check_place, check_space, recover
+from ..results.folder import OutputFolder, check_free, check_place, check_space, files_in, recover
 from ..runtime.progress import Progress
 from .graft import check_finite
 from .truncate import truncated
@@ -177,7 +177,7 @@ def _write_adapter(
         found.write(part, inputs.instruct)
         report = DeltaReport(
             target, "adapter", len(found.factors), options.dtype, delta_norm=math.sqrt(found.total), rank=rank,
-            kept=found.kept, modules=found.modules, lost=found.lost, warnings=found.warnings,
+            kept=found.kept, modules=found.modules, lost=found.lost, warnings=[*jobs.warnings, *found.warnings],
         )  # fmt: skip
         shutil.rmtree(scratch, ignore_errors=True)
         facts = {"left_out": jobs.left_out}
@@ -207,7 +207,7 @@ def _finish(
     chosen = {"dtype": options.dtype, "base_dtype": options.base_dtype, "rank": report.rank}
     named = {role: vars(entry) for role, entry in sides.items()}
     content = {"kind": "delta", **named, "options": chosen, **facts, **found}
-    write_manifest(part, content)
     write_delta_card(part, content)
+    write_manifest(part, {**content, "files": files_in(part)})
     reader = DeltaCheckpoint if report.form == "delta" else Checkpoint
     check_result(part, report.output, small, inputs.instruct.path, reader=reader)

@@ -21,7 +21,7 @@ from ..errors import ConfigError, GraftError, ends_with, list_names
 from ..grafting.files import main_dtype, plan_files, write_index
 from ..grafting.form import is_local
 from ..grafting.inputs import Digests, Inputs, open_delta, open_tuned_inputs, other_base
-from ..grafting.jobs import check_rounding
+from ..grafting.jobs import check_rounding, narrow_warning
 from ..grafting.options import GraftOptions
 from ..grafting.reports import GraftReport, graft_figures, graft_warnings
 from ..grafting.stream import Outcome, stream
@@ -30,7 +30,7 @@ from ..grafting.tuned import one_tuned
 from ..results.cards import write_model_card
 from ..results.check import check_result
 from ..results.copied import copied_files, copy_files, write_config
-from ..results.folder import OutputFolder, check_free, check_place, check_space, recover
+from ..results.folder import OutputFolder, check_free, check_place, check_space, files_in, recover
 from ..runtime.progress import Progress
 from .truncate import truncated
 
@@ -90,8 +90,9 @@ def graft(
         digest: of the input files, for the manifest: `sha256` (default), `xxh3` (faster, shows no forgery) or `none`.
         stats: whether to measure sigma, realised and noise. Default True.
         base_dtype: dtype in which training loaded BASE, which is rounded to it before subtracting; `tuned` for the
-            dtype of each weight of TUNED. Default: as on disk. Of an adapter on the full model of an earlier run: dtype
-            in which its training loaded that model, whose own weights tell in which dtype BASE was loaded for them.
+            dtype of each weight of TUNED; several, if one stage of training followed another, in their order (none: as
+            on disk). Default: what TUNED's run recorded, else as on disk. Of an adapter on the full model of an earlier
+            run: dtype in which its training loaded that model, whose own record, or weights, tell of BASE.
         rank: write the nearest LoRA of this rank for an adapter that has no exact form; the report has its error.
         progress: whether to show a bar on a terminal. Default True.
 
@@ -181,13 +182,14 @@ def _write_adapter_form(inputs: Inputs, part: Path, target: Path, options: Graft
         found = truncated(jobs, base, options.rank, target, progress=progress)
         adapter = found.write(scratch / "lora", base)
         notes.append(f"the adapter is the rank-{options.rank} part of the delta: relative error {found.error:.3g}.")
-        notes += found.warnings
+        notes += [*jobs.warnings, *found.warnings]
     elif isinstance(inputs.tuned, PlainLora):
         place_on(inputs.tuned.modules, adapter, inputs.instruct)
     small = copied_files(inputs.instruct, adapter=True)
     check_space(target, 2 * sum(path.stat().st_size for path in (*small, *adapter.files)))
     with Digests(inputs.sides, small, options) as digests:
-        modules = write_adapter(adapter, base, inputs.instruct, options.scale, part)
+        modules, narrow = write_adapter(adapter, base, inputs.instruct, options.scale, part)
+        notes += narrow_warning(narrow)
         shutil.rmtree(scratch, ignore_errors=True)
         copy_files(small, inputs.instruct, part)
         if is_local(inputs.instruct):
@@ -218,7 +220,7 @@ def _write_provenance(
     facts = {"options": options.to_dict(), "left_out": left_out, **found}
     content = {"kind": "graft", **inputs.tuned.recorded, **named, **facts}
     card = write_model_card(part, content, adapter=report.form == "adapter")
-    write_manifest(part, {**content, "card": file_digest(card)})
+    write_manifest(part, {**content, "card": file_digest(card), "files": files_in(part)})
 
 
 def check_finite(outcome: Outcome) -> None:

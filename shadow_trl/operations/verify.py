@@ -30,7 +30,7 @@ from .graft import graft
 
 _CARD = "README.md"
 # What of the manifest is no figure: facts about the files, prose, and what the graft is made again from.
-_NO_FIGURES = {"kind", "format", "versions", "card", "options", "warnings", "dense_because"}
+_NO_FIGURES = {"kind", "format", "versions", "card", "files", "options", "warnings", "dense_because"}
 _FIGURE_TOLERANCE = 1e-6
 """Sums of another processor or torch may add up in another order."""
 
@@ -139,11 +139,17 @@ def verify(
         made, recorded = scratch.part / "graft", manifest["options"]
         options = {name: recorded[name] for name, option in declared().items() if option.recorded and name in recorded}
         options["format"] = manifest["form"]
+        unrecorded = "tuned" in sides and "loaded_in" not in manifest  # by 0.1.0, which then subtracted BASE as stored
+        if unrecorded and options.get("base_dtype") is None:
+            options["base_dtype"] = ()
         measured = bool(manifest.get("by_kind") or manifest.get("delta_norm") is not None)
         report = graft(**sides, output=made, **options, digest="none", stats=measured, progress=progress)
         again = Checkpoint.open(made)
         weights, (equal, files) = _other_weights(there, again), _other_files(there, again)
-        figures = _other_figures(manifest, read_manifest(made) or {})
+        remade = read_manifest(made) or {}
+        if unrecorded:
+            del remade["loaded_in"]
+        figures = _other_figures(manifest, remade)
     left = [f"warnings, versions and paths in {MANIFEST_NAME}", *_compare_card(there, manifest, equal, files)]
     if "max_shard_size" not in recorded:  # by 0.1.0
         left.append("which file holds which weight, the index and the metadata of headers, as the size is not recorded")

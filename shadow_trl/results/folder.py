@@ -123,10 +123,8 @@ class OutputFolder(Scratch):
         Raises:
             OutputExistsError: something has come to be at the path since the work began. It stays as it is.
         """
-        for folder, _, files in os.walk(self.part, topdown=False):
-            for name in files:
-                sync(Path(folder, name))
-            sync(Path(folder))
+        for path in (*self.part.rglob("*"), self.part):
+            sync(path)
         check_free(self.path, self.overwrite, self.kind)
         old = _free_old(self.path)
         if self.overwrite and self.path.exists():
@@ -208,7 +206,8 @@ def check_free(path: Path, overwrite: bool, kind: str = "graft") -> None:
             "Choose another output or remove it yourself."
         )
     # Version 0.1.0 did not record which files it wrote.
-    others = _files(path) - set(manifest.get("files") or _files(path))
+    known = manifest.get("files")
+    others = set(files_in(path)) - {*known, MANIFEST_NAME} if known is not None else set()
     if others:
         raise OutputExistsError(
             f"{path} holds {len(others)} files that the {kind} in it did not write, which overwriting would remove.\n"
@@ -290,8 +289,9 @@ def _siblings(path: Path, kind: str) -> Iterator[Path]:
     return path.parent.glob(f".{glob.escape(path.name)}.{kind}*")
 
 
-def _files(folder: Path) -> set[str]:
-    return {str(path.relative_to(folder)) for path in folder.rglob("*") if not path.is_dir() or path.is_symlink()}
+def files_in(folder: Path) -> list[str]:
+    """Return the paths of all files in `folder`, relative to it, sorted."""
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if not path.is_dir() or path.is_symlink())
 
 
 def sync(path: Path) -> None:

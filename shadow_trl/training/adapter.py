@@ -1,7 +1,7 @@
 """What stands beside the adapter in training: its start, and TRL's frozen copy of it.
 
 The delta of PiSSA, CorDA and others is what the adapter became less what it was: with the start beside it, the graft
-needs no weight of BASE and has an exact adapter form.
+needs no weight of BASE and has an exact adapter form. DoRA starts near BASE: its start is subtracted too.
 """
 
 from __future__ import annotations
@@ -33,8 +33,13 @@ def start_of(model: Any) -> dict[str, Tensor] | None:
     if not is_adapted(model):
         return None
     name = model.active_adapters[0]
-    start = start_setting(model.peft_config[name].to_dict())
-    if not is_subtracted(start):
+    config = model.peft_config[name].to_dict()
+    start = start_setting(config)
+    # The magnitudes of a DoRA are rounded; of one that was trained before, its start is no longer known.
+    dora = config.get("use_dora") and not any(
+        bool(value.any()) for key, value in model.named_parameters() if f".lora_B.{name}." in key
+    )
+    if not (is_subtracted(start) or dora):
         return None
     from peft import get_peft_model_state_dict
 
@@ -86,11 +91,9 @@ def write_start(folder: Path, model: Any, start: dict[str, Tensor] | None, earli
     """
     target = folder / START_FOLDER
     shutil.rmtree(target, ignore_errors=True)
-    if start is None:
-        return
-    if earlier is not None:
-        if (Path(earlier) / START_FOLDER).is_dir():
-            shutil.copytree(Path(earlier) / START_FOLDER, target)
+    if earlier is not None and (Path(earlier) / START_FOLDER).is_dir():
+        shutil.copytree(Path(earlier) / START_FOLDER, target)
+    if start is None or earlier is not None:
         return
     from safetensors.torch import save_file
 

@@ -12,6 +12,7 @@ from accelerate.utils import is_peft_model
 
 from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.manifest import Entry
+from ..grafting.tuned import loaded_in, loaded_like
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -65,6 +66,14 @@ class Loading:
             how = {"revision": model.revision or "main", "trust_remote_code": self.args.trust_remote_code}
             dtype = AutoConfig.from_pretrained(model.source, **how).dtype or "float32"
         return replace(self, kwargs={"dtype": dtype})
+
+
+def dtypes_before(source: str | None) -> list[str]:
+    """Return the dtypes in which the stages of training that made `source` loaded their models; [] where it is None."""
+    if source is None:
+        return []
+    checkpoint = Checkpoint.open(source)
+    return [name for name in loaded_like(checkpoint, loaded_in(checkpoint) or ("tuned",)) if name != "tuned"]
 
 
 def load_adapter(adapter: str, model: PreTrainedModel, *, trainable: bool) -> PeftModel:

@@ -41,7 +41,7 @@ from .adapter import (
 )
 from .config import ShadowArguments
 from .evaluation import GraftedEvaluation
-from .loading import bare_model, load_adapter, reload_converted
+from .loading import bare_model, dtypes_before, load_adapter, reload_converted
 from .origins import Start, check_unchanged
 from .preflight import (
     GRAFTED_FOLDER,
@@ -166,21 +166,11 @@ class ShadowMixin(GraftedEvaluation):
                 instruct=instruct,
                 tuned=tuned,
                 output=output,
-                base_dtype=self._loaded_dtype,
                 progress=not self.args.disable_tqdm,
                 **{**self.args.graft_options(), **changes},
             )
 
         return run_on_main(self.accelerator, write, what="the graft")
-
-    @property
-    def _loaded_dtype(self) -> str:
-        """The dtype the model under training was loaded in: a cast on loading is no part of the delta.
-
-        Full weights are saved in it; an adapter's own values are fp32 whatever is under them.
-        """
-        dtype = str(bare_model(self.model).dtype).removeprefix("torch.")
-        return dtype if self._start.adapter is not None and dtype in BASE_DTYPES else "tuned"
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         super()._save_checkpoint(model, trial)
@@ -234,8 +224,9 @@ class ShadowMixin(GraftedEvaluation):
             self._check_graft(config, given)
         if config.eval_grafted:
             check_evaluated(start)
-        if grafts and start.in_memory and start.adapter is None and not start.base_named:
-            check_unchanged(start.model, start.base)
+        has_adapter = start.adapter is not None
+        if start.is_compared and not (has_adapter and start.is_quantised):
+            check_unchanged(start.model, start.origins.policy or start.base, adapter=has_adapter)
 
     def _check_graft(self, config: Any, given: Mapping[str, Any]) -> None:
         start = self._start
@@ -314,9 +305,10 @@ class ShadowMixin(GraftedEvaluation):
     @cached_property
     def _manifest(self) -> dict[str, Any]:
         # Digests of whole models are worked out once a run.
-        origins = self.origins
+        start, origins = self._start, self.origins
         base = origins.base and origins.base.recorded()
         method = getattr(bare_model(self.model), "quantization_method", None)
+        dtypes = [*dtypes_before(start.stage), str(bare_model(self.model).dtype).removeprefix("torch.")]
         return {
             "kind": "run",
             "trainer": type(self).__name__,
@@ -325,6 +317,7 @@ class ShadowMixin(GraftedEvaluation):
             "policy": base if origins.policy == origins.base else origins.policy and origins.policy.recorded(),
             "adapter": {"source": origins.adapter} if origins.adapter else None,
             "ref_policy": getattr(self.args, "ref_policy", None),
+            "loaded_in": [dtype for dtype in dtypes if dtype in BASE_DTYPES],  # not that of a quantised model
             "options": self.args.graft_options(),
             **({"quantised": str(getattr(method, "value", method))} if method is not None else {}),
         }

@@ -6,11 +6,13 @@ All of it is known from the trainer's arguments and the manifest of an earlier r
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from trl.trainer.utils import get_config_model_id
 
 from ..checkpoints.checkpoint import ADAPTER_CONFIG, Checkpoint, read_json
@@ -21,6 +23,8 @@ from .loading import Loading, bare_model, is_adapted
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+_BELOW = re.compile(r"\.(?:token_adapter\.)?(?:base_layer|original_module)(?=\.)")
 
 _WAYS_OUT = (
     "Save the model first (model.save_pretrained(folder)) and pass model=folder, or name the origin of the delta with "
@@ -147,24 +151,37 @@ def require_instruct(origins: Origins) -> Entry:
     return origins.instruct
 
 
-def check_unchanged(model: PreTrainedModel, source: Entry) -> None:
-    """Check that a loaded model still has the weights of `source`, cast to its dtype: the delta is measured from there.
+def check_unchanged(model: PreTrainedModel, source: Entry, *, adapter: bool) -> None:
+    """Check that a loaded model still has the weights of `source`, cast to its dtype.
+
+    The delta of a full model is measured from there; an `adapter` is taken to have been trained on it.
 
     Raises:
         InputError: the model has weights that differ from those of `source`.
     """
-    fresh = type(model).from_pretrained(source.source, revision=source.revision or "main", dtype=model.dtype)
-    known, state = fresh.state_dict(), model.state_dict()
+    bare = bare_model(model)
+    with torch.random.fork_rng():
+        fresh = type(bare).from_pretrained(source.source, revision=source.revision or "main", dtype=bare.dtype)
+    known, state = fresh.state_dict(), dict(bare.state_dict())
+    if is_adapted(model):
+        # What an adapter trains is its own, and stored with it; the rest has a name of its own under it.
+        own = {name for name, parameter in bare.named_parameters() if parameter.requires_grad}
+        below = {_BELOW.sub("", name): value for name, value in state.items() if name not in own}
+        state = {name: below.get(name, value) for name, value in known.items()}
     changed = [
         f"{name}: {tuple(known[name].shape) if name in known else 'absent'} in {source}, "
         f"{tuple(state[name].shape) if name in state else 'absent'} in memory"
         for name in sorted(known.keys() | state.keys())
         if name not in known or name not in state or not known[name].equal(state[name].to(known[name].device))
     ]
+    what, ways_out = "from which the delta would be measured", _WAYS_OUT
+    if adapter:
+        what = "the model that the saved adapter would name"
+        ways_out = "Save it (model.save_pretrained(folder)) and pass model=folder, with base_model=... naming BASE."
     if changed:
         raise InputError(
             f"the model was changed after it was loaded: {len(changed)} of {len(state)} weights differ from those of "
-            f"{source}, from which the delta would be measured.\n{list_names(changed)}\n{_WAYS_OUT}"
+            f"{source}, {what}.\n{list_names(changed)}\n{ways_out}"
         )
 
 
@@ -224,6 +241,19 @@ class Start:
     def is_free(self) -> bool:
         """Whether the model may hold anything: an object whose origin was named is not compared with that origin."""
         return self.in_memory and self.base_named
+
+    @property
+    def is_compared(self) -> bool:
+        """Whether an object must hold what its name stands for: the delta's origin, or the model under an adapter."""
+        grafts = self.loading.args.graft or self.loading.args.eval_grafted
+        return self.in_memory and grafts and (self.adapter is not None or not self.base_named)
+
+    @property
+    def stage(self) -> str | None:
+        """What an earlier stage trained and this one trains further: an adapter, or a full model."""
+        if self.origins.adapter is not None or self.adapter is not None:
+            return self.origins.adapter
+        return None if self.origins.policy in (None, self.origins.base) else str(self.origins.policy)
 
     @property
     def is_raw_base(self) -> bool:

@@ -80,6 +80,11 @@ def check_adapter(start: Start, *, grafts: bool) -> None:
         AdapterError: it changes no weight, its start cannot be known, or loading it makes another model than the one
             that was trained.
     """
+    if grafts and getattr(start.model, "_hf_peft_config_loaded", False):
+        raise AdapterError(
+            "the model in memory has an adapter that was added by transformers (add_adapter, load_adapter) and not by "
+            "peft. Pass the model without it and the settings as peft_config, or the adapter's folder as model."
+        )
     if start.adapter is None:
         return
     setting = start_setting(start.adapter)
@@ -95,6 +100,13 @@ def check_adapter(start: Start, *, grafts: bool) -> None:
         raise AdapterError(
             "the model in memory has no name, so a graft could not find the weights that the adapter is trained on. "
             "Save it (model.save_pretrained(folder)) and pass model=folder."
+        )
+    if is_adapted(start.model) and start.model.active_adapters != ["default"]:
+        raise AdapterError(
+            "the adapter called `default` is the one that is grafted, and the model in memory has other active "
+            f"adapters: {', '.join(start.model.active_adapters) or 'none'} (of {', '.join(start.model.peft_config)}). "
+            "Save the one that is to be trained (save_pretrained(folder, selected_adapters=[name])) and load it alone: "
+            "PeftModel.from_pretrained(base, folder/name, is_trainable=True)."
         )
     check_has_delta(start.adapter)
     if is_adapted(start.model) and is_subtracted(setting):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -22,7 +23,7 @@ from ..grafting.options import GraftOptions
 from ..layouts.model_names import ModelNames
 from ..operations.graft import graft
 from ..runtime.processes import run_on_main
-from .loading import Loading, bare_model, is_adapted
+from .loading import Loading, bare_model, dtypes_before, is_adapted
 from .origins import Start
 
 if TYPE_CHECKING:
@@ -40,12 +41,17 @@ class Reference:
     """What a reference policy is loaded from.
 
     Args:
-        source: folder or hub id.
+        source: folder or hub id; None for a copy of the object that training starts from.
         grafted: whether it is `source`, an INSTRUCT, with the delta that training starts from.
     """
 
-    source: Entry
+    source: Entry | None
     grafted: bool = False
+
+    @property
+    def of_object(self) -> bool:
+        """Whether it needs what training starts from, which of an object is known before training alone."""
+        return self.grafted or self.source is None
 
     @classmethod
     def of(cls, start: Start, policy: str) -> Reference | None:
@@ -54,8 +60,8 @@ class Reference:
         if policy == "init" or (policy == "base" and start.is_raw_base):
             # TRL's reference is the model without its adapter: with PiSSA or OLoRA not what training starts from.
             subtracted = start.adapter is not None and is_subtracted(start_setting(start.adapter))
-            if subtracted and origins.adapter is None and origins.policy is not None:
-                return cls(origins.policy)
+            if subtracted and origins.adapter is None and not is_adapted(start.model):
+                return cls(None if start.in_memory and not start.is_compared else origins.policy)
             return None
         if policy == "base":
             return cls(start.base)
@@ -64,8 +70,8 @@ class Reference:
         return cls(start.instruct, grafted)
 
 
-def load_reference(source: Entry, *, loading: Loading) -> PreTrainedModel:
-    """Load the model in `source` as a frozen reference policy, in the way the policy was loaded.
+def load_reference(source: Entry | PreTrainedModel, *, loading: Loading) -> PreTrainedModel:
+    """Load the model in `source` as a frozen reference policy, in the way the policy was loaded; of an object, copy it.
 
     Returns:
         the model in evaluation mode, without dropout where the policy trains without it, no parameter requiring a
@@ -73,7 +79,7 @@ def load_reference(source: Entry, *, loading: Loading) -> PreTrainedModel:
     """
     from trl.trainer.utils import disable_dropout_in_model
 
-    model = loading.load(source)
+    model = loading.load(source) if isinstance(source, Entry) else copy.deepcopy(source)
     if loading.args.disable_dropout:
         disable_dropout_in_model(model)
     return model.eval().requires_grad_(False)
@@ -113,8 +119,9 @@ def _write_graft_of_start(start: Start, folder: Path) -> str:
     options = {**start.loading.args.graft_options(), "format": "model", "dtype": dtype}
     if dtype == "float32":
         options["rounding"] = "nearest"  # nothing is rounded to 16 bits
-    tuned = start.origins.adapter or str(start.origins.policy)
+    tuned, dtypes = start.origins.adapter or str(start.origins.policy), dtypes_before(start.stage)
     if start.in_memory:
+        dtypes.append(dtype)
         tuned = str(folder / "start")
         start.model.save_pretrained(tuned)
     report = graft(
@@ -122,7 +129,7 @@ def _write_graft_of_start(start: Start, folder: Path) -> str:
         instruct=str(start.instruct),
         tuned=tuned,
         output=folder / "grafted",
-        base_dtype="tuned",
+        base_dtype=[*dtypes, "tuned"],
         digest="none",
         stats=False,
         progress=False,

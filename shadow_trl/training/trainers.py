@@ -45,7 +45,7 @@ class ShadowDPOTrainer(ShadowMixin, DPOTrainer):
 
     _config_class = ShadowDPOConfig
     _reference: Reference | None
-    _graft_of_object: PreTrainedModel | None
+    _of_object: PreTrainedModel | None
     _tag_names: ClassVar[list[str]] = [*DPOTrainer._tag_names, "shadow-ft"]  # type: ignore[misc]
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -54,7 +54,7 @@ class ShadowDPOTrainer(ShadowMixin, DPOTrainer):
             self._initialising: ExitStack | None = scope
             super().__init__(*args, **kwargs)
         self._initialising = None
-        self._graft_of_object = None
+        self._of_object = None
         if self._reference is not None:
             drop_reference_adapter(self.model)
 
@@ -63,24 +63,32 @@ class ShadowDPOTrainer(ShadowMixin, DPOTrainer):
         start = self._start
         self._reference = Reference.of(start, config.ref_policy)
         # In full fine-tuning TRL loads the start by its name, which an object may have left behind.
-        by_name = self._reference is None and not (start.is_free and start.adapter is None)
-        decide_precompute(config, given, preferred=not by_name and given.get("ref_model") is None)
+        by_name = self._reference is None and start.adapter is None and given.get("ref_model") is None
+        policy = start.origins.policy
+        elsewhere = policy is not None and policy.asked is not None  # the name alone leads to the main branch
+        left_behind = by_name and start.in_memory and (elsewhere or not start.is_compared)
+        preferred = self._reference is not None or left_behind
+        decide_precompute(config, given, preferred=preferred and given.get("ref_model") is None)
+        if left_behind and not config.precompute_ref_log_probs:
+            self._reference = Reference(None)
         # What an object holds is known from the object alone, until an adapter or training changes it.
-        of_object = self._reference is not None and self._reference.grafted and start.in_memory
-        self._graft_of_object = graft_of_start(start) if of_object else None
+        self._of_object = None
+        if start.in_memory and self._reference is not None and self._reference.of_object:
+            grafted = self._reference.grafted
+            self._of_object = graft_of_start(start) if grafted else load_reference(start.model, loading=start.loading)
         if self._reference is not None and not config.precompute_ref_log_probs:
             given["ref_model"] = self._load_reference()
 
     def _load_reference(self) -> PreTrainedModel:
         assert self._reference is not None
-        if not self._reference.grafted:
+        if self._reference.source is not None and not self._reference.grafted:
             return load_reference(self._reference.source, loading=self._start.loading)
         if not self._start.in_memory:
             return graft_of_start(self._start)
-        model, self._graft_of_object = self._graft_of_object, None
+        model, self._of_object = self._of_object, None
         if model is None:
             raise ConfigError(
-                "the graft of the start is no longer known: the model was given as an object, which training has "
+                "the reference is no longer known: the model was given as an object, which training has "
                 "changed. Give this data as eval_dataset to the trainer, or save the start and pass model=folder."
             )
         return model

@@ -87,7 +87,7 @@ def test_the_reference_of_dpo_is_the_start_whatever_the_adapter_does_to_base(tie
     assert trainer.state.log_history[0]["loss"] == pytest.approx(0.6931, abs=2e-4)
 
 
-@pytest.mark.parametrize("base_dtype", ["tuned", "bfloat16", None])
+@pytest.mark.parametrize("base_dtype", ["tuned", "bfloat16", None, ()])
 @pytest.mark.parametrize("dora", [False, True])
 def test_a_stage_that_loaded_base_in_fewer_bits_has_learnt_nothing_by_it(tmp_path, base_dtype, dora):
     pair = make_pair(tmp_path / "pair", gap=0.3, tied=False)
@@ -105,7 +105,7 @@ def test_a_stage_that_loaded_base_in_fewer_bits_has_learnt_nothing_by_it(tmp_pat
     graft(**sides, tuned=[(tmp_path / "run", 0.5)], output=tmp_path / "half")
     merged, half = merged_weights(model), load(tmp_path / "half")
     for name, value in load(tmp_path / "out").items():
-        origin = base[name] if base_dtype is None else base[name].bfloat16().double()
+        origin = base[name] if base_dtype == () else base[name].bfloat16().double()
         learnt = (start[name] - origin) + (merged[name] - start[name])
         assert float((value.double() - instruct[name] - learnt).abs().max()) < 2e-7, name
         assert float((half[name].double() - instruct[name] - 0.5 * learnt).abs().max()) < 2e-7, name

@@ -30,12 +30,12 @@ def test_base_is_read_in_the_dtype_training_loaded_it_in(tmp_path, dtype):
     base = torch.tensor([[1 + 2**-9, 1.0], [-2 - 2**-7, 3.0]])  # bf16 has 8 bits: 1 and -2 remain
     base = Checkpoint.open(write(tmp_path / "base", {"w": base}))
     tuned = Checkpoint.open(write(tmp_path / "tuned", {"w": torch.ones(2, 2, dtype=torch.bfloat16)}))
-    loaded = base.loaded(dtype)
-    place = Place(loaded, "w", loaded.cast(tuned.specs["w"]))
+    loaded = base.loaded([dtype])
+    place = Place(loaded, "w", loaded.casts(tuned.specs["w"]))
     assert place.tensor().tolist() == [[1.0, 1.0], [-2.0, 3.0]]
     assert place.tensor().dtype == torch.bfloat16
     assert place.block(2, 3).tolist() == [-2.0]
-    as_stored = Place(base, "w", base.cast(tuned.specs["w"]))
+    as_stored = Place(base, "w", base.casts(tuned.specs["w"]))
     assert as_stored.tensor().tolist() == [[1 + 2**-9, 1.0], [-2 - 2**-7, 3.0]]
 
 

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from shadow_trl import graft
 from shadow_trl.checkpoints.manifest import read_manifest
 from shadow_trl.errors import CheckpointError, ConfigError, GraftError, InputError, OutputExistsError, PairMismatchError
+from shadow_trl.operations import graft as operations
 from shadow_trl.operations.checks import check_graft
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -175,6 +176,31 @@ def test_stochastic_rounding_follows_the_seed_not_the_shards(tmp_path):
     assert_equal(outputs["b"], outputs["a"])
     for other in ("c", "d"):
         assert any(not torch.equal(outputs["a"][name], outputs[other][name]) for name in shapes())
+
+
+def test_overwriting_keeps_files_of_the_user(tmp_path):
+    sides = family(tmp_path)
+    run(sides, tmp_path / "out")
+    run(sides, tmp_path / "out", overwrite=True)
+    (tmp_path / "out" / "results.json").write_text("{}")
+    with pytest.raises(OutputExistsError, match=r"1 files that the graft in it did not write.*\n  results\.json\n"):
+        run(sides, tmp_path / "out", overwrite=True)
+    assert (tmp_path / "out" / "results.json").exists()
+
+
+def test_two_grafts_to_one_output_keep_the_first(tmp_path, monkeypatch):
+    sides, real = family(tmp_path), operations.check_result
+
+    def late(*given):
+        monkeypatch.setattr(operations, "check_result", real)
+        with pytest.raises(OutputExistsError, match="is writing to"):
+            run(sides, tmp_path / "out", scale=2.0)
+        real(*given)
+
+    monkeypatch.setattr(operations, "check_result", late)
+    run(sides, tmp_path / "out")
+    assert read_manifest(tmp_path / "out")["options"]["scale"] == 1.0
+    assert not list(tmp_path.glob(".*"))
 
 
 def test_small_files_are_instructs(tmp_path):

@@ -4,17 +4,21 @@ import errno
 import fcntl
 import mmap
 import os
+import resource
 import shutil
 import subprocess
 import sys
 
 import pytest
+import torch
 from kills import killed_at_every_step
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 
 from shadow_trl.checkpoints.manifest import write_manifest
 from shadow_trl.errors import ConfigError, GraftError, OutputExistsError
 from shadow_trl.results import folder
-from shadow_trl.results.folder import OutputFolder, Scratch, check_place, check_space, recover
+from shadow_trl.results.folder import OutputFolder, Scratch, check_place, check_space, is_full, recover
 from shadow_trl.results.shard_writer import ALIGNMENT, ShardWriter
 
 
@@ -52,10 +56,29 @@ def test_a_failure_leaves_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_full_disk_says_so(tmp_path):
-    with pytest.raises(GraftError, match=r"is full.*bytes free"), OutputFolder(tmp_path / "out"):
-        raise OSError(errno.ENOSPC, "No space left on device")
+@pytest.mark.parametrize("place", [OutputFolder, Scratch])
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+    ],
+)
+def test_a_full_disk_says_so(tmp_path, place, error):
+    with pytest.raises(GraftError, match=r"is full.*bytes free"), place(tmp_path / "out"):
+        raise error
     assert list(tmp_path.iterdir()) == []
+
+
+def test_safetensors_words_it_in_a_way_that_is_recognised(tmp_path):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+    try:
+        with pytest.raises(Exception, match="os error") as found:
+            save_file({"x": torch.zeros(2**16)}, tmp_path / "x.safetensors")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert is_full(found.value)
 
 
 def test_an_existing_result_is_kept_unless_overwritten(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import torch
 import xxhash
 from hub_cache import into_cache
 from peft import LoraConfig
-from runs import lora, settings, sft
+from runs import dpo, lora, settings, sft
 from safetensors.torch import load_file, save_file
 from tiny import make_pair, sft_data
 from transformers import AutoModelForCausalLM, TrainerCallback
@@ -103,6 +104,18 @@ def test_the_base_of_an_adapter_is_the_commit_that_it_was_trained_on(hub):
     wanted = load_file(snapshot(OLD) / "model.safetensors")["model.embed_tokens.weight"]
     assert second.model.get_base_model().get_input_embeddings().weight.equal(wanted)
     assert second.origins.policy == second.origins.base
+
+
+@pytest.mark.parametrize("precompute", [None, False], ids=["precomputed", "in memory"])
+def test_the_reference_of_a_loaded_model_is_the_revision_that_was_loaded(hub, precompute):
+    """At the first step the policy is the reference: the margin is 0. By its name alone, BASE is that of `main`."""
+    model = AutoModelForCausalLM.from_pretrained("own/base", revision="next", dtype=torch.float32)
+    changes = {"base_revision": "next", "precompute_ref_log_probs": precompute, "max_steps": 1}
+    trainer = dpo(PAIR, Path("out"), model=model, **changes)
+    trainer.train()
+    first = next(row for row in trainer.state.log_history if "loss" in row)
+    assert abs(first["loss"] - math.log(2)) < 1e-6
+    assert abs(first["rewards/margins"]) < 1e-6
 
 
 def test_a_loaded_model_that_is_no_longer_main_is_refused(hub):
