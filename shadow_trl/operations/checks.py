@@ -11,7 +11,7 @@ from ..adapters.kinds import kind_of
 from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.delta import refuse_deltas
 from ..checkpoints.hub import Source
-from ..errors import ConfigError, PairMismatchError, both_sides, list_names
+from ..errors import ConfigError
 from ..grafting.form import left_out, no_adapter_form
 from ..grafting.inputs import open_trained
 from ..grafting.jobs import full_jobs
@@ -73,7 +73,7 @@ def check_graft(
 
 
 def check_trained(
-    *, base: Source, instruct: Source, tuned: Announced, under: Source | None, has_weights: bool = True, **options: Any
+    *, base: Source, instruct: Source, tuned: Announced, adapter: bool, has_weights: bool = True, **options: Any
 ) -> list[str]:
     """Check before the first step that the model in memory, as it will be saved, can be grafted.
 
@@ -81,7 +81,7 @@ def check_trained(
         base: as for `graft`.
         instruct: as for `graft`.
         tuned: the model in memory.
-        under: the model on which it is saved as an adapter; None where it is saved whole.
+        adapter: whether it is saved as an adapter.
         has_weights: whether its weights are numbers; those of a quantised model are not compared.
         **options: as for `graft`.
 
@@ -96,9 +96,7 @@ def check_trained(
     warnings = ModelPair(origin, receiver).check_trained(tuned.config, vocabulary_of(tuned))
     if not has_weights:
         return warnings
-    if under is not None:
-        _check_under(Checkpoint.open(under), tuned)
-        # what an adapter does not train is not saved
+    if adapter:  # what it does not train is not saved
         known = tuned.trained | origin.specs.keys() | receiver.specs.keys()
         tuned = replace(tuned, specs={name: spec for name, spec in tuned.specs.items() if name in known})
     full_jobs(origin, receiver, tuned, _options(options), None)
@@ -125,21 +123,6 @@ def check_left_out(*, base: Source, instruct: Source, adapter: Checkpoint, **opt
     left = left_out(open_trained(SingleTuned(base, adapter), receiver, settings), receiver, settings)
     if left:
         raise no_adapter_form(left, rank=False)
-
-
-def _check_under(model: Checkpoint, tuned: Announced) -> None:
-    """Refuse a model with an adapter that has other shapes than the model for which the adapter is saved."""
-    grown = [
-        both_sides(name, model.specs[name].shape, spec.shape, ("on disk", "in memory"))
-        for name, spec in tuned.specs.items()
-        if name in model.specs and model.specs[name].shape != spec.shape
-    ]
-    if grown:
-        raise PairMismatchError(
-            f"the model under the adapter is not {model}: {len(grown)} weights differ in shape, and the adapter would "
-            f"be saved without the model that it fits.\n{list_names(grown)}\nSave that model with its tokenizer and "
-            "pass its folder as model, or train the model as it is on disk."
-        )
 
 
 def _options(options: dict[str, Any]) -> GraftOptions:

@@ -256,7 +256,7 @@ class ShadowMixin(GraftedEvaluation):
                 base=str(start.base),
                 instruct=str(start.instruct),
                 tuned=tuned,
-                under=None if start.adapter is None else str(start.origins.policy or start.base),
+                adapter=start.adapter is not None,
                 has_weights=not start.is_quantised,
                 **self.args.graft_options(),
             ):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 from runs import settings
 from safetensors.torch import load_file, save_file
 from tiny import make_pair, make_tokenizer, sft_data
@@ -149,7 +149,7 @@ def with_head(folder: Path):
     ("what", "message"),
     [
         ("other ids", "token 'b'\n    tuned     id 5\n    instruct  id 6"),
-        ("grown lora", r"2 weights differ in shape(.|\n)*on disk   \(49, 16\)\n    in memory \(51, 16\)"),
+        ("grown lora", r"lm_head\.weight: \(49, 16\) in .*, \(51, 16\) in memory"),
         ("head", r"v_head\.weight\n    tuned only"),
         ("frozen head", r"v_head\.weight\n    tuned only"),
     ],
@@ -165,11 +165,11 @@ def test_what_cannot_be_grafted_is_refused_before_the_first_step(pair, tmp_path,
         given["model"].v_head.requires_grad_(what == "head")
     with pytest.raises(InputError, match=message):
         trainer(pair, tmp_path / "run", **given)
-    assert not any((tmp_path / "run").iterdir())  # transformers makes the folder
+    assert not list((tmp_path / "run").glob("*"))  # transformers makes the folder
 
 
 def test_a_head_beside_a_lora_is_not_saved_and_does_not_stand_in_the_way(pair, tmp_path):
-    run = trainer(pair, tmp_path / "run", model=with_head(pair[0]), peft=lora())
+    run = trainer(pair, tmp_path / "run", model=get_peft_model(with_head(pair[0]), lora()))
     run.train()
     assert run.graft_report.form == "model"
 
@@ -189,8 +189,6 @@ def test_changed_settings_of_the_model_are_named_before_training(pair, tmp_path,
 
 
 def test_an_adapter_that_holds_a_grown_embedding_grafts_what_its_merged_model_does(pair, tmp_path):
-    from peft import get_peft_model
-
     torch.manual_seed(5)
     model = get_peft_model(grown(pair[0]), lora(init_lora_weights=False))
     with torch.no_grad():
