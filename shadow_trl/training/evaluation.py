@@ -6,14 +6,11 @@ ties are those of what ships. While it is evaluated, the weights in training wai
 
 from __future__ import annotations
 
-import os
 import random
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import numpy
@@ -23,13 +20,11 @@ from torch import nn
 from ..checkpoints.manifest import Entry
 from ..errors import GraftError, ends_with
 from ..grafting.reports import GraftReport
-from ..runtime.processes import run_on_main
 from .loading import load_adapter
 from .origins import Start
-from .reference import prepared
+from .reference import prepared, shared_scratch
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
     from transformers import Trainer as _Trainer
 else:
     _Trainer = object  # the mixin stands before a TRL trainer, whatever that one is
@@ -126,28 +121,19 @@ class GraftedEvaluation(_Trainer):
     @contextmanager
     def _grafted_for_evaluation(self) -> Iterator[Path]:
         """Write TUNED and its graft beside the results, with the options of the run; both are removed at the end."""
-        parent = self.args.output_dir
-        with ExitStack() as kept:
-
-            def make_folder() -> str:
-                os.makedirs(parent, exist_ok=True)
-                return kept.enter_context(TemporaryDirectory(prefix=".shadow-evaluation-", dir=parent))
-
-            folder = Path(run_on_main(self.accelerator, make_folder, what="the folder of the graft to evaluate"))
-            kept.callback(self.accelerator.wait_for_everyone)  # before the main process removes the folder
-            tuned = folder / "tuned"
-            self.save_model(str(tuned), _internal_call=True)
-            with ends_with("The graft was to be evaluated; nothing of it was kept.", instead=True):
-                self._write_graft(str(tuned), folder / "grafted", digest="none", stats=False)
+        with (
+            ends_with("The graft was to be evaluated; nothing of it was kept.", instead=True),
+            shared_scratch(self.accelerator, self.args.output_dir) as folder,
+        ):
+            self.save_model(str(folder / "tuned"), _internal_call=True)
+            self._write_graft(str(folder / "tuned"), folder / "grafted", digest="none", stats=False)
             yield folder / "grafted"
 
-    def _load_shipped(self, folder: Path, trained: Any) -> PreTrainedModel:
-        like = self._start.loading.like(trained)
-        loading = replace(like, quantization_config=None, kwargs={**like.kwargs, "device_map": None})
-        if not (folder / "adapter_config.json").exists():
-            return loading.load(Entry(str(folder)))
-        adapted: Any = load_adapter(str(folder), loading.load(self._start.instruct), trainable=False)
-        return adapted
+    def _load_shipped(self, folder: Path, trained: Any) -> Any:
+        is_adapter = (folder / "adapter_config.json").exists()
+        source = self._start.instruct if is_adapter else Entry(str(folder))
+        model = self._start.loading.like(trained).of_graft(source).load(source)
+        return load_adapter(str(folder), model, trainable=False) if is_adapter else model
 
 
 @contextmanager

@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import inspect
 import os
-from collections.abc import Mapping
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -25,9 +24,8 @@ from ..checkpoints.manifest import write_manifest
 from ..errors import ends_with
 from ..grafting.options import BASE_DTYPES
 from ..grafting.reports import GraftReport
-from ..operations.checks import check_graft, check_left_out, check_trained
+from ..operations.checks import check_left_out, check_trained
 from ..operations.graft import graft
-from ..pair.pairs import ModelPair
 from ..pair.templates import check_processing_class
 from ..results.folder import check_free
 from ..runtime.processes import run_on_main
@@ -42,13 +40,10 @@ from .adapter import (
 from .config import ShadowArguments
 from .evaluation import GraftedEvaluation
 from .loading import bare_model, dtypes_before, load_adapter, reload_converted
-from .origins import Start, check_unchanged
+from .origins import Start
 from .preflight import (
     GRAFTED_FOLDER,
-    check_adapter,
-    check_evaluated,
-    check_folders,
-    check_same_adapter,
+    check_before_loading,
     is_conversational,
     refuse_sharded,
     refuse_unsupported,
@@ -96,7 +91,7 @@ class ShadowMixin(GraftedEvaluation):
         self._start = start = Start.of(given, config, base_model=base_model, instruct_model=instruct_model)
         self.origins = start.origins
         self.graft_report: GraftReport | None = None
-        self._check_before_loading(config, given)
+        check_before_loading(start, config, given)
         self._choose_processing_class(config, given)
         self._choose_reference(config, given)
         if start.loads_adapter:
@@ -210,43 +205,6 @@ class ShadowMixin(GraftedEvaluation):
         # A copy: what is decided here must not reach a config that the user may use again.
         given["args"] = copy.copy(self._config_class.upgrade(args))
         return given["args"]
-
-    def _check_before_loading(self, config: Any, given: Mapping[str, Any]) -> None:
-        """Find before any model is loaded what would keep the run from ending in a graft."""
-        start = self._start
-        grafts = config.graft or config.eval_grafted
-        check_adapter(start, grafts=grafts)
-        if start.loads_adapter and given.get("peft_config") is not None:
-            check_same_adapter(given["peft_config"], str(start.origins.adapter))
-        if config.graft:
-            check_folders(Path(config.output_dir), start)
-        if grafts:
-            self._check_graft(config, given)
-        if config.eval_grafted:
-            check_evaluated(start)
-        has_adapter = start.adapter is not None
-        if start.is_compared and not (has_adapter and start.is_quantised):
-            check_unchanged(start.model, start.origins.policy or start.base, adapter=has_adapter)
-
-    def _check_graft(self, config: Any, given: Mapping[str, Any]) -> None:
-        start = self._start
-        instruct, base = str(start.instruct), str(start.base)
-        for warning in ModelPair.open(base, instruct).check(
-            level=config.pair_check or ("weights" if start.adapter is None else "headers"),
-            need_template=given.get("processing_class") is None and is_conversational(given.get("train_dataset")),
-            allow_wide_gap=config.allow_wide_gap,
-            vocab=config.graft_vocab,
-        ):
-            logger.warning(warning)
-        check_graft(
-            base=base,
-            instruct=instruct,
-            output=Path(config.output_dir) / (GRAFTED_FOLDER if config.graft else ".shadow-evaluation"),
-            # An adapter on the full model of an earlier run is grafted as one full model.
-            adapter=start.adapter_on_base,
-            adapter_config=start.adapter,
-            **config.graft_options(),
-        )
 
     def _check_trained(self) -> None:
         """Find before the first step what would be found wrong with the model after the last."""
