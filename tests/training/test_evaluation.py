@@ -15,7 +15,6 @@ import torch
 import transformers
 from peft import LoraConfig, PeftModel
 from runs import LORA, log_probability, lora, settings
-from safetensors.torch import load_file
 from stages import tuned_weights, weights
 from tiny import make_pair, make_tokenizer, preference_data, save_model, sft_data
 from transformers import (
@@ -27,6 +26,7 @@ from transformers import (
     TrainerCallback,
 )
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+from vision import make_processor
 
 from shadow_trl import ShadowDPOConfig, ShadowDPOTrainer, ShadowSFTConfig, ShadowSFTTrainer
 from shadow_trl.checkpoints.checkpoint import read_json
@@ -38,11 +38,6 @@ pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning:transformers")
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return make_pair(tmp_path_factory.mktemp("fp32"), gap=0.2)
-
-
-@pytest.fixture(scope="module")
-def bf16_pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    return make_pair(tmp_path_factory.mktemp("bf16"), gap=0.2, dtype=torch.bfloat16)
 
 
 class Events(TrainerCallback):
@@ -86,11 +81,20 @@ def margin_by_hand(pair, state: dict[str, torch.Tensor], reference: Path, beta: 
     return sum(margins) / len(margins), sum(losses) / len(losses)
 
 
+# With an adapter, full, and with values from before training.
+QUICK_BY_HAND = {(True, "init", None), (False, "instruct", None)}
+
+
 @pytest.mark.parametrize(
-    "precompute", [None, pytest.param(False, marks=pytest.mark.slow)], ids=["default", "in memory"]
-)
-@pytest.mark.parametrize("policy", ["init", "instruct"])
-@pytest.mark.parametrize("with_lora", [False, True], ids=["full", "lora"])
+    ("with_lora", "policy", "precompute"),
+    [
+        pytest.param(
+            with_lora, policy, precompute,
+            marks=() if (with_lora, policy, precompute) in QUICK_BY_HAND else pytest.mark.slow,
+        )
+        for with_lora in (False, True) for policy in ("init", "instruct") for precompute in (None, False)
+    ],
+)  # fmt: skip
 def test_figures_are_those_of_the_grafted_model(pair, tmp_path, with_lora, policy, precompute):
     events = Events()
     trainer = dpo(
@@ -134,27 +138,6 @@ def test_adapter_on_the_full_model_of_an_earlier_stage(pair, tmp_path):
     last = [line for line in trainer.state.log_history if "eval_loss" in line][-1]
     assert last["eval_grafted_loss"] == pytest.approx(loss, abs=2e-5)
     assert last["eval_grafted_rewards/margins"] == pytest.approx(margin, abs=5e-5)
-
-
-def test_the_graft_in_place_is_rounded_as_it_is_written(bf16_pair, tmp_path):
-    """In bf16 and at random, where the bits depend on the arithmetic, the seed and the place of each element."""
-    trainer = ShadowSFTTrainer(
-        model=str(bf16_pair[0]),
-        instruct_model=str(bf16_pair[1]),
-        args=ShadowSFTConfig(
-            **settings(
-                tmp_path, eval_grafted=True, graft_rounding="stochastic", graft_seed=5, graft_scale=0.7,
-                instruct_scale=0.9, model_init_kwargs={"dtype": "bfloat16"},
-            )
-        ),
-        train_dataset=sft_data(),
-        eval_dataset=sft_data(4),
-    )  # fmt: skip
-    trainer.train()
-    with trainer._shipped():
-        found = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
-    shipped = load_file(tmp_path / "grafted" / "model.safetensors")
-    assert all(torch.equal(found[name], tensor) for name, tensor in shipped.items())
 
 
 @pytest.mark.filterwarnings("ignore:`return_outputs=True`")  # TRL's own, of what it does for compute_metrics
@@ -204,7 +187,7 @@ def test_quantised_base_is_refused(pair, tmp_path, name):
     assert not list(tmp_path.glob("out/*"))
 
 
-def plain_figures(folder: Path, kind: str, reference: Path, args: dict, dtype: str, rows=None) -> dict[str, float]:
+def plain_figures(folder: Path, kind: str, reference: Path, args: dict, dtype: str) -> dict[str, float]:
     """The figures of the grafted folder in plain TRL, which knows nothing of BASE, TUNED and their sums."""
     model: Any = str(folder)
     if (folder / "adapter_config.json").exists():
@@ -215,7 +198,7 @@ def plain_figures(folder: Path, kind: str, reference: Path, args: dict, dtype: s
     with_tokenizer = {"processing_class": AutoTokenizer.from_pretrained(folder)}
     if kind == "sft":
         plain = SFTTrainer(
-            model, SFTConfig(**args), train_dataset=sft_data(5), eval_dataset=rows or sft_data(5), **with_tokenizer
+            model, SFTConfig(**args), train_dataset=sft_data(5), eval_dataset=sft_data(5), **with_tokenizer
         )
     else:
         ref_model = AutoModelForCausalLM.from_pretrained(reference, dtype=dtype)
@@ -223,6 +206,8 @@ def plain_figures(folder: Path, kind: str, reference: Path, args: dict, dtype: s
             model, ref_model, DPOConfig(**args), train_dataset=preference_data(5), eval_dataset=preference_data(5),
             **with_tokenizer,
         )  # fmt: skip
+        # As in training: alone, transformers leaves a model out of mixed precision where a reference is prepared.
+        plain.model = plain.accelerator.prepare_model(plain.model, evaluation_mode=True)
     return plain.evaluate()
 
 
@@ -247,7 +232,7 @@ def assert_figures(sides, output: Path, *, kind: str = "sft", peft=None, move=No
     with torch.no_grad():
         for parameter in trainer.model.parameters():
             if parameter.requires_grad:
-                parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
+                parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
         if move is not None:
             move(trainer.model)
     found = trainer.evaluate()
@@ -264,7 +249,7 @@ def assert_figures(sides, output: Path, *, kind: str = "sft", peft=None, move=No
     assert {"loss", "mean_token_accuracy"} <= {*names}
     for name in names:
         assert found[f"eval_grafted_{name}"] == pytest.approx(plain[f"eval_{name}"], rel=1e-6, abs=1e-7), name
-    assert found["eval_grafted_loss"] != pytest.approx(found["eval_loss"], rel=1e-4)
+    assert found["eval_grafted_loss"] != pytest.approx(found["eval_loss"], rel=1e-5)
     return trainer
 
 
@@ -278,7 +263,11 @@ ADAPTERS: dict[str, dict | None] = {
 OPTIONS: dict[str, dict] = {
     "plain": {},
     "bf16 output": {"graft_dtype": "bfloat16"},
-    "stochastic": {"graft_dtype": "bfloat16", "graft_rounding": "stochastic", "graft_seed": 3},
+    # Its bits depend on the arithmetic, the seed and the place of each element.
+    "stochastic": {
+        **{"graft_dtype": "bfloat16", "graft_rounding": "stochastic", "graft_seed": 5, "graft_scale": 0.7},
+        "instruct_scale": 0.9,
+    },
     "loaded in bf16": {"model_init_kwargs": {"dtype": "bfloat16"}},
     "autocast": {"bf16": True},
     "modules": {"graft_modules": ["mlp"], "graft_scale": 0.5},
@@ -402,14 +391,14 @@ REAL: dict[str, tuple[dict, dict, dict]] = {  # what both say, BASE, INSTRUCT
     "gemma-3-4b": (
         {
             **{"architectures": ["Gemma3ForConditionalGeneration"], "model_type": "gemma3", "mm_tokens_per_image": 4},
-            **{"boi_token_index": 46, "eoi_token_index": 47, "image_token_index": 48, "torch_dtype": "bfloat16"},
+            **{"boi_token_index": 5, "image_token_index": 6, "eoi_token_index": 7, "torch_dtype": "bfloat16"},
             "vision_config": {
                 **{"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2},
                 **{"image_size": 28, "patch_size": 7, "model_type": "siglip_vision_model"},
             },
         },
-        {"text_config": {"model_type": "gemma3_text", **SMALL, **GEMMA}, "eos_token_id": 1},
-        {"text_config": {"model_type": "gemma3_text", **SMALL, **GEMMA, "rope_scaling": None}, "eos_token_id": [1, 3]},
+        {"text_config": {**SMALL, **GEMMA, "model_type": "gemma3_text", "vocab_size": 53}, "eos_token_id": 1},
+        {"text_config": {**SMALL, **GEMMA, "model_type": "gemma3_text", "vocab_size": 53}, "eos_token_id": [1, 3]},
     ),
 }  # fmt: skip
 
@@ -429,7 +418,8 @@ def real_pair(folder: Path, name: str) -> list[Path]:
         state = {weight: value.clone() for weight, value in model.state_dict().items()}
         model.save_pretrained(folder / role)
         (folder / role / "config.json").write_text(json.dumps({**both, **config}))  # as published, not as saved
-        make_tokenizer(template=role == "instruct").save_pretrained(folder / role)
+        tokens = make_processor() if "vision_config" in both else make_tokenizer(template=role == "instruct")
+        tokens.save_pretrained(folder / role)
     return [folder / "base", folder / "instruct"]
 
 
@@ -510,7 +500,9 @@ def test_training_does_not_notice(pair, tmp_path, kind, with_lora):
 
 @pytest.mark.parametrize("with_lora", [False, True], ids=["full", "lora"])
 def test_weights_and_scaling_come_back_bit_equal_after_an_error(pair, tmp_path, with_lora, monkeypatch):
-    trainer = dpo(pair, tmp_path, peft_config=lora() if with_lora else None, graft_scale=0.3)
+    killed = tmp_path / f".grafted.shadow-part-{2**22 + 1}-0"  # what a run left that was killed while it evaluated
+    (killed / "tuned").mkdir(parents=True)
+    trainer = dpo(pair, tmp_path, peft_config=lora() if with_lora else None, graft_scale=0.3, graft=with_lora)
     before = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
     scalings = [
         dict(module.scaling) for module in trainer.model.modules() if isinstance(getattr(module, "scaling", None), dict)
@@ -537,17 +529,35 @@ def test_weights_and_scaling_come_back_bit_equal_after_an_error(pair, tmp_path, 
 
 
 def test_best_checkpoint_is_the_best_graft(pair, tmp_path):
-    trainer = dpo(
-        pair, tmp_path, peft_config=lora(), save_strategy="steps", save_steps=1, load_best_model_at_end=True,
-        metric_for_best_model="eval_grafted_loss", max_steps=3, learning_rate=0.5, greater_is_better=False,
+    """By the losses that plain TRL finds on the graft of every checkpoint; the best BASE is another one."""
+    options = {"per_device_eval_batch_size": 5, "max_steps": 3, "learning_rate": 0.02}
+    trainer = ShadowSFTTrainer(
+        model=str(pair[0]),
+        instruct_model=str(pair[1]),
+        args=ShadowSFTConfig(
+            **{**settings(tmp_path, **options), "save_strategy": "steps"}, save_steps=1, eval_strategy="steps",
+            eval_steps=1, graft_scale=60.0, graft_every_save=True, eval_grafted=True, load_best_model_at_end=True,
+            metric_for_best_model="eval_grafted_loss", greater_is_better=False,
+        ),
+        train_dataset=sft_data(5),
+        eval_dataset=sft_data(5),
     )  # fmt: skip
     trainer.train()
-    losses = {line["step"]: line["eval_grafted_loss"] for line in trainer.state.log_history if "eval_loss" in line}
+    figures = {line["step"]: line for line in trainer.state.log_history if "eval_loss" in line}
+    args = settings(tmp_path / "plain", per_device_eval_batch_size=5)
+    losses = {}
+    for step, line in figures.items():
+        folder = tmp_path / f"checkpoint-{step}/shadow/grafted"
+        losses[step] = plain_figures(folder, "sft", pair[0], args, "float32")["eval_loss"]
+        assert line["eval_grafted_loss"] == pytest.approx(losses[step], rel=1e-6)
     best = min(losses, key=losses.__getitem__)
+    assert best != min(figures, key=lambda step: figures[step]["eval_loss"])
     assert trainer.state.best_model_checkpoint.endswith(f"checkpoint-{best}")
-    assert (tmp_path / "adapter_model.safetensors").read_bytes() == (
-        tmp_path / f"checkpoint-{best}" / "adapter_model.safetensors"
-    ).read_bytes()
+    for shipped, kept in (
+        ("model.safetensors",) * 2,
+        ("grafted/model.safetensors", "shadow/grafted/model.safetensors"),
+    ):
+        assert (tmp_path / shipped).read_bytes() == (tmp_path / f"checkpoint-{best}" / kept).read_bytes()
 
 
 @pytest.fixture(scope="module")
@@ -571,7 +581,11 @@ def mixture(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 
 @pytest.mark.parametrize(
-    "modules", [[r"experts\.\d+\.(gate|up)_proj"], [r"experts\.0\."]], ids=["whole", "part of a weight in memory"]
+    "modules",
+    [
+        pytest.param([r"experts\.\d+\.(gate|up)_proj"], id="whole", marks=pytest.mark.slow),
+        pytest.param([r"experts\.0\."], id="part of a weight in memory"),
+    ],
 )
 def test_modules_are_searched_in_the_names_on_disk(mixture, tmp_path, modules):
     """As `graft` does: `experts.N.gate_proj` is a name on disk only, `experts.gate_up_proj` one in memory only."""
