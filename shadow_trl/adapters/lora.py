@@ -14,7 +14,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from ..checkpoints.checkpoint import ADAPTER_CONFIG, Checkpoint
+from ..checkpoints.checkpoint import ADAPTER_CONFIG, Checkpoint, read_json
 from ..checkpoints.manifest import adapter_base
 from ..checkpoints.weight_names import HEAD_NAMES, is_tied
 from ..errors import AdapterError, PairMismatchError, list_names
@@ -71,9 +71,15 @@ def open_tuned(source: Any) -> Checkpoint:
 
 
 def other_adapters(adapter: Checkpoint) -> list[str]:
-    """Return the names of the adapters in sub-folders of an adapter's folder; checkpoints of a run do not count."""
-    names = (path.parent.name for path in adapter.path.glob(f"*/{ADAPTER_CONFIG}"))
-    return sorted(name for name in names if not name.startswith("checkpoint-"))
+    """Return the names of the adapters that were saved with this one, in sub-folders of its folder.
+
+    They are on the same model: a graft or another run below the folder is not. Nor do checkpoints of the run count.
+    """
+    base = adapter.adapter_config.get("base_model_name_or_path")
+    found = [
+        path for path in adapter.path.glob(f"*/{ADAPTER_CONFIG}") if not path.parent.name.startswith("checkpoint-")
+    ]
+    return sorted(path.parent.name for path in found if read_json(path).get("base_model_name_or_path") == base)
 
 
 def base_model_of(adapter: Checkpoint) -> str | None:

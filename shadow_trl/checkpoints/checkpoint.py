@@ -215,7 +215,11 @@ class Checkpoint:
                 specs = pickled_specs(path, self._pickled[path])
             twice = [f"{name}  in {self.specs[name].file.name} and {path.name}" for name in specs if name in self.specs]
             if twice:
-                raise CheckpointError(f"{self}: {len(twice)} tensors are stored twice.\n{list_names(twice)}")
+                raise CheckpointError(
+                    f"{self}: {len(twice)} tensors are stored twice, and readers differ in which they take.\n"
+                    f"{list_names(twice)}\nLoad the model and save it again with transformers (save_pretrained), which "
+                    "stores each once."
+                )
             self.specs.update(specs)
         if self.index is not None:
             self._check_index(read_json(self.path / self.index)["weight_map"])

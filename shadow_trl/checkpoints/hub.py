@@ -53,7 +53,8 @@ def locate(source: Source, revision: str | None = None, *, weights: bool = True)
         raise CheckpointError(f"{source} and revision={revision!r} name two revisions. Give one of them.")
     revision, folder = tail or revision, Path(name).expanduser()
     if folder.is_dir():
-        if tail or (revision is not None and is_hub_id(name)):
+        # `main` is what a folder has: TRL's scripts pass it with every model.
+        if revision not in (None, "main") and (tail or is_hub_id(name)):
             raise CheckpointError(f"{name} is a local folder, which has no revision {revision!r}. Leave it out.")
         return Located(name, None, folder)
     if not is_hub_id(name):
@@ -81,7 +82,10 @@ def inside(folder: Path, name: str) -> Path:
     path, real, home = folder / name, (folder / name).resolve(), folder.resolve()
     blobs = home.parent.parent / "blobs"
     if real.parent != home and not (home.parent.name == "snapshots" and real.parent == blobs):
-        raise CheckpointError(f"{path} is a link to a file outside the checkpoint's folder; it is not read.")
+        raise CheckpointError(
+            f"{path} is a link to {real}, outside the checkpoint's folder; it is not read. Put the file itself there, "
+            f"as `cp -rL {folder} COPY` does for all, or give the folder that it is in."
+        )
     if not path.is_file():
         raise CheckpointError(f"{folder} lacks the weight file {name}. Download or save the checkpoint again.")
     return path

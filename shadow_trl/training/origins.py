@@ -6,6 +6,7 @@ All of it is known from the trainer's arguments and the manifest of an earlier r
 from __future__ import annotations
 
 import copy
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -127,7 +128,16 @@ def resolve_origins(
 
 
 def _given(role: str, source: str | None, revision: str | None, manifest: Mapping[str, Any] | None) -> Entry | None:
-    """Return what the user named for `role`; a revision alone is one of the repository that the manifest names."""
+    """Return what the user named for `role`; a revision alone is one of the repository that the manifest names.
+
+    Raises:
+        ConfigError: an object in the place of a name.
+    """
+    if source is not None and not isinstance(source, (str, os.PathLike)):
+        raise ConfigError(
+            f"{role}_model is a {type(source).__name__}; it has to be the folder or hub id of {role.upper()}, whose "
+            f"files the graft reads. A loaded model can be saved: {role}_model.save_pretrained(folder)."
+        )
     known = Entry.read(manifest, role)
     if source is None and revision is not None and known is not None and not known.folder:
         source = known.source

@@ -108,9 +108,17 @@ def test_a_hub_id_that_cannot_be_fetched_says_so(monkeypatch):
         Checkpoint.open("nobody/nothing@v1", "v2")
 
 
-def test_a_local_folder_has_no_revision(model):
-    with pytest.raises(CheckpointError, match="has no revision"):
-        Checkpoint.open(f"{model}@main")
+def test_a_local_folder_has_no_revision_but_main(model, monkeypatch):
+    """`main` is what TRL's scripts pass for every model, transformers reads the folder then."""
+    with pytest.raises(CheckpointError, match="has no revision 'v1'"):
+        Checkpoint.open(f"{model}@v1")
+    monkeypatch.chdir(model.parents[1])
+    as_hub_id = "/".join(model.parts[-2:])
+    for found in (Checkpoint.open(f"{model}@main"), Checkpoint.open(as_hub_id, "main")):
+        assert found.revision is None
+        assert found.path.resolve() == model.resolve()
+    with pytest.raises(CheckpointError, match="has no revision 'v1'"):
+        Checkpoint.open(as_hub_id, "v1")
 
 
 def test_a_folder_with_an_at_sign_is_a_folder(tmp_path):
@@ -164,7 +172,23 @@ def test_links_lead_out_only_within_the_hub_cache(tmp_path):
     folder = tmp_path / "model"
     folder.mkdir()
     (folder / "model.safetensors").symlink_to(blobs / "abc")
-    with pytest.raises(CheckpointError, match="link to a file outside"):
+    with pytest.raises(CheckpointError, match=r"link to .*blobs/abc, outside (.|\n)*cp -rL"):
+        Checkpoint.open(folder)
+
+
+def test_a_tensor_in_two_files_is_refused_with_a_way_out(tmp_path):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    for number in (1, 2):
+        save_file(
+            {"w": torch.ones(2), f"v{number}": torch.ones(1)}, folder / f"model-0000{number}-of-00002.safetensors"
+        )
+    index = {"metadata": {}, "weight_map": {"w": "model-00001-of-00002.safetensors", "v1": "model-00001-of-00002.safetensors",
+                                            "v2": "model-00002-of-00002.safetensors"}}  # fmt: skip
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(
+        CheckpointError, match=r"1 tensors are stored twice(.|\n)*w  in model-00001(.|\n)*save_pretrained"
+    ):
         Checkpoint.open(folder)
 
 

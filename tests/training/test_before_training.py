@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from shadow_trl import ShadowSFTConfig, ShadowSFTTrainer, extract_delta, graft
-from shadow_trl.errors import InputError, PairMismatchError
+from shadow_trl.errors import ConfigError, InputError, PairMismatchError
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -204,3 +204,19 @@ def test_an_adapter_that_holds_a_grown_embedding_grafts_what_its_merged_model_do
     graft(**sides, output=tmp_path / "out", vocab="shared")
     before = AutoModelForCausalLM.from_pretrained(pair[0], dtype=torch.float32).state_dict()
     assert_delta(pair, tmp_path / "out", before, after, prefix="model.")
+
+
+def test_models_are_named_not_passed_as_objects(pair, tmp_path):
+    loaded = AutoModelForCausalLM.from_pretrained(pair[1])
+    with pytest.raises(ConfigError, match=r"instruct_model is a Qwen3ForCausalLM; .* instruct_model\.save_pretrained"):
+        ShadowSFTTrainer(str(pair[0]), instruct_model=loaded, args=ShadowSFTConfig(**settings(tmp_path / "out")))
+    assert not (tmp_path / "out").exists()
+    for given, meant in (("instruct", "instruct_model"), ("base", "base_model"), ("train_data", "train_dataset")):
+        with pytest.raises(TypeError, match=f"no argument '{given}'. Did you mean '{meant}'"):
+            ShadowSFTTrainer(str(pair[0]), **{given: str(pair[1])})
+
+
+def test_the_branch_main_of_a_folder_is_the_folder(pair, tmp_path):
+    """TRL's own scripts pass `revision` with every model."""
+    made = trainer(pair, tmp_path / "out", model_init_kwargs={"revision": "main"}, max_steps=1)
+    assert made.origins.policy.revision is None
