@@ -94,17 +94,6 @@ def test_blocks_that_cut_rows_do_not_change_the_sum(sides, tmp_path, monkeypatch
     check(tmp_path / "out", sides["instruct"], deltas(adapter, 1.0))
 
 
-def test_conv1d_weights_are_transposed(sides, tmp_path):
-    adapter = lora(tmp_path / "adapter", modules=("q_proj", "up_proj"), fan_in_fan_out=True)
-    wanted = {name: value.T.contiguous() for name, value in deltas(adapter, 2.0).items()}
-    folders = {}
-    for role in ("base", "instruct"):
-        weights = load(sides[role])
-        folders[role] = write(tmp_path / role, {n: v.T.contiguous() if n in wanted else v for n, v in weights.items()})
-    run(folders, adapter, tmp_path / "out")
-    check(tmp_path / "out", folders["instruct"], wanted)
-
-
 def test_base_may_be_left_out_and_its_weights_are_not_read(sides, tmp_path):
     adapter = lora(tmp_path / "adapter", base_model_name_or_path=str(sides["base"]))
     (sides["base"] / "model.safetensors").unlink()

@@ -138,7 +138,7 @@ def test_a_folder_with_an_at_sign_is_a_folder(tmp_path):
         ({"w": {"dtype": "X9", "shape": [1], "data_offsets": [0, 4]}}, b"1234", None, "unknown dtype"),
         ({"w": {"dtype": "F32", "shape": [1], "data_offsets": [4, 8]}}, b"12345678", None, "begins at byte"),
         ({"w": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}, b"1234", 10**9, "header should have"),
-        ({"w": 3}, b"", None, "not subscriptable"),
+        ({"w": 3}, b"", None, "has no dtype, shape and data_offsets"),
     ],
 )
 def test_damaged_headers_are_refused(tmp_path, header, data, length, reason):

@@ -24,7 +24,8 @@ def test_the_manifest_has_everything_that_a_second_graft_needs(tmp_path):
     found = read_manifest(tmp_path / "out")
     assert (found["kind"], found["format"], found["form"], found["dtype"]) == ("graft", FORMAT, "model", "float16")
     assert found["options"] == {
-        **options, "seed": 11, "vocab": "strict", "max_shard_size": None, "untie": False, "base_dtype": "bfloat16",
+        **options, "seed": 11, "vocab": "strict", "chat_template": "instruct", "max_shard_size": None, "untie": False,
+        "base_dtype": "bfloat16",
     }  # fmt: skip
     for role, folder in sides.items():
         assert (found[role]["source"], found[role]["revision"]) == (str(folder), None)

@@ -22,7 +22,8 @@ from shadow_trl.errors import ConfigError
 from shadow_trl.recipes import pipeline
 from shadow_trl.recipes.data import load_split
 from shadow_trl.recipes.pipeline import main_sft_dpo
-from shadow_trl.recipes.pipeline_options import is_done, last_checkpoint
+from shadow_trl.recipes.pipeline_options import is_done
+from shadow_trl.training.resuming import last_complete
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning:transformers")
 
@@ -179,7 +180,7 @@ def test_a_stage_goes_on_from_its_last_whole_checkpoint(
         shutil.rmtree("out/dpo")
     shutil.rmtree(f"out/{stage}/grafted")
     Path(f"out/{stage}/checkpoint-2/trainer_state.json").unlink()  # cut off while it was written
-    assert last_checkpoint(Path("out", stage)) == f"out/{stage}/checkpoint-1"
+    assert last_complete(Path("out", stage)) == f"out/{stage}/checkpoint-1"
     assert run(*SAVING, "--stages", stage) == 0
     assert f"in out/{stage}, from out/{stage}/checkpoint-1" in capsys.readouterr().out
     found = files(Path("out"))

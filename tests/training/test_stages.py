@@ -155,7 +155,7 @@ def test_first_margin_of_the_second_stage_by_hand(
         ),
         train_dataset=rows,
     )
-    assert not list(tmp_path.glob(".shadow-reference*"))
+    assert not list(tmp_path.glob(".*shadow-part*"))
     trainer.train()
     assert trainer.state.log_history[0]["rewards/margins"] == pytest.approx(sum(margins) / len(margins), abs=2e-5)
     if policy != "init":

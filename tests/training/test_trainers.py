@@ -302,7 +302,6 @@ def test_sync_ref_model_and_explicit_reference_are_refused_with_a_policy(pair, t
     ("case", "message"),
     [
         ("another adapter", "r: 4 in .*, 8 in peft_config"),
-        ("eval_grafted", "use_dora = True"),
         ("changed in memory", r"model\.norm\.weight"),
         ("no INSTRUCT", "no INSTRUCT is known"),
         ("sync_ref_model", "sync_ref_model"),
@@ -315,8 +314,6 @@ def test_what_the_arguments_show_is_refused_before_any_model_is_loaded(pair, tmp
     if case == "another adapter":
         sft(pair, tmp_path / "run", peft_config=lora()).train()
         model, peft_config = str(tmp_path / "run"), LoraConfig(**{**LORA, "r": 8})
-    elif case == "eval_grafted":
-        options, peft_config = {"eval_grafted": True, "graft": False}, LoraConfig(**LORA, use_dora=True)
     elif case == "changed in memory":
         model = AutoModelForCausalLM.from_pretrained(pair[0], dtype=torch.float32)
         model.model.norm.weight.data += 1
