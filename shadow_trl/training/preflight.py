@@ -70,8 +70,8 @@ def check_before_loading(start: Start, config: Any, given: Mapping[str, Any]) ->
         check_folders(Path(config.output_dir), start)
     if config.eval_grafted and start.is_quantised:
         raise ConfigError(
-            "eval_grafted=True is not possible here: BASE is quantised and the graft is not, so it may not fit where BASE "
-            "does. Pass eval_grafted=False and score the grafted folder after training."
+            "eval_grafted=True is not possible here: BASE is quantised and the graft is not, so it may not fit where "
+            "BASE does. Pass eval_grafted=False and score the grafted folder after training."
         )
     if grafts:
         _check_graft(start, config, given)
