@@ -7,10 +7,8 @@ training, and what `train()` does at its end. The loss, the data and the loop ar
 from __future__ import annotations
 
 import copy
-import difflib
 import inspect
 import os
-from collections.abc import Callable
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -50,7 +48,9 @@ from .preflight import (
     refuse_sharded,
     refuse_unsupported,
 )
+from .resuming import checkpoint_of
 from .saved import as_saved
+from .settings import Forms, bound, check_columns, check_settings
 
 if TYPE_CHECKING:
     from transformers.trainer_utils import TrainOutput
@@ -84,12 +84,16 @@ class ShadowMixin(GraftedEvaluation):
     def __init__(
         self, *args: Any, instruct_model: str | None = None, base_model: str | None = None, **kwargs: Any
     ) -> None:
-        call = _bound(super().__init__, args, kwargs)
+        call = bound(super().__init__, args, kwargs)
         given = call.arguments
         if isinstance(given["model"], os.PathLike):
             given["model"] = os.fspath(given["model"])
         config = self._read_config(given)
         refuse_unsupported(config)
+        check_settings(config, given.get("quantization_config"))
+        if given.get("formatting_func") is None:
+            for name in ("train_dataset", "eval_dataset"):
+                check_columns(name, given.get(name), self._data_forms(config))
         self._start = start = Start.of(given, config, base_model=base_model, instruct_model=instruct_model)
         self.origins = start.origins
         self.graft_report: GraftReport | None = None
@@ -120,14 +124,17 @@ class ShadowMixin(GraftedEvaluation):
         Arguments and return value are those of `transformers.Trainer.train`. With `graft=False`, and within a
         hyperparameter search, nothing is saved or grafted at the end. The report of the graft is in `graft_report`.
         """
-        given = inspect.signature(super().train).bind(*args, **kwargs).arguments
-        in_search = given.get("trial") is not None
-        if self.args.graft and not in_search:
-            with ends_with("Nothing was written."):
+        call = inspect.signature(super().train).bind(*args, **kwargs)
+        in_search = call.arguments.get("trial") is not None
+        with ends_with("Nothing was written."):
+            call.arguments["resume_from_checkpoint"] = checkpoint_of(
+                call.arguments.get("resume_from_checkpoint"), self.args.output_dir
+            )
+            if self.args.graft and not in_search:
                 check_free(self._grafted_folder, self.args.graft_overwrite)
         if not in_search:
             run_on_main(self.accelerator, self._begin, what="preparing the output folder")
-        output = super().train(*args, **kwargs)
+        output = super().train(*call.args, **call.kwargs)
         if self.args.graft and not in_search:
             self.graft()
         return output
@@ -208,6 +215,10 @@ class ShadowMixin(GraftedEvaluation):
         given["args"] = copy.copy(self._config_class.upgrade(args))
         return given["args"]
 
+    def _data_forms(self, config: Any) -> Forms:
+        """Return the forms of data that the trainer takes, each by the columns that it needs; none: not checked."""
+        return ()
+
     def _check_trained(self) -> None:
         """Find before the first step what would be found wrong with the model after the last."""
         start = self._start
@@ -281,13 +292,3 @@ class ShadowMixin(GraftedEvaluation):
             "options": self.args.graft_options(),
             **({"quantised": str(getattr(method, "value", method))} if method is not None else {}),
         }
-
-
-def _bound(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> inspect.BoundArguments:
-    """Bind the arguments of TRL's trainer; TypeError, with the nearest name, for one that neither it nor we have."""
-    signature = inspect.signature(function)
-    for name in kwargs.keys() - signature.parameters.keys():
-        near = difflib.get_close_matches(name, ["instruct_model", "base_model", *signature.parameters], n=1, cutoff=0.5)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise TypeError(f"the trainer has no argument {name!r}.{hint}")
-    return signature.bind(*args, **kwargs)
