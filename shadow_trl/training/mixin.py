@@ -54,6 +54,7 @@ from .preflight import (
     is_conversational,
     refuse_sharded,
     refuse_unsupported,
+    template_of,
 )
 from .saved import as_saved
 
@@ -234,9 +235,8 @@ class ShadowMixin(GraftedEvaluation):
         check_folders(Path(config.output_dir), start)
         for warning in ModelPair.open(base, instruct).check(
             level=config.pair_check or ("weights" if start.adapter is None else "headers"),
-            need_template=given.get("processing_class") is None
-            and not getattr(config, "chat_template_path", None)
-            and is_conversational(given.get("train_dataset")),
+            need_template=given.get("processing_class") is None and is_conversational(given.get("train_dataset")),
+            template=template_of(config, given.get("processing_class")),
             allow_wide_gap=config.allow_wide_gap,
             vocab=config.graft_vocab,
         ):

@@ -197,6 +197,22 @@ def check_exchangeable(start: Start, args: Any) -> None:
         )
 
 
+def template_of(config: Any, processing_class: Any) -> str | None:
+    """Return the chat template that a run was given, by `chat_template_path` or the tokenizer; None for INSTRUCT's.
+
+    Raises:
+        ConfigError: the file is not text.
+    """
+    path = getattr(config, "chat_template_path", None)
+    if path:
+        try:
+            return Path(path).read_text(encoding="utf-8")
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"cannot read chat_template_path={path!r}: {error}. Give a template in UTF-8.") from error
+    own = getattr(processing_class, "chat_template", None)
+    return own.get("default") if isinstance(own, dict) else own
+
+
 def is_conversational(dataset: Any) -> bool:
     """Return whether the first row of `dataset` holds messages; False for no dataset."""
     from trl import is_conversational as trl_is_conversational
