@@ -88,7 +88,7 @@ def _modules(name: str, value: str | Sequence[str]) -> str | list[str]:
     """Check every expression; a list of one is kept as that one."""
     if not value:
         raise ConfigError(f"{name} is an empty list or text: it selects nothing. Pass 'all'.")
-    given = [value] if isinstance(value, str) else list(value)
+    given: list[Any] = list(value) if isinstance(value, (list, tuple)) else [value]
     for expression in given:
         try:
             re.compile(expression)

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from ..adapters.kinds import kind_of
 from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.delta import refuse_deltas
-from ..checkpoints.hub import Source
+from ..checkpoints.hub import Source, output_folder
 from ..errors import ConfigError
 from ..grafting.form import left_out, no_adapter_form
 from ..grafting.inputs import open_trained
@@ -49,7 +48,7 @@ def check_graft(
 
     """
     settings = _options(options)
-    target = Path(output)
+    target = output_folder(output)
     recover(target)
     check_free(target, settings.overwrite)
     refuse_deltas(base=base, instruct=instruct)

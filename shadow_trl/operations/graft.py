@@ -10,12 +10,12 @@ import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..adapters.lora import place_on
 from ..checkpoints.digests import file_digest
 from ..checkpoints.header import TORCH_NAMES
-from ..checkpoints.hub import Source
+from ..checkpoints.hub import Source, output_folder
 from ..checkpoints.manifest import Entry, write_manifest
 from ..errors import ConfigError, GraftError, ends_with, list_names
 from ..grafting.files import main_dtype, plan_files, write_index
@@ -24,7 +24,6 @@ from ..grafting.inputs import Digests, Inputs, open_delta, open_tuned_inputs, ot
 from ..grafting.jobs import check_rounding, narrow_warning
 from ..grafting.options import GraftOptions
 from ..grafting.reports import GraftReport, graft_figures, graft_warnings
-from ..grafting.stream import Outcome, stream
 from ..grafting.trained import Full, PlainLora
 from ..grafting.tuned import one_tuned
 from ..results.cards import write_model_card
@@ -32,7 +31,10 @@ from ..results.check import check_result
 from ..results.copied import copied_files, copy_files, write_config, write_templates
 from ..results.folder import OutputFolder, check_free, check_place, check_space, files_in, recover
 from ..runtime.progress import Progress
-from .truncate import truncated
+from ..runtime.startup import collector_paused
+
+if TYPE_CHECKING:
+    from ..grafting.stream import Outcome
 
 
 @ends_with("Nothing was written.")
@@ -114,7 +116,7 @@ def graft(
         seed=seed, vocab=vocab, chat_template=chat_template, max_shard_size=max_shard_size, overwrite=overwrite,
         untie=untie, digest=digest, stats=stats, base_dtype=base_dtype, rank=rank,
     )  # fmt: skip
-    target = Path(output)
+    target = output_folder(output)
     recover(target)
     check_free(target, settings.overwrite)
     with _opened(base, instruct, tuned, delta, target, settings) as inputs:
@@ -148,6 +150,9 @@ def _opened(
 
 
 def _write_dense_form(inputs: Inputs, part: Path, target: Path, options: GraftOptions, progress: bool) -> GraftReport:
+    with collector_paused():
+        from ..grafting.stream import stream
+
     scratch = part / ".converted"
     jobs = inputs.tuned.jobs(inputs.instruct, options, scratch)
     check_rounding(jobs, options)
@@ -183,6 +188,8 @@ def _write_adapter_form(inputs: Inputs, part: Path, target: Path, options: Graft
     scratch, notes = part / ".truncated", list(inputs.warnings)
     base, adapter = inputs.tuned.base, inputs.tuned.checkpoint
     if options.rank is not None:
+        from .truncate import truncated
+
         jobs = Full(base, adapter).jobs(base, GraftOptions(untie=True), scratch)
         found = truncated(jobs, base, options.rank, target, progress=progress)
         adapter = found.write(scratch / "lora", base)

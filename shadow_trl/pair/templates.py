@@ -10,7 +10,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from ..checkpoints.checkpoint import read_json
+from ..checkpoints.json_files import read_json, read_text
+from ..checkpoints.schemas import TokenizerConfig
 from ..errors import CheckpointError, ConfigError
 
 _TURNS = [
@@ -39,12 +40,9 @@ def read_templates(folder: Path) -> dict[str, str]:
     templates: dict[str, str] = {}
     for file in template_files(folder):
         if file.suffix == ".jinja":
-            try:
-                templates["default" if file.parent == folder else file.stem] = file.read_text(encoding="utf-8")
-            except (OSError, ValueError) as error:
-                raise CheckpointError(f"cannot read the chat template {file}: {error}.") from error
+            templates["default" if file.parent == folder else file.stem] = read_text(file) or ""
         elif not templates:
-            templates = _templates_of(read_json(file).get("chat_template"))
+            templates = _templates_of(read_json(file, TokenizerConfig).get("chat_template"))
     templates = {name: text for name, text in templates.items() if text.strip()}
     wrong = [repr(name) for name, text in templates.items() if not _is_storable(name, text)]
     if wrong:
@@ -116,11 +114,12 @@ def _render(template: str, named: dict[str, str]) -> str:
     environment.globals.update(raise_exception=raise_exception, strftime_now=lambda form: datetime.now().strftime(form))
     rendered = []
     parts = [{**turn, "content": [{"type": "text", "text": turn["content"]}]} for turn in _TURNS]
-    for turns in (_TURNS, _TURNS[1:], parts, parts[1:]):  # with and without a system message
-        # templates refuse roles and forms in many ways; their text is searched as well
-        with suppress(Exception):
-            compiled = environment.from_string(_GENERATION_TAG.sub("", template))
-            rendered.append(compiled.render(messages=turns, add_generation_prompt=True, **named))
+    # templates refuse roles and forms in many ways, and some do not compile; their text is searched as well
+    with suppress(Exception):
+        compiled = environment.from_string(_GENERATION_TAG.sub("", template))
+        for turns in (_TURNS, _TURNS[1:], parts, parts[1:]):  # with and without a system message
+            with suppress(Exception):
+                rendered.append(compiled.render(messages=turns, add_generation_prompt=True, **named))
     return "\0".join(rendered)
 
 

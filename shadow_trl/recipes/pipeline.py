@@ -67,7 +67,8 @@ def run_pipeline(argv: Sequence[str], default_config: str | Path | None = None) 
         GraftError: a graft failed after training; the tuned BASE of the stage is saved.
     """
     plan = read_plan(argv, default_config)
-    rows = prepare(plan.options[plan.stages[-1]].recipe)
+    for stage in plan.stages:
+        rows = prepare(plan.options[stage])
     # All of it before the first stage starts: faults in the data of DPO must not show up hours later.
     data = {stage: load_data(plan.options[stage]) for stage in plan.left}
     state = PartialState()

@@ -12,6 +12,7 @@ from trl import get_peft_config
 from ..checkpoints.manifest import Entry, read_manifest
 from ..errors import ConfigError, InputError, OutputExistsError, ends_with, list_names, one_of
 from ..training.preflight import GRAFTED_FOLDER
+from ..training.resuming import last_complete
 from .options import Options, UnknownKeysError, find_config, parse_values, read_yaml, take_option
 from .record import check_record, record_of
 
@@ -88,18 +89,6 @@ def is_done(folder: Path) -> bool:
     grafted = folder / GRAFTED_FOLDER
     kinds = [(read_manifest(place) or {}).get("kind") for place in (folder, grafted)]
     return kinds == ["run", "graft"] and any(grafted.glob("*.safetensors"))
-
-
-def last_checkpoint(folder: Path) -> str | None:
-    """Return the last complete checkpoint in `folder`, from which a stage can resume, or None."""
-    # The state is what a trainer writes last: without it the checkpoint was cut off.
-    needed = ("trainer_state.json", "optimizer.pt")
-    found = {
-        int(number): str(path)
-        for path in folder.glob("checkpoint-*")
-        if (number := path.name.rpartition("-")[2]).isdigit() and all((path / name).is_file() for name in needed)
-    }
-    return found[max(found)] if found else None
 
 
 def _route(words: Sequence[str]) -> dict[str, list[str]]:
@@ -227,7 +216,7 @@ def _left(stages: Sequence[str], options: Mapping[str, Options], output: str | N
             f"{second} is not empty, but the SFT stage before it is not done: it would not belong to the new one. "
             f"Remove {second}, or choose another output_dir."
         )
-    return {stage: last_checkpoint(Path(output, stage)) for stage in stages if not is_done(Path(output, stage))}
+    return {stage: last_complete(Path(output, stage)) for stage in stages if not is_done(Path(output, stage))}
 
 
 def _check_models(folder: Path, options: Mapping[str, Options]) -> None:

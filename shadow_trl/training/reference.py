@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import copy
-import os
 import secrets
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,12 +22,14 @@ from ..checkpoints.manifest import Entry
 from ..grafting.options import GraftOptions
 from ..layouts.model_names import ModelNames
 from ..operations.graft import graft
+from ..results.folder import Scratch
 from ..runtime.processes import run_on_main
 from .loading import Loading, bare_model, dtypes_before, is_adapted
 from .origins import Start
+from .preflight import GRAFTED_FOLDER
 
 if TYPE_CHECKING:
-    from accelerate import Accelerator
+    from accelerate import Accelerator, PartialState
     from transformers import PreTrainedModel
     from trl import DPOConfig
 
@@ -102,17 +102,23 @@ def graft_of_start(start: Start) -> PreTrainedModel:
         return model
     from accelerate import PartialState
 
-    state, parent = PartialState(), start.loading.args.output_dir
+    state = PartialState()
+    with shared_scratch(state, start.loading.args.output_dir) as folder:
+        what = "the graft of the start, as the reference policy"
+        grafted = run_on_main(state, lambda: _write_graft_of_start(start, folder), what=what)
+        return load_reference(Entry(grafted), loading=start.loading)
+
+
+@contextmanager
+def shared_scratch(state: Accelerator | PartialState, output_dir: str) -> Iterator[Path]:
+    """Give all processes one folder beside the graft of the run, which the main process removes when all are done."""
     with ExitStack() as kept:
 
-        def write() -> str:
-            os.makedirs(parent, exist_ok=True)
-            folder = kept.enter_context(TemporaryDirectory(prefix=".shadow-reference-", dir=parent))
-            return _write_graft_of_start(start, Path(folder))
+        def make() -> str:
+            return str(kept.enter_context(Scratch(Path(output_dir, GRAFTED_FOLDER))).part)
 
-        grafted = run_on_main(state, write, what="the graft of the start, as the reference policy")
-        kept.callback(state.wait_for_everyone)  # before the main process removes the folder
-        return load_reference(Entry(grafted), loading=start.loading)
+        yield Path(run_on_main(state, make, what="a folder for the time of the run"))
+        state.wait_for_everyone()  # not after an error, which the others may not have: they would not come
 
 
 def _write_graft_of_start(start: Start, folder: Path) -> str:
@@ -172,11 +178,16 @@ def _graft_in_memory(start: Start) -> PreTrainedModel | None:
 
 
 @contextmanager
-def prepared(model: PreTrainedModel, accelerator: Accelerator) -> Iterator[PreTrainedModel]:
-    """Give `model` to the accelerator for evaluation with TRL's fused head; take it back and free it at the end."""
+def prepared(
+    model: PreTrainedModel, accelerator: Accelerator, *, outputs: tuple[str, ...] = ("log_probs",)
+) -> Iterator[PreTrainedModel]:
+    """Give `model` to the accelerator for evaluation with TRL's fused head; take it back and free it at the end.
+
+    `outputs` are what that head computes of each token.
+    """
     from trl.trainer.utils import add_fused_lm_head
 
-    add_fused_lm_head(model)
+    add_fused_lm_head(bare_model(model), outputs=outputs)
     ready = accelerator.prepare_model(model, evaluation_mode=True)
     try:
         yield ready
@@ -277,10 +288,13 @@ def shared_on_disk(dataset: Any, accelerator: Accelerator) -> Any:
     def save() -> str:
         if not folder.exists():
             # Renamed when it is whole: a run that is killed here must not leave half of the rows to the next.
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            with TemporaryDirectory(prefix=".shadow-", dir=folder.parent) as unfinished:
-                dataset.save_to_disk(f"{unfinished}/rows")
-                os.rename(f"{unfinished}/rows", folder)
+            with Scratch(folder) as scratch:
+                dataset.save_to_disk(str(scratch.part / "rows"))
+                try:
+                    (scratch.part / "rows").rename(folder)
+                except OSError:
+                    if not folder.exists():  # another run had the same rows
+                        raise
         return str(folder)
 
     return datasets.load_from_disk(run_on_main(accelerator, save, what="saving the data"))

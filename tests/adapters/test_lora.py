@@ -258,6 +258,13 @@ def test_factors_that_are_not_finite_are_named(sides, tmp_path):
     with pytest.raises(GraftError, match=r"model\.layers\.0\.mlp\.down_proj\.weight  not finite in tuned"):
         run(sides, adapter, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+    instruct = load(sides["instruct"])
+    instruct["model.layers.0.mlp.down_proj.weight"][0, 0] = float("inf")
+    sides["instruct"] = write(tmp_path / "instruct", instruct)
+    with pytest.raises(GraftError) as caught:  # the factors of this one are finite
+        run(sides, lora(tmp_path / "finite"), tmp_path / "out")
+    assert f"down_proj.weight  not finite in instruct {sides['instruct']}\n" in str(caught.value)
+    assert "tuned" not in str(caught.value)
 
 
 def test_adapter_on_bf16_instruct_is_rounded_once(sides, tmp_path):
@@ -286,3 +293,22 @@ def test_a_shared_head_takes_no_product_wherever_the_config_says_that_it_is_shar
 def test_an_untie_without_effect_is_reported(sides, tmp_path):
     report = run(sides, lora(tmp_path / "adapter"), tmp_path / "out", untie=True)
     assert [text for text in report.warnings if "untie changes nothing" in text]
+
+
+@pytest.mark.parametrize(
+    ("config", "same"),
+    [
+        ({"peft_type": "MISS"}, True),
+        ({"peft_type": "MISS", "init_weights": True}, True),
+        ({"peft_type": "MISS", "init_weights": "bat"}, False),
+        ({"peft_type": "PVERA", "sample_at_inference": False}, True),
+        ({"peft_type": "PVERA", "sample_at_inference": True}, False),
+        ({"peft_type": "SHIRA", "mask_type": "random"}, True),
+        ({"peft_type": "SHIRA", "mask_type": "weight_magnitude"}, False),
+        ({"peft_type": "LOKR"}, True),
+        ({"peft_type": "OFT"}, False),
+    ],
+)
+def test_other_types_mean_the_same_delta_on_instruct_with_some_settings_only(config, same):
+    assert kind_of(config).needs_base
+    assert (kind_of(config).obstacles == ()) is same

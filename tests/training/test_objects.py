@@ -156,3 +156,10 @@ def test_an_adapter_that_transformers_put_on_a_model_is_refused(pair, tmp_path):
     with pytest.raises(AdapterError, match="added by transformers"):
         sft(pair, tmp_path / "run", model=model)
     assert not (tmp_path / "run").exists()
+
+
+def test_the_reference_that_is_given_stays_beside_an_object(pair, tmp_path):
+    reference, options = loaded(pair[::-1]), {"base_model": str(pair[0]), "precompute_ref_log_probs": False}
+    trainer = dpo(pair, tmp_path / "out", model=changed(pair), ref_model=reference, **options)
+    found, instruct = trainer.accelerator.unwrap_model(trainer.ref_model).state_dict(), load(pair[1])
+    assert all(torch.equal(found[name], value.float()) for name, value in instruct.items())

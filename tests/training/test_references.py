@@ -8,7 +8,9 @@ import json
 import shutil
 import weakref
 from pathlib import Path
+from types import SimpleNamespace
 
+import datasets
 import pytest
 import torch
 from accelerate.state import AcceleratorState
@@ -528,3 +530,19 @@ def test_no_needless_miss_of_the_cache(pair, tmp_path, monkeypatch):
     monkeypatch.setattr(DPOTrainer, "compute_ref_log_probs", lambda *_: pytest.fail("computed again"))
     assert cached_logps(pair, tmp_path, "one", max_length=64) == first
     assert cached_logps(pair, tmp_path, "another", learning_rate=1.0, seed=9) == without
+
+
+def test_data_in_memory_goes_to_a_file_once_where_several_processes_read_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
+    one, two = (SimpleNamespace(num_processes=number, is_main_process=True) for number in (1, 2))
+    rows, stream = preference_data(3), preference_data(3).to_iterable_dataset()
+    assert reference.shared_on_disk(rows, one) is rows
+    assert reference.shared_on_disk(stream, two) is stream
+    assert not list(tmp_path.iterdir())
+    for _ in range(2):
+        found = reference.shared_on_disk(rows, two)
+        assert found[:] == rows[:]
+        assert all(Path(file["filename"]).is_relative_to(tmp_path) for file in found.cache_files)
+        assert found.cache_files
+        assert reference.shared_on_disk(found, two) is found
+    assert len(list((tmp_path / "shadow_trl").iterdir())) == 1
