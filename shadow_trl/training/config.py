@@ -14,6 +14,11 @@ from ..grafting.options import declared
 _Config = TypeVar("_Config", bound="ShadowArguments")
 
 PAIR_CHECKS = ("headers", "weights")
+DPO_LOSSES = (
+    "sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired",
+    "apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm",
+)  # fmt: skip
+"""TRL's, which names them only when the loss of the first batch is computed."""
 REF_POLICIES = ("init", "base", "instruct", "grafted")
 
 
@@ -128,4 +133,6 @@ class ShadowDPOConfig(ShadowArguments, DPOConfig):
 
     def __post_init__(self) -> None:
         one_of("ref_policy", self.ref_policy, REF_POLICIES)
+        for loss in [self.loss_type] if isinstance(self.loss_type, str) else self.loss_type:
+            one_of("loss_type", loss, DPO_LOSSES)
         super().__post_init__()

@@ -54,7 +54,9 @@ from .preflight import (
     refuse_sharded,
     refuse_unsupported,
 )
+from .resuming import checkpoint_of
 from .saved import as_saved
+from .settings import Forms, check_columns, check_settings
 
 if TYPE_CHECKING:
     from transformers.trainer_utils import TrainOutput
@@ -94,6 +96,10 @@ class ShadowMixin(GraftedEvaluation):
             given["model"] = os.fspath(given["model"])
         config = self._read_config(given)
         refuse_unsupported(config)
+        check_settings(config, given.get("quantization_config"))
+        if given.get("formatting_func") is None:
+            for name in ("train_dataset", "eval_dataset"):
+                check_columns(name, given.get(name), self._data_forms(config))
         self._start = start = Start.of(given, config, base_model=base_model, instruct_model=instruct_model)
         self.origins = start.origins
         self.graft_report: GraftReport | None = None
@@ -125,14 +131,18 @@ class ShadowMixin(GraftedEvaluation):
         Arguments and return value are those of `transformers.Trainer.train`. With `graft=False`, and within a
         hyperparameter search, nothing is saved or grafted at the end. The report of the graft is in `graft_report`.
         """
-        given = inspect.signature(super().train).bind(*args, **kwargs).arguments
-        in_search = given.get("trial") is not None
+        call = inspect.signature(super().train).bind(*args, **kwargs)
+        in_search = call.arguments.get("trial") is not None
+        with ends_with("Nothing was written."):
+            call.arguments["resume_from_checkpoint"] = checkpoint_of(
+                call.arguments.get("resume_from_checkpoint"), self.args.output_dir
+            )
         if self.args.graft and not in_search:
             with ends_with("Nothing was written."):
                 check_free(self._grafted_folder, self.args.graft_overwrite)
         if not in_search:
             run_on_main(self.accelerator, self._begin, what="preparing the output folder")
-        output = super().train(*args, **kwargs)
+        output = super().train(*call.args, **call.kwargs)
         if self.args.graft and not in_search:
             self.graft()
         return output
@@ -212,6 +222,10 @@ class ShadowMixin(GraftedEvaluation):
         # A copy: what is decided here must not reach a config that the user may use again.
         given["args"] = copy.copy(self._config_class.upgrade(args))
         return given["args"]
+
+    def _data_forms(self, config: Any) -> Forms:
+        """Return the forms of data that the trainer takes, each by the columns that it needs; none: not checked."""
+        return ()
 
     def _check_before_loading(self, config: Any, given: Mapping[str, Any]) -> None:
         """Find before any model is loaded what would keep the run from ending in a graft."""

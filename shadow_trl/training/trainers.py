@@ -24,6 +24,7 @@ from .reference import (
     reference_key,
     shared_on_disk,
 )
+from .settings import Forms
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -34,6 +35,10 @@ class ShadowSFTTrainer(ShadowMixin, SFTTrainer):
 
     _config_class = ShadowSFTConfig
     _tag_names: ClassVar[list[str]] = [*SFTTrainer._tag_names, "shadow-ft"]  # type: ignore[misc]
+
+    def _data_forms(self, config: Any) -> Forms:
+        text = config.dataset_text_field
+        return [{"messages"}, {"prompt", "completion"}, {text}, {"conversations"}, {"input_ids"}]
 
 
 class ShadowDPOTrainer(ShadowMixin, DPOTrainer):
@@ -57,6 +62,9 @@ class ShadowDPOTrainer(ShadowMixin, DPOTrainer):
         self._of_object = None
         if self._reference is not None:
             drop_reference_adapter(self.model)
+
+    def _data_forms(self, config: Any) -> Forms:
+        return [{"chosen", "rejected"}]
 
     def _choose_reference(self, config: Any, given: dict[str, Any]) -> None:
         check_reference_options(config, ref_model=given.get("ref_model"))

@@ -183,8 +183,8 @@ def test_a_tensor_in_two_files_is_refused_with_a_way_out(tmp_path):
         save_file(
             {"w": torch.ones(2), f"v{number}": torch.ones(1)}, folder / f"model-0000{number}-of-00002.safetensors"
         )
-    index = {"metadata": {}, "weight_map": {"w": "model-00001-of-00002.safetensors", "v1": "model-00001-of-00002.safetensors",
-                                            "v2": "model-00002-of-00002.safetensors"}}  # fmt: skip
+    places = {"w": 1, "v1": 1, "v2": 2}
+    index = {"weight_map": {name: f"model-0000{number}-of-00002.safetensors" for name, number in places.items()}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(
         CheckpointError, match=r"1 tensors are stored twice(.|\n)*w  in model-00001(.|\n)*save_pretrained"
