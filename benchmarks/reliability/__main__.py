@@ -23,34 +23,35 @@ os.environ.update(
     HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false", TQDM_DISABLE="1"
 )
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent.parent / "tests" / "support"))
+sys.path.append(str(HERE.parent.parent / "tests" / "support"))
 
 from changes import change_inputs  # noqa: E402
 from corpus import bad_input  # noqa: E402
 from disks import fill_disks  # noqa: E402
 from fuzz import fuzz  # noqa: E402
-from kills import kill_commands  # noqa: E402
+from killed_commands import kill_commands  # noqa: E402
+from killed_trainings import kill_trainings  # noqa: E402
 from processes import FAULTS, Tally  # noqa: E402
 from sizes import large, many  # noqa: E402
-from trainings import kill_trainings  # noqa: E402
 
 Trials = Callable[[Path, argparse.Namespace], Iterator[Tally]]
 
 
 def _kills(root: Path, options: argparse.Namespace) -> Iterator[Tally]:
     yield kill_commands(root / "forked", options.kills, seed=options.seed)
-    yield kill_commands(root / "fresh", options.fresh_kills, seed=options.seed, fresh=True)
+    if options.fresh_kills:
+        yield kill_commands(root / "fresh", options.fresh_kills, seed=options.seed, fresh=True)
 
 
 KINDS: dict[str, Trials] = {
     "kills": _kills,
     "trainings": lambda root, options: kill_trainings(root, options.trainings, seed=options.seed),
-    "disks": lambda root, options: fill_disks(root),
+    "disks": lambda root, options: fill_disks(root, options.disks),
     "changes": lambda root, options: change_inputs(root, options.changes, seed=options.seed),
     "input": lambda root, options: bad_input(root),
     "fuzz": lambda root, options: fuzz(root, options.seconds, seed=options.seed),
     "many": lambda root, options: many(root, options.grafts),
-    "large": lambda root, options: large(root),
+    "large": lambda root, options: large(root, options.tensors),
 }
 
 
@@ -66,6 +67,8 @@ def main() -> int:
     parser.add_argument("--changes", type=int, default=200, help="inputs changed while they are read (default 200)")
     parser.add_argument("--seconds", type=float, default=1200, help="of fuzzing (default 1200)")
     parser.add_argument("--grafts", type=int, default=200, help="in one process (default 200)")
+    parser.add_argument("--disks", type=int, default=12, help="sizes of the disk, for each command (default 12)")
+    parser.add_argument("--tensors", type=int, default=50_000, help="of the large models (default 50000)")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     _import_package()

@@ -8,14 +8,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from kills import prepare
+from killed_commands import prepare
 from processes import Tally, judge_message, listing, litter, run
 
-STEPS = 12
 
-
-def fill_disks(root: Path) -> Iterator[Tally]:
-    """Run each command on disks from almost none of what it needs to all of it; needs root for the mounts."""
+def fill_disks(root: Path, steps: int) -> Iterator[Tally]:
+    """Run each command on disks with almost none of what it needs, and more in `steps`; the mounts need root."""
     tally = Tally("full disks")
     if os.geteuid() != 0:
         tally.facts["not run: mounting a tmpfs needs root"] += 1
@@ -24,10 +22,10 @@ def fill_disks(root: Path) -> Iterator[Tally]:
     every = prepare(root)
     for command in every:
         whole = _needed(command, root)
-        for step in range(STEPS):
+        for step in range(steps):
             # What a command begins with is there in any case; then less than it needs, in even steps.
-            with _disk(root / "disk", whole[0] + (whole[1] - whole[0]) * step // STEPS) as disk:
-                _one(tally, command, disk, f"{command.name} on a disk with {step} of {STEPS} parts of what it needs")
+            with _disk(root / "disk", whole[0] + (whole[1] - whole[0]) * step // steps) as disk:
+                _one(tally, command, disk, f"{command.name} on a disk with {step} of {steps} parts of what it needs")
     yield tally
 
 

@@ -1,4 +1,4 @@
-"""Trainings that are killed at a random moment and resumed: the graft must be that of an undisturbed run, bit by bit."""
+"""Trainings that are killed and resumed: the graft must be that of an undisturbed run, bit by bit."""
 
 from __future__ import annotations
 
