@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from killed_commands import prepare
+from killed_commands import Command, prepare
 from processes import Tally, judge_message, listing, litter, run
 
 
@@ -29,7 +29,7 @@ def fill_disks(root: Path, steps: int) -> Iterator[Tally]:
     yield tally
 
 
-def _one(tally: Tally, command, work: Path, label: str) -> None:
+def _one(tally: Tally, command: Command, work: Path, label: str) -> None:
     (work / "tmp").mkdir()
     command.before(work)
     before, first = listing(work), command.state(work)
@@ -48,20 +48,15 @@ def _one(tally: Tally, command, work: Path, label: str) -> None:
         tally.fault("left", f"{label}: {litter(work)}")
 
 
-def _needed(command, root: Path) -> tuple[int, int]:
-    """Return the bytes of a disk that are in use before the command, and the most it uses, both with a margin."""
+def _needed(command: Command, root: Path) -> tuple[int, int]:
+    """Return the bytes in use before the command, and with a whole result beside them; each with some room."""
     with _disk(root / "disk", 2**30) as disk:
         (disk / "tmp").mkdir()
         command.before(disk)
-        used = _used(disk)
+        found = os.statvfs(disk)
+        used = (found.f_blocks - found.f_bfree) * found.f_frsize
         assert run(command.argv, disk).code == 0
-        written = max(_used(disk) - used, 0)
-    return used + 2**16, 2 * used + 2 * written + 2**19
-
-
-def _used(disk: Path) -> int:
-    found = os.statvfs(disk)
-    return (found.f_blocks - found.f_bfree) * found.f_frsize
+        return used + 2**15, used + 2**16 + sum(size for size, _ in listing(disk).values())
 
 
 @contextmanager

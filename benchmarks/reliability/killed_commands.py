@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
 import shutil
@@ -86,21 +87,22 @@ def prepare(root: Path) -> list[Command]:
 
 
 def kill_commands(root: Path, count: int, *, seed: int = 0, fresh: bool = False) -> Tally:
-    """Kill `count` commands, each kind and each signal in turn, and run each again."""
+    """Kill `count` commands at work, each kind and each signal in turn, and run each again."""
     tally, source = Tally("kills of a command" + (", fresh interpreters" if fresh else "")), random.Random(seed)
     every = prepare(root)
     inputs = listing(root / "family")
     seconds = {command.name: _undisturbed(command, root, fresh) for command in every}
-    for number in range(count):
-        command, number_of_signal = every[number % len(every)], SIGNALS[number // len(every) % len(SIGNALS)]
+    for number in itertools.count():
+        if tally.runs == count:
+            return tally
+        command, sign = every[number % len(every)], SIGNALS[number // len(every) % len(SIGNALS)]
         moment = source.uniform(0, 1.05) * seconds[command.name]
-        label = f"{command.name}, {number_of_signal.name} after {moment:.3f} of {seconds[command.name]:.3f} s"
+        label = f"{command.name}, {sign.name} after {moment:.3f} of {seconds[command.name]:.3f} s"
         with workplace(root) as work:
-            _one(tally, command, work, number_of_signal, moment, label, fresh)
+            _one(tally, command, work, sign, moment, label, fresh)
         if listing(root / "family") != inputs:
             tally.fault("lost", f"{label}: an input has changed")
             inputs = listing(root / "family")
-    return tally
 
 
 def _undisturbed(command: Command, root: Path, fresh: bool) -> float:
@@ -117,15 +119,17 @@ def _undisturbed(command: Command, root: Path, fresh: bool) -> float:
     return sorted(times)[1]
 
 
-def _one(tally: Tally, command: Command, work: Path, number: signal.Signals, moment: float, label: str, fresh: bool):
+def _one(
+    tally: Tally, command: Command, work: Path, number: signal.Signals, moment: float, label: str, fresh: bool
+) -> None:
     command.before(work)
     before, first = listing(work), command.state(work)
     running = Running(command.argv, work, fresh=fresh)
     running.at(moment, lambda: running.send(number))
     ended = running.wait()
-    tally.runs += 1
+    tally.runs += ended.code != 0
     state, left = command.state(work), litter(work)
-    tally.facts["had ended before" if ended.code == 0 else "were killed"] += 1
+    tally.facts["more had ended before"] += ended.code == 0
     judge_message(tally, label, ended, changed=listing(work) != before)
     _judge_state(tally, label, ended, (first, state, left))
     if number != signal.SIGKILL and left:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
 import signal
@@ -33,7 +34,9 @@ def kill_trainings(root: Path, count: int, *, seed: int = 0) -> Iterator[Tally]:
     tally, source = Tally("kills of a training"), random.Random(seed)
     _prepare(root)
     wanted = {kind: _undisturbed(kind, root) for kind in KINDS} if count else {}
-    for number in range(count):
+    for number in itertools.count():
+        if tally.runs == count:
+            break
         kind, sign = list(KINDS)[number % len(KINDS)], SIGNALS[number // len(KINDS) % len(SIGNALS)]
         right, seconds = wanted[kind]
         moment = source.uniform(0.1, 1.0) * seconds
@@ -48,8 +51,8 @@ def _one(tally: Tally, work: Path, what: tuple[str, Weights, signal.Signals, flo
     running = Running(_words(kind, work), work)
     running.at(moment, lambda: running.send(sign))
     ended = running.wait()
-    tally.runs += 1
-    tally.facts["had ended before" if ended.code == 0 else "were killed"] += 1
+    tally.runs += ended.code != 0
+    tally.facts["more had ended before"] += ended.code == 0
     judge_message(tally, label, ended, changed=(work / "run").exists() and any((work / "run").rglob("*.*")))
     found = _complete(work / "run")
     tally.facts["resumed from a checkpoint" if found else "began anew"] += 1

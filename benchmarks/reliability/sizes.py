@@ -89,7 +89,7 @@ def _grafted(root: Path, name: str, sizes: dict[str, tuple[int, ...]], files: in
 
 def _sparse(root: Path, size: int, command: str) -> Tally:
     """Run a command on models of zeros that take no room on the disk, and look at its peak memory."""
-    name = f"{command} of sparse models of {size / 1e9:.1f} GB"
+    name = f"{command} of sparse models of {size // 10**6:,} MB"
     tally = Tally(name)
     with workplace(root) as work:
         roles = ("base", "instruct", "tuned") if command == "graft" else ("base", "instruct")
