@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 import subprocess
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from killed_commands import Command, prepare
-from processes import Tally, judge_message, listing, litter, run
+from processes import Running, Tally, judge_message, listing, litter
 
 
 def fill_disks(root: Path, steps: int) -> Iterator[Tally]:
@@ -19,21 +19,28 @@ def fill_disks(root: Path, steps: int) -> Iterator[Tally]:
         tally.facts["not run: mounting a tmpfs needs root"] += 1
         yield tally
         return
-    every = prepare(root)
-    for command in every:
-        whole = _needed(command, root)
+    for command in prepare(root):
+        used, whole, seconds = _needed(command, root)
         for step in range(steps):
             # What a command begins with is there in any case; then less than it needs, in even steps.
-            with _disk(root / "disk", whole[0] + (whole[1] - whole[0]) * step // steps) as disk:
+            with _disk(root / "disk", used + (whole - used) * step // steps) as disk:
                 _one(tally, command, disk, f"{command.name} on a disk with {step} of {steps} parts of what it needs")
+            # A disk with room when it is looked at, which somebody else fills during the work.
+            with _disk(root / "disk", 2 * whole) as disk:
+                moment = seconds * (step + 0.5) / steps
+                _one(tally, command, disk, f"{command.name} on a disk that is filled after {moment:.3f} s", moment)
     yield tally
 
 
-def _one(tally: Tally, command: Command, work: Path, label: str) -> None:
-    (work / "tmp").mkdir()
+def _one(tally: Tally, command: Command, disk: Path, label: str, moment: float | None = None) -> None:
+    work = disk / "work"
+    (work / "tmp").mkdir(parents=True)
     command.before(work)
     before, first = listing(work), command.state(work)
-    ended = run(command.argv, work)
+    running = Running(command.argv, work, logs=disk.with_name("logs"))
+    if moment is not None:
+        running.at(moment, lambda: _fill(disk))
+    ended = running.wait()
     tally.runs += 1
     tally.facts["had room" if ended.code == 0 else "were full"] += 1
     judge_message(tally, label, ended, changed=listing(work) != before)
@@ -48,15 +55,24 @@ def _one(tally: Tally, command: Command, work: Path, label: str) -> None:
         tally.fault("left", f"{label}: {litter(work)}")
 
 
-def _needed(command: Command, root: Path) -> tuple[int, int]:
-    """Return the bytes in use before the command, and with a whole result beside them; each with some room."""
+def _fill(disk: Path) -> None:
+    """Take all that is free."""
+    with suppress(OSError), (disk / "filler").open("wb", buffering=0) as file:
+        while True:
+            file.write(bytes(2**16))
+
+
+def _needed(command: Command, root: Path) -> tuple[int, int, float]:
+    """Return the bytes in use before the command, those with a whole result beside them, and the seconds it takes."""
     with _disk(root / "disk", 2**30) as disk:
-        (disk / "tmp").mkdir()
-        command.before(disk)
+        work = disk / "work"
+        (work / "tmp").mkdir(parents=True)
+        command.before(work)
         found = os.statvfs(disk)
         used = (found.f_blocks - found.f_bfree) * found.f_frsize
-        assert run(command.argv, disk).code == 0
-        return used + 2**15, used + 2**16 + sum(size for size, _ in listing(disk).values())
+        ended = Running(command.argv, work, logs=disk.with_name("logs")).wait()
+        assert ended.code == 0, ended.err
+        return used + 2**15, used + 2**16 + sum(size for size, _ in listing(work).values()), ended.seconds
 
 
 @contextmanager

@@ -69,13 +69,20 @@ class Running:
     """A command of `shadow-trl` in a process of its own.
 
     It is forked from this process, which has imported the package: a signal at a random moment then meets the command
-    at work rather than Python at its imports. With `fresh` an interpreter of its own is started instead.
+    at work rather than Python at its imports. With `fresh` an interpreter of its own is started instead. `folder` is the
+    command's current folder; what it prints goes to `logs`, by default beside it.
     """
 
     def __init__(
-        self, argv: list[str], folder: Path, *, fresh: bool = False, limit: Callable[[], object] | None = None
-    ):
-        self._log = folder.with_name(f"{folder.name}-log")
+        self,
+        argv: list[str],
+        folder: Path,
+        *,
+        fresh: bool = False,
+        limit: Callable[[], object] | None = None,
+        logs: Path | None = None,
+    ) -> None:
+        self._log = logs or folder.with_name(f"{folder.name}-log")
         self._log.mkdir(exist_ok=True)
         self.process: subprocess.Popen | None = None
         if fresh:
