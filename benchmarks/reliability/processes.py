@@ -69,8 +69,8 @@ class Running:
     """A command of `shadow-trl` in a process of its own.
 
     It is forked from this process, which has imported the package: a signal at a random moment then meets the command
-    at work rather than Python at its imports. With `fresh` an interpreter of its own is started instead. `folder` is the
-    command's current folder; what it prints goes to `logs`, by default beside it.
+    at work rather than Python at its imports. With `fresh` an interpreter of its own is started instead. `folder` is
+    the command's current folder; what it prints goes to `logs`, by default beside it.
     """
 
     def __init__(
