@@ -168,9 +168,10 @@ def place_on(modules: Mapping[str, LoraModule], adapter: Checkpoint, instruct: C
         AdapterError: modules without a weight on INSTRUCT (all are named, with the nearest names) or of another shape.
     """
     placed = {f"{module}.weight": lora for module, lora in modules.items()}
-    has_conv1d = _has_conv1d(instruct)
-    if has_conv1d or not placed.keys() <= instruct.specs.keys():
-        placed = _as_stored(placed, instruct, has_conv1d)
+    # PEFT saves the orientation of the last module only; on loading, the class of each decides.
+    by_class = _has_conv1d(instruct) or any(lora.transposed for lora in placed.values())
+    if by_class or not placed.keys() <= instruct.specs.keys():
+        placed = _as_stored(placed, instruct, by_class)
     unmatched = [name.removesuffix(".weight") for name in placed if name not in instruct.specs]
     if unmatched:
         raise AdapterError(
@@ -210,7 +211,7 @@ def _has_conv1d(instruct: Checkpoint) -> bool:
     )
 
 
-def _as_stored(placed: dict[str, LoraModule], instruct: Checkpoint, has_conv1d: bool) -> dict[str, LoraModule]:
+def _as_stored(placed: dict[str, LoraModule], instruct: Checkpoint, by_class: bool) -> dict[str, LoraModule]:
     """Give modules, which an adapter names as in memory, the names and orientations that their weights have on disk."""
     from ..layouts.model_names import ModelNames
 
@@ -220,8 +221,7 @@ def _as_stored(placed: dict[str, LoraModule], instruct: Checkpoint, has_conv1d: 
             on_disk = names.keys(instruct.specs)
             keys = {name: key for key, name in names.keys(placed).items()}
             placed = {on_disk.get(keys[name], name): lora for name, lora in placed.items()}
-        # PEFT saves the orientation of the last module only; the class of each tells its own.
-        linear = names.linear(instruct.specs) if has_conv1d else {}
+        linear = names.linear(instruct.specs) if by_class else {}
     except PairMismatchError:
         return placed
     return {

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 BASE_CONFIG = "base_config.json"
 WEIGHTS = "delta.safetensors"
 INDEX = "delta.safetensors.index.json"
+TRAINED_WITH = "trained_with"
+"""Folder with the chat templates of TUNED, in which nothing looks for BASE's."""
 
 
 class DeltaCheckpoint(Checkpoint):

@@ -5,6 +5,7 @@ A manifest of kind `delta` is of form `delta`, or `adapter` for a LoRA made from
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import json
 import logging
@@ -185,6 +186,7 @@ def write_manifest(folder: Source, content: Mapping[str, Any]) -> Path:
     return path
 
 
+@functools.cache
 def versions() -> dict[str, str]:
     """Return the installed version of every package that can change the numbers, without importing any."""
     found = {}

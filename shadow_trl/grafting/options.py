@@ -151,6 +151,10 @@ class GraftOptions:
         "strict", "token rows that only one side has: refuse them, or graft the rows that both share",
         choices=("strict", "shared"), argument="graft_vocab", recorded=True,
     )  # fmt: skip
+    chat_template: str = _option(
+        "instruct", "chat template of the result: INSTRUCT's, or the one in TUNED's folder, which it was trained with",
+        choices=("instruct", "trained"), argument="graft_chat_template", recorded=True,
+    )  # fmt: skip
     max_shard_size: int | str | None = _option(
         None, "largest file of the result, such as 5GB; left out: INSTRUCT's files",
         check=parse_size, flags={"metavar": "SIZE"}, recorded=True, dense_only=True,

@@ -19,6 +19,7 @@ from ..grafting.tuned import SingleTuned
 from ..layouts.matching import Announced
 from ..pair.pairs import ModelPair
 from ..pair.token_rows import vocabulary_of
+from ..pair.trained_templates import choose_template
 from ..results.folder import check_free, check_place, check_space, recover
 
 
@@ -93,6 +94,8 @@ def check_trained(
     """
     origin, receiver = Checkpoint.open(base), Checkpoint.open(instruct)
     warnings = ModelPair(origin, receiver).check_trained(tuned.config, vocabulary_of(tuned))
+    trained_with = {"tuned": vocabulary_of(tuned)}
+    warnings += choose_template(trained_with, receiver.path, _options(options).chat_template).warnings
     if not has_weights:
         return warnings
     if adapter:  # what it does not train is not saved

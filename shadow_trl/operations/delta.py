@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoints.checkpoint import Checkpoint, Place
-from ..checkpoints.delta import BASE_CONFIG, INDEX, WEIGHTS, DeltaCheckpoint, Zeros, refuse_deltas
+from ..checkpoints.delta import BASE_CONFIG, INDEX, TRAINED_WITH, WEIGHTS, DeltaCheckpoint, Zeros, refuse_deltas
 from ..checkpoints.header import CODES, FLOATS, dtype_of, nbytes_of
 from ..checkpoints.hub import Source, output_folder
 from ..checkpoints.manifest import Entry, write_manifest
@@ -26,9 +26,10 @@ from ..grafting.jobs import Jobs, WeightJob
 from ..grafting.options import DTYPES, GraftOptions, declared
 from ..grafting.reports import DeltaReport, graft_figures
 from ..grafting.tuned import one_tuned
+from ..pair.templates import read_templates
 from ..results.cards import write_delta_card
 from ..results.check import check_result
-from ..results.copied import copied_files, copy_files
+from ..results.copied import copied_files, copy_files, write_templates
 from ..results.folder import OutputFolder, check_free, check_place, check_space, files_in, recover
 from ..runtime.progress import Progress
 from ..runtime.startup import collector_paused
@@ -127,7 +128,7 @@ def _write_dense(inputs: Inputs, part: Path, target: Path, options: GraftOptions
         file.name = WEIGHTS if len(files) == 1 else file.name.replace("model", "delta", 1)
     small = copied_files(inputs.instruct, adapter=True)
     check_space(target, sum(file.size for file in files) + sum(path.stat().st_size for path in small))
-    with Digests(inputs.tuned.sides, [], options) as digests, Progress(sum(f.size for f in files), progress) as bar:
+    with Digests(inputs.tuned.sides, {}, options) as digests, Progress(sum(f.size for f in files), progress) as bar:
         outcome = stream(files, part, options, bar.add)
         check_finite(outcome)
         shutil.rmtree(scratch, ignore_errors=True)
@@ -174,7 +175,7 @@ def _write_adapter(
     scratch = part / ".converted"
     jobs = inputs.tuned.jobs(inputs.instruct, options, scratch)
     small = copied_files(inputs.instruct, adapter=True)
-    with Digests(inputs.tuned.sides, [], options) as digests:
+    with Digests(inputs.tuned.sides, {}, options) as digests:
         dtype = dtype_of(CODES[options.dtype])
         found = truncated(jobs, inputs.instruct, rank, target, dtype=dtype, progress=progress)
         found.write(part, inputs.instruct)
@@ -200,6 +201,8 @@ def _finish(
 ) -> None:
     """Write what lies beside the weights: BASE's config and tokenizer, manifest and card."""
     copy_files(small, inputs.instruct, part)
+    trained_with = read_templates(inputs.tuned.trained_with["tuned"].folder)
+    write_templates(trained_with, part / TRAINED_WITH if report.form == "delta" else part)
     if report.form == "delta":
         config = inputs.instruct.path / "config.json"
         if config.is_file():

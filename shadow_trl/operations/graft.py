@@ -28,7 +28,7 @@ from ..grafting.trained import Full, PlainLora
 from ..grafting.tuned import one_tuned
 from ..results.cards import write_model_card
 from ..results.check import check_result
-from ..results.copied import copied_files, copy_files, write_config
+from ..results.copied import copied_files, copy_files, write_config, write_templates
 from ..results.folder import OutputFolder, check_free, check_place, check_space, files_in, recover
 from ..runtime.progress import Progress
 from ..runtime.startup import collector_paused
@@ -53,6 +53,7 @@ def graft(
     rounding: str = "nearest",
     seed: int = 0,
     vocab: str = "strict",
+    chat_template: str = "instruct",
     max_shard_size: int | str | None = None,
     overwrite: bool = False,
     untie: bool = False,
@@ -86,6 +87,8 @@ def graft(
         rounding: `nearest` (default) or `stochastic`.
         seed: of stochastic rounding. Default 0.
         vocab: `strict` (default) refuses sides with different token rows; `shared` grafts the rows that all have.
+        chat_template: `instruct` (default) or `trained`: the templates in TUNED's folder, which it was trained with; of
+            a delta those that TUNED had.
         max_shard_size: bytes of a file of the result, such as `5GB`. Default: INSTRUCT's own files.
         overwrite: whether an existing graft at `output` may be replaced. Default False.
         untie: whether a tied INSTRUCT may receive a head of its own. Default False.
@@ -110,8 +113,8 @@ def graft(
     """
     settings = GraftOptions(
         scale=scale, instruct_scale=instruct_scale, modules=modules, format=format, dtype=dtype, rounding=rounding,
-        seed=seed, vocab=vocab, max_shard_size=max_shard_size, overwrite=overwrite, untie=untie, digest=digest,
-        stats=stats, base_dtype=base_dtype, rank=rank,
+        seed=seed, vocab=vocab, chat_template=chat_template, max_shard_size=max_shard_size, overwrite=overwrite,
+        untie=untie, digest=digest, stats=stats, base_dtype=base_dtype, rank=rank,
     )  # fmt: skip
     target = output_folder(output)
     recover(target)
@@ -154,14 +157,16 @@ def _write_dense_form(inputs: Inputs, part: Path, target: Path, options: GraftOp
     jobs = inputs.tuned.jobs(inputs.instruct, options, scratch)
     check_rounding(jobs, options)
     files = plan_files(jobs.weights, jobs.layout, options.max_shard_size)  # type: ignore[arg-type]
-    small = copied_files(inputs.instruct)
+    small = copied_files(inputs.instruct, templates=not inputs.template.source)
     check_space(target, sum(file.size for file in files) + sum(path.stat().st_size for path in small))
-    with Digests(inputs.sides, small, options) as digests, Progress(sum(f.size for f in files), progress) as bar:
+    read = {"instruct": small, **inputs.template.files}
+    with Digests(inputs.sides, read, options) as digests, Progress(sum(f.size for f in files), progress) as bar:
         outcome = stream(files, part, options, bar.add)
         check_finite(outcome)
         write_index(files, jobs.layout, part)
         shutil.rmtree(scratch, ignore_errors=True)
         copy_files(small, inputs.instruct, part)
+        write_templates(inputs.template.templates, part)
         dtype = main_dtype(jobs.weights)
         write_config(part, dtype, jobs.config_edits)
         figures = graft_figures(outcome.sums, options.stats, sigma="base" in inputs.sides)
@@ -192,13 +197,15 @@ def _write_adapter_form(inputs: Inputs, part: Path, target: Path, options: Graft
         notes += [*jobs.warnings, *found.warnings]
     elif isinstance(inputs.tuned, PlainLora):
         place_on(inputs.tuned.modules, adapter, inputs.instruct)
-    small = copied_files(inputs.instruct, adapter=True)
+    small = copied_files(inputs.instruct, adapter=True, templates=not inputs.template.source)
     check_space(target, 2 * sum(path.stat().st_size for path in (*small, *adapter.files)))
-    with Digests(inputs.sides, small, options) as digests:
+    read = {"instruct": small, **inputs.template.files}
+    with Digests(inputs.sides, read, options) as digests:
         modules, narrow = write_adapter(adapter, base, inputs.instruct, options.scale, part)
         notes += narrow_warning(narrow)
         shutil.rmtree(scratch, ignore_errors=True)
         copy_files(small, inputs.instruct, part)
+        write_templates(inputs.template.templates, part)
         if is_local(inputs.instruct):
             notes.append(
                 f"the adapter names the local folder {inputs.instruct.source} as its model: it loads only where that "
@@ -225,6 +232,8 @@ def _write_provenance(
     del found["output"], found["scale"], found["instruct_scale"]
     named = {role: vars(entry) for role, entry in sides.items()}
     facts = {"options": options.to_dict(), "left_out": left_out, **found}
+    if inputs.template.whose is not None:
+        facts["chat_template"] = inputs.template.whose
     content = {"kind": "graft", **inputs.tuned.recorded, **named, **facts}
     card = write_model_card(part, content, adapter=report.form == "adapter")
     write_manifest(part, {**content, "card": file_digest(card), "files": files_in(part)})

@@ -154,6 +154,8 @@ def verify(
         remade = read_manifest(made) or {}
         if unrecorded:
             del remade["loaded_in"]
+        if "chat_template" not in recorded:  # by 0.1.0
+            remade.pop("chat_template", None)
         figures = _other_figures(manifest, remade)
     left = [f"warnings, versions and paths in {MANIFEST_NAME}", *_compare_card(there, manifest, equal, files)]
     if "max_shard_size" not in recorded:  # by 0.1.0

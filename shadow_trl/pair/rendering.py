@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import sys
+from contextlib import suppress
 from datetime import datetime
 from typing import Any
 
@@ -24,18 +26,20 @@ def answer(asked: tuple[str, dict[str, str]]) -> str:
     environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
     environment.filters["tojson"] = lambda value, **options: json.dumps(value, ensure_ascii=False)
     environment.globals.update(raise_exception=_refuse, strftime_now=lambda form: datetime.now().strftime(form))
-    rendered = []
     parts: list[Any] = [{**turn, "content": [{"type": "text", "text": turn["content"]}]} for turn in _TURNS]
-    for turns in (_TURNS, _TURNS[1:], parts, parts[1:]):  # with and without a system message
-        try:
-            text = environment.from_string(template).render(messages=turns, add_generation_prompt=True, **named)
-        except MemoryError:
-            raise
-        except Exception:  # templates refuse roles and forms in many ways; their text is searched as well
-            continue
-        if len(text) > _LONGEST:
-            raise MemoryError
-        rendered.append(text)
+    rendered: list[str] = []
+    # Templates refuse roles and forms in many ways, and some do not compile; their text is searched as well.
+    with suppress(Exception):
+        compiled = environment.from_string(template)
+        for turns in (_TURNS, _TURNS[1:], parts, parts[1:]):  # with and without a system message
+            try:
+                rendered.append(compiled.render(messages=turns, add_generation_prompt=True, **named))
+            except MemoryError:
+                sys.exit(1)
+            except Exception:
+                continue
+    if any(len(text) > _LONGEST for text in rendered):
+        sys.exit(1)
     return "\0".join(rendered)
 
 

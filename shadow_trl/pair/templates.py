@@ -8,32 +8,52 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from ..checkpoints.json_files import read_json, read_text
+from ..checkpoints.json_files import is_there, read_json, read_text
 from ..checkpoints.schemas import TokenizerConfig
 from ..errors import CheckpointError, ConfigError
 from ..runtime.limited import SECONDS, answer_of
 
+TEMPLATE_CONFIGS = ("tokenizer_config.json", "chat_template.json", "processor_config.json")
+"""Older places of chat templates, under the key `chat_template`."""
 _GENERATION_TAG = re.compile(r"\{%-?\s*(?:end)?generation\s*-?%\}")
+
+
+def template_files(folder: Path) -> list[Path]:
+    """Return the files of a model folder that its chat templates are read from; others may hold older ones."""
+    single = folder / "chat_template.jinja"
+    files = [single] if is_there(single) else []
+    files += sorted((folder / "additional_chat_templates").glob("*.jinja"))
+    return files or [folder / name for name in TEMPLATE_CONFIGS if is_there(folder / name)]
 
 
 def read_templates(folder: Path) -> dict[str, str]:
     """Return the chat templates of a model folder by name ("default" is the one used unasked), {} when there is none.
 
     As in transformers, chat_template.jinja and additional_chat_templates/*.jinja take precedence over
-    tokenizer_config.json, and the old chat_template.json of processors is read when there is nothing else.
+    tokenizer_config.json, and the older places of processors are read when there is nothing else.
     """
     templates: dict[str, str] = {}
-    single = folder / "chat_template.jinja"
-    files = {"default": single}
-    files.update({file.stem: file for file in sorted((folder / "additional_chat_templates").glob("*.jinja"))})
-    for name, file in files.items():
-        text = read_text(file)
-        if text is not None:
-            templates[name] = text
-    for file in (folder / "tokenizer_config.json", folder / "chat_template.json"):
-        if not templates:
+    for file in template_files(folder):
+        if file.suffix == ".jinja":
+            templates["default" if file.parent == folder else file.stem] = read_text(file) or ""
+        elif not templates:
             templates = _templates_of(read_json(file, TokenizerConfig).get("chat_template"))
-    return {name: text for name, text in templates.items() if text.strip()}
+    templates = {name: text for name, text in templates.items() if text.strip()}
+    wrong = [repr(name) for name, text in templates.items() if not _is_storable(name, text)]
+    if wrong:
+        raise CheckpointError(
+            f"{len(wrong)} chat templates in {folder} have a name that no file can have, or text that is not Unicode: "
+            f"{', '.join(wrong)}. Save the tokenizer again with other names."
+        )
+    return templates
+
+
+def _is_storable(name: str, text: str) -> bool:
+    try:
+        (name + text).encode()
+    except UnicodeEncodeError:  # half of a surrogate pair, which JSON can hold
+        return False
+    return re.fullmatch(r"[^/\\\0]{1,60}", name) is not None
 
 
 def _templates_of(value: object) -> dict[str, str]:

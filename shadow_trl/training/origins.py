@@ -257,7 +257,8 @@ class Start:
     @property
     def is_compared(self) -> bool:
         """Whether an object must hold what its name stands for: the delta's origin, or the model under an adapter."""
-        return self.in_memory and self.loading.args.graft and (self.adapter is not None or not self.base_named)
+        grafts = self.loading.args.graft or self.loading.args.eval_grafted
+        return self.in_memory and grafts and (self.adapter is not None or not self.base_named)
 
     @property
     def stage(self) -> str | None:

@@ -21,7 +21,6 @@ from shadow_trl.adapters import repoint
 from shadow_trl.checkpoints.manifest import Entry, read_manifest, write_manifest
 from shadow_trl.errors import CheckpointError, ConfigError, GraftError
 from shadow_trl.grafting import stream as stream_module
-from shadow_trl.operations import delta as delta_module
 from shadow_trl.operations.checks import check_graft
 
 WEIGHT = "model.layers.0.mlp.up_proj.weight"
@@ -236,7 +235,7 @@ def test_a_file_that_changes_after_its_header_was_read_is_an_error_of_a_delta_an
         real = getattr(module, name)
         monkeypatch.setattr(module, name, late)
 
-    change_before(delta_module, "stream", sides["tuned"] / "model.safetensors")
+    change_before(stream_module, "stream", sides["tuned"] / "model.safetensors")
     with pytest.raises(GraftError, match="1 input files were replaced"):
         extract_delta(base=sides["base"], tuned=sides["tuned"], output=tmp_path / "delta", progress=False)
     change_before(repoint, "write_adapter", adapter / "adapter_model.safetensors")
