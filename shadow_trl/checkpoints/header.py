@@ -40,7 +40,7 @@ class TensorSpec:
         code: dtype in the words of safetensors, such as `BF16`.
         shape: its shape; () for a scalar.
         file: the file that holds it.
-        offset: byte of the file at which it begins; None in a .bin file.
+        offset: byte of the file at which it begins; None where a .bin file has to be loaded as a whole.
         nbytes: bytes that it takes.
     """
 
@@ -107,13 +107,17 @@ class Header:
     specs: dict[str, TensorSpec]
 
 
-def stamp(path: Path) -> tuple[int, ...] | None:
-    """Return what changes when a file is replaced or written to: device, inode, size and time; None without a file."""
+def stamp(file: Path | int) -> tuple[int, ...] | None:
+    """Return what changes when a file, by path or descriptor, is replaced or written to; None without a file.
+
+    These are device, inode, size and the time of the last change. The kernel sets that one, unlike the time of the last
+    write, which anybody can restore; it also changes with the file's permissions and links.
+    """
     try:
-        found = path.stat()
+        found = os.stat(file)
     except OSError:
         return None
-    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+    return found.st_dev, found.st_ino, found.st_size, found.st_ctime_ns
 
 
 def read_header(path: Path) -> Header:
@@ -143,33 +147,41 @@ def read_header(path: Path) -> Header:
     return Header(start + raw, metadata, specs)
 
 
-def load_pickled(path: Path) -> dict[str, torch.Tensor]:
-    """Return the tensors of a .bin file, mapped into memory where torch can do it; CheckpointError if it has others."""
+def load_pickled(path: Path, device: str = "cpu") -> dict[str, torch.Tensor]:
+    """Return the tensors of a .bin file; on the device `meta` without their values. CheckpointError for other content.
+
+    The file is not mapped into memory, see `open_files`.
+    """
     import torch
 
     try:
-        try:
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        except RuntimeError:  # files of torch < 1.6 cannot be mapped
-            content = torch.load(path, map_location="cpu", weights_only=True)
+        content = torch.load(path, map_location=device, weights_only=True, mmap=False)
     except Exception as error:
         raise CheckpointError(
             f"cannot read {path}: {str(error).splitlines()[0] if str(error) else type(error).__name__}. Only plain "
             "tensors are loaded from .bin files (weights_only=True). Give a safetensors checkpoint."
         ) from error
-    if not isinstance(content, dict) or not all(isinstance(value, torch.Tensor) for value in content.values()):
-        raise CheckpointError(f"{path} is not a dictionary of tensors. Give a safetensors checkpoint.")
-    return {name: tensor.detach().contiguous() for name, tensor in content.items()}
+    named = isinstance(content, dict) and all(isinstance(name, str) for name in content)
+    if not named or not all(isinstance(value, torch.Tensor) for value in content.values()):
+        raise CheckpointError(f"{path} is not a dictionary of tensors by name. Give a safetensors checkpoint.")
+    return {name: tensor.detach() for name, tensor in content.items()}
 
 
-def pickled_specs(path: Path, tensors: dict[str, torch.Tensor]) -> dict[str, TensorSpec]:
-    """Return the specs of the tensors of a .bin file; CheckpointError for a dtype that safetensors cannot store."""
+def pickled_specs(path: Path) -> dict[str, TensorSpec]:
+    """Return the specs of the tensors of a .bin file; CheckpointError for what safetensors cannot store."""
+    import torch
+
     specs = {}
-    for name, tensor in tensors.items():
+    for name, tensor in load_pickled(path, "meta").items():
         code = CODES.get(str(tensor.dtype).removeprefix("torch."))
         if code is None:
             raise CheckpointError(f"{path} holds a tensor of {tensor.dtype}, which safetensors cannot store.")
-        specs[name] = TensorSpec(code, tuple(tensor.shape), path, None, tensor.nbytes)
+        if tensor.layout != torch.strided or tensor.nbytes > tensor.untyped_storage().nbytes():
+            raise CheckpointError(f"{path}: tensor {name!r} is not stored value by value. Save it with .contiguous().")
+        # Files of torch < 1.6 have no such place.
+        begin = getattr(tensor.untyped_storage(), "_checkpoint_offset", None) if tensor.is_contiguous() else None
+        offset = None if begin is None else begin + tensor.storage_offset() * tensor.itemsize
+        specs[name] = TensorSpec(code, tuple(tensor.shape), path, offset, tensor.nbytes)
     return specs
 
 

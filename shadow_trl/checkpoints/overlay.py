@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .checkpoint import Checkpoint
-from .header import TensorSpec, read_header
+from .header import TensorSpec, read_header, stamp
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -29,6 +29,7 @@ class Overlay(Checkpoint):
         """Return `base` without a change yet; `folder`, for what `source` changes, is made here and not removed."""
         made = cls(source.source, source.revision, base.path, config=base.config, files=list(base.files))
         made.specs, made.before, made.folder, made.narrow = dict(base.specs), dict(base.specs), folder, []
+        made.stamps = dict(base.stamps)
         folder.mkdir(parents=True, exist_ok=True)
         return made
 
@@ -42,6 +43,7 @@ class Overlay(Checkpoint):
         kept = {n: value.to(torch.float64 if n in wide else torch.float32).contiguous() for n, value in tensors.items()}
         save_file(kept, path)
         self.files.append(path)
+        self.stamps[path] = stamp(path)
         self.headers[path] = read_header(path)
         self.specs.update(self.headers[path].specs)
 

@@ -166,8 +166,6 @@ def _measure(job: WeightJob, out: Tensor | None) -> float:
         total += float(torch.dot(delta, delta))
         if out is not None:
             out[start:stop] = delta
-        for place in (job.base, job.tuned):
-            place.release(start, stop)
     return total
 
 

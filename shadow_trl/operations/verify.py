@@ -237,8 +237,6 @@ def _difference(there: Checkpoint, again: Checkpoint, name: str) -> tuple[int, f
             # NaN against a number is as different as can be.
             apart = (ours[unequal].double() - theirs[unequal].double()).abs().nan_to_num(nan=math.inf, posinf=math.inf)
             largest = max(largest, float(apart.max()))
-        for side in (there, again):
-            side.release(name, start, stop)
     return count, largest
 
 
