@@ -25,7 +25,8 @@ from ..checkpoints.manifest import MANIFEST_NAME, Entry, kind_found, read_manife
 from ..errors import CheckpointError, ConfigError, ends_with, list_names
 from ..grafting.options import declared
 from ..grafting.tuned import weighted_sources
-from ..results.folder import Scratch, check_space
+from ..results.folder import Scratch
+from ..runtime.machine import check_space
 from .graft import graft
 
 _CARD = "README.md"

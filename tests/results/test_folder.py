@@ -18,8 +18,9 @@ from safetensors.torch import save_file
 from shadow_trl.checkpoints.manifest import write_manifest
 from shadow_trl.errors import ConfigError, GraftError, OutputExistsError
 from shadow_trl.results import folder
-from shadow_trl.results.folder import OutputFolder, Scratch, check_place, check_space, is_full, recover
+from shadow_trl.results.folder import OutputFolder, Scratch, check_place, recover
 from shadow_trl.results.shard_writer import ALIGNMENT, ShardWriter
+from shadow_trl.runtime.machine import check_space, is_full
 
 
 def make(path, text: str, **options):
