@@ -3,13 +3,14 @@
     python benchmarks/mutants.py [--sample 300] [--seed 0] [--workers 2] [--only FOLDER] [--results mutants.jsonl]
 
 `mutations.py` says what a mutant is. The sample is random, from each folder in proportion to the mutants it has, so
-that the share killed estimates that of all. First the unmutated copy has to pass the same tests, slow ones left out. A
-mutant is killed when they fail, crash or exceed the time limit. A second call with the same results file resumes;
-results of other code or tests are not used.
+that the share killed estimates that of all. First the unmutated copy has to pass the tests, slow ones left out, while
+coverage.py records which test executes which line. A mutant is tried on the tests that execute its line, those of its
+own module first, as many as `line_tests.SECONDS` allows; it is killed when they fail, crash or exceed the time limit.
+A second call with the same results file resumes; results of other code or tests are not used.
 
 One process imports torch, transformers and trl and forks a child for each mutant: the imports would cost each of them
 seconds. cosmic-ray starts a process for each. mutmut 3 forks, but leaves out decorated functions (every property) and
-code outside functions, draws no sample, and needs a run of the entire suite first.
+code outside functions, and draws no sample.
 """
 
 from __future__ import annotations
@@ -37,18 +38,14 @@ from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import pytest
+from line_tests import LineTests, Only, Recorder
 from mutations import Mutant, is_valid, mutants
 
 ROOT = Path(__file__).resolve().parents[1]
 
-# Folder of the package -> its tests besides the doctests, the cheap ones first
-TESTS = {
-    "arithmetic": ("tests/arithmetic", "tests/operations/test_graft.py"),
-    "checkpoints": ("tests/checkpoints", "tests/results", "tests/operations"),
-    "adapters": ("tests/adapters",),
-    "grafting": ("tests/operations", "tests/layouts", "tests/adapters"),
-    "training": ("tests/training",),
-}
+FOLDERS = ("arithmetic", "checkpoints", "adapters", "grafting", "training")
+SUITE = ("shadow_trl", *(f"tests/{name}" for name in (*FOLDERS, "layouts", "operations", "pair", "results")))
 
 
 def shares(sizes: list[int], sample: int) -> list[int]:
@@ -66,20 +63,16 @@ def share_killed(killed: int, total: int) -> str:
 
 
 class Job(NamedTuple):
-    """A mutant of a module; without a mutant, the tests alone. Paths are below ROOT."""
+    """A mutant of a module. Paths are below ROOT."""
 
     folder: str
     module: Path
-    mutant: Mutant | None
+    mutant: Mutant
 
     @property
-    def tests(self) -> list[str]:
-        """What pytest runs: the doctests, the test file named after the module, the other files of the table."""
-        paths = [ROOT / name for name in TESTS[self.folder]]
-        files = [file for path in paths for file in ([path] if path.is_file() else sorted(path.glob("test_*.py")))]
-        files.sort(key=lambda file: file.stem != f"test_{self.module.stem}")
-        doctests = self.module if self.mutant else self.module.parent
-        return [str(doctests), *(str(file.relative_to(ROOT)) for file in files)]
+    def line(self) -> int:
+        """The line in which the module changes, from 1."""
+        return (ROOT / self.module).read_bytes()[: self.mutant.start].count(b"\n") + 1
 
     def is_valid(self) -> bool:
         """Whether the mutant compiles and differs."""
@@ -90,7 +83,7 @@ class Job(NamedTuple):
         old = (ROOT / self.module).read_bytes()
         both = [text.decode().splitlines() for text in (old, self.mutant.applied(old))]
         lines = [line for line in difflib.ndiff(*both) if line[0] in "-+"]
-        return {"line": old[: self.mutant.start].count(b"\n") + 1, "kind": self.mutant.kind, "diff": lines}
+        return {"line": self.line, "kind": self.mutant.kind, "diff": lines}
 
 
 def draw(folders: Iterable[str], sample: int, seed: int) -> list[Job]:
@@ -108,7 +101,7 @@ def draw(folders: Iterable[str], sample: int, seed: int) -> list[Job]:
     return drawn
 
 
-def child(tree: Path, tests: list[str]) -> None:
+def child(tree: Path, files: list[str], plugin: object) -> None:
     """Run pytest in a fork, on the package and the tests of `tree`, and end with its exit code."""
     os.setsid()  # a group of its own, to be ended with all that it starts
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -121,7 +114,15 @@ def child(tree: Path, tests: list[str]) -> None:
     log = os.open(tree / "pytest.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(log, 1)
     os.dup2(log, 2)
-    os._exit(sys.modules["pytest"].main(["-xq", "-p", "no:cacheprovider", f"--basetemp={tree}.tmp", *tests]))
+    options = ["-xq", "-p", "no:cacheprovider", f"--basetemp={tree}.tmp", f"--rootdir={tree}"]
+    os._exit(pytest.main([*options, *files], plugins=[plugin]))
+
+
+def start(tree: Path, files: list[str], plugin: object) -> Any:
+    """Start `child` in a fork."""
+    process = multiprocessing.get_context("fork").Process(target=child, args=(tree, files, plugin))
+    process.start()
+    return process
 
 
 def end(process: multiprocessing.process.BaseProcess) -> None:
@@ -131,35 +132,50 @@ def end(process: multiprocessing.process.BaseProcess) -> None:
     process.join()
 
 
-def run(jobs: Iterable[Job], trees: list[Path], limits: dict[str, float]) -> Iterator[tuple[Job, int | None, float]]:
-    """Run the jobs, one at a time in each tree: yields job, exit code (None: past the limit of its folder), seconds."""
+def record(trees: list[Path]) -> LineTests:
+    """Run the tests without a mutant, a share of them in each tree; exit if they fail."""
+    files = [file for name in SUITE for file in sorted((ROOT / name).rglob("*.py"))]
+    names = [
+        str(file.relative_to(ROOT)) for file in files if file.name.startswith("test_") or "shadow_trl" in file.parts
+    ]
+    running = [start(tree, names[at :: len(trees)], Recorder(tree)) for at, tree in enumerate(trees)]
+    for tree, process in zip(trees, running, strict=True):
+        process.join()
+        if process.exitcode:
+            sys.exit(
+                f"the tests fail without a mutant ({process.exitcode}).\n{(tree / 'pytest.log').read_text()[-3000:]}"
+            )
+    return LineTests(trees)
+
+
+def run(jobs: Iterable[Job], trees: list[Path], tests: LineTests) -> Iterator[tuple[Job, str, int, float]]:
+    """Run the jobs, one at a time in each tree: yields job, outcome, number of tests, seconds."""
     waiting, free = iter(jobs), list(trees)
-    running: dict[Any, tuple[Job, Path, Any, float]] = {}
+    running: dict[Any, tuple[Job, Path, Any, list[str], float]] = {}
     try:
         while True:
             for job in itertools.islice(waiting, len(free)):
-                tree = free.pop()
-                if job.mutant:
-                    (tree / job.module).write_bytes(job.mutant.applied((ROOT / job.module).read_bytes()))
-                process = multiprocessing.get_context("fork").Process(target=child, args=(tree, job.tests))
-                process.start()
-                running[process.sentinel] = (job, tree, process, time.monotonic())
+                tree, names = free.pop(), tests.of(job.module, job.line)
+                (tree / job.module).write_bytes(job.mutant.applied((ROOT / job.module).read_bytes()))
+                process = start(tree, list(dict.fromkeys(name.partition("::")[0] for name in names)), Only(names))
+                running[process.sentinel] = (job, tree, process, names, time.monotonic())
             if not running:
                 return
             wait(running, timeout=1)
-            for sentinel, (job, tree, process, start) in list(running.items()):
-                seconds = time.monotonic() - start
-                if (ended := not process.is_alive()) or seconds > limits[job.folder]:
+            for sentinel, (job, tree, process, names, began) in list(running.items()):
+                seconds = time.monotonic() - began
+                limit = 60 + 4 * sum(tests.seconds[name] for name in names)
+                if (ended := not process.is_alive()) or seconds > limit:
                     end(process)
                     shutil.copyfile(ROOT / job.module, tree / job.module)
                     free.append(tree)
                     del running[sentinel]
-                    code = process.exitcode if ended else None
-                    if code in (4, 5) or (code and not job.mutant):  # 4, 5: wrong usage, nothing collected
-                        sys.exit(f"{job}: pytest ended with {code}.\n" + (tree / "pytest.log").read_text()[-3000:])
-                    yield job, code, seconds
+                    if process.exitcode == 4 and ended:
+                        sys.exit(f"{job}: pytest ended with 4.\n" + (tree / "pytest.log").read_text()[-3000:])
+                    outcome = "time limit" if not ended else "killed" if process.exitcode else "survived"
+                    yield job, outcome if names else "survived", len(names), seconds
     finally:
-        for _, _, process, _ in running.values():
+        for _, _, process, _, _ in running.values():
             end(process)
 
 
@@ -176,7 +192,9 @@ def copies(folder: Path, number: int) -> list[Path]:
 
 def keyed(jobs: list[Job]) -> dict[str, Job]:
     """The jobs by what decides about their result: the package, the tests, this script and the mutant."""
-    files = sorted([*(ROOT / "shadow_trl").rglob("*.py"), *(ROOT / "tests").rglob("*.py"), Path(__file__)])
+    files = sorted(
+        [*(ROOT / "shadow_trl").rglob("*.py"), *(ROOT / "tests").rglob("*.py"), *Path(__file__).parent.glob("*.py")]
+    )
     code = b"\0".join(file.read_bytes() for file in files)
     return {hashlib.sha256(code + repr(job).encode()).hexdigest(): job for job in jobs}
 
@@ -184,25 +202,19 @@ def keyed(jobs: list[Job]) -> dict[str, Job]:
 def run_tests(jobs: dict[str, Job], workers: int, results: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """Run the tests without a mutant, then on each mutant; yield key and result, and append them to the file."""
     runpy.run_path(str(ROOT / "tests" / "conftest.py"))  # the environment of the tests, before torch sees it
-    for name in ("datasets", "peft", "pytest", "torch", "trl.trainer.dpo_trainer", "trl.trainer.sft_trainer"):
+    for name in ("datasets", "peft", "torch", "trl.trainer.dpo_trainer", "trl.trainer.sft_trainer"):
         importlib.import_module(name)
     keys = {job: key for key, job in jobs.items()}
     with tempfile.TemporaryDirectory() as temporary, results.open("a") as file:
-        trees = copies(Path(temporary), workers)
-        folders = dict.fromkeys(job.folder for job in jobs.values())
-        limits = dict.fromkeys(folders, 1800.0)
-        whole = [Job(folder, Path("shadow_trl", folder, "__init__.py"), None) for folder in folders]
-        for job, code, seconds in run(whole, trees, limits):
-            if code is None:
-                sys.exit(f"{job.folder}: the tests without a mutant take more than {limits[job.folder]} s.")
-            print(f"{job.folder}: its tests pass without a mutant in {seconds:.0f} s", flush=True)
-            limits[job.folder] = 60 + 4 * seconds
-        for count, (job, code, seconds) in enumerate(run(keys, trees, limits), 1):
-            outcome = {0: "survived", None: "time limit"}.get(code, "killed")
+        trees = copies(Path(temporary).resolve(), workers)
+        began = time.monotonic()
+        tests = record(trees)
+        print(f"{len(tests.seconds)} tests pass without a mutant, in {time.monotonic() - began:.0f} s", flush=True)
+        for count, (job, outcome, number, seconds) in enumerate(run(keys, trees, tests), 1):
             result = {"folder": job.folder, "module": str(job.module), **job.difference(), "outcome": outcome}
-            file.write(json.dumps([keys[job], {**result, "seconds": round(seconds, 1)}]) + "\n")
+            file.write(json.dumps([keys[job], {**result, "tests": number, "seconds": round(seconds, 1)}]) + "\n")
             file.flush()
-            print(f"{count}/{len(jobs)} {outcome:10} {seconds:4.0f} s  {job.module}:{result['line']}", flush=True)
+            print(f"{count}/{len(jobs)} {outcome:10} {seconds:4.0f} s  {job.module}:{job.line}", flush=True)
             yield keys[job], result
 
 
@@ -225,11 +237,11 @@ def main() -> None:
     parser.add_argument("--sample", type=int, default=300)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--only", choices=TESTS, metavar="FOLDER")
+    parser.add_argument("--only", choices=FOLDERS, metavar="FOLDER")
     parser.add_argument("--results", type=Path, default=Path("mutants.jsonl"))
     options = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))  # as Ctrl-C: the children are ended first
-    jobs = keyed(draw([options.only] if options.only else TESTS, options.sample, options.seed))
+    jobs = keyed(draw([options.only] if options.only else FOLDERS, options.sample, options.seed))
     lines = options.results.read_text().splitlines() if options.results.exists() else []
     results = {key: result for key, result in map(json.loads, lines) if key in jobs}
     if todo := {key: job for key, job in jobs.items() if key not in results}:

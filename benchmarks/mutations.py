@@ -28,7 +28,7 @@ OPERATORS = {
 }  # fmt: skip
 ORDERED = ast.Sub | ast.Div | ast.FloorDiv | ast.Mod | ast.Pow | ast.BitOr | ast.MatMult
 LOGS = {"debug", "info", "warning", "warning_once", "warn", "print"}
-TYPES = {"isinstance", "issubclass", "cast"}
+TYPES = {"TypeVar", "isinstance", "issubclass", "cast"}
 
 
 class Mutant(NamedTuple):
@@ -62,6 +62,7 @@ def _parts(node: ast.AST) -> Iterable[ast.AST]:
             | ast.Expr(value=ast.Constant())
             | ast.JoinedStr()
             | ast.Raise()
+            | ast.keyword(arg="strict")  # of zip: a guard that no right code meets
         ):
             return ()
         case ast.FunctionDef():

@@ -6,7 +6,6 @@ Nothing is mapped into memory: a file that is cut short while it is mapped kills
 from __future__ import annotations
 
 import copy
-import json
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -18,7 +17,9 @@ from ..errors import CheckpointError, list_names
 from . import hub
 from .header import CODES, Header, TensorSpec, dtype_of, load_pickled, pickled_specs, read_header, stamp
 from .hub import Source
+from .json_files import is_there, read_json
 from .open_files import OpenFiles
+from .schemas import AdapterConfig, Index, ModelConfig
 
 if TYPE_CHECKING:
     import numpy
@@ -88,13 +89,14 @@ class Checkpoint:
                 points outside the checkpoint.
         """
         name, commit, path, asked = hub.locate(source, revision, weights=weights)
-        is_adapter = (path / ADAPTER_CONFIG).is_file()
-        if is_adapter and any((path / file).is_file() for file in (_SAFE, _SAFE_INDEX, _BIN, _BIN_INDEX)):
+        is_adapter = is_there(path / ADAPTER_CONFIG)
+        if is_adapter and any(is_there(path / file) for file in (_SAFE, _SAFE_INDEX, _BIN, _BIN_INDEX)):
             raise CheckpointError(
                 f"{name} holds both a model and an adapter ({ADAPTER_CONFIG}): it is not clear which one is meant. "
                 "Move one of them to a folder of its own."
             )
-        config, adapter_config = read_json(path / "config.json"), read_json(path / ADAPTER_CONFIG)
+        config = read_json(path / "config.json", ModelConfig)
+        adapter_config = read_json(path / ADAPTER_CONFIG, AdapterConfig) if is_adapter else {}
         checkpoint = cls(name, commit, path, is_adapter, config, adapter_config, asked=asked)
         if weights:
             checkpoint._read_headers()
@@ -203,10 +205,14 @@ class Checkpoint:
                 specs = pickled_specs(path)
             twice = [f"{name}  in {self.specs[name].file.name} and {path.name}" for name in specs if name in self.specs]
             if twice:
-                raise CheckpointError(f"{self}: {len(twice)} tensors are stored twice.\n{list_names(twice)}")
+                raise CheckpointError(
+                    f"{self}: {len(twice)} tensors are stored twice, and readers differ in which they take.\n"
+                    f"{list_names(twice)}\nLoad the model and save it again with transformers (save_pretrained), which "
+                    "stores each once."
+                )
             self.specs.update(specs)
         if self.index is not None:
-            self._check_index(read_json(self.path / self.index)["weight_map"])
+            self._check_index(read_json(self.path / self.index, Index)["weight_map"])
         if not self.specs:
             raise CheckpointError(f"{self} has weight files without a tensor. Download or save the model again.")
 
@@ -229,14 +235,19 @@ class Checkpoint:
     def _weight_files(self) -> tuple[list[Path], str | None]:
         names = self._weight_names()
         for name in names:
-            if not (self.path / name).is_file():
+            if not is_there(self.path / name):
                 continue
             if not name.endswith(".index.json"):
                 return [hub.inside(self.path, name)], None
-            weight_map = read_json(self.path / name).get("weight_map")
-            if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
-                raise CheckpointError(f"{self}: {name} has no weight_map of names to files. Fetch or save it again.")
-            return [hub.inside(self.path, file) for file in dict.fromkeys(weight_map.values())], name
+            weight_map = read_json(self.path / name, Index)["weight_map"]
+            files = [hub.inside(self.path, file) for file in dict.fromkeys(weight_map.values())]
+            kind = Path(name.removesuffix(".index.json")).suffix
+            if strange := [file.name for file in files if file.suffix != kind]:
+                raise CheckpointError(
+                    f"{self}: {len(strange)} files that {name} names are no {kind} files.\n{list_names(strange)}\n"
+                    "Download or save the checkpoint again."
+                )
+            return files, name
         found = sorted(entry.name for entry in self.path.iterdir() if entry.suffix in (".safetensors", ".bin", ".gguf"))
         others = f" It holds {', '.join(found[:5])}, which is no layout that transformers loads." if found else ""
         raise CheckpointError(f"{self} has no weights: none of {', '.join(names)} is in {self.path}.{others}")
@@ -275,16 +286,3 @@ class Place:
     def array(self, start: int, stop: int) -> numpy.ndarray:
         """Return the elements as stored, see `Checkpoint.array`."""
         return self.checkpoint.array(self.name, start, stop)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Return the JSON object in `path`, {} when there is no such file."""
-    if not path.is_file():
-        return {}
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"cannot read {path}: {error}. Download or save the model again.") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path} is no JSON object. Download or save the model again.")
-    return content

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from ..checkpoints.checkpoint import read_json
+from ..checkpoints.json_files import read_json
 from ..errors import Findings, both_sides, list_names
 
 SIZES = frozenset(
@@ -182,7 +182,7 @@ def _rope(config: dict[str, Any]) -> dict[str, Any]:
         for kind, values in per_layer_type.items():
             flat.update({f"{kind}.{key}": value for key, value in values.items()})
     elif config.get("rope_theta") is not None or config.get("rope_scaling"):
-        flat = {"rope_theta": config.get("rope_theta"), **(config.get("rope_scaling") or {})}
+        flat = {"rope_theta": config.get("rope_theta"), **_object(config.get("rope_scaling"))}
         if "type" in flat:
             flat.setdefault("rope_type", flat.pop("type"))
         if config.get("rope_local_base_freq") is not None:
@@ -193,6 +193,10 @@ def _rope(config: dict[str, Any]) -> dict[str, Any]:
     # "default" and "mrope" with sections are how files say that nothing is scaled
     plain = {key for key, value in flat.items() if key.endswith("rope_type") and value in ("default", "mrope")}
     return {key: value for key, value in flat.items() if value is not None and key not in plain and key != "type"}
+
+
+def _object(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
 
 
 def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:

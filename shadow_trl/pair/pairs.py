@@ -6,20 +6,21 @@ import math
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from ..arithmetic.sums import Sums
 from ..checkpoints.checkpoint import Checkpoint, Place
-from ..checkpoints.distance import measure_gap
 from ..errors import Findings, PairMismatchError, both_sides, list_names, one_of
+from ..runtime.startup import collector_paused
 from .architectures import compare_architectures, compare_processors, compare_trained
-from .special_tokens import check_special_ids, check_template_rows
+from .special_tokens import check_special_ids
 from .templates import read_templates
 from .token_rows import explain_rows, row_count, vocabulary_of
 from .vocabularies import Vocabulary
 from .vocabulary_checks import SHARED_ADVICE, compare_trained_vocabulary, compare_vocabularies
+
+if TYPE_CHECKING:
+    pass
 
 GAP_WARNING = 0.1
 """sigma that no pair of the paper exceeds: grafts get worse as it grows."""
@@ -96,6 +97,9 @@ class ModelPair:
         findings.add(compare_processors(self.base.path, self.instruct.path))
         # The rest compares numbers, which says nothing about two different networks.
         if not findings.errors and level != "configs":
+            with collector_paused():  # torch: nothing above needs it
+                from .untrained_rows import check_template_rows
+
             findings.add(check_template_rows(self.base, self.instruct))
             findings.add(self._check_gap(allow_wide_gap) if level == "weights" else self._check_sample())
         if findings.errors:
@@ -137,6 +141,8 @@ class ModelPair:
     @cached_property
     def _gaps(self) -> dict[str, Sums]:
         """Name -> its sums, for every weight that can be compared; reads all of them once."""
+        from ..checkpoints.distance import measure_gap
+
         sides = (self.base, self.instruct)
         names = [name for name in self._comparable() if all(side.specs[name].is_float for side in sides)]
         return measure_gap([(name, Place(self.base, name), Place(self.instruct, name)) for name in names])
@@ -225,6 +231,8 @@ class ModelPair:
 
 def _same_start(base: Checkpoint, instruct: Checkpoint, name: str) -> bool:
     """True when the first values are equal, after rounding to the narrower dtype of the two."""
+    import torch
+
     size = min(base.specs[name].numel, _SAMPLED_ELEMENTS)
     ours, theirs = (side.block(name, 0, size) for side in (base, instruct))
     dtype = min(ours.dtype, theirs.dtype, key=lambda dtype: dtype.itemsize)

@@ -67,7 +67,8 @@ def run_pipeline(argv: Sequence[str], default_config: str | Path | None = None) 
         GraftError: a graft failed after training; the tuned BASE of the stage is saved.
     """
     plan = read_plan(argv, default_config)
-    rows = prepare(plan.options[plan.stages[-1]].recipe)
+    for stage in plan.stages:
+        rows = prepare(plan.options[stage])
     # All of it before the first stage starts: faults in the data of DPO must not show up hours later.
     data = {stage: load_data(plan.options[stage]) for stage in plan.left}
     state = PartialState()
@@ -101,7 +102,7 @@ def _run_stage(plan: Plan, stage: str, root: Path, data: dict[str, Any]) -> None
             start = run_on_main(PartialState(), lambda: _merge(root, options), what="merging the adapter")
         options.model.model_name_or_path = str(start)
     say(f"Stage {stage.upper()} in {root / stage}" + (f", from {checkpoint}" if checkpoint else ""))
-    train_stage(stage, options, data)
+    train_stage(stage, options, data, record=plan.records[stage])
 
 
 def _merge(root: Path, options: Options) -> Path:

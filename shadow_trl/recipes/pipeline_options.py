@@ -12,7 +12,9 @@ from trl import get_peft_config
 from ..checkpoints.manifest import Entry, read_manifest
 from ..errors import ConfigError, InputError, OutputExistsError, ends_with, list_names, one_of
 from ..training.preflight import GRAFTED_FOLDER
+from ..training.resuming import last_complete
 from .options import Options, UnknownKeysError, find_config, parse_values, read_yaml, take_option
+from .record import check_record, record_of
 
 STAGES = ("sft", "dpo")
 """Stages of the pipeline in order; also the names of their sections and folders."""
@@ -40,12 +42,14 @@ class Plan:
         options: options of each stage that has any, selected or not.
         output: folder of the pipeline; None if it gets a new one.
         left: for each selected stage that is not done, the checkpoint it resumes from, or None.
+        records: for each stage that has options, what is recorded of them beside its results.
     """
 
     stages: tuple[str, ...]
     options: Mapping[str, Options]
     output: str | None
     left: Mapping[str, str | None]
+    records: Mapping[str, dict[str, Any]]
 
 
 @ends_with("Nothing was written.")
@@ -60,7 +64,7 @@ def read_plan(argv: Sequence[str], default_config: str | Path | None = None) -> 
     Raises:
         ConfigError: an unknown stage, or an unknown, misplaced, repeated or wrong key or value.
         InputError: the DPO stage alone was asked for, and there is no SFT stage to start from.
-        OutputExistsError: a folder holds a later stage of an SFT stage that is not done, or of other models.
+        OutputExistsError: a folder holds a later stage of an SFT stage that is not done, or of other models or options.
     """
     needs = "pass --config FILE.yaml with the sections sft and dpo. Ready ones are in recipes/configs/pipelines"
     config, words = find_config(argv, default_config, needs=needs)
@@ -73,7 +77,11 @@ def read_plan(argv: Sequence[str], default_config: str | Path | None = None) -> 
     options = {stage: _parse(stage, routed[stage], content, config) for stage in wanted}
     _check_together(stages, options)
     output = options[stages[0]].output
-    return Plan(stages, options, output, _left(stages, options, output))
+    left, records = _left(stages, options, output), {stage: record_of(one) for stage, one in options.items()}
+    for stage, record in records.items():
+        if output is not None and left.get(stage, "done") is not None:  # done, or to be resumed
+            check_record(Path(output, stage), record)
+    return Plan(stages, options, output, left, records)
 
 
 def is_done(folder: Path) -> bool:
@@ -81,18 +89,6 @@ def is_done(folder: Path) -> bool:
     grafted = folder / GRAFTED_FOLDER
     kinds = [(read_manifest(place) or {}).get("kind") for place in (folder, grafted)]
     return kinds == ["run", "graft"] and any(grafted.glob("*.safetensors"))
-
-
-def last_checkpoint(folder: Path) -> str | None:
-    """Return the last complete checkpoint in `folder`, from which a stage can resume, or None."""
-    # The state is what a trainer writes last: without it the checkpoint was cut off.
-    needed = ("trainer_state.json", "optimizer.pt")
-    found = {
-        int(number): str(path)
-        for path in folder.glob("checkpoint-*")
-        if (number := path.name.rpartition("-")[2]).isdigit() and all((path / name).is_file() for name in needed)
-    }
-    return found[max(found)] if found else None
 
 
 def _route(words: Sequence[str]) -> dict[str, list[str]]:
@@ -220,7 +216,7 @@ def _left(stages: Sequence[str], options: Mapping[str, Options], output: str | N
             f"{second} is not empty, but the SFT stage before it is not done: it would not belong to the new one. "
             f"Remove {second}, or choose another output_dir."
         )
-    return {stage: last_checkpoint(Path(output, stage)) for stage in stages if not is_done(Path(output, stage))}
+    return {stage: last_complete(Path(output, stage)) for stage in stages if not is_done(Path(output, stage))}
 
 
 def _check_models(folder: Path, options: Mapping[str, Options]) -> None:

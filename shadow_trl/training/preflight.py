@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from accelerate.logging import get_logger
 from accelerate.utils import parse_flag_from_env
 
 from ..adapters.kinds import check_has_delta, is_subtracted, kind_of, lost_start, more_than_a_product, start_setting
 from ..errors import AdapterError, ConfigError, OutputExistsError, list_names
+from ..operations.checks import check_graft
+from ..pair.pairs import ModelPair
+from .adapter import rescaled_modules
 from .loading import is_adapted
-from .origins import Start
+from .origins import Start, check_unchanged
 
 if TYPE_CHECKING:
     from peft import PeftConfig
+
+logger = get_logger(__name__)
 
 GRAFTED_FOLDER = "grafted"
 # What an adapter's config says of its origin and use, not of its form.
@@ -52,6 +59,49 @@ def refuse_sharded(*, fsdp: Any, deepspeed: Any) -> None:
                 f"{name} is not supported: TUNED would be saved in shards or not at all, and the graft would read an "
                 "incomplete model. Launch with plain data parallelism (accelerate launch --multi_gpu)."
             )
+
+
+def check_before_loading(start: Start, config: Any, given: Mapping[str, Any]) -> None:
+    """Find before any model is loaded what would keep the run from ending in a graft, or from evaluating one."""
+    grafts = config.graft or config.eval_grafted
+    check_adapter(start, grafts=grafts)
+    if start.loads_adapter and given.get("peft_config") is not None:
+        check_same_adapter(given["peft_config"], str(start.origins.adapter))
+    if config.graft:
+        check_folders(Path(config.output_dir), start)
+    if config.eval_grafted and start.is_quantised:
+        raise ConfigError(
+            "eval_grafted=True is not possible here: BASE is quantised and the graft is not, so it may not fit where "
+            "BASE does. Pass eval_grafted=False and score the grafted folder after training."
+        )
+    if grafts:
+        _check_graft(start, config, given)
+    has_adapter = start.adapter is not None
+    if start.is_compared and not (has_adapter and start.is_quantised):
+        check_unchanged(start.model, start.origins.policy or start.base, adapter=has_adapter)
+
+
+def _check_graft(start: Start, config: Any, given: Mapping[str, Any]) -> None:
+    instruct, base = str(start.instruct), str(start.base)
+    for warning in ModelPair.open(base, instruct).check(
+        level=config.pair_check or ("weights" if start.adapter is None else "headers"),
+        need_template=given.get("processing_class") is None
+        and not getattr(config, "chat_template_path", None)
+        and is_conversational(given.get("train_dataset")),
+        allow_wide_gap=config.allow_wide_gap,
+        vocab=config.graft_vocab,
+    ):
+        logger.warning(warning)
+    check_graft(
+        base=base,
+        instruct=instruct,
+        # Where none is kept, an earlier one does not matter.
+        output=Path(config.output_dir, GRAFTED_FOLDER if config.graft else f".{GRAFTED_FOLDER}"),
+        # An adapter on the full model of an earlier run is grafted as one full model.
+        adapter=start.adapter_on_base,
+        adapter_config=start.adapter,
+        **config.graft_options(),
+    )
 
 
 def check_folders(output_dir: Path, start: Start) -> None:
@@ -115,6 +165,12 @@ def check_adapter(start: Start, *, grafts: bool) -> None:
             "what it was when it was made. Pass the model without an adapter and the settings as peft_config, so that "
             "the start is kept."
         )
+    if is_adapted(start.model) and (rescaled := rescaled_modules(start.model)):
+        raise AdapterError(
+            f"in {len(rescaled)} modules the adapter in memory has another scaling than its settings make, which "
+            f"saving does not keep.\n{list_names(rescaled)}\nSet it back (set_scale(adapter, 1) of these layers), or "
+            "give the adapter another lora_alpha."
+        )
     obstacles = kind_of(start.adapter).obstacles
     if obstacles and lost is not None:
         raise more_than_a_product(setting, obstacles)
@@ -166,27 +222,6 @@ def check_reference_options(args: Any, *, ref_model: Any) -> None:
             f"sync_ref_model=True moves the reference towards the policy, which is a BASE; with ref_policy="
             f"{args.ref_policy!r} the reference is another model and the mixture is neither. Use ref_policy='init', or "
             "sync_ref_model=False."
-        )
-
-
-def check_exchangeable(start: Start, args: Any) -> None:
-    """Refuse `eval_grafted` where an exchange of weights would not give the graft.
-
-    Raises:
-        ConfigError: a quantised BASE, an adapter that is not the same delta on INSTRUCT, or an `instruct_scale`
-            that needs BASE's weights below an adapter.
-    """
-    reasons = []
-    if start.is_quantised:
-        reasons.append("BASE is quantised: its weights cannot be exchanged for INSTRUCT's")
-    if start.adapter is not None:
-        reasons += [f"the adapter is more than a plain LoRA: {name}" for name in kind_of(start.adapter).beyond]
-        if args.instruct_scale != 1.0:
-            reasons.append("instruct_scale other than 1 needs BASE's weights beside the adapter")
-    if reasons:
-        raise ConfigError(
-            f"eval_grafted=True is not possible here.\n{list_names(reasons)}\nPass eval_grafted=False and score the "
-            "grafted folder after training."
         )
 
 

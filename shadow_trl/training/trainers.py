@@ -24,6 +24,7 @@ from .reference import (
     reference_key,
     shared_on_disk,
 )
+from .settings import Forms
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -34,6 +35,10 @@ class ShadowSFTTrainer(ShadowMixin, SFTTrainer):
 
     _config_class = ShadowSFTConfig
     _tag_names: ClassVar[list[str]] = [*SFTTrainer._tag_names, "shadow-ft"]  # type: ignore[misc]
+
+    def _data_forms(self, config: Any) -> Forms:
+        text = config.dataset_text_field
+        return [{"messages"}, {"prompt", "completion"}, {text}, {"conversations"}, {"input_ids"}]
 
 
 class ShadowDPOTrainer(ShadowMixin, DPOTrainer):
@@ -57,6 +62,9 @@ class ShadowDPOTrainer(ShadowMixin, DPOTrainer):
         self._of_object = None
         if self._reference is not None:
             drop_reference_adapter(self.model)
+
+    def _data_forms(self, config: Any) -> Forms:
+        return [{"chosen", "rejected"}]
 
     def _choose_reference(self, config: Any, given: dict[str, Any]) -> None:
         check_reference_options(config, ref_model=given.get("ref_model"))
@@ -127,7 +135,8 @@ class ShadowDPOTrainer(ShadowMixin, DPOTrainer):
             model = self.accelerator.unwrap_model(self.ref_model or self.model)
             # TRL's is of the policy as it starts, whatever it has become, or of the reference it was given.
             weights = str(self._precompute_model_hash) if self._reference is None else hash_module(model)
-            self._precompute_model_hash = reference_key(weights, model, self.args)
+            precision = self.accelerator.mixed_precision
+            self._precompute_model_hash = reference_key(weights, model, self.args, self.data_collator, precision)
             return super()._precompute_ref_logps(dataset, name, batch_size)
 
     def _compute_loss(self, model: Any, inputs: Any, return_outputs: bool) -> Any:

@@ -5,6 +5,7 @@ import gc
 import json
 import os
 import pickle
+import re
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,9 @@ from families import CONFIG, family, load, lora, tensors, write
 from safetensors.torch import save_file
 
 from shadow_trl.checkpoints.checkpoint import Checkpoint, Place
+from shadow_trl.checkpoints.delta import Zeros
+from shadow_trl.checkpoints.header import dtype_of, read_header
+from shadow_trl.checkpoints.overlay import Overlay
 from shadow_trl.errors import CheckpointError, GraftError
 
 
@@ -107,9 +111,17 @@ def test_a_hub_id_that_cannot_be_fetched_says_so(monkeypatch):
         Checkpoint.open("nobody/nothing@v1", "v2")
 
 
-def test_a_local_folder_has_no_revision(model):
-    with pytest.raises(CheckpointError, match="has no revision"):
-        Checkpoint.open(f"{model}@main")
+def test_a_local_folder_has_no_revision_but_main(model, monkeypatch):
+    """`main` is what TRL's scripts pass for every model, transformers reads the folder then."""
+    with pytest.raises(CheckpointError, match="has no revision 'v1'"):
+        Checkpoint.open(f"{model}@v1")
+    monkeypatch.chdir(model.parents[1])
+    as_hub_id = "/".join(model.parts[-2:])
+    for found in (Checkpoint.open(f"{model}@main"), Checkpoint.open(as_hub_id, "main")):
+        assert found.revision is None
+        assert found.path.resolve() == model.resolve()
+    with pytest.raises(CheckpointError, match="has no revision 'v1'"):
+        Checkpoint.open(as_hub_id, "v1")
 
 
 def test_a_folder_with_an_at_sign_is_a_folder(tmp_path):
@@ -126,7 +138,7 @@ def test_a_folder_with_an_at_sign_is_a_folder(tmp_path):
         ({"w": {"dtype": "X9", "shape": [1], "data_offsets": [0, 4]}}, b"1234", None, "unknown dtype"),
         ({"w": {"dtype": "F32", "shape": [1], "data_offsets": [4, 8]}}, b"12345678", None, "begins at byte"),
         ({"w": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}, b"1234", 10**9, "header should have"),
-        ({"w": 3}, b"", None, "not subscriptable"),
+        ({"w": 3}, b"", None, "has no dtype, shape and data_offsets"),
     ],
 )
 def test_damaged_headers_are_refused(tmp_path, header, data, length, reason):
@@ -163,7 +175,23 @@ def test_links_lead_out_only_within_the_hub_cache(tmp_path):
     folder = tmp_path / "model"
     folder.mkdir()
     (folder / "model.safetensors").symlink_to(blobs / "abc")
-    with pytest.raises(CheckpointError, match="link to a file outside"):
+    with pytest.raises(CheckpointError, match=r"link to .*blobs/abc, outside (.|\n)*cp -rL"):
+        Checkpoint.open(folder)
+
+
+def test_a_tensor_in_two_files_is_refused_with_a_way_out(tmp_path):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    for number in (1, 2):
+        save_file(
+            {"w": torch.ones(2), f"v{number}": torch.ones(1)}, folder / f"model-0000{number}-of-00002.safetensors"
+        )
+    places = {"w": 1, "v1": 1, "v2": 2}
+    index = {"weight_map": {name: f"model-0000{number}-of-00002.safetensors" for name, number in places.items()}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(
+        CheckpointError, match=r"1 tensors are stored twice(.|\n)*w  in model-00001(.|\n)*save_pretrained"
+    ):
         Checkpoint.open(folder)
 
 
@@ -295,12 +323,41 @@ def test_tensors_of_a_bin_file_are_read_at_their_places(tmp_path):
         assert torch.equal(found, value)
 
 
-@pytest.mark.parametrize(
-    ("content", "told"),
-    [({"x": torch.ones(1).expand(2**40)}, "'x' is not stored"), ({"x": torch.eye(3).to_sparse()}, "'x' is not stored"),
-     ({1: torch.ones(1)}, "by name")],
-)  # fmt: skip
-def test_what_a_bin_file_does_not_store_value_by_value_is_refused(tmp_path, content, told):
-    torch.save(content, tmp_path / "pytorch_model.bin")
-    with pytest.raises(CheckpointError, match=told):
-        Checkpoint.open(tmp_path)
+def test_a_changed_weight_keeps_more_digits_than_base_has(tmp_path):
+    stored = {"half": torch.bfloat16, "single": torch.float32, "double": torch.float64}
+    base = Checkpoint.open(write(tmp_path / "base", {name: torch.ones(2, dtype=d) for name, d in stored.items()}))
+    changed = Overlay.over(base, base, tmp_path / "changed")
+    value = torch.tensor([1 / 3, 2 / 3], dtype=torch.float64)
+    changed.put({name: value.clone() for name in (*stored, "new")})
+    assert {name: spec.code for name, spec in changed.specs.items()} == {
+        "half": "F32", "single": "F64", "double": "F64", "new": "F64",
+    }  # fmt: skip
+    assert torch.equal(changed.tensor("half"), value.float())
+    assert all(torch.equal(changed.tensor(name), value) for name in ("single", "double", "new"))
+    assert torch.equal(base.tensor("single"), torch.ones(2))
+
+
+def test_zeros_are_what_their_headers_say(tmp_path):
+    model = Checkpoint.open(write(tmp_path / "model", tensors(0)))
+    zeros = Zeros.like(model)
+    for name, spec in model.specs.items():
+        assert (zeros.specs[name].dtype, zeros.specs[name].shape) == (torch.float32, spec.shape)
+        assert zeros.specs[name].nbytes == 4 * spec.numel
+        assert torch.equal(zeros.block(name, 1, spec.numel), torch.zeros(spec.numel - 1))
+
+
+@pytest.mark.parametrize("code", [
+    "F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U8", "U16", "U32", "U64", "BOOL", "C64", "F8_E4M3",
+    "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "F4", "F6_E2M3", "F6_E3M2",
+])  # fmt: skip
+def test_every_dtype_of_the_format_is_known_with_its_size(tmp_path, code):
+    """Its name has the bits of an element; the library itself says which code torch's dtype has."""
+    bits = 8 if code == "BOOL" else int(re.search(r"\d+", code).group())
+    raw_file(tmp_path / "raw.safetensors", {"w": {"dtype": code, "shape": [8], "data_offsets": [0, bits]}}, bytes(bits))
+    assert read_header(tmp_path / "raw.safetensors").specs["w"].code == code
+    if bits >= 8:
+        dtype = dtype_of(code)
+        assert dtype.itemsize * 8 == bits
+        save_file({"w": torch.zeros(8, dtype=torch.uint8).to(dtype)}, tmp_path / "saved.safetensors")
+        spec = read_header(tmp_path / "saved.safetensors").specs["w"]
+        assert (spec.code, spec.itemsize, spec.is_float) == (code, bits // 8, code in ("F64", "F32", "F16", "BF16"))

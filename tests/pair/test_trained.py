@@ -127,3 +127,15 @@ def test_the_text_class_is_compared_with_the_text_config():
     assert compare_trained(whole, whole, tuned).errors == []
     assert "hidden_size" in compare_trained(whole, whole, {**tuned, "hidden_size": 16}).errors[0]
     assert "hidden_act" in compare_trained(whole, whole, {**tuned, "hidden_act": "gelu"}).warnings[0]
+
+
+@pytest.mark.parametrize("stated", [[1, 2], 2, None])
+def test_an_end_of_text_at_which_the_result_does_not_stop_is_named(sides, trained, stated):
+    """Training ended its texts with id 3; where generation_config.json says nothing, config.json's id 1 counts."""
+    edit_json(sides[1] / "generation_config.json", eos_token_id=stated)
+    edit_json(trained / "tokenizer_config.json", eos_token="<|user|>")
+    (warning,) = run(sides, trained).warnings
+    assert "is '<|user|>' (id 3), at which the grafted model does not stop" in warning
+    assert f"eos_token_id is {', '.join(map(str, stated)) if isinstance(stated, list) else stated or 1}." in warning
+    edit_json(sides[1] / "generation_config.json", eos_token_id=[1, 3])
+    assert run(sides, trained, overwrite=True).warnings == []

@@ -22,7 +22,8 @@ from shadow_trl.errors import ConfigError
 from shadow_trl.recipes import pipeline
 from shadow_trl.recipes.data import load_split
 from shadow_trl.recipes.pipeline import main_sft_dpo
-from shadow_trl.recipes.pipeline_options import is_done, last_checkpoint
+from shadow_trl.recipes.pipeline_options import is_done
+from shadow_trl.training.resuming import last_complete
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning:transformers")
 
@@ -129,6 +130,36 @@ def test_what_is_done_stays(ended: dict[str, bytes], capsys: pytest.CaptureFixtu
     assert written() == before
 
 
+@pytest.mark.parametrize(
+    ("words", "differs"),
+    [
+        (["--dpo.learning_rate", "0.5"], "out/dpo holds a run with other options: 1 of"),
+        (["--sft.max_steps", "7", "--stages", "dpo"], "max_steps: 2 there, 7 now"),
+        (["--seed", "7"], "out/sft holds a run with other options"),
+        (["--graft_scale", "0.5"], "graft_scale: 1.0 there, 0.5 now"),
+    ],
+)
+def test_other_options_of_a_stage_that_is_done_are_refused(
+    ended: dict[str, bytes], words: list[str], differs: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("--output_dir", "out", *words) == 2
+    shown = capsys.readouterr().err
+    assert differs in shown
+    assert "choose another output_dir, or remove out/" in shown
+    assert "Nothing was written." in shown
+    assert files(Path("out")) == ended
+
+
+def test_other_rows_in_the_data_of_a_stage_that_is_done_are_refused(
+    ended: dict[str, bytes], capsys: pytest.CaptureFixture[str]
+) -> None:
+    (data,) = (Path(name) for name in ("dpo.jsonl", "preferences.jsonl") if Path(name).is_file())
+    rows = data.read_text().splitlines(keepends=True)
+    data.write_text("".join(reversed(rows)))
+    assert run("--output_dir", "out") == 2
+    assert "dataset_name: 'sha256:" in capsys.readouterr().err
+
+
 def test_it_goes_on_at_the_stage_that_is_not_done(ended: dict[str, bytes], capsys: pytest.CaptureFixture[str]) -> None:
     """A DPO stage that saved TUNED and could not graft it is no more done than one that only began."""
     shutil.rmtree("out/dpo/grafted")
@@ -149,7 +180,7 @@ def test_a_stage_goes_on_from_its_last_whole_checkpoint(
         shutil.rmtree("out/dpo")
     shutil.rmtree(f"out/{stage}/grafted")
     Path(f"out/{stage}/checkpoint-2/trainer_state.json").unlink()  # cut off while it was written
-    assert last_checkpoint(Path("out", stage)) == f"out/{stage}/checkpoint-1"
+    assert last_complete(Path("out", stage)) == f"out/{stage}/checkpoint-1"
     assert run(*SAVING, "--stages", stage) == 0
     assert f"in out/{stage}, from out/{stage}/checkpoint-1" in capsys.readouterr().out
     found = files(Path("out"))
@@ -320,6 +351,8 @@ def test_a_failed_second_stage_says_how_to_go_on(workspace: Path, capsys: pytest
     assert f"To resume from there, add --output_dir {root.relative_to(workspace)} to the same command" in shown.out
     assert run("--output_dir", str(root.relative_to(workspace))) == 0
     assert is_done(root / "dpo")
+    assert run() == 0  # a folder of its own each time
+    assert len(list((workspace / "outputs").iterdir())) == 2
 
 
 def test_the_command_line_has_it_too(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -344,15 +377,13 @@ def test_a_prompt_beside_whole_conversations_is_left_out(tmp_path: Path) -> None
 
 @pytest.mark.slow
 def test_the_embedded_pipeline_needs_no_argument(tmp_path: Path) -> None:
-    """`accelerate launch recipes/shadow_sft_dpo.py` from another folder, twice, as a user starts it."""
+    """`accelerate launch recipes/shadow_sft_dpo.py` from another folder, as a user starts it."""
     launch = [sys.executable, "-m", "accelerate.commands.launch", str(ROOT / "recipes/shadow_sft_dpo.py")]
-    for number in (1, 2):
-        done = subprocess.run(launch, capture_output=True, text=True, timeout=600, cwd=tmp_path, check=False)
-        assert done.returncode == 0, done.stderr[-3000:]
-        assert len(list((tmp_path / "outputs").iterdir())) == number
-    for root in (tmp_path / "outputs").iterdir():
-        scored = [arm for arm in json.loads((root / "report.json").read_text())["arms"].values() if arm["scores"]]
-        assert len(scored) == 3
+    done = subprocess.run(launch, capture_output=True, text=True, timeout=600, cwd=tmp_path, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    (root,) = (tmp_path / "outputs").iterdir()
+    scored = [arm for arm in json.loads((root / "report.json").read_text())["arms"].values() if arm["scores"]]
+    assert len(scored) == 3
 
 
 @pytest.mark.distributed

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 from repository import ROOT
 
@@ -93,16 +98,75 @@ def test_the_interval_is_wilson_s():
     assert share_killed(20, 20) == "100.0% [83.9%, 100.0%]"  # the lower end is 1 / (1 + z²/20)
 
 
-def test_the_sample_follows_the_seed_and_names_existing_tests():
-    from mutants import TESTS, draw
+def test_the_sample_follows_the_seed():
+    from mutants import FOLDERS, draw
 
-    drawn = draw(TESTS, 20, 7)
+    drawn = draw(FOLDERS, 20, 7)
     assert len(set(drawn)) == 20
-    assert drawn == draw(TESTS, 20, 7)
-    assert drawn != draw(TESTS, 20, 8)
-    assert {job.folder for job in drawn} == set(TESTS)
-    for job in drawn:
-        assert (ROOT / job.module).is_file()
-        assert len(job.tests) > 1
-        assert all((ROOT / name).is_file() for name in job.tests)
-        assert job.tests[0] == str(job.module)
+    assert drawn == draw(FOLDERS, 20, 7)
+    assert drawn != draw(FOLDERS, 20, 8)
+    assert {job.folder for job in drawn} == set(FOLDERS)
+    assert all((ROOT / job.module).is_file() for job in drawn)
+
+
+MODULE = """\
+LIMIT = 3
+
+
+def small(x):
+    return (
+        x < LIMIT
+    )
+
+
+def large(x):
+    return x > LIMIT
+"""
+TESTS = """\
+import pytest
+from shadow_trl.part.sizes import large, small
+
+
+@pytest.fixture(scope="module")
+def found():
+    return small(2)
+
+
+def test_one(found):
+    assert found
+
+
+def test_two(found):
+    assert found
+
+
+def test_three():
+    assert not large(1)
+
+
+def test_four():
+    pass
+"""
+
+
+@pytest.mark.slow
+def test_a_line_has_the_tests_that_execute_it(tmp_path):
+    """Those of a shared fixture too; a line that runs on import has all of the module; a continued line its own."""
+    for name, text in {"shadow_trl/part/sizes.py": MODULE, "tests/part/test_sizes.py": TESTS}.items():
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).write_text(text)
+    code = "import sys, pytest; from pathlib import Path; from line_tests import Recorder; tree = Path(sys.argv[1])\n"
+    code += (
+        "sys.path.insert(0, str(tree)); raise SystemExit(pytest.main([str(tree / 'tests')], plugins=[Recorder(tree)]))"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "benchmarks")}
+    subprocess.run([sys.executable, "-c", code, tmp_path], cwd=tmp_path, env=environment, check=True)
+    from line_tests import LineTests
+
+    tests = LineTests([tmp_path])
+    tests.seconds = dict(zip(sorted(tests.seconds), (4, 1, 3, 2), strict=True))  # four, one, three, two
+    of = {
+        line: [name.rpartition("_")[2] for name in tests.of(Path("shadow_trl/part/sizes.py"), line)]
+        for line in (1, 6, 11)
+    }
+    assert of == {1: ["one", "two", "three"], 6: ["one", "two"], 11: ["three"]}
