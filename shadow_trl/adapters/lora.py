@@ -16,10 +16,11 @@ from typing import Any
 
 from ..checkpoints.checkpoint import ADAPTER_CONFIG, Checkpoint
 from ..checkpoints.hub import local_folder
-from ..checkpoints.json_files import read_json
+from ..checkpoints.json_files import is_there, read_json
 from ..checkpoints.manifest import adapter_base
 from ..checkpoints.weight_names import HEAD_NAMES, is_tied
 from ..errors import AdapterError, PairMismatchError, list_names
+from ..runtime.patterns import check_patterns
 from .kinds import kind_of
 
 PREFIX = "base_model.model."
@@ -58,18 +59,23 @@ def open_tuned(source: Any) -> Checkpoint:
 
     Raises:
         AdapterError: the folder holds adapters in sub-folders only.
+        ConfigError: an expression in the config of an adapter is none, or takes too long.
     """
     if isinstance(source, Checkpoint):
         return source
     folder = local_folder(source)
-    if folder is not None and not any((folder / name).is_file() for name in (ADAPTER_CONFIG, "config.json")):
+    if folder is not None and not any(is_there(folder / name) for name in (ADAPTER_CONFIG, "config.json")):
         found = sorted(path.parent.name for path in folder.glob(f"*/{ADAPTER_CONFIG}"))
         if found:
             raise AdapterError(
                 f"{source} holds {len(found)} adapter{'s' if len(found) > 1 else ''} in sub-folders and none itself.\n"
                 f"{list_names(found)}\nName one of them: {Path(source) / found[0]}."
             )
-    return Checkpoint.open(source)
+    tuned = Checkpoint.open(source)
+    if tuned.is_adapter:
+        paths = (name.removeprefix(PREFIX).split(".") for name in tuned.specs)
+        check_config_patterns(tuned, {".".join(path[:-end]) for path in paths for end in (1, 2)})
+    return tuned
 
 
 def other_adapters(adapter: Checkpoint) -> list[str]:
@@ -142,6 +148,17 @@ def read_lora(adapter: Checkpoint) -> dict[str, LoraModule]:
             f"{list_names(lonely)}\nSave it again."
         )
     return {module: _module(adapter, module, sides) for module, sides in keys.items()}
+
+
+def check_config_patterns(adapter: Checkpoint, names: Iterable[str]) -> None:
+    """Raise ConfigError if an expression in the config of an adapter takes too long on one of these names."""
+    found: list[tuple[str, str]] = []
+    for setting, value in adapter.adapter_config.items():
+        if setting.endswith(("_pattern", "_modules")) or setting == "modules_to_save":
+            listed = [value] if isinstance(value, str) else value or []
+            found += [(pattern, setting) for pattern in listed if isinstance(pattern, str)]
+    settings = ", ".join(dict.fromkeys(setting for _, setting in found))
+    check_patterns(f"{settings} of {ADAPTER_CONFIG} of {adapter}", (pattern for pattern, _ in found), names)
 
 
 def place_on(modules: Mapping[str, LoraModule], adapter: Checkpoint, instruct: Checkpoint) -> dict[str, LoraModule]:

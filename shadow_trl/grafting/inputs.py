@@ -21,6 +21,7 @@ from ..errors import AdapterError, CheckpointError, ConfigError, list_names
 from ..pair.pairs import ModelPair
 from ..pair.token_rows import row_count, vocabulary_of
 from ..pair.trained_templates import TemplateChoice, choose_template
+from ..runtime.patterns import check_patterns
 from .form import adapter_warnings, form_of, no_adapter_form
 from .options import GraftOptions, declared
 from .trained import Delta, Full, PlainLora
@@ -74,6 +75,7 @@ def open_tuned_inputs(
     """
     refuse_deltas(base=single.base, instruct=instruct)
     receiver = _open_model("instruct", instruct)
+    _check_modules(options, receiver)
     tuned = open_trained(single, receiver, options)
     receiver.check_not_quantised("instruct")
     for role, side in tuned.sides.items():
@@ -115,6 +117,7 @@ def open_delta(base: Source | None, instruct: Source, delta: Source, options: Gr
     _check_delta_options(options)
     learnt, receiver = DeltaCheckpoint.open(delta), _open_model("instruct", instruct)
     receiver.check_not_quantised("instruct")
+    _check_modules(options, receiver)
     facts = replace(learnt, source=f"{learnt} (what the delta keeps of base)", revision=None)
     origin = _named_base(learnt) if base is None else Checkpoint.open(base)
     warnings = []
@@ -126,6 +129,12 @@ def open_delta(base: Source | None, instruct: Source, delta: Source, options: Gr
     tuned = Delta(pair.base, learnt)
     template = choose_template(tuned.trained_with, receiver.path, options.chat_template)
     return Inputs(receiver, tuned, "model", [*warnings, *template.warnings], template=template)
+
+
+def _check_modules(options: GraftOptions, receiver: Checkpoint) -> None:
+    """Raise ConfigError if `modules`, which a manifest may state, takes too long on the names of the weights."""
+    given = [options.modules] if isinstance(options.modules, str) else options.modules
+    check_patterns("modules", (text for text in given if text != "linear"), receiver.specs)
 
 
 def open_trained(single: SingleTuned, receiver: Checkpoint, options: GraftOptions) -> Full:

@@ -57,6 +57,7 @@ class ModelPair:
         *,
         level: str = "headers",
         need_template: bool = False,
+        template: str | None = None,
         allow_wide_gap: bool = False,
         vocab: str = "strict",
         trains: bool = True,
@@ -68,6 +69,7 @@ class ModelPair:
                 "headers" reads configs, tokenizers, names, shapes, the rows of the template's special tokens and a
                 sample of the weights. "weights" reads every weight once, for sigma.
             need_template: refuse an INSTRUCT without a chat template (the training data are conversations).
+            template: text of the chat template that training uses in the place of INSTRUCT's.
             allow_wide_gap: only warn when sigma is above 0.5.
             vocab: "shared" accepts another number of token rows; only rows with the same token on both sides count.
             trains: whether INSTRUCT's tokenizer will index BASE's rows. False with "shared": for a TUNED that exists,
@@ -91,7 +93,7 @@ class ModelPair:
         findings = compare_architectures(self.base.config, self.instruct.config)
         findings.add(self._check_shapes(shared=shared))
         findings.add(compare_vocabularies(vocabulary_of(self.base), vocabulary_of(self.instruct), shared=shared))
-        findings.add(self._check_template(need_template=need_template))
+        findings.add(self._check_template(need_template=need_template and not template))
         if trains or not shared:
             findings.add(check_special_ids(self.base, self.instruct))
         findings.add(compare_processors(self.base.path, self.instruct.path))
@@ -100,7 +102,7 @@ class ModelPair:
             with collector_paused():  # torch: nothing above needs it
                 from .untrained_rows import check_template_rows
 
-            findings.add(check_template_rows(self.base, self.instruct))
+            findings.add(check_template_rows(self.base, self.instruct, template))
             findings.add(self._check_gap(allow_wide_gap) if level == "weights" else self._check_sample())
         if findings.errors:
             raise self._refusal(findings.errors)

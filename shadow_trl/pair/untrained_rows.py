@@ -27,8 +27,10 @@ NEAR_MEAN = 0.1
 """A row is a copy of the mean row when it is closer to it than this share of the ordinary rows' median distance."""
 
 
-def check_template_rows(base: Checkpoint, instruct: Checkpoint) -> Findings:
-    """Warn about special tokens of INSTRUCT's chat template whose rows in BASE's embedding do not look trained.
+def check_template_rows(base: Checkpoint, instruct: Checkpoint, template: str | None = None) -> Findings:
+    """Warn about special tokens of the chat template whose rows in BASE's embedding do not look trained.
+
+    `template` is the text of the one that training uses, by default INSTRUCT's.
 
     A row is named when it is far smaller than ordinary rows, equal or close to the row of another added token, equal
     to the unused rows behind the vocabulary, or a copy of the mean row. BASE has then never seen that token: what
@@ -37,7 +39,8 @@ def check_template_rows(base: Checkpoint, instruct: Checkpoint) -> Findings:
     name, vocabulary = embedding_name(base), vocabulary_of(instruct)
     if name is None or not vocabulary.exists or not base.specs[name].is_float:
         return Findings()
-    used = template_tokens(read_templates(instruct.path), vocabulary.added, vocabulary.named)
+    templates = {"default": template} if template else read_templates(instruct.path)
+    used = template_tokens(templates, vocabulary.added, vocabulary.named)
     matrix = Place(base, name)
     tokens = {token: vocabulary.added[token] for token in used if vocabulary.added[token] < matrix.spec.shape[0]}
     ordinary, unused = _samples(vocabulary, matrix.spec.shape[0])
@@ -51,7 +54,8 @@ def check_template_rows(base: Checkpoint, instruct: Checkpoint) -> Findings:
         return Findings()
     where = {token: "" if used[token] else " (not in a plain conversation)" for token in tokens}
     lines = list_names(f"{token!r} (id {tokens[token]}){where[token]}: {doubt}" for token, doubt in doubts.items())
-    headline = f"{len(doubts)} of the {len(tokens)} special tokens of instruct's chat template look untrained in base"
+    whose = "the given" if template else "instruct's"
+    headline = f"{len(doubts)} of the {len(tokens)} special tokens of {whose} chat template look untrained in base"
     advice = (
         "Base has to learn them from the training data alone, and the graft may come out worse than the untouched "
         "instruct. Full fine-tuning, or an adapter that trains the embedding, can learn them; a base that has seen "

@@ -251,7 +251,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         InputError: the file cannot be read, or is not a mapping in which every key occurs once.
     """
     try:
-        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)
+        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)  # nosec B506
     except (OSError, UnicodeDecodeError) as reason:
         raise InputError(f"cannot read the configuration {path}: {reason}.") from reason
     except yaml.YAMLError as reason:

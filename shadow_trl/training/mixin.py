@@ -7,10 +7,8 @@ training, and what `train()` does at its end. The loss, the data and the loop ar
 from __future__ import annotations
 
 import copy
-import difflib
 import inspect
 import os
-from collections.abc import Callable
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -55,7 +53,7 @@ from .preflight import (
 )
 from .resuming import checkpoint_of
 from .saved import as_saved
-from .settings import Forms, check_columns, check_settings
+from .settings import Forms, bound, check_columns, check_settings
 
 if TYPE_CHECKING:
     from transformers.trainer_utils import TrainOutput
@@ -89,7 +87,7 @@ class ShadowMixin(GraftedEvaluation):
     def __init__(
         self, *args: Any, instruct_model: str | None = None, base_model: str | None = None, **kwargs: Any
     ) -> None:
-        call = _bound(super().__init__, args, kwargs)
+        call = bound(super().__init__, args, kwargs)
         given = call.arguments
         if isinstance(given["model"], os.PathLike):
             given["model"] = os.fspath(given["model"])
@@ -317,13 +315,3 @@ class ShadowMixin(GraftedEvaluation):
             "options": self.args.graft_options(),
             **({"quantised": str(getattr(method, "value", method))} if method is not None else {}),
         }
-
-
-def _bound(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> inspect.BoundArguments:
-    """Bind the arguments of TRL's trainer; TypeError, with the nearest name, for one that neither it nor we have."""
-    signature = inspect.signature(function)
-    for name in kwargs.keys() - signature.parameters.keys():
-        near = difflib.get_close_matches(name, ["instruct_model", "base_model", *signature.parameters], n=1, cutoff=0.5)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise TypeError(f"the trainer has no argument {name!r}.{hint}")
-    return signature.bind(*args, **kwargs)

@@ -85,9 +85,8 @@ def _check_graft(start: Start, config: Any, given: Mapping[str, Any]) -> None:
     instruct, base = str(start.instruct), str(start.base)
     for warning in ModelPair.open(base, instruct).check(
         level=config.pair_check or ("weights" if start.adapter is None else "headers"),
-        need_template=given.get("processing_class") is None
-        and not getattr(config, "chat_template_path", None)
-        and is_conversational(given.get("train_dataset")),
+        need_template=given.get("processing_class") is None and is_conversational(given.get("train_dataset")),
+        template=template_of(config, given.get("processing_class")),
         allow_wide_gap=config.allow_wide_gap,
         vocab=config.graft_vocab,
     ):
@@ -223,6 +222,22 @@ def check_reference_options(args: Any, *, ref_model: Any) -> None:
             f"{args.ref_policy!r} the reference is another model and the mixture is neither. Use ref_policy='init', or "
             "sync_ref_model=False."
         )
+
+
+def template_of(config: Any, processing_class: Any) -> str | None:
+    """Return the chat template that a run was given, by `chat_template_path` or the tokenizer; None for INSTRUCT's.
+
+    Raises:
+        ConfigError: the file is not text.
+    """
+    path = getattr(config, "chat_template_path", None)
+    if path:
+        try:
+            return Path(path).read_text(encoding="utf-8")
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"cannot read chat_template_path={path!r}: {error}. Give a template in UTF-8.") from error
+    own = getattr(processing_class, "chat_template", None)
+    return own.get("default") if isinstance(own, dict) else own
 
 
 def is_conversational(dataset: Any) -> bool:

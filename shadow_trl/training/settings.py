@@ -1,11 +1,13 @@
-"""What a trainer refuses of TRL's own options and of the data before anything is loaded: it would fail later."""
+"""What a trainer refuses of TRL's own arguments and of the data before anything is loaded: it would fail later."""
 
 from __future__ import annotations
 
 import dataclasses
+import difflib
+import inspect
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -126,3 +128,13 @@ def check_columns(name: str, data: Any, forms: Forms) -> None:
         f"{name} has the columns {', '.join(columns)}. The trainer takes one of these forms:\n{wanted}\n"
         "Make these columns first, with `dataset.map` or `dataset.rename_columns`."
     )
+
+
+def bound(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> inspect.BoundArguments:
+    """Bind the arguments of TRL's trainer; TypeError, with the nearest name, for one that neither it nor we have."""
+    signature = inspect.signature(function)
+    for name in kwargs.keys() - signature.parameters.keys():
+        near = difflib.get_close_matches(name, ["instruct_model", "base_model", *signature.parameters], n=1, cutoff=0.5)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise TypeError(f"the trainer has no argument {name!r}.{hint}")
+    return signature.bind(*args, **kwargs)

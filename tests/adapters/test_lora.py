@@ -298,17 +298,19 @@ def test_an_untie_without_effect_is_reported(sides, tmp_path):
 @pytest.mark.parametrize(
     ("config", "same"),
     [
-        ({"peft_type": "MISS"}, True),
+        *(({"peft_type": name}, True) for name in (
+            "LOHA", "LOKR", "VERA", "PVERA", "VBLORA", "UNILORA", "RANDLORA", "FOURIERFT", "WAVEFT", "C3A", "GRALORA",
+            "DELORA", "SHIRA", "MISS", "BEFT", "LN_TUNING", "TRAINABLE_TOKENS",
+        )),
         ({"peft_type": "MISS", "init_weights": True}, True),
         ({"peft_type": "MISS", "init_weights": "bat"}, False),
         ({"peft_type": "PVERA", "sample_at_inference": False}, True),
         ({"peft_type": "PVERA", "sample_at_inference": True}, False),
         ({"peft_type": "SHIRA", "mask_type": "random"}, True),
         ({"peft_type": "SHIRA", "mask_type": "weight_magnitude"}, False),
-        ({"peft_type": "LOKR"}, True),
-        ({"peft_type": "OFT"}, False),
+        *(({"peft_type": name}, False) for name in ("OFT", "BOFT", "HRA", "IA3", "HIRA", "GLORA", "ROAD")),
     ],
-)
+)  # fmt: skip
 def test_other_types_mean_the_same_delta_on_instruct_with_some_settings_only(config, same):
     assert kind_of(config).needs_base
     assert (kind_of(config).obstacles == ()) is same

@@ -12,7 +12,7 @@ from families import family, lora, shapes
 from huggingface_hub import ModelCard
 
 from shadow_trl import graft
-from shadow_trl.checkpoints.manifest import FORMAT, Entry, from_manifest, read_manifest
+from shadow_trl.checkpoints.manifest import FORMAT, Entry, as_trained, from_manifest, read_manifest, write_manifest
 from shadow_trl.errors import CheckpointError
 from shadow_trl.results.cards import write_model_card
 
@@ -127,3 +127,16 @@ def test_what_is_given_wins_over_the_manifest_and_a_difference_is_said(tmp_path,
     assert from_manifest("instruct", manifest, tmp_path, Entry("own/other")) == Entry("own/other")
     assert from_manifest("instruct", manifest, tmp_path) is None
     assert not caplog.text
+
+
+def test_base_is_the_commit_that_the_run_records(tmp_path, caplog):
+    commit, other = "a" * 40, "b" * 40
+    assert as_trained("own/base", tmp_path) == "own/base"  # no run
+    write_manifest(tmp_path, {"kind": "run", "base": {"source": "own/base", "revision": commit, "asked": "v1"}})
+    for given in (None, "own/other", "own/base@v2", f"own/base@{other}", tmp_path):
+        assert as_trained(given, tmp_path) == given
+    assert not caplog.text
+    assert as_trained("own/base", tmp_path) == f"own/base@{commit}"
+    assert f"base is own/base@{commit}, the commit that {tmp_path / 'shadow.json'} records." in caplog.text
+    write_manifest(tmp_path, {"kind": "run", "base": {"source": "base"}})  # a folder has no commit
+    assert as_trained("base", tmp_path) == "base"

@@ -61,7 +61,7 @@ def plain_loss(model: Path, reference: Path, output: Path) -> float:
     """The loss of plain TRL, in one process."""
     return DPOTrainer(
         model=str(model),
-        ref_model=AutoModelForCausalLM.from_pretrained(reference),
+        ref_model=AutoModelForCausalLM.from_pretrained(reference, dtype="float32"),
         args=DPOConfig(str(output), use_cpu=True, bf16=False, report_to="none", per_device_eval_batch_size=4),
         train_dataset=preference_data(4),
         eval_dataset=preference_data(4),
