@@ -5,7 +5,6 @@ grafted = instruct + scale * (tuned after SFT and DPO - base)
 
 from __future__ import annotations
 
-import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,6 +16,7 @@ from ..checkpoints.digests import weight_digests
 from ..checkpoints.manifest import read_manifest, write_manifest
 from ..errors import InputError
 from ..evaluation.report import TITLES, RunReport
+from ..results.folder import Scratch
 from ..runtime.processes import run_on_main, say
 from ..training.loading import Loading, load_adapter
 from ..training.origins import require_instruct, resolve_origins
@@ -88,7 +88,7 @@ def run_pipeline(argv: Sequence[str], default_config: str | Path | None = None) 
                 if plan.output is None and stage != STAGES[0]:
                     say(f"SFT is done. To resume from there, add --output_dir {root} to the same command.")
                 raise
-    return _make_report(plan, root, rows, seconds) if main_remains(state) else None
+        return _make_report(plan, root, rows, seconds) if main_remains(state) else None
 
 
 def _run_stage(plan: Plan, stage: str, root: Path, data: dict[str, Any]) -> None:
@@ -118,12 +118,12 @@ def _merge(root: Path, options: Options) -> Path:
         raise InputError(f"merge_adapter: {run} holds no adapter to merge. Leave merge_adapter out.")
     below = Loading(training).load(origins.policy)
     model = load_adapter(origins.adapter, below, trainable=False).merge_and_unload()
-    unfinished = root / f".{MERGED_FOLDER}-unfinished"
-    shutil.rmtree(unfinished, ignore_errors=True)
-    model.save_pretrained(unfinished)
-    manifest = read_manifest(run) or {}
-    write_manifest(unfinished, {**manifest, "adapter": None, "weights": weight_digests(unfinished)})
-    unfinished.rename(merged)
+    with Scratch(merged) as scratch:
+        unfinished = scratch.part / MERGED_FOLDER
+        model.save_pretrained(unfinished)
+        manifest = read_manifest(run) or {}
+        write_manifest(unfinished, {**manifest, "adapter": None, "weights": weight_digests(unfinished)})
+        unfinished.rename(merged)
     return merged
 
 

@@ -29,6 +29,8 @@ from ..operations.graft import graft
 from ..pair.templates import check_processing_class, read_templates
 from ..pair.trained_templates import template_rows
 from ..results.folder import check_free
+from ..results.lock import RunLock
+from ..results.written import tells_what_is_written
 from ..runtime.processes import run_on_main
 from .adapter import (
     announced,
@@ -84,6 +86,14 @@ class ShadowMixin(GraftedEvaluation):
         if isinstance(given["model"], os.PathLike):
             given["model"] = os.fspath(given["model"])
         config = self._read_config(given)
+        with tells_what_is_written(Path(config.output_dir)):  # transformers makes the folder before we know all
+            self._set_up(call, config, base_model=base_model, instruct_model=instruct_model)
+
+    def _set_up(
+        self, call: inspect.BoundArguments, config: Any, *, base_model: str | None, instruct_model: str | None
+    ) -> None:
+        """Check everything that can be checked before training, and let TRL make its trainer."""
+        given = call.arguments
         refuse_unsupported(config)
         check_settings(config, given.get("quantization_config"))
         if given.get("formatting_func") is None:
@@ -120,19 +130,22 @@ class ShadowMixin(GraftedEvaluation):
         hyperparameter search, nothing is saved or grafted at the end. The report of the graft is in `graft_report`.
         """
         call = inspect.signature(super().train).bind(*args, **kwargs)
-        in_search = call.arguments.get("trial") is not None
-        with ends_with("Nothing was written."):
-            call.arguments["resume_from_checkpoint"] = checkpoint_of(
-                call.arguments.get("resume_from_checkpoint"), self.args.output_dir
-            )
-            if self.args.graft and not in_search:
-                check_free(self._grafted_folder, self.args.graft_overwrite)
-        if not in_search:
-            run_on_main(self.accelerator, self._begin, what="preparing the output folder")
-        output = super().train(*call.args, **call.kwargs)
-        if self.args.graft and not in_search:
-            self.graft()
-        return output
+        lock, given = RunLock(Path(self.args.output_dir)), call.arguments
+        with tells_what_is_written(Path(self.args.output_dir)):
+            try:
+                resume = given.get("resume_from_checkpoint")
+                given["resume_from_checkpoint"] = checkpoint_of(resume, self.args.output_dir)
+                if given.get("trial") is not None:
+                    return super().train(*call.args, **call.kwargs)
+                if self.args.graft:
+                    check_free(self._grafted_folder, self.args.graft_overwrite)
+                run_on_main(self.accelerator, lambda: self._begin(lock), what="preparing the output folder")
+                output = super().train(*call.args, **call.kwargs)
+                if self.args.graft:
+                    self.graft()
+                return output
+            finally:
+                lock.release()
 
     def graft(self, output: str | os.PathLike[str] | None = None) -> GraftReport:
         """Save TUNED to `output_dir` and write INSTRUCT + scale * (TUNED - BASE) to `output`. All processes call it.
@@ -270,9 +283,11 @@ class ShadowMixin(GraftedEvaluation):
         given.pop("quantization_config", None)
         given["args"].model_init_kwargs = None
 
-    def _begin(self) -> None:
-        """Make the output folder, and take the digests of what training starts from while it is what was loaded."""
+    def _begin(self, lock: RunLock) -> None:
+        """Make the output folder and keep other runs out of it; take the digests of what training starts from."""
         os.makedirs(self.args.output_dir, exist_ok=True)
+        if os.access(Path(self.args.output_dir).absolute().parent, os.W_OK):
+            lock.acquire()
         _ = self._manifest
 
     @cached_property
