@@ -190,17 +190,18 @@ def _set_model_options(options: Options) -> None:
 
 @contextmanager
 def run_folder(name: str, given: str | None, state: PartialState) -> Iterator[str]:
-    """Yield the `given` folder of a run, or a new one below `outputs/`; removed if the run fails before it writes."""
-    made = given is None or not os.path.lexists(given)
-    found = given or run_on_main(state, lambda: _claim_folder(name), what="making the run's folder")
+    """Yield the `given` folder of a run, or a new one below `outputs/`, removed if the run fails before it writes."""
+    if given is not None:
+        yield given  # the trainer makes it, and takes it back
+        return
+    folder = Path(run_on_main(state, lambda: _claim_folder(name), what="making the run's folder"))
     try:
-        yield found
+        yield str(folder)
     except BaseException:
-        if made and state.is_main_process:
+        if state.is_main_process:
             with suppress(OSError):  # a folder that is not empty stays
-                os.rmdir(found)
-                if given is None:
-                    os.rmdir(os.path.dirname(found))
+                folder.rmdir()
+                folder.parent.rmdir()
         raise
 
 

@@ -51,8 +51,10 @@ from .preflight import (
     check_folders,
     check_same_adapter,
     is_conversational,
+    missing_folders,
     refuse_sharded,
     refuse_unsupported,
+    removed_if_refused,
 )
 from .resuming import checkpoint_of
 from .saved import as_saved
@@ -105,13 +107,22 @@ class ShadowMixin(GraftedEvaluation):
         self.graft_report: GraftReport | None = None
         self._check_before_loading(config, given)
         self._choose_processing_class(config, given)
-        self._choose_reference(config, given)
-        if start.loads_adapter:
-            self._load_adapter(given)
-        elif not start.in_memory:
-            self._pin_model(given)
-        with without_second_start(given["model"]):
-            super().__init__(*call.args, **call.kwargs)
+        self._made = missing_folders(Path(config.output_dir))
+        with removed_if_refused(self._made, config):
+            self._choose_reference(config, given)
+            if start.loads_adapter:
+                self._load_adapter(given)
+            elif not start.in_memory:
+                self._pin_model(given)
+            with without_second_start(given["model"]):
+                super().__init__(*call.args, **call.kwargs)
+            self._check_loaded(config)
+        # The adapter as it is before training: the delta of some is what it becomes less this.
+        self._adapter_start = start_of(self.model) if config.graft else None
+
+    def _check_loaded(self, config: Any) -> None:
+        """Find in the model that will be trained what would keep the run from ending in a graft."""
+        start = self._start
         refuse_sharded(fsdp=self.is_fsdp_enabled, deepspeed=self.is_deepspeed_enabled)
         if config.graft:
             self._check_trained()
@@ -122,8 +133,6 @@ class ShadowMixin(GraftedEvaluation):
             )  # fmt: skip
         if config.eval_grafted:
             _ = self._exchange  # what does not fit must be found before training
-        # The adapter as it is before training: the delta of some is what it becomes less this.
-        self._adapter_start = start_of(self.model) if config.graft else None
 
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
         """Train BASE as TRL does; then save TUNED to `output_dir` and the graft to `output_dir/grafted`.
@@ -133,12 +142,11 @@ class ShadowMixin(GraftedEvaluation):
         """
         call = inspect.signature(super().train).bind(*args, **kwargs)
         in_search = call.arguments.get("trial") is not None
-        with ends_with("Nothing was written."):
+        with ends_with("Nothing was written."), removed_if_refused(self._made, self.args):
             call.arguments["resume_from_checkpoint"] = checkpoint_of(
                 call.arguments.get("resume_from_checkpoint"), self.args.output_dir
             )
-        if self.args.graft and not in_search:
-            with ends_with("Nothing was written."):
+            if self.args.graft and not in_search:
                 check_free(self._grafted_folder, self.args.graft_overwrite)
         if not in_search:
             run_on_main(self.accelerator, self._begin, what="preparing the output folder")

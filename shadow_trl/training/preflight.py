@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -52,6 +55,30 @@ def refuse_sharded(*, fsdp: Any, deepspeed: Any) -> None:
                 f"{name} is not supported: TUNED would be saved in shards or not at all, and the graft would read an "
                 "incomplete model. Launch with plain data parallelism (accelerate launch --multi_gpu)."
             )
+
+
+def missing_folders(folder: Path) -> list[Path]:
+    """Return `folder` and those above it, as far as they do not exist yet, the innermost first."""
+    return [path for path in (folder, *folder.parents) if not path.exists()]
+
+
+@contextmanager
+def removed_if_refused(folders: Sequence[Path], config: Any) -> Iterator[None]:
+    """Remove the `folders`, the innermost first, that a run left empty when it was refused: TRL makes them early.
+
+    Raises:
+        ConfigError: in place of a TypeError about one of the `model_init_kwargs` of `config`.
+    """
+    try:
+        yield
+    except BaseException as reason:
+        for folder in folders:
+            with suppress(OSError):  # one that is not empty stays
+                folder.rmdir()
+        unknown = re.search(r"unexpected keyword argument '(\w+)'", str(reason))
+        if isinstance(reason, TypeError) and unknown and unknown[1] in (config.model_init_kwargs or {}):
+            raise ConfigError(f"model_init_kwargs has {unknown[1]!r}, which this model does not know.") from reason
+        raise
 
 
 def check_folders(output_dir: Path, start: Start) -> None:
