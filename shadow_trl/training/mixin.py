@@ -49,6 +49,7 @@ from .preflight import (
     check_adapter,
     check_exchangeable,
     check_folders,
+    check_predicts_tokens,
     check_same_adapter,
     is_conversational,
     missing_folders,
@@ -238,6 +239,7 @@ class ShadowMixin(GraftedEvaluation):
     def _check_before_loading(self, config: Any, given: Mapping[str, Any]) -> None:
         """Find before any model is loaded what would keep the run from ending in a graft."""
         start = self._start
+        check_predicts_tokens(start)
         check_adapter(start, grafts=config.graft)
         if start.loads_adapter and given.get("peft_config") is not None:
             check_same_adapter(given["peft_config"], str(start.origins.adapter))

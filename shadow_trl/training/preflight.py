@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 from accelerate.utils import parse_flag_from_env
 
 from ..adapters.kinds import check_has_delta, is_subtracted, kind_of, lost_start, more_than_a_product, start_setting
+from ..checkpoints.checkpoint import Checkpoint
 from ..errors import AdapterError, ConfigError, OutputExistsError, list_names
-from .loading import is_adapted
+from .loading import bare_model, is_adapted
 from .origins import Start
 
 if TYPE_CHECKING:
@@ -97,6 +98,22 @@ def check_folders(output_dir: Path, start: Start) -> None:
             f"output_dir {output_dir} holds {other[0].name} of another run; beside "
             f"{'an adapter' if adapter else 'a full model'} the folder could not be loaded. Choose another "
             "output_dir."
+        )
+
+
+def check_predicts_tokens(start: Start) -> None:
+    """Refuse a model that has no language head with ConfigError: one that classifies, or gives hidden states alone."""
+    import transformers
+
+    if start.in_memory:
+        kind = type(bare_model(start.model))
+    else:  # TRL makes the class that the config names first; one of remote code is not known here
+        names = Checkpoint.open(str(start.origins.policy), weights=False).config.get("architectures") or [""]
+        kind = getattr(transformers, names[0], None)
+    if kind is not None and not kind.can_generate():
+        raise ConfigError(
+            f"the model is a {kind.__name__}, which predicts no tokens: SFT and DPO need a causal language model. Load "
+            "BASE with AutoModelForCausalLM, or name a folder whose config.json has such a class in `architectures`."
         )
 
 

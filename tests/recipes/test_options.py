@@ -170,7 +170,7 @@ def test_a_file_that_is_no_mapping_of_known_keys_is_refused(tmp_path: Path, text
 def test_a_small_file_that_stands_for_a_huge_value_is_refused_in_a_short_line(tmp_path: Path) -> None:
     path = tmp_path / "config.yaml"
     path.write_text("seed: [&a0 [x, x]" + "".join(f", &a{n} [*a{n - 1}, *a{n - 1}]" for n in range(1, 60)) + "]\n")
-    with pytest.raises(ConfigError, match="seed: .* has type list") as caught:
+    with pytest.raises(ConfigError, match=r"seed: .* has type list") as caught:
         parse("dpo", ["--config", str(path)])
     assert len(str(caught.value)) < 4000
 

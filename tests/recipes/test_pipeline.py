@@ -19,8 +19,8 @@ from stages import tuned_weights, weights
 from tiny import preference_data, sft_data
 from trl import ScriptArguments
 
-from shadow_trl.cli import main as shadow_trl
 from shadow_trl.checkpoints.manifest import write_manifest
+from shadow_trl.cli import main as shadow_trl
 from shadow_trl.errors import ConfigError
 from shadow_trl.recipes import pipeline
 from shadow_trl.recipes.data import load_split

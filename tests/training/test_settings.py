@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
+from peft import LoraConfig
 from runs import dpo, settings
 from tiny import make_pair, preference_data, sft_data
-from transformers import BitsAndBytesConfig
+from transformers import AutoModelForSequenceClassification, BitsAndBytesConfig
 from transformers.utils import is_bitsandbytes_available
 
 from shadow_trl import ShadowDPOConfig, ShadowDPOTrainer, ShadowSFTConfig, ShadowSFTTrainer
@@ -128,6 +129,19 @@ def test_trainers_refuse_before_anything_is_made(tmp_path: Path) -> None:
         dpo(pair, tmp_path / "out", data=sft_data())
     with pytest.raises(ConfigError, match="learning_rate is nan"):
         dpo(pair, tmp_path / "out", learning_rate=NAN)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_model_that_classifies_is_refused(tmp_path: Path) -> None:
+    """As a folder and as an object; TRL fails on it with an AttributeError."""
+    pair = make_pair(tmp_path)
+    model = AutoModelForSequenceClassification.from_pretrained(pair[0])
+    with pytest.raises(ConfigError, match="is a Qwen3ForSequenceClassification, which predicts no tokens"):
+        dpo(pair, tmp_path / "out", model=model)
+    config = json.loads((pair[0] / "config.json").read_text())
+    (pair[0] / "config.json").write_text(json.dumps({**config, "architectures": ["Qwen3Model"]}))
+    with pytest.raises(ConfigError, match="is a Qwen3Model, which predicts no tokens"):
+        dpo(pair, tmp_path / "out", peft_config=LoraConfig(target_modules=["q_proj"], modules_to_save=["score"]))
     assert not (tmp_path / "out").exists()
 
 
