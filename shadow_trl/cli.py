@@ -13,7 +13,6 @@ from typing import Any, NoReturn
 from . import __version__
 from .errors import ConfigError, ShadowError, ends_with
 from .grafting.options import DTYPES, declared
-from .runtime.startup import collector_paused
 
 _RECIPES = {
     "sft": "train BASE with SFT, then graft",
@@ -170,8 +169,7 @@ def _add_output(parser: argparse._ActionsContainer, more: str = "") -> None:
 
 
 def _graft(options: argparse.Namespace) -> int:
-    with collector_paused():
-        from .operations.graft import graft
+    from .operations.graft import graft
 
     return _show(graft(**_named(options)), options.quiet, options.json)
 
@@ -198,15 +196,13 @@ def _gap(options: argparse.Namespace) -> int:
 
 
 def _delta(options: argparse.Namespace) -> int:
-    with collector_paused():
-        from .operations.delta import extract_delta
+    from .operations.delta import extract_delta
 
     return _show(extract_delta(**_named(options)), options.quiet, options.json)
 
 
 def _verify(options: argparse.Namespace) -> int:
-    with collector_paused():
-        from .operations.verify import verify
+    from .operations.verify import verify
 
     report = verify(**_named(options))
     _show(report, options.quiet and report.same, options.json)

@@ -24,7 +24,7 @@ from ..checkpoints.overlay import Overlay
 from ..errors import AdapterError, list_names
 from ..layouts.model_names import ModelNames
 from .kinds import NOTHING, PLAIN_STARTS, START_FOLDER, lost_start, peft_type, start_setting
-from .lora import nearest_names, no_factors
+from .lora import check_config_patterns, nearest_names, no_factors
 from .repoint import read_start
 from .stored import MemoryWeights, StoredValues, may_change, module_of, read_stored
 
@@ -140,6 +140,7 @@ def _changed_by_layers(
     _check_start(adapter, tensors)
     model = _without_values(weights.names.model)
     modules = {name for name, _ in model.named_modules() if name}
+    check_config_patterns(adapter, modules)
     owners = {name: module_of(name, modules) for name in tensors}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of PEFT, on how its layers are made

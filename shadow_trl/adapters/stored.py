@@ -189,4 +189,4 @@ def _token_ids(adapter: Checkpoint, module: str) -> list[int]:
         raise AdapterError(
             f"adapter {adapter} has token rows of {module}, and its config does not say of which tokens. Save it again."
         )
-    return [int(row) for row in ids]
+    return ids

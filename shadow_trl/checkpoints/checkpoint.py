@@ -6,7 +6,6 @@ A block of a tensor is a view of the mapping, and can be dropped from resident m
 from __future__ import annotations
 
 import copy
-import json
 import mmap
 import re
 from collections.abc import Sequence
@@ -19,6 +18,8 @@ from ..errors import CheckpointError, list_names
 from . import hub
 from .header import CODES, Header, TensorSpec, dtype_of, load_pickled, pickled_specs, read_header, stamp
 from .hub import Source
+from .json_files import is_there, read_json
+from .schemas import AdapterConfig, Index, ModelConfig
 
 if TYPE_CHECKING:
     import numpy
@@ -91,13 +92,14 @@ class Checkpoint:
                 points outside the checkpoint.
         """
         name, commit, path, asked = hub.locate(source, revision, weights=weights)
-        is_adapter = (path / ADAPTER_CONFIG).is_file()
-        if is_adapter and any((path / file).is_file() for file in (_SAFE, _SAFE_INDEX, _BIN, _BIN_INDEX)):
+        is_adapter = is_there(path / ADAPTER_CONFIG)
+        if is_adapter and any(is_there(path / file) for file in (_SAFE, _SAFE_INDEX, _BIN, _BIN_INDEX)):
             raise CheckpointError(
                 f"{name} holds both a model and an adapter ({ADAPTER_CONFIG}): it is not clear which one is meant. "
                 "Move one of them to a folder of its own."
             )
-        config, adapter_config = read_json(path / "config.json"), read_json(path / ADAPTER_CONFIG)
+        config = read_json(path / "config.json", ModelConfig)
+        adapter_config = read_json(path / ADAPTER_CONFIG, AdapterConfig) if is_adapter else {}
         checkpoint = cls(name, commit, path, is_adapter, config, adapter_config, asked=asked)
         if weights:
             checkpoint._read_headers()
@@ -222,7 +224,7 @@ class Checkpoint:
                 )
             self.specs.update(specs)
         if self.index is not None:
-            self._check_index(read_json(self.path / self.index)["weight_map"])
+            self._check_index(read_json(self.path / self.index, Index)["weight_map"])
         if not self.specs:
             raise CheckpointError(f"{self} has weight files without a tensor. Download or save the model again.")
 
@@ -245,14 +247,19 @@ class Checkpoint:
     def _weight_files(self) -> tuple[list[Path], str | None]:
         names = self._weight_names()
         for name in names:
-            if not (self.path / name).is_file():
+            if not is_there(self.path / name):
                 continue
             if not name.endswith(".index.json"):
                 return [hub.inside(self.path, name)], None
-            weight_map = read_json(self.path / name).get("weight_map")
-            if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
-                raise CheckpointError(f"{self}: {name} has no weight_map of names to files. Fetch or save it again.")
-            return [hub.inside(self.path, file) for file in dict.fromkeys(weight_map.values())], name
+            weight_map = read_json(self.path / name, Index)["weight_map"]
+            files = [hub.inside(self.path, file) for file in dict.fromkeys(weight_map.values())]
+            kind = Path(name.removesuffix(".index.json")).suffix
+            if strange := [file.name for file in files if file.suffix != kind]:
+                raise CheckpointError(
+                    f"{self}: {len(strange)} files that {name} names are no {kind} files.\n{list_names(strange)}\n"
+                    "Download or save the checkpoint again."
+                )
+            return files, name
         found = sorted(entry.name for entry in self.path.iterdir() if entry.suffix in (".safetensors", ".bin", ".gguf"))
         others = f" It holds {', '.join(found[:5])}, which is no layout that transformers loads." if found else ""
         raise CheckpointError(f"{self} has no weights: none of {', '.join(names)} is in {self.path}.{others}")
@@ -295,16 +302,3 @@ class Place:
     def release(self, start: int, stop: int) -> None:
         """Drop these elements from memory, see `Checkpoint.release`."""
         self.checkpoint.release(self.name, start, stop)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Return the JSON object in `path`, {} when there is no such file."""
-    if not path.is_file():
-        return {}
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"cannot read {path}: {error}. Download or save the model again.") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path} is no JSON object. Download or save the model again.")
-    return content

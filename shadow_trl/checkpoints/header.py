@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import math
 import os
+import zipfile
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, list_names
+from .json_files import parse, unreadable
 
 if TYPE_CHECKING:
     import torch
@@ -130,15 +132,21 @@ def read_header(path: Path) -> Header:
             if len(start) < 8 or length > min(size - 8, _MAX_HEADER):
                 raise ValueError(f"its header should have {length} bytes, the file has {size}")
             raw = file.read(length)
-        content = json.loads(raw)
+        # As strict as the safetensors library, which reads nothing but UTF-8 and no name twice.
+        content = parse(raw.decode(), unique=True)
+        if raw[:1] != b"{":
+            raise ValueError("its header does not begin with a brace")
         metadata = content.pop("__metadata__", None)
-        # Of these the safetensors library is as strict.
-        if raw[:1] != b"{" or not all(isinstance(value, str) for value in (metadata or {}).values()):
-            raise ValueError("its header does not begin with a brace or has metadata that is not text")
+        if metadata is not None and not (
+            isinstance(metadata, dict) and all(isinstance(value, str) for value in metadata.values())
+        ):
+            raise ValueError("its header has metadata that is not text")
         found = [(name, _spec(path, name, entry, 8 + length)) for name, entry in content.items()]
         specs = dict(sorted(found, key=lambda item: (item[1].offset, item[1].nbytes)))
         _check_places(specs, 8 + length, size)
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+    except OSError as error:
+        raise unreadable(path, error) from error
+    except ValueError as error:
         raise CheckpointError(f"{path} is no complete safetensors file: {error}. Download or save it again.") from error
     return Header(start + raw, metadata, specs)
 
@@ -148,18 +156,43 @@ def load_pickled(path: Path) -> dict[str, torch.Tensor]:
     import torch
 
     try:
-        try:
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        except RuntimeError:  # files of torch < 1.6 cannot be mapped
-            content = torch.load(path, map_location="cpu", weights_only=True)
+        # Files of torch < 1.6 are no archives and cannot be mapped. Compressed parts could be of any size.
+        archive = zipfile.is_zipfile(path)
+        if archive and any(part.compress_type != zipfile.ZIP_STORED for part in zipfile.ZipFile(path).infolist()):
+            raise ValueError("it is compressed, which torch.save does not do")
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=archive)
     except Exception as error:
         raise CheckpointError(
             f"cannot read {path}: {str(error).splitlines()[0] if str(error) else type(error).__name__}. Only plain "
             "tensors are loaded from .bin files (weights_only=True). Give a safetensors checkpoint."
         ) from error
-    if not isinstance(content, dict) or not all(isinstance(value, torch.Tensor) for value in content.values()):
+    if not isinstance(content, dict):
         raise CheckpointError(f"{path} is not a dictionary of tensors. Give a safetensors checkpoint.")
+    wrong = [f"{name!r}  {what}" for name, value in content.items() if (what := _not_plain(name, value))]
+    # Views of few numbers can stand for any number of them.
+    views = sum(value.nbytes for value in content.values() if not wrong and not value.is_contiguous())
+    if not wrong and views > path.stat().st_size:
+        wrong = [f"views of few numbers, which would take {views:,} bytes in a file of {path.stat().st_size:,}"]
+    if wrong:
+        raise CheckpointError(
+            f"{path} is not a dictionary of tensors: {len(wrong)} entries are something else.\n"
+            f"{list_names(wrong)}\n"
+            "Give a safetensors checkpoint."
+        )
     return {name: tensor.detach().contiguous() for name, tensor in content.items()}
+
+
+def _not_plain(name: Any, value: Any) -> str:
+    """Return what an entry of a .bin file is, where it is no name with a plain tensor; else ""."""
+    import torch
+
+    if not isinstance(value, torch.Tensor):
+        return f"is {type(value).__name__}"
+    if not isinstance(name, str) or not name.isprintable():
+        return "is no name"
+    if value.device.type != "cpu" or value.layout != torch.strided or value.is_quantized:
+        return f"is a tensor of another kind: {value.device}, {value.layout}, {value.dtype}"
+    return ""
 
 
 def pickled_specs(path: Path, tensors: dict[str, torch.Tensor]) -> dict[str, TensorSpec]:
@@ -191,12 +224,17 @@ def nbytes_of(code: str, shape: tuple[int, ...]) -> int:
     return math.prod(shape) * _DTYPES[code][0] // 8
 
 
-def _spec(path: Path, name: str, entry: dict[str, Any], data: int) -> TensorSpec:
-    code, shape = entry["dtype"], tuple(entry["shape"])
-    begin, end = entry["data_offsets"]
-    if code not in _DTYPES:
+def _spec(path: Path, name: str, entry: Any, data: int) -> TensorSpec:
+    known = entry if isinstance(entry, dict) else {}
+    code, sizes, places = (known.get(key) for key in ("dtype", "shape", "data_offsets"))
+    if not isinstance(sizes, list) or not isinstance(places, list) or len(places) != 2:
+        raise ValueError(f"tensor {name!r} has no dtype, shape and data_offsets but {str(entry)[:60]}")
+    if not isinstance(code, str) or code not in _DTYPES:
         raise ValueError(f"tensor {name!r} has the unknown dtype {code!r}")
-    if not all(type(size) is int and size >= 0 for size in (*shape, begin, end)):
+    shape, (begin, end) = tuple(sizes), places
+    whole = all(type(size) is int and size >= 0 for size in (*shape, begin, end))
+    # torch counts in 64 bits, also along the other dimensions of an empty tensor.
+    if not whole or max(begin, end, 8 * math.prod(max(size, 1) for size in shape)) >= 2**63:
         raise ValueError(f"tensor {name!r} has the shape {shape} at {begin}:{end}")
     if end - begin != nbytes_of(code, shape):
         raise ValueError(f"tensor {name!r}, {code} {shape}, cannot take {end - begin} bytes")

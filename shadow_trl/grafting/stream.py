@@ -156,7 +156,7 @@ class _Worker:
         """Compute one block; `at` is the byte of the buffer at which it goes, negative for a cut first element."""
         dtype = dtype_of(job.code)
         nbytes = (stop - start) * dtype.itemsize
-        whole = at >= 0 and at % dtype.itemsize == 0 and at + nbytes <= CHUNK
+        whole = at % dtype.itemsize == 0  # as a chunk is of every itemsize: else its ends cut through an element
         target = self.bytes[at : at + nbytes] if whole else self.spare[:nbytes]
         out = target.view(dtype)
         if delta:
@@ -243,8 +243,8 @@ def blocks_of(job: WeightJob, first: int, last: int) -> Iterator[Block]:
         while at < stop:
             end = min(at + BLOCK, stop)
             if job.low_rank is not None and end < stop:  # whole rows, where a block has room for one
-                end = max(end // job.low_rank.columns * job.low_rank.columns, 0) or end
-                end = end if end > at else min(at + BLOCK, stop)
+                whole = end - end % job.low_rank.columns
+                end = whole if whole > at else end
             yield Block(at, end, True)
             at = end
     for low in range(at, last, BLOCK):

@@ -20,7 +20,7 @@ from ..adapters.lora import base_model_of, no_factors, open_tuned, place_on, rea
 from ..checkpoints.checkpoint import Checkpoint, Place
 from ..checkpoints.delta import refuse_deltas
 from ..checkpoints.header import TORCH_NAMES, narrower
-from ..checkpoints.hub import Source
+from ..checkpoints.hub import Source, local_folder
 from ..checkpoints.manifest import as_trained, check_weights, read_manifest, stage_below
 from ..checkpoints.overlay import Overlay
 from ..errors import AdapterError, ConfigError, list_names
@@ -259,7 +259,7 @@ def _split(item: Any) -> tuple[Any, float]:
     if not isinstance(item, (str, os.PathLike)):
         return item, 1.0
     head, colon, tail = os.fspath(item).rpartition(":")
-    if not colon or Path(item).expanduser().exists():
+    if not colon or local_folder(item) is not None:
         return item, 1.0
     try:
         return head, float(tail)

@@ -259,7 +259,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     except (OSError, ValueError) as reason:
         raise InputError(f"cannot read the configuration {path}: {reason}.") from reason
     try:
-        content = yaml.load(text, Loader=_UniqueKeyLoader)
+        content = yaml.load(text, Loader=_UniqueKeyLoader)  # nosec B506
     except RecursionError as reason:
         raise ConfigError(f"the configuration {path} is nested too deeply.") from reason
     # A date or number that YAML recognises and Python cannot hold is a plain ValueError.

@@ -44,7 +44,7 @@ class ShadowArguments:
         instruct_revision, base_revision: branch, tag or commit of either on the hub.
         graft: whether `train()` ends with saving TUNED and grafting. Default True.
         graft_scale, instruct_scale, graft_modules, graft_format, graft_dtype, graft_rounding, graft_seed, graft_vocab,
-            graft_overwrite: the options of `shadow_trl.graft`, with its values and defaults.
+            graft_chat_template, graft_overwrite: the options of `shadow_trl.graft`, with its values and defaults.
         pair_check: how BASE and INSTRUCT are compared before training: `headers` (configs, shapes, tokenizers) or
             `weights` (their distance as well). Default: `weights` for full fine-tuning, `headers` for adapters.
         graft_every_save: graft every checkpoint as well, into `checkpoint-N/shadow/grafted`. Default False.
@@ -71,6 +71,7 @@ class ShadowArguments:
     graft_rounding: str = _of_graft("rounding")
     graft_seed: int = _of_graft("seed")
     graft_vocab: str = _of_graft("vocab")
+    graft_chat_template: str = _of_graft("chat_template")
     graft_overwrite: bool = _of_graft("overwrite")
     pair_check: str | None = _argument(
         None, "How BASE and INSTRUCT are compared. Default: weights when fully fine-tuning.", choices=PAIR_CHECKS

@@ -7,10 +7,8 @@ training, and what `train()` does at its end. The loss, the data and the loop ar
 from __future__ import annotations
 
 import copy
-import difflib
 import inspect
 import os
-from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -23,13 +21,13 @@ from trl.trainer.utils import get_config_model_id
 from ..adapters.kinds import START_FOLDER
 from ..checkpoints.digests import weight_digests
 from ..checkpoints.manifest import write_manifest
-from ..errors import ends_with
+from ..errors import ends_with, list_names
 from ..grafting.options import BASE_DTYPES
 from ..grafting.reports import GraftReport
-from ..operations.checks import check_graft, check_left_out, check_trained
+from ..operations.checks import check_left_out, check_trained
 from ..operations.graft import graft
-from ..pair.pairs import ModelPair
-from ..pair.templates import check_processing_class
+from ..pair.templates import check_processing_class, read_templates
+from ..pair.trained_templates import template_rows
 from ..results.folder import check_free
 from ..runtime.processes import run_on_main
 from .adapter import (
@@ -43,23 +41,17 @@ from .adapter import (
 from .config import ShadowArguments
 from .evaluation import GraftedEvaluation
 from .loading import bare_model, dtypes_before, load_adapter, reload_converted
-from .origins import Start, check_unchanged
+from .origins import Start
 from .preflight import (
     GRAFTED_FOLDER,
-    check_adapter,
-    check_exchangeable,
-    check_folders,
-    check_predicts_tokens,
-    check_same_adapter,
+    check_before_loading,
     is_conversational,
-    missing_folders,
     refuse_sharded,
     refuse_unsupported,
-    removed_if_refused,
 )
 from .resuming import checkpoint_of
 from .saved import as_saved
-from .settings import Forms, check_columns, check_settings
+from .settings import Forms, bound, check_columns, check_settings, missing_folders, removed_if_refused
 
 if TYPE_CHECKING:
     from transformers.trainer_utils import TrainOutput
@@ -93,7 +85,7 @@ class ShadowMixin(GraftedEvaluation):
     def __init__(
         self, *args: Any, instruct_model: str | None = None, base_model: str | None = None, **kwargs: Any
     ) -> None:
-        call = _bound(super().__init__, args, kwargs)
+        call = bound(super().__init__, args, kwargs)
         given = call.arguments
         if isinstance(given["model"], os.PathLike):
             given["model"] = os.fspath(given["model"])
@@ -106,7 +98,7 @@ class ShadowMixin(GraftedEvaluation):
         self._start = start = Start.of(given, config, base_model=base_model, instruct_model=instruct_model)
         self.origins = start.origins
         self.graft_report: GraftReport | None = None
-        self._check_before_loading(config, given)
+        check_before_loading(start, config, given)
         self._choose_processing_class(config, given)
         self._made = missing_folders(Path(config.output_dir))
         with removed_if_refused(self._made, config):
@@ -119,21 +111,20 @@ class ShadowMixin(GraftedEvaluation):
                 super().__init__(*call.args, **call.kwargs)
             self._check_loaded(config)
         # The adapter as it is before training: the delta of some is what it becomes less this.
-        self._adapter_start = start_of(self.model) if config.graft else None
+        self._adapter_start = start_of(self.model) if config.graft or config.eval_grafted else None
 
     def _check_loaded(self, config: Any) -> None:
         """Find in the model that will be trained what would keep the run from ending in a graft."""
         start = self._start
         refuse_sharded(fsdp=self.is_fsdp_enabled, deepspeed=self.is_deepspeed_enabled)
-        if config.graft:
+        grafts = config.graft or config.eval_grafted
+        if grafts:
             self._check_trained()
-        if config.graft and start.adapter_on_base:
+        if grafts and start.adapter_on_base:
             check_left_out(
                 base=str(start.base), instruct=str(start.instruct), adapter=announced(self.model),
                 **config.graft_options(),
             )  # fmt: skip
-        if config.eval_grafted:
-            _ = self._exchange  # what does not fit must be found before training
 
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
         """Train BASE as TRL does; then save TUNED to `output_dir` and the graft to `output_dir/grafted`.
@@ -236,46 +227,17 @@ class ShadowMixin(GraftedEvaluation):
         """Return the forms of data that the trainer takes, each by the columns that it needs; none: not checked."""
         return ()
 
-    def _check_before_loading(self, config: Any, given: Mapping[str, Any]) -> None:
-        """Find before any model is loaded what would keep the run from ending in a graft."""
-        start = self._start
-        check_predicts_tokens(start)
-        check_adapter(start, grafts=config.graft)
-        if start.loads_adapter and given.get("peft_config") is not None:
-            check_same_adapter(given["peft_config"], str(start.origins.adapter))
-        if config.graft:
-            self._check_graft(config, given)
-        if config.eval_grafted:
-            check_exchangeable(start, config)
-        has_adapter = start.adapter is not None
-        if start.is_compared and not (has_adapter and start.is_quantised):
-            check_unchanged(start.model, start.origins.policy or start.base, adapter=has_adapter)
-
-    def _check_graft(self, config: Any, given: Mapping[str, Any]) -> None:
-        start = self._start
-        instruct, base = str(start.instruct), str(start.base)
-        check_folders(Path(config.output_dir), start)
-        for warning in ModelPair.open(base, instruct).check(
-            level=config.pair_check or ("weights" if start.adapter is None else "headers"),
-            need_template=given.get("processing_class") is None and is_conversational(given.get("train_dataset")),
-            allow_wide_gap=config.allow_wide_gap,
-            vocab=config.graft_vocab,
-        ):
-            logger.warning(warning)
-        check_graft(
-            base=base,
-            instruct=instruct,
-            output=Path(config.output_dir) / GRAFTED_FOLDER,
-            # An adapter on the full model of an earlier run is grafted as one full model.
-            adapter=start.adapter_on_base,
-            adapter_config=start.adapter,
-            **config.graft_options(),
-        )
-
     def _check_trained(self) -> None:
         """Find before the first step what would be found wrong with the model after the last."""
         start = self._start
         with as_saved(self.model, self.processing_class) as tuned:
+            if start.stage is not None:
+                before = template_rows(read_templates(Path(start.stage)), read_templates(tuned.path), ("before", "now"))
+                if before:
+                    logger.warning(
+                        "%s was trained with another chat template than this run:\n%s\nTo train with that one, pass "
+                        "its tokenizer as processing_class.", start.stage, list_names(before),
+                    )  # fmt: skip
             for warning in check_trained(
                 base=str(start.base),
                 instruct=str(start.instruct),
@@ -345,13 +307,3 @@ class ShadowMixin(GraftedEvaluation):
             "options": self.args.graft_options(),
             **({"quantised": str(getattr(method, "value", method))} if method is not None else {}),
         }
-
-
-def _bound(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> inspect.BoundArguments:
-    """Bind the arguments of TRL's trainer; TypeError, with the nearest name, for one that neither it nor we have."""
-    signature = inspect.signature(function)
-    for name in kwargs.keys() - signature.parameters.keys():
-        near = difflib.get_close_matches(name, ["instruct_model", "base_model", *signature.parameters], n=1, cutoff=0.5)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise TypeError(f"the trainer has no argument {name!r}.{hint}")
-    return signature.bind(*args, **kwargs)

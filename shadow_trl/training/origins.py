@@ -16,9 +16,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from trl.trainer.utils import get_config_model_id
 
-from ..checkpoints.checkpoint import ADAPTER_CONFIG, Checkpoint, read_json
+from ..checkpoints.checkpoint import ADAPTER_CONFIG, Checkpoint
 from ..checkpoints.delta import refuse_deltas
+from ..checkpoints.json_files import read_json
 from ..checkpoints.manifest import Entry, adapter_base, check_weights, from_manifest, read_manifest
+from ..checkpoints.schemas import AdapterConfig
 from ..errors import AdapterError, ConfigError, InputError, list_names
 from .loading import Loading, bare_model, is_adapted
 
@@ -115,7 +117,7 @@ def resolve_origins(
             on_base = Entry.read(manifest, "policy") == Entry.read(manifest, "base")
             start = origin if on_base else from_manifest("policy", manifest, home)
     elif adapter is not None:
-        found = origin or adapter_base(read_json(home / ADAPTER_CONFIG), home)
+        found = origin or adapter_base(read_json(home / ADAPTER_CONFIG, AdapterConfig), home)
         if found is None:
             raise AdapterError(
                 f"the adapter in {adapter} does not say what it was trained on (base_model_name_or_path is empty). "
@@ -231,7 +233,7 @@ class Start:
         elif is_adapted(model):
             adapter = model.peft_config[model.active_adapters[0]].to_dict()
         elif origins.adapter is not None:
-            adapter = read_json(Path(origins.adapter) / ADAPTER_CONFIG)
+            adapter = read_json(Path(origins.adapter) / ADAPTER_CONFIG, AdapterConfig)
         # A copy: the trainer changes its config while it is built.
         loading = Loading(copy.copy(config), given.get("quantization_config"))
         loading = loading.like(origins.policy if origins.adapter or isinstance(model, str) else model)
@@ -255,7 +257,8 @@ class Start:
     @property
     def is_compared(self) -> bool:
         """Whether an object must hold what its name stands for: the delta's origin, or the model under an adapter."""
-        return self.in_memory and self.loading.args.graft and (self.adapter is not None or not self.base_named)
+        grafts = self.loading.args.graft or self.loading.args.eval_grafted
+        return self.in_memory and grafts and (self.adapter is not None or not self.base_named)
 
     @property
     def stage(self) -> str | None:

@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import os
-import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from accelerate.logging import get_logger
 from accelerate.utils import parse_flag_from_env
 
 from ..adapters.kinds import check_has_delta, is_subtracted, kind_of, lost_start, more_than_a_product, start_setting
 from ..checkpoints.checkpoint import Checkpoint
 from ..errors import AdapterError, ConfigError, OutputExistsError, list_names
+from ..operations.checks import check_graft
+from ..pair.pairs import ModelPair
+from .adapter import rescaled_modules
 from .loading import bare_model, is_adapted
-from .origins import Start
+from .origins import Start, check_unchanged
 
 if TYPE_CHECKING:
     from peft import PeftConfig
+
+logger = get_logger(__name__)
 
 GRAFTED_FOLDER = "grafted"
 # What an adapter's config says of its origin and use, not of its form.
@@ -58,28 +62,47 @@ def refuse_sharded(*, fsdp: Any, deepspeed: Any) -> None:
             )
 
 
-def missing_folders(folder: Path) -> list[Path]:
-    """Return `folder` and those above it, as far as they do not exist yet, the innermost first."""
-    return [path for path in (folder, *folder.parents) if not path.exists()]
+def check_before_loading(start: Start, config: Any, given: Mapping[str, Any]) -> None:
+    """Find before any model is loaded what would keep the run from ending in a graft, or from evaluating one."""
+    grafts = config.graft or config.eval_grafted
+    check_predicts_tokens(start)
+    check_adapter(start, grafts=grafts)
+    if start.loads_adapter and given.get("peft_config") is not None:
+        check_same_adapter(given["peft_config"], str(start.origins.adapter))
+    if config.graft:
+        check_folders(Path(config.output_dir), start)
+    if config.eval_grafted and start.is_quantised:
+        raise ConfigError(
+            "eval_grafted=True is not possible here: BASE is quantised and the graft is not, so it may not fit where "
+            "BASE does. Pass eval_grafted=False and score the grafted folder after training."
+        )
+    if grafts:
+        _check_graft(start, config, given)
+    has_adapter = start.adapter is not None
+    if start.is_compared and not (has_adapter and start.is_quantised):
+        check_unchanged(start.model, start.origins.policy or start.base, adapter=has_adapter)
 
 
-@contextmanager
-def removed_if_refused(folders: Sequence[Path], config: Any) -> Iterator[None]:
-    """Remove the `folders`, the innermost first, that a run left empty when it was refused: TRL makes them early.
-
-    Raises:
-        ConfigError: in place of a TypeError about one of the `model_init_kwargs` of `config`.
-    """
-    try:
-        yield
-    except BaseException as reason:
-        for folder in folders:
-            with suppress(OSError):  # one that is not empty stays
-                folder.rmdir()
-        unknown = re.search(r"unexpected keyword argument '(\w+)'", str(reason))
-        if isinstance(reason, TypeError) and unknown and unknown[1] in (config.model_init_kwargs or {}):
-            raise ConfigError(f"model_init_kwargs has {unknown[1]!r}, which this model does not know.") from reason
-        raise
+def _check_graft(start: Start, config: Any, given: Mapping[str, Any]) -> None:
+    instruct, base = str(start.instruct), str(start.base)
+    for warning in ModelPair.open(base, instruct).check(
+        level=config.pair_check or ("weights" if start.adapter is None else "headers"),
+        need_template=given.get("processing_class") is None and is_conversational(given.get("train_dataset")),
+        template=template_of(config, given.get("processing_class")),
+        allow_wide_gap=config.allow_wide_gap,
+        vocab=config.graft_vocab,
+    ):
+        logger.warning(warning)
+    check_graft(
+        base=base,
+        instruct=instruct,
+        # Where none is kept, an earlier one does not matter.
+        output=Path(config.output_dir, GRAFTED_FOLDER if config.graft else f".{GRAFTED_FOLDER}"),
+        # An adapter on the full model of an earlier run is grafted as one full model.
+        adapter=start.adapter_on_base,
+        adapter_config=start.adapter,
+        **config.graft_options(),
+    )
 
 
 def check_folders(output_dir: Path, start: Start) -> None:
@@ -105,6 +128,7 @@ def check_predicts_tokens(start: Start) -> None:
     """Refuse a model that has no language head with ConfigError: one that classifies, or gives hidden states alone."""
     import transformers
 
+    kind: Any
     if start.in_memory:
         kind = type(bare_model(start.model))
     else:  # TRL makes the class that the config names first; one of remote code is not known here
@@ -158,6 +182,12 @@ def check_adapter(start: Start, *, grafts: bool) -> None:
             f"the model in memory has an adapter of init_lora_weights={setting!r}, whose delta is what it becomes less "
             "what it was when it was made. Pass the model without an adapter and the settings as peft_config, so that "
             "the start is kept."
+        )
+    if is_adapted(start.model) and (rescaled := rescaled_modules(start.model)):
+        raise AdapterError(
+            f"in {len(rescaled)} modules the adapter in memory has another scaling than its settings make, which "
+            f"saving does not keep.\n{list_names(rescaled)}\nSet it back (set_scale(adapter, 1) of these layers), or "
+            "give the adapter another lora_alpha."
         )
     obstacles = kind_of(start.adapter).obstacles
     if obstacles and lost is not None:
@@ -213,25 +243,20 @@ def check_reference_options(args: Any, *, ref_model: Any) -> None:
         )
 
 
-def check_exchangeable(start: Start, args: Any) -> None:
-    """Refuse `eval_grafted` where an exchange of weights would not give the graft.
+def template_of(config: Any, processing_class: Any) -> str | None:
+    """Return the chat template that a run was given, by `chat_template_path` or the tokenizer; None for INSTRUCT's.
 
     Raises:
-        ConfigError: a quantised BASE, an adapter that is not the same delta on INSTRUCT, or an `instruct_scale`
-            that needs BASE's weights below an adapter.
+        ConfigError: the file is not text.
     """
-    reasons = []
-    if start.is_quantised:
-        reasons.append("BASE is quantised: its weights cannot be exchanged for INSTRUCT's")
-    if start.adapter is not None:
-        reasons += [f"the adapter is more than a plain LoRA: {name}" for name in kind_of(start.adapter).beyond]
-        if args.instruct_scale != 1.0:
-            reasons.append("instruct_scale other than 1 needs BASE's weights beside the adapter")
-    if reasons:
-        raise ConfigError(
-            f"eval_grafted=True is not possible here.\n{list_names(reasons)}\nPass eval_grafted=False and score the "
-            "grafted folder after training."
-        )
+    path = getattr(config, "chat_template_path", None)
+    if path:
+        try:
+            return Path(path).read_text(encoding="utf-8")
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"cannot read chat_template_path={path!r}: {error}. Give a template in UTF-8.") from error
+    own = getattr(processing_class, "chat_template", None)
+    return own.get("default") if isinstance(own, dict) else own
 
 
 def is_conversational(dataset: Any) -> bool:

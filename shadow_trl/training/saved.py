@@ -12,9 +12,10 @@ from typing import Any
 
 import torch
 
-from ..checkpoints.checkpoint import read_json
 from ..checkpoints.header import CODES, TensorSpec
+from ..checkpoints.json_files import read_json
 from ..layouts.matching import Announced
+from ..results.folder import Scratch
 from .loading import bare_model
 
 _WRAPPED = re.compile(r"\.(?:base_layer|original_module|token_adapter)(?=\.)")
@@ -27,13 +28,12 @@ def as_saved(model: Any, processing_class: Any) -> Iterator[Announced]:
     Config and tokenizer lie in a folder that is gone afterwards; names and shapes are those that saving gives.
     """
     bare = bare_model(model)
-    with tempfile.TemporaryDirectory(prefix="shadow-") as name:
-        folder = Path(name)
+    with Scratch(Path(tempfile.gettempdir(), "shadow-trl-tuned")) as scratch:
+        folder = scratch.part
         config = {**json.loads(bare.config.to_json_string()), "architectures": [type(bare).__name__]}
         (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
-        tokenizer = getattr(processing_class, "tokenizer", processing_class)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(folder)
+        if processing_class is not None:
+            processing_class.save_pretrained(folder)
         specs, trained = _weights(bare)
         label = "the model in training"
         yield Announced(label, None, folder, config=read_json(folder / "config.json"), specs=specs, trained=trained)

@@ -1,11 +1,15 @@
-"""What a trainer refuses of TRL's own options and of the data before anything is loaded: it would fail later."""
+"""What a trainer refuses of TRL's own arguments and of the data before anything is loaded: it would fail later."""
 
 from __future__ import annotations
 
 import dataclasses
+import difflib
+import inspect
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence, Set
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -126,3 +130,37 @@ def check_columns(name: str, data: Any, forms: Forms) -> None:
         f"{name} has the columns {', '.join(columns)}. The trainer takes one of these forms:\n{wanted}\n"
         "Make these columns first, with `dataset.map` or `dataset.rename_columns`."
     )
+
+
+def bound(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> inspect.BoundArguments:
+    """Bind the arguments of TRL's trainer; TypeError, with the nearest name, for one that neither it nor we have."""
+    signature = inspect.signature(function)
+    for name in kwargs.keys() - signature.parameters.keys():
+        near = difflib.get_close_matches(name, ["instruct_model", "base_model", *signature.parameters], n=1, cutoff=0.5)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise TypeError(f"the trainer has no argument {name!r}.{hint}")
+    return signature.bind(*args, **kwargs)
+
+
+def missing_folders(folder: Path) -> list[Path]:
+    """Return `folder` and those above it, as far as they do not exist yet, the innermost first."""
+    return [path for path in (folder, *folder.parents) if not path.exists()]
+
+
+@contextmanager
+def removed_if_refused(folders: Sequence[Path], config: Any) -> Iterator[None]:
+    """Remove the `folders`, the innermost first, that a run left empty when it was refused: TRL makes them early.
+
+    Raises:
+        ConfigError: in place of a TypeError about one of the `model_init_kwargs` of `config`.
+    """
+    try:
+        yield
+    except BaseException as reason:
+        for folder in folders:
+            with suppress(OSError):  # one that is not empty stays
+                folder.rmdir()
+        unknown = re.search(r"unexpected keyword argument '(\w+)'", str(reason))
+        if isinstance(reason, TypeError) and unknown and unknown[1] in (config.model_init_kwargs or {}):
+            raise ConfigError(f"model_init_kwargs has {unknown[1]!r}, which this model does not know.") from reason
+        raise

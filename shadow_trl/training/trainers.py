@@ -135,7 +135,8 @@ class ShadowDPOTrainer(ShadowMixin, DPOTrainer):
             model = self.accelerator.unwrap_model(self.ref_model or self.model)
             # TRL's is of the policy as it starts, whatever it has become, or of the reference it was given.
             weights = str(self._precompute_model_hash) if self._reference is None else hash_module(model)
-            self._precompute_model_hash = reference_key(weights, model, self.args)
+            precision = self.accelerator.mixed_precision
+            self._precompute_model_hash = reference_key(weights, model, self.args, self.data_collator, precision)
             return super()._precompute_ref_logps(dataset, name, batch_size)
 
     def _compute_loss(self, model: Any, inputs: Any, return_outputs: bool) -> Any:

@@ -94,17 +94,6 @@ def test_blocks_that_cut_rows_do_not_change_the_sum(sides, tmp_path, monkeypatch
     check(tmp_path / "out", sides["instruct"], deltas(adapter, 1.0))
 
 
-def test_conv1d_weights_are_transposed(sides, tmp_path):
-    adapter = lora(tmp_path / "adapter", modules=("q_proj", "up_proj"), fan_in_fan_out=True)
-    wanted = {name: value.T.contiguous() for name, value in deltas(adapter, 2.0).items()}
-    folders = {}
-    for role in ("base", "instruct"):
-        weights = load(sides[role])
-        folders[role] = write(tmp_path / role, {n: v.T.contiguous() if n in wanted else v for n, v in weights.items()})
-    run(folders, adapter, tmp_path / "out")
-    check(tmp_path / "out", folders["instruct"], wanted)
-
-
 def test_base_may_be_left_out_and_its_weights_are_not_read(sides, tmp_path):
     adapter = lora(tmp_path / "adapter", base_model_name_or_path=str(sides["base"]))
     (sides["base"] / "model.safetensors").unlink()
@@ -269,6 +258,13 @@ def test_factors_that_are_not_finite_are_named(sides, tmp_path):
     with pytest.raises(GraftError, match=r"model\.layers\.0\.mlp\.down_proj\.weight  not finite in tuned"):
         run(sides, adapter, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+    instruct = load(sides["instruct"])
+    instruct["model.layers.0.mlp.down_proj.weight"][0, 0] = float("inf")
+    sides["instruct"] = write(tmp_path / "instruct", instruct)
+    with pytest.raises(GraftError) as caught:  # the factors of this one are finite
+        run(sides, lora(tmp_path / "finite"), tmp_path / "out")
+    assert f"down_proj.weight  not finite in instruct {sides['instruct']}\n" in str(caught.value)
+    assert "tuned" not in str(caught.value)
 
 
 def test_adapter_on_bf16_instruct_is_rounded_once(sides, tmp_path):
@@ -297,3 +293,24 @@ def test_a_shared_head_takes_no_product_wherever_the_config_says_that_it_is_shar
 def test_an_untie_without_effect_is_reported(sides, tmp_path):
     report = run(sides, lora(tmp_path / "adapter"), tmp_path / "out", untie=True)
     assert [text for text in report.warnings if "untie changes nothing" in text]
+
+
+@pytest.mark.parametrize(
+    ("config", "same"),
+    [
+        *(({"peft_type": name}, True) for name in (
+            "LOHA", "LOKR", "VERA", "PVERA", "VBLORA", "UNILORA", "RANDLORA", "FOURIERFT", "WAVEFT", "C3A", "GRALORA",
+            "DELORA", "SHIRA", "MISS", "BEFT", "LN_TUNING", "TRAINABLE_TOKENS",
+        )),
+        ({"peft_type": "MISS", "init_weights": True}, True),
+        ({"peft_type": "MISS", "init_weights": "bat"}, False),
+        ({"peft_type": "PVERA", "sample_at_inference": False}, True),
+        ({"peft_type": "PVERA", "sample_at_inference": True}, False),
+        ({"peft_type": "SHIRA", "mask_type": "random"}, True),
+        ({"peft_type": "SHIRA", "mask_type": "weight_magnitude"}, False),
+        *(({"peft_type": name}, False) for name in ("OFT", "BOFT", "HRA", "IA3", "HIRA", "GLORA", "ROAD")),
+    ],
+)  # fmt: skip
+def test_other_types_mean_the_same_delta_on_instruct_with_some_settings_only(config, same):
+    assert kind_of(config).needs_base
+    assert (kind_of(config).obstacles == ()) is same

@@ -12,6 +12,9 @@ from families import CONFIG, family, load, lora, tensors, write
 from safetensors.torch import save_file
 
 from shadow_trl.checkpoints.checkpoint import Checkpoint, Place
+from shadow_trl.checkpoints.delta import Zeros
+from shadow_trl.checkpoints.header import dtype_of, read_header
+from shadow_trl.checkpoints.overlay import Overlay
 from shadow_trl.errors import CheckpointError
 
 
@@ -135,7 +138,7 @@ def test_a_folder_with_an_at_sign_is_a_folder(tmp_path):
         ({"w": {"dtype": "X9", "shape": [1], "data_offsets": [0, 4]}}, b"1234", None, "unknown dtype"),
         ({"w": {"dtype": "F32", "shape": [1], "data_offsets": [4, 8]}}, b"12345678", None, "begins at byte"),
         ({"w": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}, b"1234", 10**9, "header should have"),
-        ({"w": 3}, b"", None, "not subscriptable"),
+        ({"w": 3}, b"", None, "has no dtype, shape and data_offsets"),
     ],
 )
 def test_damaged_headers_are_refused(tmp_path, header, data, length, reason):
@@ -245,3 +248,43 @@ def test_released_blocks_leave_no_page_behind(tmp_path):
         assert resident() >= step * 4 // 1024
         checkpoint.release("weight", start, start + step)
     assert resident() == 0
+
+
+def test_a_changed_weight_keeps_more_digits_than_base_has(tmp_path):
+    stored = {"half": torch.bfloat16, "single": torch.float32, "double": torch.float64}
+    base = Checkpoint.open(write(tmp_path / "base", {name: torch.ones(2, dtype=d) for name, d in stored.items()}))
+    changed = Overlay.over(base, base, tmp_path / "changed")
+    value = torch.tensor([1 / 3, 2 / 3], dtype=torch.float64)
+    changed.put({name: value.clone() for name in (*stored, "new")})
+    assert {name: spec.code for name, spec in changed.specs.items()} == {
+        "half": "F32", "single": "F64", "double": "F64", "new": "F64",
+    }  # fmt: skip
+    assert torch.equal(changed.tensor("half"), value.float())
+    assert all(torch.equal(changed.tensor(name), value) for name in ("single", "double", "new"))
+    assert torch.equal(base.tensor("single"), torch.ones(2))
+
+
+def test_zeros_are_what_their_headers_say(tmp_path):
+    model = Checkpoint.open(write(tmp_path / "model", tensors(0)))
+    zeros = Zeros.like(model)
+    for name, spec in model.specs.items():
+        assert (zeros.specs[name].dtype, zeros.specs[name].shape) == (torch.float32, spec.shape)
+        assert zeros.specs[name].nbytes == 4 * spec.numel
+        assert torch.equal(zeros.block(name, 1, spec.numel), torch.zeros(spec.numel - 1))
+
+
+@pytest.mark.parametrize("code", [
+    "F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U8", "U16", "U32", "U64", "BOOL", "C64", "F8_E4M3",
+    "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "F4", "F6_E2M3", "F6_E3M2",
+])  # fmt: skip
+def test_every_dtype_of_the_format_is_known_with_its_size(tmp_path, code):
+    """Its name has the bits of an element; the library itself says which code torch's dtype has."""
+    bits = 8 if code == "BOOL" else int(re.search(r"\d+", code).group())
+    raw_file(tmp_path / "raw.safetensors", {"w": {"dtype": code, "shape": [8], "data_offsets": [0, bits]}}, bytes(bits))
+    assert read_header(tmp_path / "raw.safetensors").specs["w"].code == code
+    if bits >= 8:
+        dtype = dtype_of(code)
+        assert dtype.itemsize * 8 == bits
+        save_file({"w": torch.zeros(8, dtype=torch.uint8).to(dtype)}, tmp_path / "saved.safetensors")
+        spec = read_header(tmp_path / "saved.safetensors").specs["w"]
+        assert (spec.code, spec.itemsize, spec.is_float) == (code, bits // 8, code in ("F64", "F32", "F16", "BF16"))

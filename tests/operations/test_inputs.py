@@ -20,8 +20,7 @@ from shadow_trl import extract_delta, graft, verify
 from shadow_trl.adapters import repoint
 from shadow_trl.checkpoints.manifest import Entry, read_manifest, write_manifest
 from shadow_trl.errors import CheckpointError, ConfigError, GraftError
-from shadow_trl.operations import delta as delta_module
-from shadow_trl.operations import graft as graft_module
+from shadow_trl.grafting import stream as stream_module
 from shadow_trl.operations.checks import check_graft
 
 WEIGHT = "model.layers.0.mlp.up_proj.weight"
@@ -214,8 +213,8 @@ def test_a_file_that_changes_while_it_is_read_is_an_error(tmp_path, monkeypatch,
         change(path, path.read_bytes())
         return found
 
-    stream = graft_module.stream
-    monkeypatch.setattr(graft_module, "stream", late)
+    stream = stream_module.stream
+    monkeypatch.setattr(stream_module, "stream", late)
     for digest in ("sha256", "none"):
         with pytest.raises(GraftError, match=rf"1 input files were replaced or written to .*\n *{path}\n"):
             graft(**sides, output=tmp_path / "out", digest=digest, progress=False)
@@ -236,7 +235,7 @@ def test_a_file_that_changes_after_its_header_was_read_is_an_error_of_a_delta_an
         real = getattr(module, name)
         monkeypatch.setattr(module, name, late)
 
-    change_before(delta_module, "stream", sides["tuned"] / "model.safetensors")
+    change_before(stream_module, "stream", sides["tuned"] / "model.safetensors")
     with pytest.raises(GraftError, match="1 input files were replaced"):
         extract_delta(base=sides["base"], tuned=sides["tuned"], output=tmp_path / "delta", progress=False)
     change_before(repoint, "write_adapter", adapter / "adapter_model.safetensors")

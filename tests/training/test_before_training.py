@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from shadow_trl import ShadowSFTConfig, ShadowSFTTrainer, extract_delta, graft
-from shadow_trl.errors import ConfigError, InputError, PairMismatchError
+from shadow_trl.errors import ConfigError, InputError, OutputExistsError, PairMismatchError
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -204,6 +204,23 @@ def test_an_adapter_that_holds_a_grown_embedding_grafts_what_its_merged_model_do
     graft(**sides, output=tmp_path / "out", vocab="shared")
     before = AutoModelForCausalLM.from_pretrained(pair[0], dtype=torch.float32).state_dict()
     assert_delta(pair, tmp_path / "out", before, after, prefix="model.")
+
+
+def test_a_result_that_is_there_since_is_refused_before_the_first_step(pair, tmp_path):
+    run = trainer(pair, tmp_path / "run")
+    (tmp_path / "run" / "grafted").mkdir(parents=True)
+    with pytest.raises(OutputExistsError, match=r"grafted exists(.|\n)*Nothing was written"):
+        run.train()
+    assert run.state.global_step == 0
+    assert not list((tmp_path / "run" / "grafted").iterdir())
+
+
+def test_instruct_needs_no_template_beside_a_processing_class_that_has_one(pair, tmp_path):
+    (pair[1] / "chat_template.jinja").unlink()
+    with pytest.raises(PairMismatchError, match="instruct has no chat template, but the training data are conv"):
+        trainer(pair, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    assert trainer(pair, tmp_path / "run", tokenizer=make_tokenizer(template=True))
 
 
 def test_models_are_named_not_passed_as_objects(pair, tmp_path):

@@ -179,6 +179,11 @@ def test_the_manifest_lies_beside_the_weights_in_checkpoints_and_at_the_end(pair
         assert manifest["kind"] == "run"
         assert manifest["base"]["source"] == str(pair[0])
         assert manifest["instruct"]["source"] == str(pair[1])
+        assert manifest["policy"] == manifest["base"]
+        assert (manifest["adapter"], manifest["ref_policy"], manifest["loaded_in"]) == (None, None, ["float32"])
+        assert manifest["trainer"] == "ShadowSFTTrainer"
+        assert manifest["options"] == trainer.args.graft_options()
+        assert "quantised" not in manifest
         assert set(manifest["base"]["digests"]) == {"model.safetensors"}
         digest = xxhash.xxh3_128((folder / "model.safetensors").read_bytes()).hexdigest()
         assert manifest["weights"] == {"model.safetensors": f"xxh3:{digest}"}
@@ -236,6 +241,13 @@ def test_options_that_are_refused(pair, tmp_path, changes, message):
     assert not (tmp_path / "out").exists()
 
 
+def test_every_choice_is_accepted(tmp_path):
+    for value in (None, "headers", "weights"):
+        assert ShadowSFTConfig(**settings(tmp_path, pair_check=value)).pair_check == value
+    for value in ("init", "base", "instruct", "grafted"):
+        assert ShadowDPOConfig(**settings(tmp_path, ref_policy=value)).ref_policy == value
+
+
 @pytest.mark.parametrize("name", ["DeepSpeed", "FSDP"])
 def test_sharded_training_is_refused_by_name(pair, tmp_path, name, monkeypatch):
     args = ShadowSFTConfig(**settings(tmp_path / "out"))
@@ -290,10 +302,10 @@ def test_sync_ref_model_and_explicit_reference_are_refused_with_a_policy(pair, t
     ("case", "message"),
     [
         ("another adapter", "r: 4 in .*, 8 in peft_config"),
-        ("eval_grafted", "use_dora = True"),
         ("changed in memory", r"model\.norm\.weight"),
         ("no INSTRUCT", "no INSTRUCT is known"),
         ("sync_ref_model", "sync_ref_model"),
+        ("a lost start", r"more than a product\.\n  modules_to_save"),
     ],
 )
 def test_what_the_arguments_show_is_refused_before_any_model_is_loaded(pair, tmp_path, monkeypatch, case, message):
@@ -302,13 +314,14 @@ def test_what_the_arguments_show_is_refused_before_any_model_is_loaded(pair, tmp
     if case == "another adapter":
         sft(pair, tmp_path / "run", peft_config=lora()).train()
         model, peft_config = str(tmp_path / "run"), LoraConfig(**{**LORA, "r": 8})
-    elif case == "eval_grafted":
-        options, peft_config = {"eval_grafted": True, "graft": False}, LoraConfig(**LORA, use_dora=True)
     elif case == "changed in memory":
         model = AutoModelForCausalLM.from_pretrained(pair[0], dtype=torch.float32)
         model.model.norm.weight.data += 1
     elif case == "no INSTRUCT":
         instruct = None
+    elif case == "a lost start":
+        more = {"init_lora_weights": "pissa_niter_2", "modules_to_save": ["input_layernorm"]}
+        peft_config = LoraConfig(**{**LORA, **more})
     else:
         options["sync_ref_model"] = True
     for place in ("utils", "dpo_trainer"):

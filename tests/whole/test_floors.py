@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import shutil
 import subprocess
 import sys
 from graphlib import TopologicalSorter
@@ -44,7 +45,14 @@ TORCH_FREE = [
     "checkpoints.manifest",
     "checkpoints.weight_names",
     "runtime.startup",
+    "checkpoints.json_files",
+    "checkpoints.schemas",
     "adapters.kinds",
+    "pair.pairs",
+    "operations.graft",
+    "operations.gap",
+    "operations.delta",
+    "operations.verify",
 ]
 """Modules that must not import a library of arithmetic before one of their functions is called."""
 
@@ -190,6 +198,28 @@ def test_gap_of_equal_layouts_loads_no_torch(tmp_path):
     program = "import sys\nfrom shadow_trl.cli import main\nassert main(['gap', '--base', *sys.argv[1:]]) == 0"
     arguments = (str(sides["base"]), "--instruct", str(sides["instruct"]), "--tuned", str(sides["tuned"]))
     assert not loaded(program, *arguments) & {"torch", "transformers", "safetensors", "huggingface_hub"}
+
+
+def test_what_paths_headers_and_configs_show_is_refused_without_torch(tmp_path):
+    """Importing torch takes two seconds, for an error that needs none of it."""
+    sides = {role: str(folder) for role, folder in family(tmp_path, shadow_DOT_json='{"kind": "soup"}').items()}
+    cut, settings = tmp_path / "cut", tmp_path / "settings"
+    for folder in (cut, settings):
+        shutil.copytree(sides["base"], folder)
+    (cut / "model.safetensors").write_bytes(b"\x08" + bytes(9))
+    (settings / "config.json").write_text('{"model_type": "llama", "vocab_size": "20"}')
+    program = (
+        "import sys\nfrom shadow_trl.cli import main\nb, i, t, *bad = sys.argv[1:]\n"
+        "for wrong in bad:\n"
+        "    for argv in (['graft', '--base', wrong, '--instruct', b, '--tuned', t, '--output', 'out'],\n"
+        "                 ['graft', '--base', b, '--instruct', wrong, '--tuned', t, '--output', 'out'],\n"
+        "                 ['graft', '--delta', wrong, '--instruct', b, '--output', 'out'],\n"
+        "                 ['gap', '--base', wrong, '--instruct', t], ['verify', wrong],\n"
+        "                 ['delta', '--base', b, '--tuned', wrong, '--output', 'out']):\n"
+        "        assert main(argv) == 2, argv"
+    )
+    bad = ("/nowhere", str(cut), str(settings), sides["instruct"])
+    assert not loaded(program, *sides.values(), *bad) & {"torch", "numpy", "transformers", "peft", "huggingface_hub"}
 
 
 def test_the_public_names_exist_whatever_was_imported_before():

@@ -55,8 +55,11 @@ def main(base: str, instruct: str, output: str, mode: str) -> None:
             save_strategy="no",
             disable_tqdm=True,
             ref_policy="grafted" if mode == "second stage" else "instruct",
+            eval_grafted=mode == "full",
+            per_device_eval_batch_size=2,
         ),
         train_dataset=preference_data(),
+        eval_dataset=preference_data(4),
         peft_config=LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM") if mode == "lora" else None,
         callbacks=[BlockTheOutput()] if mode == "blocked" else None,
     )
@@ -69,6 +72,8 @@ def main(base: str, instruct: str, output: str, mode: str) -> None:
         print("values", trainer.train_dataset["ref_chosen_logps"][:], flush=True)
     trainer.train()
     assert trainer.graft_report.output == Path(output) / "grafted"
+    if mode == "full":
+        print("figure", trainer.evaluate()["eval_grafted_loss"], flush=True)
     print(f"rank {trainer.accelerator.process_index} done", flush=True)
 
 

@@ -13,6 +13,7 @@ from runs import log_probability
 from safetensors.torch import load_file
 from tiny import preference_data, save_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl import DPOConfig, DPOTrainer
 
 from shadow_trl import graft
 from shadow_trl.checkpoints.manifest import write_manifest
@@ -50,6 +51,22 @@ def test_graft_is_written_once_with_the_bytes_of_a_graft_of_the_folder(pair, tmp
     written = {path.name: path.read_bytes() for path in (tmp_path / "out" / "grafted").glob("*.safetensors")}
     assert written == {path.name: path.read_bytes() for path in (tmp_path / "again").glob("*.safetensors")}
     assert written
+    if mode == "full":
+        figures = [float(line.removeprefix("figure ")) for line in run.stdout.splitlines() if line.startswith("figure")]
+        assert figures == pytest.approx([plain_loss(tmp_path / "out" / "grafted", pair[1], tmp_path / "plain")] * 2)
+        assert not list((tmp_path / "out").glob(".*"))
+
+
+def plain_loss(model: Path, reference: Path, output: Path) -> float:
+    """The loss of plain TRL, in one process."""
+    return DPOTrainer(
+        model=str(model),
+        ref_model=AutoModelForCausalLM.from_pretrained(reference, dtype="float32"),
+        args=DPOConfig(str(output), use_cpu=True, bf16=False, report_to="none", per_device_eval_batch_size=4),
+        train_dataset=preference_data(4),
+        eval_dataset=preference_data(4),
+        processing_class=AutoTokenizer.from_pretrained(model),
+    ).evaluate()["eval_loss"]
 
 
 @pytest.mark.slow
