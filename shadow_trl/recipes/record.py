@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoints.digests import file_digest
+from ..checkpoints.json_files import read_json
 from ..errors import OutputExistsError, list_names
+from ..results.folder import whole_file
 from .options import Options
 
 RECORD_NAME = "options.json"
@@ -45,7 +47,8 @@ def record_of(options: Options) -> dict[str, Any]:
 def write_record(folder: Path, record: Mapping[str, Any]) -> None:
     """Write the record into the folder of the run."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / RECORD_NAME).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    with whole_file(folder / RECORD_NAME) as new:
+        new.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 
 def check_record(folder: Path, record: Mapping[str, Any]) -> None:
@@ -54,12 +57,10 @@ def check_record(folder: Path, record: Mapping[str, Any]) -> None:
     Options that only one of the two knows are not compared: the folder may be of another version.
 
     Raises:
+        CheckpointError: the record cannot be read.
         OutputExistsError: some differ; each is named with both values.
     """
-    try:
-        before = json.loads((folder / RECORD_NAME).read_text(encoding="utf-8"))
-    except FileNotFoundError:  # written before there were records
-        return
+    before = read_json(folder / RECORD_NAME)  # empty where the run is older than such records
     changed = [f"{name}: {before[name]!r} there, {value!r} now" for name, value in record.items()
                if name in before and before[name] != value]  # fmt: skip
     if changed:

@@ -21,11 +21,12 @@ from trl import ScriptArguments
 
 from shadow_trl.checkpoints.manifest import write_manifest
 from shadow_trl.cli import main as shadow_trl
-from shadow_trl.errors import ConfigError
+from shadow_trl.errors import CheckpointError, ConfigError
 from shadow_trl.recipes import pipeline
 from shadow_trl.recipes.data import load_split
 from shadow_trl.recipes.pipeline import main_sft_dpo
 from shadow_trl.recipes.pipeline_options import is_done, read_plan
+from shadow_trl.recipes.record import check_record, write_record
 from shadow_trl.training.resuming import last_complete
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning:transformers")
@@ -192,6 +193,27 @@ def test_data_in_a_folder_is_recorded_by_what_it_holds(workspace: Path) -> None:
     (rows / "train.jsonl").write_text((rows / "train.jsonl").read_text() + "\n")
     changed = record()
     assert {name for name in before if before[name] != changed[name]} == {"dataset_name"}
+
+
+def test_a_record_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_record(tmp_path, {"seed": 1})
+
+    def cut(path: Path, text: str, encoding: str) -> None:
+        path.write_bytes(text[: len(text) // 2].encode(encoding))
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(Path, "write_text", cut)
+    with pytest.raises(OSError, match="Input/output"):
+        write_record(tmp_path, {"seed": 2})
+    assert json.loads((tmp_path / "options.json").read_text()) == {"seed": 1}
+    assert [path.name for path in tmp_path.iterdir()] == ["options.json"]
+
+
+@pytest.mark.parametrize("text", ['{"seed": ', "[1]", "\xe9"])
+def test_a_record_that_is_cut_short_or_something_else_is_named(tmp_path: Path, text: str) -> None:
+    (tmp_path / "options.json").write_text(text, encoding="latin-1")
+    with pytest.raises(CheckpointError, match=r"options\.json"):
+        check_record(tmp_path, {"seed": 1})
 
 
 def test_the_origins_of_a_run_are_of_the_revisions_that_the_options_name(tmp_path: Path) -> None:
