@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import itertools
+import os
 
 import pytest
-from families import family, lora, shapes
+import torch
+from families import family, load, lora, shapes
 
 from shadow_trl import graft
 from shadow_trl.checkpoints.checkpoint import Checkpoint, Place
@@ -60,10 +62,23 @@ def test_the_memory_of_every_input_is_given_back(tmp_path, monkeypatch, adapter)
         size = shape[0] if len(shape) == 1 else shape[0] * shape[1]
         for role in ("instruct",) if adapter else ("base", "instruct", "tuned"):
             assert (role, name, 0, size) in released
-    factors = [name for path, name, _, _ in released if path == "adapter"]
-    assert len(set(factors)) == (8 if adapter else 0)
+    factors = {(name, 0, value.numel()) for name, value in load(tmp_path / "adapter").items()}
+    assert {given[1:] for given in released if given[0] == "adapter"} == factors
+    assert len(factors) == (8 if adapter else 0)
 
 
 def test_a_chunk_is_whole_pages_of_any_system_and_small():
     assert stream.CHUNK % 2**16 == 0
     assert 2**20 <= stream.CHUNK <= 2**23  # one for each thread is in memory
+
+
+@pytest.mark.parametrize("cores", [1, 2])
+def test_torch_has_as_many_threads_as_before(tmp_path, monkeypatch, cores):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)))
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        graft(**family(tmp_path), output=tmp_path / "out", digest="none", progress=False)
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
