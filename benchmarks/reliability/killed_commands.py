@@ -130,7 +130,11 @@ def _one(
     tally.runs += ended.code != 0
     state, left = command.state(work), litter(work)
     tally.facts["more had ended before"] += ended.code == 0
-    judge_message(tally, label, ended, changed=listing(work) != before)
+    changed = listing(work) != before
+    if not changed and _unanswered(ended, number):
+        tally.facts["of them before the command could answer, with nothing on the disk"] += 1
+    else:
+        judge_message(tally, label, ended, changed)
     _judge_state(tally, label, ended, (first, state, left))
     if number != signal.SIGKILL and left:
         tally.fault("left", f"{label}: {left}")
@@ -144,6 +148,13 @@ def _one(
         tally.fault("lost", f"{label}: {command.state(work)} after the next run")
     if litter(work):
         tally.fault("left", f"{label}: after the next run {litter(work)}")
+
+
+def _unanswered(ended: Ended, sign: signal.Signals) -> bool:
+    """Whether Python itself answered the signal, before its handlers were set or while the command was imported."""
+    if sign == signal.SIGINT:
+        return "KeyboardInterrupt" in ended.err and "in exit_code" not in ended.err
+    return sign == signal.SIGTERM and ended.code == -sign
 
 
 def _judge_state(tally: Tally, label: str, ended: Ended, seen: tuple[str, str, list[str]]) -> None:

@@ -17,7 +17,7 @@ from ..errors import CheckpointError, list_names
 from . import hub
 from .header import CODES, Header, TensorSpec, dtype_of, load_pickled, pickled_specs, read_header, stamp
 from .hub import Source
-from .json_files import is_there, read_json
+from .json_files import is_there, read_json, unreadable
 from .open_files import OpenFiles
 from .schemas import AdapterConfig, Index, ModelConfig
 
@@ -248,7 +248,12 @@ class Checkpoint:
                     "Download or save the checkpoint again."
                 )
             return files, name
-        found = sorted(entry.name for entry in self.path.iterdir() if entry.suffix in (".safetensors", ".bin", ".gguf"))
+        try:
+            found = sorted(
+                path.name for path in self.path.iterdir() if path.suffix in (".safetensors", ".bin", ".gguf")
+            )
+        except OSError as error:
+            raise unreadable(self.path, error) from error
         others = f" It holds {', '.join(found[:5])}, which is no layout that transformers loads." if found else ""
         raise CheckpointError(f"{self} has no weights: none of {', '.join(names)} is in {self.path}.{others}")
 

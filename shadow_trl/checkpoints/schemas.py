@@ -150,5 +150,10 @@ class StoredToken(TypedDict, total=False):
     id: Required[Count]
 
 
+Piece = Annotated[
+    list[Any], Rule("a token with its score", lambda piece: len(piece) == 2 and isinstance(piece[0], str))
+]
+"""One of the `vocab` of tokenizer.json, where that is a list."""
+
 AddedTokens = dict[str, Count]
 """`added_tokens.json`."""

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoints.json_files import check, is_there, read_json, unreadable
-from ..checkpoints.schemas import AddedTokens, Count, StoredToken, TokenizerConfig
+from ..checkpoints.schemas import AddedTokens, Count, Piece, StoredToken, TokenizerConfig
 from ..errors import CheckpointError
 
 NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
@@ -117,7 +117,7 @@ class Vocabulary:
             words = _stored(self.folder / "tokenizer.json", "vocab")
             if isinstance(words, list):  # Unigram: [token, score] in the order of the ids
                 if not all(isinstance(word, list) and len(word) == 2 and isinstance(word[0], str) for word in words):
-                    check({"vocab": words}, dict[str, dict[str, Count]], self.folder / "tokenizer.json")
+                    check({"vocab": words}, dict[str, list[Piece]], self.folder / "tokenizer.json")
                 words = {token: index for index, (token, _) in enumerate(words)}
             if isinstance(words, dict):
                 if not all(type(index) is int and 0 <= index < 2**63 for index in words.values()):

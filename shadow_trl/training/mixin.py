@@ -44,13 +44,7 @@ from .config import ShadowArguments
 from .evaluation import GraftedEvaluation
 from .loading import bare_model, dtypes_before, load_adapter, reload_converted
 from .origins import Start
-from .preflight import (
-    GRAFTED_FOLDER,
-    check_before_loading,
-    is_conversational,
-    refuse_sharded,
-    refuse_unsupported,
-)
+from .preflight import GRAFTED_FOLDER, check_before_loading, is_conversational, refuse_sharded, refuse_unsupported
 from .resuming import checkpoint_of
 from .saved import as_saved
 from .settings import Forms, bound, check_columns, check_settings

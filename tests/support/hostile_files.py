@@ -153,6 +153,7 @@ def _values(sound: Sound) -> Iterator[Case]:
             "model/vocab/b": -1,
             "model/vocab/c": 2.5,
             "model": 3,
+            "model/vocab": [3],
             "added_tokens": {"a": 1},
         }.items()
     ):

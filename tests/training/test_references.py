@@ -312,12 +312,16 @@ def cached(pair, tmp_path: Path, output: str, **changes) -> list[float]:
 
 
 def test_other_weights_and_another_template_are_no_hit(pair, tmp_path):
-    first = cached(pair, tmp_path, "one", ref_policy="instruct")
-    other = save_model(tmp_path / "other", seed=5, template=True, dtype=torch.bfloat16)
-    assert cached((pair[0], other), tmp_path, "two", ref_policy="instruct", allow_wide_gap=True) != first
-    tokenizer = AutoTokenizer.from_pretrained(pair[1])
+    """All in the same folders: by another name alone the data would be others, and so be no hit."""
+    instruct = shutil.copytree(pair[1], tmp_path / "instruct")
+    first = cached((pair[0], instruct), tmp_path, "one", ref_policy="instruct")
+    tokenizer = AutoTokenizer.from_pretrained(instruct)
     tokenizer.chat_template = tokenizer.chat_template.replace("'<|end|>'", "'.<|end|>'")
-    assert cached(pair, tmp_path, "three", ref_policy="instruct", processing_class=tokenizer) != first
+    other = cached((pair[0], instruct), tmp_path, "one", ref_policy="instruct", processing_class=tokenizer)
+    assert other != first
+    save_model(tmp_path / "other", seed=5, template=True, dtype=torch.bfloat16)
+    shutil.copy(tmp_path / "other" / "model.safetensors", instruct)
+    assert cached((pair[0], instruct), tmp_path, "one", ref_policy="instruct", allow_wide_gap=True) != first
 
 
 def test_a_new_lora_in_the_same_run_again_is_no_miss(pair, tmp_path, monkeypatch):
@@ -461,7 +465,8 @@ def bf16_by_the_launcher(monkeypatch):
 
 
 def test_mixed_precision_of_the_launcher_is_no_hit(pair, tmp_path, bf16_by_the_launcher):
-    changes = {"precompute_ref_log_probs": True, "max_length": 64}
+    # With a length, TRL's filter closes over the whole config, in which the launcher's word is.
+    changes = {"precompute_ref_log_probs": True, "max_length": None}
     first = cached(pair, tmp_path, "one", **changes)
     bf16_by_the_launcher()
     second = cached(pair, tmp_path, "one", **changes)
