@@ -36,7 +36,7 @@ def answer(asked: tuple[str, dict[str, str]]) -> str:
                 rendered.append(compiled.render(messages=turns, add_generation_prompt=True, **named))
             except MemoryError:
                 sys.exit(1)
-            except Exception:
+            except Exception:  # nosec B112
                 continue
     if any(len(text) > _LONGEST for text in rendered):
         sys.exit(1)
