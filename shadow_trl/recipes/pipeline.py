@@ -19,7 +19,7 @@ from ..evaluation.report import TITLES, RunReport
 from ..results.folder import Scratch
 from ..runtime.processes import run_on_main, say
 from ..training.loading import Loading, load_adapter
-from ..training.origins import require_instruct, resolve_origins
+from ..training.origins import Origins, require_instruct, resolve_origins
 from ..training.preflight import GRAFTED_FOLDER
 from .compare import make_report, timed
 from .data import load_data
@@ -113,7 +113,7 @@ def _merge(root: Path, options: Options) -> Path:
     merged, run, training = root / MERGED_FOLDER, root / STAGES[0], options.training
     if merged.is_dir():  # it was renamed once complete
         return merged
-    origins = resolve_origins(str(run), base=training.base_model, instruct=training.instruct_model)
+    origins = _origins(run, training)
     if origins.adapter is None or origins.policy is None:
         raise InputError(f"merge_adapter: {run} holds no adapter to merge. Leave merge_adapter out.")
     below = Loading(training).load(origins.policy)
@@ -127,12 +127,23 @@ def _merge(root: Path, options: Options) -> Path:
     return merged
 
 
+def _origins(run: Path, training: Any) -> Origins:
+    """Return where the run comes from; what the options name wins over its manifest."""
+    return resolve_origins(
+        str(run),
+        base=training.base_model,
+        instruct=training.instruct_model,
+        base_revision=training.base_revision,
+        instruct_revision=training.instruct_revision,
+    )
+
+
 def _make_report(plan: Plan, root: Path, rows: list[dict[str, Any]] | None, seconds: dict[str, float]) -> RunReport:
     """Compare INSTRUCT and the graft of each stage up to the last selected one."""
     last = plan.stages[-1]
     options, run = plan.options[last], root / last
     training = options.training
-    origins = resolve_origins(str(run), base=training.base_model, instruct=training.instruct_model)
+    origins = _origins(run, training)
     sft = {"sft": str(root / STAGES[0] / GRAFTED_FOLDER)} if last != STAGES[0] else {}
     instruct = require_instruct(origins).source
     models = {"instruct": instruct, **sft, "grafted": str(run / GRAFTED_FOLDER), "tuned": str(run)}

@@ -47,7 +47,7 @@ from .origins import Start
 from .preflight import GRAFTED_FOLDER, check_before_loading, is_conversational, refuse_sharded, refuse_unsupported
 from .resuming import checkpoint_of
 from .saved import as_saved
-from .settings import Forms, bound, check_columns, check_settings
+from .settings import Forms, bound, check_columns, check_settings, missing_folders, removed_if_refused
 
 if TYPE_CHECKING:
     from transformers.trainer_utils import TrainOutput
@@ -104,13 +104,22 @@ class ShadowMixin(GraftedEvaluation):
         self.graft_report: GraftReport | None = None
         check_before_loading(start, config, given)
         self._choose_processing_class(config, given)
-        self._choose_reference(config, given)
-        if start.loads_adapter:
-            self._load_adapter(given)
-        elif not start.in_memory:
-            self._pin_model(given)
-        with without_second_start(given["model"]):
-            super().__init__(*call.args, **call.kwargs)
+        self._made = missing_folders(Path(config.output_dir))
+        with removed_if_refused(self._made, config):
+            self._choose_reference(config, given)
+            if start.loads_adapter:
+                self._load_adapter(given)
+            elif not start.in_memory:
+                self._pin_model(given)
+            with without_second_start(given["model"]):
+                super().__init__(*call.args, **call.kwargs)
+            self._check_loaded(config)
+        # The adapter as it is before training: the delta of some is what it becomes less this.
+        self._adapter_start = start_of(self.model) if config.graft or config.eval_grafted else None
+
+    def _check_loaded(self, config: Any) -> None:
+        """Find in the model that will be trained what would keep the run from ending in a graft."""
+        start = self._start
         refuse_sharded(fsdp=self.is_fsdp_enabled, deepspeed=self.is_deepspeed_enabled)
         grafts = config.graft or config.eval_grafted
         if grafts:
@@ -120,8 +129,6 @@ class ShadowMixin(GraftedEvaluation):
                 base=str(start.base), instruct=str(start.instruct), adapter=announced(self.model),
                 **config.graft_options(),
             )  # fmt: skip
-        # The adapter as it is before training: the delta of some is what it becomes less this.
-        self._adapter_start = start_of(self.model) if grafts else None
 
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
         """Train BASE as TRL does; then save TUNED to `output_dir` and the graft to `output_dir/grafted`.
@@ -133,12 +140,13 @@ class ShadowMixin(GraftedEvaluation):
         lock, given = RunLock(Path(self.args.output_dir)), call.arguments
         with tells_what_is_written(Path(self.args.output_dir)):
             try:
-                resume = given.get("resume_from_checkpoint")
-                given["resume_from_checkpoint"] = checkpoint_of(resume, self.args.output_dir)
-                if given.get("trial") is not None:
+                in_search, resume = given.get("trial") is not None, given.get("resume_from_checkpoint")
+                with removed_if_refused(self._made, self.args):
+                    given["resume_from_checkpoint"] = checkpoint_of(resume, self.args.output_dir)
+                    if self.args.graft and not in_search:
+                        check_free(self._grafted_folder, self.args.graft_overwrite)
+                if in_search:
                     return super().train(*call.args, **call.kwargs)
-                if self.args.graft:
-                    check_free(self._grafted_folder, self.args.graft_overwrite)
                 run_on_main(self.accelerator, lambda: self._begin(lock), what="preparing the output folder")
                 output = super().train(*call.args, **call.kwargs)
                 if self.args.graft:

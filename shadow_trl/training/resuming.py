@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,8 @@ logger = get_logger(__name__)
 def fault_of(checkpoint: Path) -> str | None:
     """Return why a checkpoint cannot be resumed from, None where it is complete.
 
-    Files that a killed process left empty or cut short count as missing: headers are compared with sizes.
+    Files that a killed process left empty or cut short count as missing: headers are compared with sizes, and torch's
+    files are archives whose directory is at their end.
     """
     try:
         # The state is what a trainer writes last.
@@ -26,9 +28,11 @@ def fault_of(checkpoint: Path) -> str | None:
     except (OSError, ValueError):
         return "trainer_state.json is missing or cut short"
     for name in ("optimizer.pt", "scheduler.pt"):
-        path = checkpoint / name
-        if not path.is_file() or not path.stat().st_size:
-            return f"{name} is missing or empty"
+        if not (checkpoint / name).is_file():
+            return f"{name} is missing (save_only_model leaves it out)"
+    for path in sorted(checkpoint.glob("*.pt*")):  # *.pth: the state of the random generators
+        if not zipfile.is_zipfile(path):
+            return f"{path.name} is empty or cut short"
     try:
         Checkpoint.open(checkpoint)
     except InputError as reason:
