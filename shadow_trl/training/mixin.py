@@ -30,6 +30,7 @@ from ..pair.templates import check_processing_class, read_templates
 from ..pair.trained_templates import template_rows
 from ..results.folder import check_free
 from ..results.lock import RunLock
+from ..results.parents import missing_parents
 from ..results.written import tells_what_is_written
 from ..runtime.processes import run_on_main
 from .adapter import (
@@ -47,7 +48,7 @@ from .origins import Start
 from .preflight import GRAFTED_FOLDER, check_before_loading, is_conversational, refuse_sharded, refuse_unsupported
 from .resuming import checkpoint_of
 from .saved import as_saved
-from .settings import Forms, bound, check_columns, check_settings, missing_folders, removed_if_refused
+from .settings import Forms, bound, check_columns, check_settings, removed_if_refused
 
 if TYPE_CHECKING:
     from transformers.trainer_utils import TrainOutput
@@ -104,7 +105,7 @@ class ShadowMixin(GraftedEvaluation):
         self.graft_report: GraftReport | None = None
         check_before_loading(start, config, given)
         self._choose_processing_class(config, given)
-        self._made = missing_folders(Path(config.output_dir))
+        self._made = missing_parents(Path(config.output_dir))
         with removed_if_refused(self._made, config):
             self._choose_reference(config, given)
             if start.loads_adapter:
