@@ -53,6 +53,13 @@ class Scratch:
             self._made = make_parents(self.path.parent)
             self.part.mkdir(self.mode)
             self._held = _lock(self.part)
+            # Before it was locked, another process that begins may have taken it for one of a killed run.
+            if self._held < 0:
+                with suppress(OSError):
+                    self.part.rmdir()
+                self.part = self.part.with_name(f"{self.part.name}-{next(_NUMBERS)}")
+                self.part.mkdir(self.mode)
+                self._held = _lock(self.part)
         except OSError as error:
             self._discard()
             raise GraftError(f"cannot write to {self.path}: {error.strerror}.") from error

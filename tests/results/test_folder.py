@@ -331,3 +331,20 @@ def test_a_file_system_without_direct_writes_is_written_through_the_cache(tmp_pa
     writer.close()
     assert (tmp_path / "shard").read_bytes() == bytes(range(100))
     assert refused == [0]
+
+
+def test_scratch_space_that_another_process_takes_for_dead_is_made_again(tmp_path, monkeypatch):
+    """Two processes of a run begin at once: one sees the folder of the other before that is locked, and removes it."""
+    lock, seen = folder._lock, []
+
+    def removed(part):
+        if not seen:
+            seen.append(part)
+            part.rmdir()
+        return lock(part)
+
+    monkeypatch.setattr(folder, "_lock", removed)
+    with Scratch(tmp_path / "result") as scratch:
+        (scratch.part / "file").touch()
+    assert scratch.part != seen[0]
+    assert not list(tmp_path.iterdir())
