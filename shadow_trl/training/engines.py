@@ -113,6 +113,23 @@ def refuse_offloaded(model: Any) -> None:
         )
 
 
+def refuse_lifted(accelerator: Accelerator, model: Any) -> None:
+    """Refuse 16-bit weights to train that FSDP2 would lift to fp32: a graft could not tell in which dtype they started.
+
+    Raises:
+        ConfigError: FSDP with mixed precision and a model loaded in 16 bits.
+    """
+    if getattr(accelerator.state, "fsdp_plugin", None) is None or accelerator.mixed_precision == "no":
+        return
+    narrow = [name for name, weight in model.named_parameters() if weight.requires_grad and weight.dtype.itemsize < 4]
+    if narrow:
+        raise ConfigError(
+            f"FSDP2 with mixed precision trains {len(narrow)} weights in fp32 that were loaded in 16 bits, so TUNED "
+            "would not show where the delta starts. Load the model in float32 (dtype: float32, TRL's default), which "
+            "needs no more memory in training, or set mixed precision to no."
+        )
+
+
 @contextmanager
 def whole_weights(accelerator: Accelerator, *, wanted: bool) -> Iterator[None]:
     """Let FSDP save whole weights, if `wanted`: with SHARDED_STATE_DICT, `save_model` writes none and says nothing."""

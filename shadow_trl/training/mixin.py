@@ -39,7 +39,7 @@ from .adapter import (
     write_start,
 )
 from .config import ShadowArguments
-from .engines import refuse_engines, refuse_offloaded, whole_weights
+from .engines import refuse_engines, refuse_lifted, refuse_offloaded, whole_weights
 from .evaluation import GraftedEvaluation
 from .loading import bare_model, dtypes_before, load_adapter, reload_converted
 from .origins import Start
@@ -115,6 +115,7 @@ class ShadowMixin(GraftedEvaluation):
         grafts = config.graft or config.eval_grafted
         if grafts:
             refuse_offloaded(self.model)
+            refuse_lifted(self.accelerator, self.model)
             self._check_trained()
         if grafts and start.adapter_on_base:
             check_left_out(

@@ -14,6 +14,10 @@ from ..errors import ConfigError, InputError, list_names
 
 logger = get_logger(__name__)
 
+# Written by `Trainer`; by FSDP, whole and in shards, of which the metadata are written last.
+_OPTIMIZER = ("optimizer.pt", "optimizer.bin", "optimizer_0/.metadata")
+_FSDP = ("pytorch_model_fsdp.bin", "pytorch_model_fsdp_0/.metadata")
+
 
 def fault_of(checkpoint: Path) -> str | None:
     """Return why a checkpoint cannot be resumed from, None where it is complete.
@@ -25,15 +29,20 @@ def fault_of(checkpoint: Path) -> str | None:
         json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return "trainer_state.json is missing or cut short"
-    for name in ("optimizer.pt", "scheduler.pt"):
-        path = checkpoint / name
-        if not path.is_file() or not path.stat().st_size:
-            return f"{name} is missing or empty"
+    for names in (_OPTIMIZER, ("scheduler.pt",)):
+        if not _any_written(checkpoint, names):
+            return f"{names[0]} is missing or empty"
+    if _any_written(checkpoint, _FSDP):
+        return None  # beside it there are whole weights only where a graft was to read them
     try:
         Checkpoint.open(checkpoint)
     except InputError as reason:
         return str(reason).splitlines()[0].rstrip(".")
     return None
+
+
+def _any_written(folder: Path, names: tuple[str, ...]) -> bool:
+    return any(path.is_file() and path.stat().st_size for path in (folder / name for name in names))
 
 
 def last_complete(folder: Path) -> str | None:

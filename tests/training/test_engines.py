@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from accelerate import PartialState
@@ -12,7 +14,8 @@ from torch import nn
 from shadow_trl import ShadowDPOConfig, ShadowSFTConfig
 from shadow_trl.errors import ConfigError
 from shadow_trl.runtime.processes import run_on_main
-from shadow_trl.training.engines import refuse_engines, refuse_offloaded, refuse_tensor_parallel
+from shadow_trl.training.engines import refuse_engines, refuse_lifted, refuse_offloaded, refuse_tensor_parallel
+from shadow_trl.training.resuming import fault_of
 
 
 @pytest.mark.parametrize(
@@ -77,3 +80,37 @@ def test_processes_that_do_not_know_each_other_are_refused(monkeypatch):
     with pytest.raises(ConfigError, match=r"2 processes were launched .* this one sees 1"):
         run_on_main(state, lambda: done.append(1), what="the work")
     assert not done
+
+
+@pytest.mark.parametrize(
+    ("plugin", "precision", "dtype", "refused"),
+    [
+        (object(), "bf16", torch.bfloat16, True),
+        (object(), "bf16", torch.float32, False),
+        (object(), "no", torch.bfloat16, False),
+        (None, "bf16", torch.bfloat16, False),
+    ],
+)
+def test_16_bits_that_fsdp2_would_lift_are_refused(plugin, precision, dtype, refused):
+    accelerator = SimpleNamespace(state=SimpleNamespace(fsdp_plugin=plugin), mixed_precision=precision)
+    model = nn.Linear(2, 2, dtype=dtype)
+    if refused:
+        with pytest.raises(ConfigError, match="2 weights in fp32 that were loaded in 16 bits"):
+            refuse_lifted(accelerator, model)
+    else:
+        refuse_lifted(accelerator, model)
+    refuse_lifted(accelerator, model.requires_grad_(False))
+
+
+@pytest.mark.parametrize(
+    "names",
+    [("optimizer.bin", "pytorch_model_fsdp.bin"), ("optimizer_0/.metadata", "pytorch_model_fsdp_0/.metadata")],
+)
+def test_a_checkpoint_of_fsdp_is_complete_with_the_files_of_its_own(tmp_path, names):
+    for name in ("trainer_state.json", "scheduler.pt", *names):
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("{}")
+    assert fault_of(tmp_path) is None
+    (tmp_path / names[0]).write_text("")
+    assert fault_of(tmp_path) == "optimizer.pt is missing or empty"
