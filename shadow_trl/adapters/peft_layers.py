@@ -238,7 +238,6 @@ def _merge_layer(
         if not torch.equal(value.data, origin[key]):
             yield f"{name}.{key}", value.data
         value.data = torch.empty(0)
-        weights.release(f"{name}.{key}")
 
 
 def _load(wrapped: Any, tensors: dict[str, Tensor], adapter: Checkpoint) -> None:
@@ -256,8 +255,6 @@ def _load(wrapped: Any, tensors: dict[str, Tensor], adapter: Checkpoint) -> None
             f"{len(found.unexpected_keys)} of {len(tensors)} weights of adapter {adapter} have no module in its base.\n"
             f"{list_names(lines)}\nGive the base that it was trained on."
         )
-    for name in tensors:
-        adapter.release(name, 0, adapter.specs[name].numel)
     prefix = PEFT_TYPE_TO_PREFIX_MAPPING[wrapped.peft_config["default"].peft_type]
     # Layers that share a tensor have it under a name each, and one of them is in the file.
     state, absent = wrapped.state_dict(keep_vars=True), set(found.missing_keys)

@@ -1,14 +1,13 @@
-"""Checkpoints, read: opening reads headers only, the weights are mapped into memory.
+"""Checkpoints, read: opening reads headers only, weights are read block by block as they are asked for.
 
-A block of a tensor is a view of the mapping, and can be dropped from resident memory as soon as it was used.
+Nothing is mapped into memory: a file that is cut short while it is mapped kills the process that reads it.
 """
 
 from __future__ import annotations
 
 import copy
-import mmap
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -19,6 +18,7 @@ from . import hub, sharded
 from .header import CODES, Header, TensorSpec, dtype_of, load_pickled, pickled_specs, read_header, stamp
 from .hub import Source
 from .json_files import is_there, read_json, unreadable
+from .open_files import OpenFiles
 from .schemas import AdapterConfig, Index, ModelConfig
 
 if TYPE_CHECKING:
@@ -29,9 +29,6 @@ ADAPTER_CONFIG = "adapter_config.json"
 _SAFE, _SAFE_INDEX = "model.safetensors", "model.safetensors.index.json"
 _BIN, _BIN_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 _ADAPTER_SAFE, _ADAPTER_BIN = "adapter_model.safetensors", "adapter_model.bin"
-
-# A touched page brings its neighbours along, those of a block that was released before among them.
-_FAULT_AROUND = 64 * 1024
 
 # Tensors that stand beside or instead of a weight in GPTQ, AWQ, bitsandbytes and compressed-tensors checkpoints.
 _PACKED_NAME = re.compile(
@@ -76,7 +73,7 @@ class Checkpoint:
     before: dict[str, TensorSpec] | None = None
     asked: str | None = None
     stamps: dict[Path, tuple[int, ...] | None] = field(default_factory=dict, repr=False)
-    _views: dict[str, torch.Tensor] = field(default_factory=dict, repr=False)
+    _open: OpenFiles = field(default_factory=OpenFiles, repr=False)
 
     @classmethod
     def open(cls, source: Source, revision: str | None = None, *, weights: bool = True) -> Checkpoint:
@@ -149,12 +146,17 @@ class Checkpoint:
         return self.specs[name] if self.before is None else self.before.get(name)
 
     def tensor(self, name: str) -> torch.Tensor:
-        """Return tensor `name` in its shape and dtype: a view of the mapped file, not a copy; do not write to it."""
+        """Return tensor `name` in its shape and dtype, read anew: a whole copy, see `block`."""
         spec = self.specs[name]
         return self.block(name, 0, spec.numel).view(spec.shape)
 
     def block(self, name: str, start: int, stop: int) -> torch.Tensor:
-        """Return elements `start` to `stop` of the flattened tensor `name`: a view of the mapped file."""
+        """Return elements `start` to `stop` of the flattened tensor `name`.
+
+        Raises:
+            GraftError: the file was cut short, replaced or written to since its header was read.
+            CheckpointError: it cannot be read.
+        """
         import torch
 
         spec = self.specs[name]
@@ -162,49 +164,35 @@ class Checkpoint:
             return self._pickled[spec.file][name].reshape(-1)[start:stop]
         if stop == start:
             return torch.empty(0, dtype=spec.dtype)
-        if name not in self._views:
-            self._views[name] = torch.frombuffer(
-                self._maps[spec.file], dtype=spec.dtype, count=spec.numel, offset=spec.offset
-            )
-        return self._views[name][start:stop]
+        return torch.from_numpy(self._bytes(spec, start, stop)).view(spec.dtype)
 
     def array(self, name: str, start: int, stop: int) -> numpy.ndarray:
         """Return what `block` returns as an array in `TensorSpec.numpy_dtype`; no torch for a safetensors file."""
-        import numpy
-
         spec = self.specs[name]
         if spec.offset is None:
             import torch
 
             block = self.block(name, start, stop)
             return (block.view(torch.uint16) if spec.code == "BF16" else block).numpy()
+        return self._bytes(spec, start, stop).view(spec.numpy_dtype)
+
+    def rows(self, name: str, ids: Iterable[int]) -> torch.Tensor:
+        """Return the rows `ids` of matrix `name`; nothing else of it is read."""
+        import torch
+
+        columns = self.specs[name].shape[1]
+        found = [self.block(name, row * columns, (row + 1) * columns) for row in ids]
+        return torch.stack(found) if found else torch.empty(0, columns, dtype=self.specs[name].dtype)
+
+    def _bytes(self, spec: TensorSpec, start: int, stop: int) -> numpy.ndarray:
+        assert spec.offset is not None
         at = spec.offset + start * spec.itemsize
-        return numpy.frombuffer(self._maps[spec.file], spec.numpy_dtype, stop - start, at)
-
-    def release(self, name: str, start: int, stop: int) -> None:
-        """Drop the pages of these elements from resident memory; reading them again maps them again."""
-        spec = self.specs[name]
-        if spec.offset is None:
-            return
-        mapped = self._maps[spec.file]
-        first = max(spec.offset + start * spec.itemsize - _FAULT_AROUND, 0) // mmap.PAGESIZE * mmap.PAGESIZE
-        last = min(spec.offset + stop * spec.itemsize + _FAULT_AROUND, len(mapped))
-        if stop > start:
-            mapped.madvise(mmap.MADV_DONTNEED, first, last - first)
-
-    @cached_property
-    def _maps(self) -> dict[Path, mmap.mmap]:
-        # ACCESS_COPY: torch warns about buffers that cannot be written to. Nothing writes to them.
-        maps = {}
-        for path in self.files:
-            if path.suffix == ".safetensors":
-                with open(path, "rb") as file:
-                    maps[path] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-        return maps
+        return self._open.read(spec.file, at, (stop - start) * spec.itemsize, self.stamps[spec.file])
 
     @cached_property
     def _pickled(self) -> dict[Path, dict[str, torch.Tensor]]:
-        return {path: load_pickled(path) for path in self.files if path.suffix == ".bin"}
+        kept = {spec.file for spec in self.specs.values() if spec.offset is None}
+        return {path: load_pickled(path) for path in self.files if path in kept}
 
     def _read_headers(self) -> None:
         self.files, self.index = self._weight_files()
@@ -214,7 +202,7 @@ class Checkpoint:
                 self.headers[path] = read_header(path)
                 specs = self.headers[path].specs
             else:
-                specs = pickled_specs(path, self._pickled[path])
+                specs = pickled_specs(path)
             twice = [f"{name}  in {self.specs[name].file.name} and {path.name}" for name in specs if name in self.specs]
             if twice:
                 raise CheckpointError(
@@ -292,7 +280,7 @@ class Place:
         return self.checkpoint.specs[self.name]
 
     def block(self, start: int, stop: int) -> torch.Tensor:
-        """Return elements `start` to `stop` of the flattened tensor: a copy where they are cast, else a view."""
+        """Return elements `start` to `stop` of the flattened tensor, see `Checkpoint.block`."""
         found = self.checkpoint.block(self.name, start, stop)
         for code in self.casts:
             found = found.to(dtype_of(code))
@@ -305,7 +293,3 @@ class Place:
     def array(self, start: int, stop: int) -> numpy.ndarray:
         """Return the elements as stored, see `Checkpoint.array`."""
         return self.checkpoint.array(self.name, start, stop)
-
-    def release(self, start: int, stop: int) -> None:
-        """Drop these elements from memory, see `Checkpoint.release`."""
-        self.checkpoint.release(self.name, start, stop)

@@ -42,7 +42,7 @@ class TensorSpec:
         code: dtype in the words of safetensors, such as `BF16`.
         shape: its shape; () for a scalar.
         file: the file that holds it.
-        offset: byte of the file at which it begins; None in a .bin file.
+        offset: byte of the file at which it begins; None where a .bin file has to be loaded as a whole.
         nbytes: bytes that it takes.
     """
 
@@ -109,13 +109,17 @@ class Header:
     specs: dict[str, TensorSpec]
 
 
-def stamp(path: Path) -> tuple[int, ...] | None:
-    """Return what changes when a file is replaced or written to: device, inode, size and time; None without a file."""
+def stamp(file: Path | int) -> tuple[int, ...] | None:
+    """Return what changes when a file, by path or descriptor, is replaced or written to; None without a file.
+
+    These are device, inode, size and the time of the last change. The kernel sets that one, unlike the time of the last
+    write, which anybody can restore; it also changes with the file's permissions and links.
+    """
     try:
-        found = path.stat()
+        found = os.stat(file)
     except OSError:
         return None
-    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+    return found.st_dev, found.st_ino, found.st_size, found.st_ctime_ns
 
 
 def read_header(path: Path) -> Header:
@@ -151,16 +155,19 @@ def read_header(path: Path) -> Header:
     return Header(start + raw, metadata, specs)
 
 
-def load_pickled(path: Path) -> dict[str, torch.Tensor]:
-    """Return the tensors of a .bin file, mapped into memory where torch can do it; CheckpointError if it has others."""
+def load_pickled(path: Path, device: str = "cpu") -> dict[str, torch.Tensor]:
+    """Return the tensors of a .bin file; on the device `meta` without their values. CheckpointError for other content.
+
+    The file is not mapped into memory, see `open_files`.
+    """
     import torch
 
     try:
-        # Files of torch < 1.6 are no archives and cannot be mapped. Compressed parts could be of any size.
+        # Compressed parts could be of any size.
         archive = zipfile.is_zipfile(path)
         if archive and any(part.compress_type != zipfile.ZIP_STORED for part in zipfile.ZipFile(path).infolist()):
             raise ValueError("it is compressed, which torch.save does not do")
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=archive)
+        content = torch.load(path, map_location=device, weights_only=True, mmap=False)
     except Exception as error:
         raise CheckpointError(
             f"cannot read {path}: {str(error).splitlines()[0] if str(error) else type(error).__name__}. Only plain "
@@ -168,7 +175,7 @@ def load_pickled(path: Path) -> dict[str, torch.Tensor]:
         ) from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} is not a dictionary of tensors. Give a safetensors checkpoint.")
-    wrong = [f"{name!r}  {what}" for name, value in content.items() if (what := _not_plain(name, value))]
+    wrong = [f"{name!r}  {what}" for name, value in content.items() if (what := _not_plain(name, value, device))]
     # Views of few numbers can stand for any number of them.
     views = sum(value.nbytes for value in content.values() if not wrong and not value.is_contiguous())
     if not wrong and views > path.stat().st_size:
@@ -179,10 +186,10 @@ def load_pickled(path: Path) -> dict[str, torch.Tensor]:
             f"{list_names(wrong)}\n"
             "Give a safetensors checkpoint."
         )
-    return {name: tensor.detach().contiguous() for name, tensor in content.items()}
+    return {name: tensor.detach() for name, tensor in content.items()}
 
 
-def _not_plain(name: Any, value: Any) -> str:
+def _not_plain(name: Any, value: Any, device: str) -> str:
     """Return what an entry of a .bin file is, where it is no name with a plain tensor; else ""."""
     import torch
 
@@ -190,19 +197,22 @@ def _not_plain(name: Any, value: Any) -> str:
         return f"is {type(value).__name__}"
     if not isinstance(name, str) or not name.isprintable():
         return "is no name"
-    if value.device.type != "cpu" or value.layout != torch.strided or value.is_quantized:
+    if value.device.type != device or value.layout != torch.strided or value.is_quantized:
         return f"is a tensor of another kind: {value.device}, {value.layout}, {value.dtype}"
     return ""
 
 
-def pickled_specs(path: Path, tensors: dict[str, torch.Tensor]) -> dict[str, TensorSpec]:
+def pickled_specs(path: Path) -> dict[str, TensorSpec]:
     """Return the specs of the tensors of a .bin file; CheckpointError for a dtype that safetensors cannot store."""
     specs = {}
-    for name, tensor in tensors.items():
+    for name, tensor in load_pickled(path, "meta").items():
         code = CODES.get(str(tensor.dtype).removeprefix("torch."))
         if code is None:
             raise CheckpointError(f"{path} holds a tensor of {tensor.dtype}, which safetensors cannot store.")
-        specs[name] = TensorSpec(code, tuple(tensor.shape), path, None, tensor.nbytes)
+        # Files of torch < 1.6 have no such place.
+        begin = getattr(tensor.untyped_storage(), "_checkpoint_offset", None) if tensor.is_contiguous() else None
+        offset = None if begin is None else begin + tensor.storage_offset() * tensor.itemsize
+        specs[name] = TensorSpec(code, tuple(tensor.shape), path, offset, tensor.nbytes)
     return specs
 
 

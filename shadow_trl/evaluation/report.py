@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..results.folder import whole_file
 from .scoring import Scores, difference
 
 REPORT_NAME = "report.json"
@@ -83,9 +83,8 @@ class RunReport:
     def write(self, folder: str | Path) -> Path:
         """Write `report.json` into `folder`, complete or not at all, and return its path."""
         path = Path(folder) / REPORT_NAME
-        part = path.with_name(f".{REPORT_NAME}.{os.getpid()}")
-        part.write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
-        os.replace(part, path)
+        with whole_file(path) as new:
+            new.write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
         return path
 
     def text(self) -> str:

@@ -15,8 +15,9 @@ from ..checkpoints.digests import file_digest
 from ..checkpoints.header import stamp
 from ..checkpoints.hub import Source
 from ..checkpoints.manifest import Entry, adapter_base, read_manifest
+from ..checkpoints.open_files import changed
 from ..checkpoints.weight_names import is_of_tokens
-from ..errors import AdapterError, CheckpointError, ConfigError, GraftError, list_names
+from ..errors import AdapterError, CheckpointError, ConfigError, list_names
 from ..pair.pairs import ModelPair
 from ..pair.token_rows import row_count, vocabulary_of
 from ..pair.trained_templates import TemplateChoice, choose_template
@@ -307,10 +308,7 @@ class Digests:
             }
         except OSError as error:
             raise CheckpointError(f"cannot read an input again for its digest: {error}.") from error
-        changed = [str(path) for path, before in self._stamps.items() if stamp(path) != before]
-        if changed:
-            raise GraftError(
-                f"{len(changed)} input files were replaced or written to while they were read: the result could be a "
-                f"mixture.\n{list_names(changed)}\nWait for what writes them, or graft a copy."
-            )
+        others = [path for path, before in self._stamps.items() if stamp(path) != before]
+        if others:
+            raise changed(others)
         return {role: Entry.of(side, digests.get(role)) for role, side in self._sides.items()}

@@ -119,8 +119,9 @@ def merged_checkpoint(base: Checkpoint, adapter: Checkpoint, folder: Path) -> Ov
         from ..adapters.peft_layers import merge_into_base
 
         return merge_into_base(base, adapter, folder)
-    merged = Overlay.over(base, adapter, folder)
-    for name, lora in place_on(read_lora(adapter), adapter, base).items():
+    placed = place_on(read_lora(adapter), adapter, base)
+    merged = Overlay.over(base, adapter, folder, placed)
+    for name, lora in placed.items():
         product = lora.factor * adapter.tensor(lora.left).double() @ adapter.tensor(lora.right).double()
         merged.put({name: base.tensor(name).double() + (product.T if lora.transposed else product)})
     return merged
@@ -209,7 +210,7 @@ def _summed_on(base: Checkpoint, parts: Sequence[SingleTuned], scratch: Path) ->
         )
     changed = [name for name in base.specs if any(side.specs[name] != base.specs[name] for side, _, _ in full)]
 
-    total = Overlay.over(base, full[0][0], scratch / "changed")
+    total = Overlay.over(base, full[0][0], scratch / "changed", changed)
     for name in changed:
         value = base.tensor(name).double()
         for side, start, weight in full:

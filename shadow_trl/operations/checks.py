@@ -20,7 +20,8 @@ from ..layouts.matching import Announced
 from ..pair.pairs import ModelPair
 from ..pair.token_rows import vocabulary_of
 from ..pair.trained_templates import choose_template
-from ..results.folder import check_free, check_place, check_space, recover
+from ..results.folder import check_free, check_place, recover
+from ..runtime.machine import check_space
 
 
 def check_graft(

@@ -30,7 +30,9 @@ from ..pair.templates import read_templates
 from ..results.cards import write_delta_card
 from ..results.check import check_result
 from ..results.copied import copied_files, copy_files, write_templates
-from ..results.folder import OutputFolder, check_free, check_place, check_space, files_in, recover
+from ..results.folder import OutputFolder, check_free, check_place, files_in, recover
+from ..results.written import tells_what_is_written
+from ..runtime.machine import check_space
 from ..runtime.progress import Progress
 from ..runtime.startup import collector_paused
 from .graft import check_finite
@@ -83,7 +85,7 @@ def extract_delta(
     target = output_folder(output)
     recover(target)
     check_free(target, overwrite, "delta")
-    with _opened(base, tuned, target, settings) as inputs:
+    with _opened(base, tuned, target, settings) as inputs, tells_what_is_written(target):
         check_place(target, inputs.folders)
         if rank is not None and inputs.tuned.checkpoint.is_adapter:
             raise AdapterError(

@@ -29,7 +29,9 @@ from ..grafting.tuned import one_tuned
 from ..results.cards import write_model_card
 from ..results.check import check_result
 from ..results.copied import copied_files, copy_files, write_config, write_templates
-from ..results.folder import OutputFolder, check_free, check_place, check_space, files_in, recover
+from ..results.folder import OutputFolder, check_free, check_place, files_in, recover
+from ..results.written import tells_what_is_written
+from ..runtime.machine import check_space
 from ..runtime.progress import Progress
 from ..runtime.startup import collector_paused
 
@@ -119,7 +121,7 @@ def graft(
     target = output_folder(output)
     recover(target)
     check_free(target, settings.overwrite)
-    with _opened(base, instruct, tuned, delta, target, settings) as inputs:
+    with _opened(base, instruct, tuned, delta, target, settings) as inputs, tells_what_is_written(target):
         check_place(target, inputs.folders)
         with OutputFolder(target, settings.overwrite) as place:
             if inputs.form == "adapter":

@@ -23,7 +23,8 @@ from ..checkpoints.manifest import MANIFEST_NAME, Entry, kind_found, read_manife
 from ..errors import CheckpointError, ConfigError, ends_with, list_names
 from ..grafting.options import GraftOptions, declared
 from ..grafting.tuned import weighted_sources
-from ..results.folder import Scratch, check_space
+from ..results.folder import Scratch
+from ..runtime.machine import check_space
 from .graft import graft
 
 if TYPE_CHECKING:
@@ -246,8 +247,6 @@ def _difference(there: Checkpoint, again: Checkpoint, name: str) -> tuple[int, f
             # NaN against a number is as different as can be.
             apart = (ours[unequal].double() - theirs[unequal].double()).abs().nan_to_num(nan=math.inf, posinf=math.inf)
             largest = max(largest, float(apart.max()))
-        for side in (there, again):
-            side.release(name, start, stop)
     return count, largest
 
 

@@ -20,7 +20,7 @@ from .vocabularies import Vocabulary
 from .vocabulary_checks import SHARED_ADVICE, compare_trained_vocabulary, compare_vocabularies
 
 if TYPE_CHECKING:
-    import torch
+    pass
 
 GAP_WARNING = 0.1
 """sigma that no pair of the paper exceeds: grafts get worse as it grows."""
@@ -194,7 +194,7 @@ class ModelPair:
         """Warn when the first values of a sample of matrices are the same on both sides; norms are often alike."""
         matrices = [name for name in self._comparable() if len(self.base.specs[name].shape) > 1]
         sampled = matrices[:: -(-len(matrices) // _SAMPLED_TENSORS) or 1]
-        if not sampled or not all(_same_start(self.base.tensor(name), self.instruct.tensor(name)) for name in sampled):
+        if not sampled or not all(_same_start(self.base, self.instruct, name) for name in sampled):
             return Findings()
         return self._same_weights(f"compared: the first values of {len(sampled)} weights")
 
@@ -231,10 +231,11 @@ class ModelPair:
         return PairMismatchError(f"{head}: {what}\n{sides}")
 
 
-def _same_start(base: torch.Tensor, instruct: torch.Tensor) -> bool:
+def _same_start(base: Checkpoint, instruct: Checkpoint, name: str) -> bool:
     """True when the first values are equal, after rounding to the narrower dtype of the two."""
     import torch
 
-    ours, theirs = (side.reshape(-1)[:_SAMPLED_ELEMENTS] for side in (base, instruct))
+    size = min(base.specs[name].numel, _SAMPLED_ELEMENTS)
+    ours, theirs = (side.block(name, 0, size) for side in (base, instruct))
     dtype = min(ours.dtype, theirs.dtype, key=lambda dtype: dtype.itemsize)
     return torch.equal(ours.to(dtype), theirs.to(dtype))

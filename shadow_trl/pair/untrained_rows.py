@@ -9,7 +9,7 @@ from statistics import median
 import torch
 from torch.nn.functional import cosine_similarity
 
-from ..checkpoints.checkpoint import Checkpoint
+from ..checkpoints.checkpoint import Checkpoint, Place
 from ..errors import Findings, list_names
 from .templates import read_templates, template_tokens
 from .token_rows import embedding_name, vocabulary_of
@@ -41,13 +41,13 @@ def check_template_rows(base: Checkpoint, instruct: Checkpoint, template: str | 
         return Findings()
     templates = {"default": template} if template else read_templates(instruct.path)
     used = template_tokens(templates, vocabulary.added, vocabulary.named)
-    matrix = base.tensor(name)
-    tokens = {token: vocabulary.added[token] for token in used if vocabulary.added[token] < matrix.shape[0]}
-    ordinary, unused = _samples(vocabulary, matrix.shape[0])
+    matrix = Place(base, name)
+    tokens = {token: vocabulary.added[token] for token in used if vocabulary.added[token] < matrix.spec.shape[0]}
+    ordinary, unused = _samples(vocabulary, matrix.spec.shape[0])
     if not tokens or len(ordinary) < 8:
         return Findings()
     rows, known = _rows(matrix, tokens.values()), _rows(matrix, ordinary)
-    added = {token: index for token, index in vocabulary.added.items() if index < matrix.shape[0]}
+    added = {token: index for token, index in vocabulary.added.items() if index < matrix.spec.shape[0]}
     twins = _twins(rows, tokens, added, matrix)
     doubts = _untrained(rows, twins, known, _rows(matrix, unused))
     if not doubts:
@@ -73,13 +73,13 @@ def _samples(vocabulary: Vocabulary, rows: int) -> tuple[list[int], list[int]]:
     return known[::step], list(range(end, min(rows, end + SAMPLE)))
 
 
-def _rows(matrix: torch.Tensor, ids: Iterable[int]) -> torch.Tensor:
+def _rows(matrix: Place, ids: Iterable[int]) -> torch.Tensor:
     """Return the rows `ids` of `matrix` as float64; nothing else of the matrix is read."""
-    return matrix[torch.tensor(list(ids), dtype=torch.long)].double()
+    return matrix.checkpoint.rows(matrix.name, ids).double()
 
 
 def _twins(
-    rows: torch.Tensor, tokens: dict[str, int], added: dict[str, int], matrix: torch.Tensor
+    rows: torch.Tensor, tokens: dict[str, int], added: dict[str, int], matrix: Place
 ) -> dict[str, tuple[float, str]]:
     """Return for each of `tokens`, with rows (tokens, hidden), how near the nearest other added token is, and which."""
     names, ids = list(added), list(added.values())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import mmap
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -141,19 +140,19 @@ def _stored(file: Path, key: str) -> Any:
     """Return the list or object under `key` of a tokenizer.json without parsing the rest; None if there is none."""
     if not is_there(file) or file.stat().st_size == 0:
         return None
-    with file.open("rb") as handle, mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        found = re.search(rb'"%s"\s*:\s*(?=[\[{])' % key.encode(), data)
-        window = 1 << 16
-        while found is not None:
-            text = data[found.end() : found.end() + window].decode("utf-8", errors="ignore")
-            try:
-                return json.JSONDecoder().raw_decode(text)[0]
-            except RecursionError as error:
-                raise unreadable(file, ValueError("it is nested too deeply")) from error
-            except ValueError:  # cut off in the middle
-                if found.end() + window >= len(data):
-                    return None
-                window *= 4
+    data = file.read_bytes()
+    found = re.search(rb'"%s"\s*:\s*(?=[\[{])' % key.encode(), data)
+    window = 1 << 16
+    while found is not None:
+        text = data[found.end() : found.end() + window].decode("utf-8", errors="ignore")
+        try:
+            return json.JSONDecoder().raw_decode(text)[0]
+        except RecursionError as error:
+            raise unreadable(file, ValueError("it is nested too deeply")) from error
+        except ValueError:  # cut off in the middle
+            if found.end() + window >= len(data):
+                return None
+            window *= 4
     return None
 
 

@@ -13,7 +13,7 @@ from ..checkpoints.manifest import Entry, read_manifest
 from ..errors import ConfigError, InputError, OutputExistsError, ends_with, list_names, one_of
 from ..training.preflight import GRAFTED_FOLDER
 from ..training.resuming import last_complete
-from .options import Options, UnknownKeysError, find_config, parse_values, read_yaml, take_option
+from .options import Options, find_config, parse_values, read_yaml, take_option
 from .record import check_record, record_of
 
 STAGES = ("sft", "dpo")
@@ -31,6 +31,9 @@ ORIGIN_KEYS = (
 
 TOP_KEYS = ("output_dir", "score_rows", "score_batch_size", "score_max_new_tokens", "score_dtype", "torch_threads")
 """Keys of the whole pipeline, which no section may have."""
+
+
+_ONE_STAGE = "\nA key that only one stage knows belongs in its section, or after --sft. or --dpo. on the command line."
 
 
 @dataclass(frozen=True)
@@ -117,12 +120,8 @@ def _parse(stage: str, words: list[str], content: Mapping[str, Any], config: Pat
         # Set to the folder of the SFT stage once that has a name.
         words = [*words, "--model_name_or_path", STAGES[0]]
     try:
-        return parse_values(stage, words, _section(stage, content) if config is not None else {}, config)
-    except UnknownKeysError as error:
-        raise ConfigError(
-            f"stage {stage}: {error}\nA key that only one stage knows belongs in its section, or after --sft. or "
-            "--dpo. on the command line."
-        ) from error
+        section = _section(stage, content) if config is not None else {}
+        return parse_values(stage, words, section, config, unknown=_ONE_STAGE)
     except ConfigError as error:
         raise ConfigError(f"stage {stage}: {error}") from error
 
@@ -228,9 +227,19 @@ def _check_models(folder: Path, options: Mapping[str, Options]) -> None:
     given = {"base": options["sft"].model.model_name_or_path, "instruct": options["sft"].training.instruct_model}
     for role, source in given.items():
         entry = Entry.read(manifest, role)
-        if source is None or (entry is not None and source == entry.source):
+        same_name = entry is not None and source == entry.source
+        there = Path(source or "").expanduser()
+        if source is None or (same_name and not there.is_dir()):
             continue
-        if entry is None or not entry.digests or entry.changed(Path(source).expanduser()):
+        changed = entry.changed(there) if entry is not None and entry.digests else []
+        if same_name and changed:
+            raise OutputExistsError(
+                f"the SFT stage in {folder} was run with other weights of {role}: since then {', '.join(changed)} in "
+                f"{source} changed. Restore them, or choose another output_dir."
+            )
+        if same_name:
+            continue
+        if entry is None or not entry.digests or changed:
             raise OutputExistsError(
                 f"the SFT stage in {folder} was run with another {role}: {entry} there, {source} in the "
                 "configuration. Choose another output_dir."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -26,14 +27,17 @@ _NO_MATTER = re.compile(
 def record_of(options: Options) -> dict[str, Any]:
     """Return the options of a run that its weights depend on, as plain values for JSON.
 
-    Tokens are not among them. Data in a file here is recorded by its digest.
+    Tokens are not among them. Data in a file or folder here is recorded by its digests.
     """
     groups = (options.script, options.model, options.recipe)
     values = {name: value for group in groups for name, value in asdict(group).items()} | options.training.to_dict()
     found = {name: value for name, value in values.items() if not _NO_MATTER.fullmatch(name) and "token" not in name}
-    data = Path(options.script.dataset_name or "")
-    if data.is_file():
-        found["dataset_name"] = file_digest(data)  # wherever it is, and whatever it held then
+    data = options.script.dataset_name or ""
+    if os.path.isfile(data):
+        found["dataset_name"] = file_digest(Path(data))  # wherever it is, and whatever it held then
+    elif os.path.isdir(data):
+        files = sorted(path for path in Path(data).rglob("*") if path.is_file())
+        found["dataset_name"] = {str(path.relative_to(data)): file_digest(path, "xxh3") for path in files}
     plain: dict[str, Any] = json.loads(json.dumps(found, default=str))
     return plain
 

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import copy
 import gc
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,9 @@ from trl import DPOTrainer, SFTTrainer, get_peft_config, get_quantization_config
 from ..errors import ConfigError, InputError, OutputExistsError, ShadowError, ends_with
 from ..evaluation.report import RunReport
 from ..evaluation.scoring import read_rows
+from ..results.parents import remove_empty
+from ..results.written import tells_what_is_written
+from ..runtime import endings
 from ..runtime.processes import run_on_main, say
 from ..training.origins import Origins, require_instruct
 from ..training.preflight import GRAFTED_FOLDER
@@ -48,16 +50,14 @@ def main_dpo(argv: Sequence[str] | None = None, *, default_config: str | Path | 
 
 def exit_code(work: Callable[[Sequence[str]], RunReport | None], argv: Sequence[str] | None) -> int:
     """Print what `work` reports of `argv` (None: the process's) and return 0; or print our error, return its code."""
-    rank = int(os.environ.get("RANK", "0"))
-    try:
+
+    def done() -> int:
         report = work(sys.argv[1:] if argv is None else argv)
-    except ShadowError as error:
-        # Every process reports its error: the launcher shows one of them, and not necessarily the first.
-        print(f"{f'[process {rank}] ' if rank else ''}{type(error).__name__}: {error}", file=sys.stderr, flush=True)
-        return error.exit_code
-    if report is not None:
-        print(f"\n{report.text()}", flush=True)
-    return 0
+        if report is not None:
+            print(f"\n{report.text()}", flush=True)
+        return 0
+
+    return endings.exit_code(done)
 
 
 def run(kind: str, argv: Sequence[str], default_config: str | Path | None = None) -> RunReport | None:
@@ -79,11 +79,12 @@ def run(kind: str, argv: Sequence[str], default_config: str | Path | None = None
     rows = prepare(options)
     data = load_data(options)
     state = PartialState()
-    with run_folder(f"shadow_{kind}", options.output, state) as options.training.output_dir:
+    with run_folder(f"shadow_{kind}", options.output, state) as output:
+        options.training.output_dir = output
         origins, models, seconds = train_stage(kind, options, data)
-    if not main_remains(state):
-        return None
-    return make_report(options, origins, models, rows, seconds=seconds, output=options.training.output_dir)
+        if not main_remains(state):
+            return None
+        return make_report(options, origins, models, rows, seconds=seconds, output=output)
 
 
 @ends_with("Nothing was written.")
@@ -146,7 +147,6 @@ def train_stage(
     return origins, {name: source for name, source in models.items() if source is not None}, seconds
 
 
-@ends_with("Nothing was written.")
 def _shadow_trainer(kind: str, options: Options, direct: Path, data: dict[str, Any]) -> Any:
     """Build the trainer of BASE, which runs every check that is possible before training."""
     recipe, training = options.recipe, options.training
@@ -190,18 +190,19 @@ def _set_model_options(options: Options) -> None:
 
 @contextmanager
 def run_folder(name: str, given: str | None, state: PartialState) -> Iterator[str]:
-    """Yield the `given` folder of a run, or a new one below `outputs/`; removed if the run fails before it writes."""
-    made = given is None or not os.path.lexists(given)
-    found = given or run_on_main(state, lambda: _claim_folder(name), what="making the run's folder")
-    try:
-        yield found
-    except BaseException:
-        if made and state.is_main_process:
-            with suppress(OSError):  # a folder that is not empty stays
-                os.rmdir(found)
-                if given is None:
-                    os.rmdir(os.path.dirname(found))
-        raise
+    """Yield the `given` folder of a run, or a new one below `outputs/`, removed if the run fails before it writes.
+
+    What leaves the block ends with what is in the folder then.
+    """
+    with tells_what_is_written(Path("outputs") if given is None else Path(given), instead=True):
+        if given is not None:
+            yield given
+            return
+        folder = run_on_main(state, lambda: _claim_folder(name), what="making the run's folder")
+        try:
+            yield folder
+        finally:
+            remove_empty([Path(folder)])
 
 
 def _claim_folder(name: str) -> str:

@@ -29,6 +29,8 @@ from ..operations.graft import graft
 from ..pair.templates import check_processing_class, read_templates
 from ..pair.trained_templates import template_rows
 from ..results.folder import check_free
+from ..results.lock import RunLock
+from ..results.written import tells_what_is_written
 from ..runtime.processes import run_on_main, together
 from .adapter import (
     announced,
@@ -46,7 +48,7 @@ from .origins import Start
 from .preflight import GRAFTED_FOLDER, check_before_loading, is_conversational, refuse_unsupported
 from .resuming import checkpoint_of
 from .saved import as_saved
-from .settings import Forms, bound, check_columns, check_settings
+from .settings import Forms, bound, check_columns, check_settings, missing_folders, removed_if_refused
 
 if TYPE_CHECKING:
     from transformers.trainer_utils import TrainOutput
@@ -86,32 +88,45 @@ class ShadowMixin(GraftedEvaluation):
         if isinstance(given["model"], os.PathLike):
             given["model"] = os.fspath(given["model"])
         config = self._read_config(given)
-        with together(config.distributed_state, what="the start of the run"):
-            refuse_unsupported(config)
-            refuse_engines(config)
-            check_settings(config, given.get("quantization_config"))
-            if given.get("formatting_func") is None:
-                for name in ("train_dataset", "eval_dataset"):
-                    check_columns(name, given.get(name), self._data_forms(config))
-            self._build(call, config, base_model=base_model, instruct_model=instruct_model)
+        # transformers makes the folder before we know all
+        with (
+            tells_what_is_written(Path(config.output_dir)),
+            together(config.distributed_state, what="the start of the run"),
+        ):
+            self._set_up(call, config, base_model=base_model, instruct_model=instruct_model)
 
-    def _build(
+    def _set_up(
         self, call: inspect.BoundArguments, config: Any, *, base_model: str | None, instruct_model: str | None
     ) -> None:
-        """Check what is known before the model is loaded, let TRL build its trainer, and check the model."""
+        """Check everything that can be checked before training, and let TRL make its trainer."""
         given = call.arguments
+        refuse_unsupported(config)
+        refuse_engines(config)
+        check_settings(config, given.get("quantization_config"))
+        if given.get("formatting_func") is None:
+            for name in ("train_dataset", "eval_dataset"):
+                check_columns(name, given.get(name), self._data_forms(config))
         self._start = start = Start.of(given, config, base_model=base_model, instruct_model=instruct_model)
         self.origins = start.origins
         self.graft_report: GraftReport | None = None
         check_before_loading(start, config, given)
         self._choose_processing_class(config, given)
-        self._choose_reference(config, given)
-        if start.loads_adapter:
-            self._load_adapter(given)
-        elif not start.in_memory:
-            self._pin_model(given)
-        with without_second_start(given["model"]):
-            super().__init__(*call.args, **call.kwargs)
+        self._made = missing_folders(Path(config.output_dir))
+        with removed_if_refused(self._made, config):
+            self._choose_reference(config, given)
+            if start.loads_adapter:
+                self._load_adapter(given)
+            elif not start.in_memory:
+                self._pin_model(given)
+            with without_second_start(given["model"]):
+                super().__init__(*call.args, **call.kwargs)
+            self._check_loaded(config)
+        # The adapter as it is before training: the delta of some is what it becomes less this.
+        self._adapter_start = start_of(self.model) if config.graft or config.eval_grafted else None
+
+    def _check_loaded(self, config: Any) -> None:
+        """Find in the model that will be trained what would keep the run from ending in a graft."""
+        start = self._start
         grafts = config.graft or config.eval_grafted
         if grafts:
             refuse_offloaded(self.model)
@@ -122,8 +137,6 @@ class ShadowMixin(GraftedEvaluation):
                 base=str(start.base), instruct=str(start.instruct), adapter=announced(self.model),
                 **config.graft_options(),
             )  # fmt: skip
-        # The adapter as it is before training: the delta of some is what it becomes less this.
-        self._adapter_start = start_of(self.model) if grafts else None
 
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
         """Train BASE as TRL does; then save TUNED to `output_dir` and the graft to `output_dir/grafted`.
@@ -136,19 +149,23 @@ class ShadowMixin(GraftedEvaluation):
 
     def _train(self, *args: Any, **kwargs: Any) -> TrainOutput:
         call = inspect.signature(super().train).bind(*args, **kwargs)
-        in_search = call.arguments.get("trial") is not None
-        with ends_with("Nothing was written."):
-            call.arguments["resume_from_checkpoint"] = checkpoint_of(
-                call.arguments.get("resume_from_checkpoint"), self.args.output_dir
-            )
-            if self.args.graft and not in_search:
-                check_free(self._grafted_folder, self.args.graft_overwrite)
-        if not in_search:
-            run_on_main(self.accelerator, self._begin, what="preparing the output folder")
-        output = super().train(*call.args, **call.kwargs)
-        if self.args.graft and not in_search:
-            self.graft()
-        return output
+        lock, given = RunLock(Path(self.args.output_dir)), call.arguments
+        with tells_what_is_written(Path(self.args.output_dir)):
+            try:
+                in_search, resume = given.get("trial") is not None, given.get("resume_from_checkpoint")
+                with removed_if_refused(self._made, self.args):
+                    given["resume_from_checkpoint"] = checkpoint_of(resume, self.args.output_dir)
+                    if self.args.graft and not in_search:
+                        check_free(self._grafted_folder, self.args.graft_overwrite)
+                if in_search:
+                    return super().train(*call.args, **call.kwargs)
+                run_on_main(self.accelerator, lambda: self._begin(lock), what="preparing the output folder")
+                output = super().train(*call.args, **call.kwargs)
+                if self.args.graft:
+                    self.graft()
+                return output
+            finally:
+                lock.release()
 
     def graft(self, output: str | os.PathLike[str] | None = None) -> GraftReport:
         """Save TUNED to `output_dir` and write INSTRUCT + scale * (TUNED - BASE) to `output`. All processes call it.
@@ -297,9 +314,11 @@ class ShadowMixin(GraftedEvaluation):
         given.pop("quantization_config", None)
         given["args"].model_init_kwargs = None
 
-    def _begin(self) -> None:
-        """Make the output folder, and take the digests of what training starts from while it is what was loaded."""
+    def _begin(self, lock: RunLock) -> None:
+        """Make the output folder and keep other runs out of it; take the digests of what training starts from."""
         os.makedirs(self.args.output_dir, exist_ok=True)
+        if os.access(Path(self.args.output_dir).absolute().parent, os.W_OK):
+            lock.acquire()
         _ = self._manifest
 
     @cached_property

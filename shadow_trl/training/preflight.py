@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any
 from accelerate.logging import get_logger
 
 from ..adapters.kinds import check_has_delta, is_subtracted, kind_of, lost_start, more_than_a_product, start_setting
+from ..checkpoints.checkpoint import Checkpoint
 from ..errors import AdapterError, ConfigError, OutputExistsError, list_names
 from ..operations.checks import check_graft
 from ..pair.pairs import ModelPair
 from .adapter import rescaled_modules
-from .loading import is_adapted
+from .loading import bare_model, is_adapted
 from .origins import Start, check_unchanged
 
 if TYPE_CHECKING:
@@ -49,6 +50,7 @@ def refuse_unsupported(config: Any) -> None:
 def check_before_loading(start: Start, config: Any, given: Mapping[str, Any]) -> None:
     """Find before any model is loaded what would keep the run from ending in a graft, or from evaluating one."""
     grafts = config.graft or config.eval_grafted
+    check_predicts_tokens(start)
     check_adapter(start, grafts=grafts)
     if start.loads_adapter and given.get("peft_config") is not None:
         check_same_adapter(given["peft_config"], str(start.origins.adapter))
@@ -104,6 +106,23 @@ def check_folders(output_dir: Path, start: Start) -> None:
             f"output_dir {output_dir} holds {other[0].name} of another run; beside "
             f"{'an adapter' if adapter else 'a full model'} the folder could not be loaded. Choose another "
             "output_dir."
+        )
+
+
+def check_predicts_tokens(start: Start) -> None:
+    """Refuse a model that has no language head with ConfigError: one that classifies, or gives hidden states alone."""
+    import transformers
+
+    kind: Any
+    if start.in_memory:
+        kind = type(bare_model(start.model))
+    else:  # TRL makes the class that the config names first; one of remote code is not known here
+        names = Checkpoint.open(str(start.origins.policy), weights=False).config.get("architectures") or [""]
+        kind = getattr(transformers, names[0], None)
+    if kind is not None and not kind.can_generate():
+        raise ConfigError(
+            f"the model is a {kind.__name__}, which predicts no tokens: SFT and DPO need a causal language model. Load "
+            "BASE with AutoModelForCausalLM, or name a folder whose config.json has such a class in `architectures`."
         )
 
 

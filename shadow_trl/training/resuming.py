@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,8 @@ _FSDP = ("pytorch_model_fsdp.bin", "pytorch_model_fsdp_0/.metadata")
 def fault_of(checkpoint: Path) -> str | None:
     """Return why a checkpoint cannot be resumed from, None where it is complete.
 
-    Files that a killed process left empty or cut short count as missing: headers are compared with sizes.
+    Files that a killed process left empty or cut short count as missing: headers are compared with sizes, and torch's
+    files are archives whose directory is at their end.
     """
     try:
         # The state is what a trainer writes last.
@@ -30,19 +32,18 @@ def fault_of(checkpoint: Path) -> str | None:
     except (OSError, ValueError):
         return "trainer_state.json is missing or cut short"
     for names in (_OPTIMIZER, ("scheduler.pt",)):
-        if not _any_written(checkpoint, names):
-            return f"{names[0]} is missing or empty"
-    if _any_written(checkpoint, _FSDP):
+        if not any((checkpoint / name).is_file() for name in names):
+            return f"{names[0]} is missing (save_only_model leaves it out)"
+    for path in sorted([*checkpoint.glob("*.pt*"), *checkpoint.glob("*.bin")]):  # *.pth: the random generators
+        if not zipfile.is_zipfile(path):
+            return f"{path.name} is empty or cut short"
+    if any((checkpoint / name).is_file() for name in _FSDP):
         return None  # beside it there are whole weights only where a graft was to read them
     try:
         Checkpoint.open(checkpoint)
     except InputError as reason:
         return str(reason).splitlines()[0].rstrip(".")
     return None
-
-
-def _any_written(folder: Path, names: tuple[str, ...]) -> bool:
-    return any(path.is_file() and path.stat().st_size for path in (folder / name for name in names))
 
 
 def last_complete(folder: Path) -> str | None:

@@ -7,7 +7,9 @@ import difflib
 import inspect
 import math
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -138,3 +140,27 @@ def bound(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str,
         hint = f" Did you mean {near[0]!r}?" if near else ""
         raise TypeError(f"the trainer has no argument {name!r}.{hint}")
     return signature.bind(*args, **kwargs)
+
+
+def missing_folders(folder: Path) -> list[Path]:
+    """Return `folder` and those above it, as far as they do not exist yet, the innermost first."""
+    return [path for path in (folder, *folder.parents) if not path.exists()]
+
+
+@contextmanager
+def removed_if_refused(folders: Sequence[Path], config: Any) -> Iterator[None]:
+    """Remove the `folders`, the innermost first, that a run left empty when it was refused: TRL makes them early.
+
+    Raises:
+        ConfigError: in place of a TypeError about one of the `model_init_kwargs` of `config`.
+    """
+    try:
+        yield
+    except BaseException as reason:
+        for folder in folders:
+            with suppress(OSError):  # one that is not empty stays
+                folder.rmdir()
+        unknown = re.search(r"unexpected keyword argument '(\w+)'", str(reason))
+        if isinstance(reason, TypeError) and unknown and unknown[1] in (config.model_init_kwargs or {}):
+            raise ConfigError(f"model_init_kwargs has {unknown[1]!r}, which this model does not know.") from reason
+        raise

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import os
 
 import pytest
+import torch
 from families import family, load, lora, shapes
 
 from shadow_trl import graft
@@ -68,3 +70,15 @@ def test_the_memory_of_every_input_is_given_back(tmp_path, monkeypatch, adapter)
 def test_a_chunk_is_whole_pages_of_any_system_and_small():
     assert stream.CHUNK % 2**16 == 0
     assert 2**20 <= stream.CHUNK <= 2**23  # one for each thread is in memory
+
+
+@pytest.mark.parametrize("cores", [1, 2])
+def test_torch_has_as_many_threads_as_before(tmp_path, monkeypatch, cores):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)))
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        graft(**family(tmp_path), output=tmp_path / "out", digest="none", progress=False)
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)

@@ -145,6 +145,9 @@ def test_a_bin_instruct_becomes_safetensors(tmp_path):
     run(sides, tmp_path / "out")
     assert_equal(load(tmp_path / "out"), wanted)
     assert not list((tmp_path / "out").glob("*.bin*"))
+    for file in (tmp_path / "out").glob("*.safetensors"):
+        with safe_open(file, "pt") as opened:
+            assert opened.metadata() == {"format": "pt"}  # without it transformers loads none
     assert set(json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())["weight_map"]) == set(names)
 
 

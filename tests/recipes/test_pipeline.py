@@ -7,6 +7,8 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -17,12 +19,13 @@ from stages import tuned_weights, weights
 from tiny import preference_data, sft_data
 from trl import ScriptArguments
 
+from shadow_trl.checkpoints.manifest import write_manifest
 from shadow_trl.cli import main as shadow_trl
 from shadow_trl.errors import ConfigError
 from shadow_trl.recipes import pipeline
 from shadow_trl.recipes.data import load_split
 from shadow_trl.recipes.pipeline import main_sft_dpo
-from shadow_trl.recipes.pipeline_options import is_done
+from shadow_trl.recipes.pipeline_options import is_done, read_plan
 from shadow_trl.training.resuming import last_complete
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning:transformers")
@@ -158,6 +161,48 @@ def test_other_rows_in_the_data_of_a_stage_that_is_done_are_refused(
     data.write_text("".join(reversed(rows)))
     assert run("--output_dir", "out") == 2
     assert "dataset_name: 'sha256:" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("role", ["base", "instruct"])
+def test_a_model_that_changed_under_its_name_since_a_stage_was_done_is_refused(
+    ended: dict[str, bytes], role: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = Path(role).resolve()
+    Path(role).unlink()
+    shutil.copytree(model, role)
+    weights = Path(role, "model.safetensors")
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    assert run("--output_dir", "out") == 2
+    assert f"other weights of {role}: since then model.safetensors in {role} changed" in capsys.readouterr().err
+    assert files(Path("out")) == ended
+
+
+def test_data_in_a_folder_is_recorded_by_what_it_holds(workspace: Path) -> None:
+    rows = Path("rows")
+    rows.mkdir()
+    shutil.copy("sft.jsonl", rows / "train.jsonl")
+
+    def record() -> dict[str, Any]:
+        return read_plan(["--config", "pipeline.yaml", "--sft.dataset_name", "rows"]).records["sft"]
+
+    before = record()
+    assert record() == before
+    (rows / "train.jsonl").write_text((rows / "train.jsonl").read_text() + "\n")
+    changed = record()
+    assert {name for name in before if before[name] != changed[name]} == {"dataset_name"}
+
+
+def test_the_origins_of_a_run_are_of_the_revisions_that_the_options_name(tmp_path: Path) -> None:
+    one, two = (digit * 40 for digit in "12")
+    sides = {role: {"source": f"org/{role}", "revision": one, "folder": False} for role in ("base", "instruct")}
+    write_manifest(tmp_path, {"kind": "run", **sides, "policy": sides["base"], "adapter": None, "weights": {}})
+    named = {"base_model": None, "instruct_model": None, "base_revision": None, "instruct_revision": None}
+    for changes in ({}, {"base_revision": two}, {"instruct_model": "org/instruct", "instruct_revision": two}):
+        found = pipeline._origins(tmp_path, SimpleNamespace(**{**named, **changes}))
+        assert str(found.base) == f"org/base@{changes.get('base_revision', one)}"
+        assert str(found.instruct) == f"org/instruct@{changes.get('instruct_revision', one)}"
 
 
 def test_it_goes_on_at_the_stage_that_is_not_done(ended: dict[str, bytes], capsys: pytest.CaptureFixture[str]) -> None:

@@ -312,16 +312,16 @@ def cached(pair, tmp_path: Path, output: str, **changes) -> list[float]:
 
 
 def test_other_weights_and_another_template_are_no_hit(pair, tmp_path):
-    """All in the same folders: by another name alone the data would be others, and so be no hit."""
-    instruct = shutil.copytree(pair[1], tmp_path / "instruct")
-    first = cached((pair[0], instruct), tmp_path, "one", ref_policy="instruct")
-    tokenizer = AutoTokenizer.from_pretrained(instruct)
+    """All else is as it was, folders and options too: with another of these the data are others, and no hit anyway."""
+    sides = pair[0], shutil.copytree(pair[1], tmp_path / "instruct")
+    options = {"ref_policy": "instruct", "allow_wide_gap": True}
+    first = cached(sides, tmp_path, "one", **options)
+    tokenizer = AutoTokenizer.from_pretrained(sides[1])
     tokenizer.chat_template = tokenizer.chat_template.replace("'<|end|>'", "'.<|end|>'")
-    other = cached((pair[0], instruct), tmp_path, "one", ref_policy="instruct", processing_class=tokenizer)
-    assert other != first
+    assert cached(sides, tmp_path, "one", processing_class=tokenizer, **options) != first
     save_model(tmp_path / "other", seed=5, template=True, dtype=torch.bfloat16)
-    shutil.copy(tmp_path / "other" / "model.safetensors", instruct)
-    assert cached((pair[0], instruct), tmp_path, "one", ref_policy="instruct", allow_wide_gap=True) != first
+    shutil.copy(tmp_path / "other" / "model.safetensors", sides[1])
+    assert cached(sides, tmp_path, "one", **options) != first
 
 
 def test_a_new_lora_in_the_same_run_again_is_no_miss(pair, tmp_path, monkeypatch):

@@ -10,12 +10,13 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
+from peft import LoraConfig
 from runs import dpo, settings
 from tiny import make_pair, preference_data, sft_data
-from transformers import BitsAndBytesConfig
+from transformers import AutoModelForSequenceClassification, BitsAndBytesConfig
 from transformers.utils import is_bitsandbytes_available
 
-from shadow_trl import ShadowDPOConfig, ShadowSFTConfig, ShadowSFTTrainer
+from shadow_trl import ShadowDPOConfig, ShadowDPOTrainer, ShadowSFTConfig, ShadowSFTTrainer
 from shadow_trl.errors import ConfigError
 from shadow_trl.training.config import DPO_LOSSES
 from shadow_trl.training.resuming import checkpoint_of, fault_of, last_complete
@@ -131,6 +132,48 @@ def test_trainers_refuse_before_anything_is_made(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+def test_a_model_that_classifies_is_refused(tmp_path: Path) -> None:
+    """As a folder and as an object; TRL fails on it with an AttributeError."""
+    pair = make_pair(tmp_path)
+    model = AutoModelForSequenceClassification.from_pretrained(pair[0])
+    with pytest.raises(ConfigError, match="is a Qwen3ForSequenceClassification, which predicts no tokens"):
+        dpo(pair, tmp_path / "out", model=model)
+    config = json.loads((pair[0] / "config.json").read_text())
+    (pair[0] / "config.json").write_text(json.dumps({**config, "architectures": ["Qwen3Model"]}))
+    with pytest.raises(ConfigError, match="is a Qwen3Model, which predicts no tokens"):
+        dpo(pair, tmp_path / "out", peft_config=LoraConfig(target_modules=["q_proj"], modules_to_save=["score"]))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("above", [False, True])
+def test_a_refusal_after_loading_takes_back_the_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, above: bool
+) -> None:
+    """TRL makes it while the trainer is built; one that was there before, or is not empty, stays."""
+    pair, out = make_pair(tmp_path), tmp_path / "runs/out"
+    if above:
+        (tmp_path / "runs").mkdir()
+    with pytest.raises(ConfigError, match="model_init_kwargs has 'frobnicate'"):
+        dpo(pair, out, model_init_kwargs={"frobnicate": 1})
+
+    def refuse(self: Any, config: Any) -> None:
+        assert out.is_dir()
+        raise ConfigError("refused")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(ShadowDPOTrainer, "_check_loaded", refuse)
+        with pytest.raises(ConfigError, match="refused"):
+            dpo(pair, out)
+    assert (tmp_path / "runs").exists() == above
+    with pytest.raises(ConfigError, match="cannot resume from nowhere"):
+        dpo(pair, out).train(resume_from_checkpoint="nowhere")
+    assert not out.exists()
+    out.mkdir(parents=True)
+    with pytest.raises(ConfigError, match="cannot resume from nowhere"):
+        dpo(pair, out).train(resume_from_checkpoint="nowhere")
+    assert out.is_dir()
+
+
 def test_the_losses_of_dpo_are_those_that_trl_names(tmp_path: Path) -> None:
     """TRL names them in the error of the first batch, and nowhere before."""
     with pytest.raises(ConfigError, match="loss_type"):
@@ -169,6 +212,8 @@ def cut(path: Path) -> None:
         (lambda made: cut(made / "trainer_state.json"), "trainer_state.json"),
         (lambda made: (made / "optimizer.pt").write_bytes(b""), "optimizer.pt"),
         (lambda made: (made / "scheduler.pt").unlink(), "scheduler.pt"),
+        (lambda made: cut(made / "optimizer.pt"), "optimizer.pt is empty or cut short"),
+        (lambda made: (made / "rng_state.pth").touch(), "rng_state.pth is empty or cut short"),
         (lambda made: cut(made / "model.safetensors"), "model.safetensors"),
         (lambda made: (made / "model.safetensors").unlink(), "weights"),
     ],

@@ -18,6 +18,7 @@ from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 from shadow_trl import ShadowDPOConfig, ShadowDPOTrainer, ShadowSFTConfig, ShadowSFTTrainer
 from shadow_trl.checkpoints.manifest import read_manifest
 from shadow_trl.errors import AdapterError, ConfigError, InputError, OutputExistsError
+from shadow_trl.results.lock import RunLock
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning:transformers")
 
@@ -358,6 +359,34 @@ def test_an_error_ends_with_what_is_on_the_disk(pair, tmp_path):
         trainer.graft(tmp_path / "taken")
     assert str(after.value).endswith(f"TUNED is in {tmp_path / 'out'}.")
     assert (tmp_path / "out" / "model.safetensors").is_file()
+
+
+class StopsAfterOne(TrainerCallback):
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == 1:
+            raise KeyboardInterrupt
+
+
+def test_an_interrupted_run_says_what_it_left_and_a_second_one_waits_for_the_first(pair, tmp_path, monkeypatch):
+    trainer = sft(pair, tmp_path / "out", save_strategy="steps", save_steps=1)
+    trainer.add_callback(StopsAfterOne())
+    other = RunLock(tmp_path / "out")
+    other.acquire()
+    with pytest.raises(
+        OutputExistsError, match=r"another run \(process .* is writing to .*out\. .*Nothing was written"
+    ):
+        trainer.train()
+    other.release()
+    with pytest.raises(KeyboardInterrupt) as found:
+        trainer.train()
+    written = [str(tmp_path / "out" / name) for name in ("README.md", "checkpoint-1")]  # TRL's card comes with each
+    assert found.value.ending == f"Written so far: {', '.join(written)}."
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    # What is refused when the model is loaded leaves no folder, which transformers makes before.
+    monkeypatch.setattr(ShadowSFTTrainer, "_check_trained", lambda self: pytest.fail("refused"))
+    with pytest.raises(pytest.fail.Exception):
+        sft(pair, tmp_path / "new" / "run")
+    assert not (tmp_path / "new").exists()
 
 
 def test_output_that_is_an_input_is_refused(tmp_path):

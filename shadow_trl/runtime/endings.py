@@ -1,0 +1,70 @@
+"""The end of a process that people launch: one message on stderr, what is on the disk, and the exit code."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+from ..errors import ShadowError, with_ending
+from .machine import lack
+
+
+class Terminated(BaseException):
+    """SIGTERM came: what is half-done is removed on the way out, as at Ctrl-C."""
+
+
+def exit_code(work: Callable[[], int]) -> int:
+    """Do the work of a process and return its code; print what failed and return its code instead.
+
+    2: bad input. 1: a failure at run time, among them what the machine lacks. 130: Ctrl-C. 143: SIGTERM. Faults of the
+    program itself are raised.
+    """
+    try:
+        with _terminable():
+            return work()
+    except (Exception, KeyboardInterrupt, Terminated) as error:
+        text, code = _told(error)
+        if not text:
+            raise
+    # Every process reports its error: the launcher shows one of them, and not necessarily the first.
+    rank = int(os.environ.get("RANK", "0"))
+    print(f"[process {rank}] {text}" if rank else text, file=sys.stderr, flush=True)
+    return code
+
+
+def _told(error: BaseException) -> tuple[str, int]:
+    """Return the message and the exit code; an empty one for what is nobody's fault but the program's."""
+    ending = getattr(error, "ending", "")
+    if isinstance(error, KeyboardInterrupt):
+        return with_ending("Interrupted", ending), 128 + signal.SIGINT
+    if isinstance(error, Terminated):
+        return with_ending("Terminated", ending), 128 + signal.SIGTERM
+    shown = error if isinstance(error, ShadowError) else lack(error)
+    if shown is not None:
+        shown.ending = ending
+        return f"{type(shown).__name__}: {shown}", shown.exit_code
+    return (with_ending(f"{type(error).__name__}: {error}", ending), 1) if isinstance(error, OSError) else ("", 1)
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """Raise Terminated in the main thread at SIGTERM, unless somebody else has a use for the signal."""
+    ours = threading.current_thread() is threading.main_thread()
+    if not ours or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        yield
+        return
+
+    def terminate(number: int, frame: FrameType | None) -> None:
+        signal.signal(number, signal.SIG_IGN)  # a second one must not stop the cleaning
+        raise Terminated
+
+    signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
