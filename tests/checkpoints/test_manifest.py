@@ -12,8 +12,16 @@ from families import family, lora, shapes
 from huggingface_hub import ModelCard
 
 from shadow_trl import graft
-from shadow_trl.checkpoints.manifest import FORMAT, Entry, as_trained, from_manifest, read_manifest, write_manifest
-from shadow_trl.errors import CheckpointError
+from shadow_trl.checkpoints.manifest import (
+    FORMAT,
+    Entry,
+    as_trained,
+    from_manifest,
+    read_manifest,
+    stage_below,
+    write_manifest,
+)
+from shadow_trl.errors import CheckpointError, InputError
 from shadow_trl.results.cards import write_model_card
 
 
@@ -140,3 +148,17 @@ def test_base_is_the_commit_that_the_run_records(tmp_path, caplog):
     assert f"base is own/base@{commit}, the commit that {tmp_path / 'shadow.json'} records." in caplog.text
     write_manifest(tmp_path, {"kind": "run", "base": {"source": "base"}})  # a folder has no commit
     assert as_trained("base", tmp_path) == "base"
+
+
+def test_an_adapter_on_a_stage_that_is_not_named_is_refused(tmp_path):
+    (tmp_path / "adapter_config.json").write_text("{}")
+    assert stage_below(tmp_path) is None  # of no run
+    names = {role: {"source": str(tmp_path / role), "folder": False} for role in ("base", "policy")}
+    write_manifest(tmp_path, {"kind": "run", "base": names["base"], "policy": names["base"]})
+    assert stage_below(tmp_path) is None  # on BASE itself
+    write_manifest(tmp_path, {"kind": "run", **names})
+    assert stage_below(tmp_path) == (str(tmp_path / "policy"), str(tmp_path / "base"))
+    for role, entry in names.items():
+        write_manifest(tmp_path, {"kind": "run", role: entry})
+        with pytest.raises(InputError, match="does not name what the adapter was trained on, or its BASE"):
+            stage_below(tmp_path)

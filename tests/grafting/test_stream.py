@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import itertools
-import os
+import threading
 
 import pytest
 import torch
-from families import family, load, lora, shapes
+from families import family
 
 from shadow_trl import graft
 from shadow_trl.checkpoints.checkpoint import Checkpoint, Place
@@ -45,40 +45,20 @@ def test_a_weight_is_cut_into_blocks(monkeypatch, weight, first, last, wanted):
     assert list(itertools.islice(blocks_of(weight, first, last), 10)) == wanted
 
 
-@pytest.mark.parametrize("adapter", [False, True])
-def test_the_memory_of_every_input_is_given_back(tmp_path, monkeypatch, adapter):
-    sides = family(tmp_path / "models")
-    if adapter:
-        sides["tuned"] = lora(tmp_path / "adapter")
-    released, original = [], Checkpoint.release
-
-    def release(self, name, start, stop):
-        released.append((self.path.name, name, start, stop))
-        original(self, name, start, stop)
-
-    monkeypatch.setattr(Checkpoint, "release", release)
-    graft(**sides, output=tmp_path / "out", digest="none", progress=False)
-    for name, shape in shapes().items():
-        size = shape[0] if len(shape) == 1 else shape[0] * shape[1]
-        for role in ("instruct",) if adapter else ("base", "instruct", "tuned"):
-            assert (role, name, 0, size) in released
-    factors = {(name, 0, value.numel()) for name, value in load(tmp_path / "adapter").items()}
-    assert {given[1:] for given in released if given[0] == "adapter"} == factors
-    assert len(factors) == (8 if adapter else 0)
-
-
 def test_a_chunk_is_whole_pages_of_any_system_and_small():
     assert stream.CHUNK % 2**16 == 0
     assert 2**20 <= stream.CHUNK <= 2**23  # one for each thread is in memory
 
 
-@pytest.mark.parametrize("cores", [1, 2])
-def test_torch_has_as_many_threads_as_before(tmp_path, monkeypatch, cores):
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)))
-    before = torch.get_num_threads()
-    torch.set_num_threads(3)
+def test_torch_has_as_many_threads_as_before(tmp_path):
+    """In this thread and in one that begins later, which takes the number that was set last in any."""
+    before, later = torch.get_num_threads(), []
+    torch.set_num_threads(2)
     try:
         graft(**family(tmp_path), output=tmp_path / "out", digest="none", progress=False)
-        assert torch.get_num_threads() == 3
+        thread = threading.Thread(target=lambda: later.append(torch.get_num_threads()))
+        thread.start()
+        thread.join()
+        assert [torch.get_num_threads(), *later] == [2, 2]
     finally:
         torch.set_num_threads(before)

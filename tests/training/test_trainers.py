@@ -413,6 +413,10 @@ def test_model_changed_in_memory_is_refused(pair, tmp_path):
         model.model.norm.weight += 1
     with pytest.raises(InputError, match=r"model\.norm\.weight"):
         sft(pair, tmp_path / "out", model=model)
+    model = AutoModelForCausalLM.from_pretrained(pair[0], dtype=torch.float32)
+    model.v_head = torch.nn.Linear(16, 1)
+    with pytest.raises(InputError, match=r"v_head\.weight: absent in .*, \(1, 16\) in memory"):
+        sft(pair, tmp_path / "out", model=model)
     with pytest.raises(InputError, match="no name"):
         sft(pair, tmp_path / "out", model=AutoModelForCausalLM.from_config(tiny_config()))
 
