@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -47,10 +48,14 @@ def is_there(path: Path) -> bool:
     """Whether there is a file at `path`.
 
     Raises:
-        CheckpointError: that cannot be told, as in a folder that may not be entered, or it is a link to nothing.
+        CheckpointError: it may not be read, that cannot be told, as in a folder that may not be entered, or it is a
+            link to nothing.
     """
     try:
-        return stat.S_ISREG(path.stat().st_mode)
+        found = stat.S_ISREG(path.stat().st_mode)
+        if found and not os.access(path, os.R_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        return found
     except (FileNotFoundError, NotADirectoryError) as error:
         if path.is_symlink():
             raise CheckpointError(f"{path} is a link to a file that is not there. Restore it or remove it.") from error

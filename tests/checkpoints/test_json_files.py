@@ -11,6 +11,7 @@ import pytest
 
 from shadow_trl.checkpoints.json_files import Rule, is_file_name, is_there, read_json
 from shadow_trl.errors import CheckpointError
+from shadow_trl.pair.vocabularies import Vocabulary
 
 
 class Inner(TypedDict, total=False):
@@ -69,7 +70,7 @@ def test_infinity_is_a_number_of_configs_and_a_key_may_stand_twice_outside_of_in
 
 
 def test_what_may_not_be_read_is_called_unreadable_not_missing(tmp_path, monkeypatch):
-    path = tmp_path / "x.json"
+    path = tmp_path / "tokenizer.json"
     path.write_text("{}")
 
     def refuse(self: Path, *args: Any, **options: Any) -> Any:
@@ -79,6 +80,10 @@ def test_what_may_not_be_read_is_called_unreadable_not_missing(tmp_path, monkeyp
         patch.setattr(Path, "stat", refuse)
         with pytest.raises(CheckpointError, match=r"cannot read .*Permission denied\. Change its permissions"):
             is_there(path)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "access", lambda path, mode: False)
+        with pytest.raises(CheckpointError, match=r"cannot read .*Permission denied\. Change its permissions"):
+            Vocabulary(tmp_path, "model").exists  # noqa: B018
     monkeypatch.setattr(Path, "read_text", refuse)
     with pytest.raises(CheckpointError, match=r"cannot read .*Permission denied\. Change its permissions"):
         read_json(path)
