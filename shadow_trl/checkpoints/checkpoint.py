@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import CheckpointError, list_names
-from . import hub
+from . import hub, sharded
 from .header import CODES, Header, TensorSpec, dtype_of, load_pickled, pickled_specs, read_header, stamp
 from .hub import Source
 from .json_files import is_there, read_json, unreadable
@@ -254,6 +254,8 @@ class Checkpoint:
             )
         except OSError as error:
             raise unreadable(self.path, error) from error
+        if (in_shards := sharded.way_out(self.path)) is not None:
+            raise CheckpointError(f"{self} holds {in_shards}")
         others = f" It holds {', '.join(found[:5])}, which is no layout that transformers loads." if found else ""
         raise CheckpointError(f"{self} has no weights: none of {', '.join(names)} is in {self.path}.{others}")
 

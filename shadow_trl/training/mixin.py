@@ -30,8 +30,9 @@ from ..pair.templates import check_processing_class, read_templates
 from ..pair.trained_templates import template_rows
 from ..results.folder import check_free
 from ..results.lock import RunLock
+from ..results.parents import missing_parents
 from ..results.written import tells_what_is_written
-from ..runtime.processes import run_on_main
+from ..runtime.processes import run_on_main, together
 from .adapter import (
     announced,
     check_same_start,
@@ -41,13 +42,14 @@ from .adapter import (
     write_start,
 )
 from .config import ShadowArguments
+from .engines import refuse_engines, refuse_lifted, refuse_offloaded, whole_weights
 from .evaluation import GraftedEvaluation
 from .loading import bare_model, dtypes_before, load_adapter, reload_converted
 from .origins import Start
-from .preflight import GRAFTED_FOLDER, check_before_loading, is_conversational, refuse_sharded, refuse_unsupported
+from .preflight import GRAFTED_FOLDER, check_before_loading, is_conversational, refuse_unsupported
 from .resuming import checkpoint_of
 from .saved import as_saved
-from .settings import Forms, bound, check_columns, check_settings, missing_folders, removed_if_refused
+from .settings import Forms, bound, check_columns, check_settings, removed_if_refused
 
 if TYPE_CHECKING:
     from transformers.trainer_utils import TrainOutput
@@ -68,7 +70,8 @@ class ShadowMixin(GraftedEvaluation):
         processing_class: default INSTRUCT's tokenizer or processor, not BASE's.
 
     Raises:
-        ConfigError: options that contradict each other, no INSTRUCT, or sharded training (FSDP, DeepSpeed).
+        ConfigError: options that contradict each other, no INSTRUCT, or an engine that cannot end in a graft
+            (DeepSpeed, FSDP1).
         PairMismatchError: BASE and INSTRUCT do not belong together.
         OutputExistsError: `output_dir` already holds a graft, or is an input of the run.
     """
@@ -86,7 +89,11 @@ class ShadowMixin(GraftedEvaluation):
         if isinstance(given["model"], os.PathLike):
             given["model"] = os.fspath(given["model"])
         config = self._read_config(given)
-        with tells_what_is_written(Path(config.output_dir)):  # transformers makes the folder before we know all
+        # transformers makes the folder before we know all
+        with (
+            tells_what_is_written(Path(config.output_dir)),
+            together(config.distributed_state, what="the start of the run"),
+        ):
             self._set_up(call, config, base_model=base_model, instruct_model=instruct_model)
 
     def _set_up(
@@ -95,6 +102,7 @@ class ShadowMixin(GraftedEvaluation):
         """Check everything that can be checked before training, and let TRL make its trainer."""
         given = call.arguments
         refuse_unsupported(config)
+        refuse_engines(config)
         check_settings(config, given.get("quantization_config"))
         if given.get("formatting_func") is None:
             for name in ("train_dataset", "eval_dataset"):
@@ -104,7 +112,7 @@ class ShadowMixin(GraftedEvaluation):
         self.graft_report: GraftReport | None = None
         check_before_loading(start, config, given)
         self._choose_processing_class(config, given)
-        self._made = missing_folders(Path(config.output_dir))
+        self._made = missing_parents(Path(config.output_dir))
         with removed_if_refused(self._made, config):
             self._choose_reference(config, given)
             if start.loads_adapter:
@@ -120,9 +128,10 @@ class ShadowMixin(GraftedEvaluation):
     def _check_loaded(self, config: Any) -> None:
         """Find in the model that will be trained what would keep the run from ending in a graft."""
         start = self._start
-        refuse_sharded(fsdp=self.is_fsdp_enabled, deepspeed=self.is_deepspeed_enabled)
         grafts = config.graft or config.eval_grafted
         if grafts:
+            refuse_offloaded(self.model)
+            refuse_lifted(self.accelerator, self.model)
             self._check_trained()
         if grafts and start.adapter_on_base:
             check_left_out(
@@ -136,6 +145,10 @@ class ShadowMixin(GraftedEvaluation):
         Arguments and return value are those of `transformers.Trainer.train`. With `graft=False`, and within a
         hyperparameter search, nothing is saved or grafted at the end. The report of the graft is in `graft_report`.
         """
+        with together(self.accelerator, what="training"):
+            return self._train(*args, **kwargs)
+
+    def _train(self, *args: Any, **kwargs: Any) -> TrainOutput:
         call = inspect.signature(super().train).bind(*args, **kwargs)
         lock, given = RunLock(Path(self.args.output_dir)), call.arguments
         with tells_what_is_written(Path(self.args.output_dir)):
@@ -168,7 +181,8 @@ class ShadowMixin(GraftedEvaluation):
             InputError: the pair, the options or the output folder do not allow the graft.
             GraftError: the graft failed; nothing half-done is left, TUNED is saved.
         """
-        self.save_model()
+        with together(self.accelerator, what="saving TUNED for the graft"):
+            self.save_model()
         self.graft_report = self._write_graft(self.args.output_dir, Path(output or self._grafted_folder))
         for warning in self.graft_report.warnings:
             logger.warning(warning)
@@ -177,7 +191,6 @@ class ShadowMixin(GraftedEvaluation):
 
     def _write_graft(self, tuned: str, output: Path, **changes: Any) -> GraftReport:
         instruct, base = str(self._start.instruct), str(self._start.base)
-        self.accelerator.wait_for_everyone()
 
         @ends_with(f"TUNED is in {tuned}.", instead=True)
         def write() -> GraftReport:
@@ -192,6 +205,12 @@ class ShadowMixin(GraftedEvaluation):
 
         return run_on_main(self.accelerator, write, what="the graft")
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As in `Trainer`; whole weights where a graft will read them, whatever the engine keeps for itself."""
+        read = self.args.graft and (not _internal_call or self.args.graft_every_save)
+        with whole_weights(self.accelerator, wanted=read):
+            super().save_model(output_dir, _internal_call)
+
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         super()._save_checkpoint(model, trial)
         if self.args.graft and self.args.graft_every_save:
@@ -202,11 +221,16 @@ class ShadowMixin(GraftedEvaluation):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         check_same_start(resume_from_checkpoint, None if self.origins.adapter else self._adapter_start)
         super()._load_from_checkpoint(resume_from_checkpoint, model)
-        reload_converted(self.model, resume_from_checkpoint)
+        self._reload_converted(resume_from_checkpoint)
 
     def _load_best_model(self) -> None:
         super()._load_best_model()
-        reload_converted(self.model, str(self.state.best_model_checkpoint))
+        self._reload_converted(str(self.state.best_model_checkpoint))
+
+    def _reload_converted(self, folder: str) -> None:
+        # FSDP has files of its own, by the names in memory.
+        if not self.is_fsdp_enabled:
+            reload_converted(self.model, folder)
 
     # What belongs together passes through here, at the end and in every checkpoint: a run that dies leaves the files of
     # the run before as they were.

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from accelerate.logging import get_logger
-from accelerate.utils import parse_flag_from_env
 
 from ..adapters.kinds import check_has_delta, is_subtracted, kind_of, lost_start, more_than_a_product, start_setting
 from ..checkpoints.checkpoint import Checkpoint
@@ -33,33 +32,19 @@ def refuse_unsupported(config: Any) -> None:
     """Refuse options of a config with which no graft could be written or published.
 
     Raises:
-        ConfigError: `push_to_hub`, FSDP, DeepSpeed, or a `chat_template_path` that resizes the embeddings.
+        ConfigError: `push_to_hub`, or a `chat_template_path` that resizes the embeddings.
     """
     if config.push_to_hub:
         raise ConfigError(
             "push_to_hub=True would publish the tuned BASE, not the graft. Pass push_to_hub=False and upload the "
             f"folder {GRAFTED_FOLDER}/ when the run has ended."
         )
-    refuse_sharded(
-        fsdp=config.fsdp or parse_flag_from_env("ACCELERATE_USE_FSDP"),
-        deepspeed=config.deepspeed or parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"),
-    )
     template = getattr(config, "chat_template_path", None)
     if template and not (os.path.isfile(template) and template.endswith((".jinja", ".j2"))):
         raise ConfigError(
             f"chat_template_path={template!r} would resize the embeddings of BASE, which then no longer fit INSTRUCT. "
             "Leave it out (INSTRUCT's template is used) or give a .jinja file."
         )
-
-
-def refuse_sharded(*, fsdp: Any, deepspeed: Any) -> None:
-    """Refuse what is true of the two ways to train in shards with ConfigError."""
-    for name, used in (("FSDP", fsdp), ("DeepSpeed", deepspeed)):
-        if used:
-            raise ConfigError(
-                f"{name} is not supported: TUNED would be saved in shards or not at all, and the graft would read an "
-                "incomplete model. Launch with plain data parallelism (accelerate launch --multi_gpu)."
-            )
 
 
 def check_before_loading(start: Start, config: Any, given: Mapping[str, Any]) -> None:

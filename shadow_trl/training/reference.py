@@ -23,7 +23,7 @@ from ..grafting.options import GraftOptions
 from ..layouts.model_names import ModelNames
 from ..operations.graft import graft
 from ..results.folder import Scratch
-from ..runtime.processes import run_on_main
+from ..runtime.processes import check_shared, run_on_main
 from .loading import Loading, bare_model, dtypes_before, is_adapted
 from .origins import Start
 from .preflight import GRAFTED_FOLDER
@@ -117,7 +117,9 @@ def shared_scratch(state: Accelerator | PartialState, output_dir: str) -> Iterat
         def make() -> str:
             return str(kept.enter_context(Scratch(Path(output_dir, GRAFTED_FOLDER))).part)
 
-        yield Path(run_on_main(state, make, what="a folder for the time of the run"))
+        folder = Path(run_on_main(state, make, what="a folder for the time of the run"))
+        check_shared(state, folder, what="the graft that all processes load")
+        yield folder
         state.wait_for_everyone()  # not after an error, which the others may not have: they would not come
 
 
@@ -188,14 +190,23 @@ def prepared(
     from trl.trainer.utils import add_fused_lm_head
 
     add_fused_lm_head(bare_model(model), outputs=outputs)
-    ready = accelerator.prepare_model(model, evaluation_mode=True)
+    if getattr(accelerator.state, "fsdp_plugin", None) is not None:
+        from trl.models.utils import prepare_fsdp
+
+        ready: Any = prepare_fsdp(model, accelerator)
+    else:
+        ready = accelerator.prepare_model(model, evaluation_mode=True)
     try:
         yield ready
     finally:
-        # The accelerator keeps a list of every model it prepared; dropping one's own name alone frees nothing.
-        accelerator._models = [kept for kept in accelerator._models if kept is not ready]
+        release(ready, accelerator)
         del model, ready
         clear_device_cache(garbage_collection=True)
+
+
+def release(model: Any, accelerator: Accelerator) -> None:
+    """Drop `model` from the accelerator's list of what it prepared: to drop one's own name alone would free nothing."""
+    accelerator._models = [kept for kept in accelerator._models if kept is not model]
 
 
 def decide_precompute(config: Any, given: Mapping[str, Any], *, preferred: bool) -> None:
@@ -278,12 +289,19 @@ def shared_on_disk(dataset: Any, accelerator: Accelerator) -> Any:
 
     TRL's cache of reference log probabilities is beside the data's file. Data in memory has one temporary folder a
     process, where the other processes find nothing.
+
+    Raises:
+        ConfigError: the processes are on machines that do not share the folder of that file.
     """
     import datasets
 
-    if accelerator.num_processes == 1 or not isinstance(dataset, datasets.Dataset) or dataset.cache_files:
+    if accelerator.num_processes == 1 or not isinstance(dataset, datasets.Dataset):
         return dataset
     folder = Path(datasets.config.HF_DATASETS_CACHE) / "shadow_trl" / dataset._fingerprint
+    kept = Path(dataset.cache_files[0]["filename"]) if dataset.cache_files else folder
+    check_shared(accelerator, kept.parent, what="the reference log probabilities")
+    if dataset.cache_files:
+        return dataset
 
     def save() -> str:
         if not folder.exists():

@@ -15,6 +15,10 @@ from ..errors import ConfigError, InputError, list_names
 
 logger = get_logger(__name__)
 
+# Written by `Trainer`; by FSDP, whole and in shards, of which the metadata are written last.
+_OPTIMIZER = ("optimizer.pt", "optimizer.bin", "optimizer_0/.metadata")
+_FSDP = ("pytorch_model_fsdp.bin", "pytorch_model_fsdp_0/.metadata")
+
 
 def fault_of(checkpoint: Path) -> str | None:
     """Return why a checkpoint cannot be resumed from, None where it is complete.
@@ -27,12 +31,14 @@ def fault_of(checkpoint: Path) -> str | None:
         json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return "trainer_state.json is missing or cut short"
-    for name in ("optimizer.pt", "scheduler.pt"):
-        if not (checkpoint / name).is_file():
-            return f"{name} is missing (save_only_model leaves it out)"
-    for path in sorted(checkpoint.glob("*.pt*")):  # *.pth: the state of the random generators
+    for names in (_OPTIMIZER, ("scheduler.pt",)):
+        if not any((checkpoint / name).is_file() for name in names):
+            return f"{names[0]} is missing (save_only_model leaves it out)"
+    for path in sorted([*checkpoint.glob("*.pt*"), *checkpoint.glob("*.bin")]):  # *.pth: the random generators
         if not zipfile.is_zipfile(path):
             return f"{path.name} is empty or cut short"
+    if any((checkpoint / name).is_file() for name in _FSDP):
+        return None  # beside it there are whole weights only where a graft was to read them
     try:
         Checkpoint.open(checkpoint)
     except InputError as reason:

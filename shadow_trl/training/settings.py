@@ -9,11 +9,12 @@ import math
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError
+from ..results.parents import remove_empty
 
 _LEAST = {
     "per_device_train_batch_size": 1,
@@ -142,14 +143,9 @@ def bound(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str,
     return signature.bind(*args, **kwargs)
 
 
-def missing_folders(folder: Path) -> list[Path]:
-    """Return `folder` and those above it, as far as they do not exist yet, the innermost first."""
-    return [path for path in (folder, *folder.parents) if not path.exists()]
-
-
 @contextmanager
-def removed_if_refused(folders: Sequence[Path], config: Any) -> Iterator[None]:
-    """Remove the `folders`, the innermost first, that a run left empty when it was refused: TRL makes them early.
+def removed_if_refused(folders: list[Path], config: Any) -> Iterator[None]:
+    """Remove the `folders`, outermost first, that a run left empty when it was refused: TRL makes them early.
 
     Raises:
         ConfigError: in place of a TypeError about one of the `model_init_kwargs` of `config`.
@@ -157,9 +153,7 @@ def removed_if_refused(folders: Sequence[Path], config: Any) -> Iterator[None]:
     try:
         yield
     except BaseException as reason:
-        for folder in folders:
-            with suppress(OSError):  # one that is not empty stays
-                folder.rmdir()
+        remove_empty(folders)
         unknown = re.search(r"unexpected keyword argument '(\w+)'", str(reason))
         if isinstance(reason, TypeError) and unknown and unknown[1] in (config.model_init_kwargs or {}):
             raise ConfigError(f"model_init_kwargs has {unknown[1]!r}, which this model does not know.") from reason

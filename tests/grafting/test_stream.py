@@ -1,4 +1,4 @@
-"""The pipeline of a graft: how a weight is cut into blocks, and that memory is given back."""
+"""The pipeline of a graft: how a weight is cut into blocks, and what a graft takes of the machine."""
 
 from __future__ import annotations
 
