@@ -216,7 +216,7 @@ def judge_message(tally: Tally, label: str, ended: Ended, changed: bool | None =
         tally.fault("hangs", f"{label}: more than {LIMIT:.0f} processor seconds or {PATIENCE:.0f} s")
         return
     if "Traceback (most recent call last)" in ended.err:
-        tally.fault("tracebacks", f"{label}: {ended.err.strip().splitlines()[-1][:200]}")
+        tally.fault("tracebacks", f"{label}: {ended.err.strip()[-3000:]}")
     elif ended.code < 0 and -ended.code not in (signal.SIGKILL,):
         tally.fault("tracebacks", f"{label}: died of signal {-ended.code} without a word")
     elif ended.code > 0 and not (ended.err + ended.out).strip():
