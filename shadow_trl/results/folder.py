@@ -19,6 +19,7 @@ from typing import Self
 
 from ..checkpoints.manifest import MANIFEST_NAME, read_manifest
 from ..errors import CheckpointError, ConfigError, GraftError, OutputExistsError, list_names
+from ..runtime.endings import undisturbed
 from ..runtime.machine import free_bytes, is_full
 from .lock import RunLock, spelt_once
 from .parents import make_parents, remove_empty
@@ -49,38 +50,45 @@ class Scratch:
     def __enter__(self) -> Self:
         _remove_dead(self.path)
         try:
-            self._made = make_parents(self.path.parent)
-            for _ in range(_TRIES):
-                self.part.mkdir(self.mode)
-                self._held = _lock(self.part)
-                if self._held >= 0 and self.part.exists():
-                    break
-                # Another run that starts now may take it for one of a dead run before it is locked.
-                shutil.rmtree(self.part, ignore_errors=True)
-                self.part = self._new_part()
-            else:  # a file system without locks
-                self.part.mkdir(self.mode)
-        except OSError as error:
-            self._discard()
-            raise GraftError(f"cannot write to {self.path}: {error.strerror}.") from error
+            with undisturbed():
+                self._make_part()
+        except BaseException as error:
+            self._leave()
+            if isinstance(error, OSError):
+                raise GraftError(f"cannot write to {self.path}: {error.strerror}.") from error
+            raise
         return self
 
+    def _make_part(self) -> None:
+        self._made = make_parents(self.path.parent)
+        for _ in range(_TRIES):
+            self.part.mkdir(self.mode)
+            self._held = _lock(self.part)
+            if self._held >= 0 and self.part.exists():
+                return
+            # Another run that starts now may take it for one of a dead run before it is locked.
+            shutil.rmtree(self.part, ignore_errors=True)
+            self.part = self._new_part()
+        self.part.mkdir(self.mode)  # a file system without locks
+
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if self.part.exists():  # not committed
-            self._discard()
-        if self._held >= 0:
-            os.close(self._held)
+        with undisturbed():
+            self._leave()
         if is_full(error):
             raise GraftError(
                 f"the disk of {self.path} is full ({free_bytes(self.path):,} bytes free). Make room or write elsewhere."
             ) from error
 
+    def _leave(self) -> None:
+        if self.part.exists():  # not committed
+            shutil.rmtree(self.part, ignore_errors=True)
+            remove_empty(self._made)
+        if self._held >= 0:
+            os.close(self._held)
+            self._held = -1
+
     def _new_part(self) -> Path:
         return self.path.with_name(f".{self.path.name}.{_PART}-{os.getpid()}-{next(_NUMBERS)}")
-
-    def _discard(self) -> None:
-        shutil.rmtree(self.part, ignore_errors=True)
-        remove_empty(self._made)
 
 
 class OutputFolder(Scratch):
@@ -107,13 +115,16 @@ class OutputFolder(Scratch):
         self._lock = RunLock(self.path)
 
     def __enter__(self) -> Self:
-        made = make_parents(self.path.parent)
+        made: list[Path] = []
         try:
-            self._lock.acquire()
-            _restore(self.path)
-            check_free(self.path, self.overwrite, self.kind)
-            super().__enter__()
+            with undisturbed():
+                made += make_parents(self.path.parent)
+                self._lock.acquire()
+                _restore(self.path)
+                check_free(self.path, self.overwrite, self.kind)
+                super().__enter__()
         except BaseException:
+            self._leave()
             self._lock.release()
             remove_empty(made)
             raise
@@ -121,11 +132,12 @@ class OutputFolder(Scratch):
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        try:
-            super().__exit__(kind, error, trace)
-        finally:
-            self._lock.release()
-            remove_empty(self._made)
+        with undisturbed():
+            try:
+                super().__exit__(kind, error, trace)
+            finally:
+                self._lock.release()
+                remove_empty(self._made)
 
     def commit(self) -> None:
         """Sync everything and move the result to its place; an older result is removed after that.
@@ -135,6 +147,10 @@ class OutputFolder(Scratch):
         """
         for path in (*self.part.rglob("*"), self.part):
             sync(path)
+        with undisturbed():
+            self._take_place()
+
+    def _take_place(self) -> None:
         check_free(self.path, self.overwrite, self.kind)
         old = _free_old(self.path)
         try:

@@ -10,6 +10,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from ..errors import GraftError, OutputExistsError
+from ..runtime.endings import Terminated, undisturbed
 from ..runtime.machine import is_full
 
 _LOCK = "shadow-lock"
@@ -39,6 +40,14 @@ class RunLock:
     def acquire(self) -> None:
         """Take it; OutputExistsError where another run has it, GraftError where nothing can be written beside it."""
         try:
+            with undisturbed():
+                self._take()
+        except (KeyboardInterrupt, Terminated):
+            self.release()
+            raise
+
+    def _take(self) -> None:
+        try:
             self._lock.acquire()
             self._file.write_text(f"process {os.getpid()} on {socket.gethostname()}", encoding="utf-8")
         except Timeout as error:
@@ -55,6 +64,7 @@ class RunLock:
 
     def release(self) -> None:
         """Give it back; where it is not held nothing is done."""
-        if self._lock.is_locked:
-            self._file.unlink(missing_ok=True)  # while it is held: a next holder makes a file of its own
-            self._lock.release()
+        with undisturbed():
+            if self._lock.is_locked:
+                self._file.unlink(missing_ok=True)  # while it is held: a next holder makes a file of its own
+                self._lock.release()

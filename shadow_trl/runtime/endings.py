@@ -52,10 +52,32 @@ def _told(error: BaseException) -> tuple[str, int]:
 
 
 @contextmanager
+def undisturbed() -> Iterator[None]:
+    """Let Ctrl-C and SIGTERM wait until the block has ended: its steps on the disk belong together."""
+    before: dict[int, Callable[[int, FrameType | None], object]] = {}
+    waiting: list[int] = []
+    try:
+        for number in (signal.SIGINT, signal.SIGTERM) if _in_main_thread() else ():
+            handler = signal.getsignal(number)
+            if callable(handler):  # else the process ends at once, or never
+                before[number] = handler
+                signal.signal(number, lambda number, _: waiting.append(number))
+        yield
+    finally:
+        for known, handler in before.items():
+            signal.signal(known, handler)
+        for came in waiting:
+            before[came](came, None)
+
+
+def _in_main_thread() -> bool:
+    return threading.current_thread() is threading.main_thread()
+
+
+@contextmanager
 def _terminable() -> Iterator[None]:
     """Raise Terminated in the main thread at SIGTERM, unless somebody else has a use for the signal."""
-    ours = threading.current_thread() is threading.main_thread()
-    if not ours or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+    if not _in_main_thread() or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
         yield
         return
 

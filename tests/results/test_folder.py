@@ -6,12 +6,14 @@ import mmap
 import os
 import resource
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 from kills import killed_at_every_step
 from safetensors import SafetensorError
 from safetensors.torch import save_file
@@ -410,3 +412,28 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path):
         new.write_text("new")
     assert path.read_text() == "new"
     assert siblings(path) == ["figures.json"]
+
+
+@pytest.mark.parametrize("step", ["mkdir", "acquire", "rename", "remove", "release"])
+def test_an_interrupt_within_a_step_on_the_disk_leaves_nothing_half_done(tmp_path, monkeypatch, step):
+    """Each step is interrupted while it is done; what it belongs to is finished first, or taken back."""
+    path = tmp_path / "out"
+    make(path, "old")
+    places = {
+        "mkdir": (Path, "mkdir"), "acquire": (FileLock, "acquire"), "rename": (folder.os, "rename"),
+        "remove": (folder, "_remove_old"), "release": (FileLock, "release"),
+    }  # fmt: skip
+    owner, name = places[step]
+    original = getattr(owner, name)
+
+    def interrupted(*args, **kwargs):
+        monkeypatch.setattr(owner, name, original)
+        result = original(*args, **kwargs)
+        os.kill(os.getpid(), signal.SIGINT)
+        return result
+
+    monkeypatch.setattr(owner, name, interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        make(path, "new", overwrite=True)
+    assert (path / "file").read_text() == ("old" if step in ("mkdir", "acquire") else "new")
+    assert [found.name for found in tmp_path.iterdir()] == ["out"]

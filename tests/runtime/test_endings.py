@@ -13,7 +13,7 @@ import pytest
 from shadow_trl.errors import ConfigError, GraftError, ends_with
 from shadow_trl.results.folder import Scratch
 from shadow_trl.results.written import tells_what_is_written
-from shadow_trl.runtime.endings import exit_code
+from shadow_trl.runtime.endings import exit_code, undisturbed
 
 
 def ending(capsys, work) -> tuple[int, str]:
@@ -80,3 +80,25 @@ def test_a_use_that_others_have_for_sigterm_is_left_to_them(capsys):
     thread.start()
     thread.join()
     assert codes == [0]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signals_wait_for_steps_that_belong_together(number, capsys):
+    steps = []
+
+    def work() -> int:
+        with undisturbed():
+            steps.append("first")
+            os.kill(os.getpid(), number)
+            with undisturbed():
+                os.kill(os.getpid(), number)
+                steps.append("second")
+            steps.append("third")
+        steps.append("never")
+        return 0
+
+    assert exit_code(work) == 128 + number
+    assert steps == ["first", "second", "third"]
+    assert capsys.readouterr().err.startswith(("Interrupted", "Terminated"))
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
