@@ -21,13 +21,12 @@ from trl.trainer.utils import get_config_model_id
 from ..adapters.kinds import START_FOLDER
 from ..checkpoints.digests import weight_digests
 from ..checkpoints.manifest import write_manifest
-from ..errors import ends_with, list_names
+from ..errors import ends_with
 from ..grafting.options import BASE_DTYPES
 from ..grafting.reports import GraftReport
-from ..operations.checks import check_left_out, check_trained
+from ..operations.checks import check_left_out
 from ..operations.graft import graft
-from ..pair.templates import check_processing_class, read_templates
-from ..pair.trained_templates import template_rows
+from ..pair.templates import check_processing_class
 from ..results.folder import check_free
 from ..results.lock import RunLock
 from ..results.parents import missing_parents
@@ -48,7 +47,7 @@ from .loading import bare_model, dtypes_before, load_adapter, reload_converted
 from .origins import Start
 from .preflight import GRAFTED_FOLDER, check_before_loading, is_conversational, refuse_unsupported
 from .resuming import checkpoint_of
-from .saved import as_saved
+from .saved import check_as_saved
 from .settings import Forms, bound, check_columns, check_settings, removed_if_refused
 
 if TYPE_CHECKING:
@@ -132,7 +131,7 @@ class ShadowMixin(GraftedEvaluation):
         if grafts:
             refuse_offloaded(self.model)
             refuse_lifted(self.accelerator, self.model)
-            self._check_trained()
+            check_as_saved(start, self.model, self.processing_class, config.graft_options())
         if grafts and start.adapter_on_base:
             check_left_out(
                 base=str(start.base), instruct=str(start.instruct), adapter=announced(self.model),
@@ -258,27 +257,6 @@ class ShadowMixin(GraftedEvaluation):
     def _data_forms(self, config: Any) -> Forms:
         """Return the forms of data that the trainer takes, each by the columns that it needs; none: not checked."""
         return ()
-
-    def _check_trained(self) -> None:
-        """Find before the first step what would be found wrong with the model after the last."""
-        start = self._start
-        with as_saved(self.model, self.processing_class) as tuned:
-            if start.stage is not None:
-                before = template_rows(read_templates(Path(start.stage)), read_templates(tuned.path), ("before", "now"))
-                if before:
-                    logger.warning(
-                        "%s was trained with another chat template than this run:\n%s\nTo train with that one, pass "
-                        "its tokenizer as processing_class.", start.stage, list_names(before),
-                    )  # fmt: skip
-            for warning in check_trained(
-                base=str(start.base),
-                instruct=str(start.instruct),
-                tuned=tuned,
-                adapter=start.adapter is not None,
-                has_weights=not start.is_quantised,
-                **self.args.graft_options(),
-            ):
-                logger.warning(warning)
 
     def _choose_processing_class(self, config: Any, given: dict[str, Any]) -> None:
         instruct = self.origins.instruct
