@@ -175,7 +175,9 @@ def load_pickled(path: Path, device: str = "cpu") -> dict[str, torch.Tensor]:
         ) from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} is not a dictionary of tensors. Give a safetensors checkpoint.")
-    wrong = [f"{name!r}  {what}" for name, value in content.items() if (what := _not_plain(name, value, device))]
+    wrong = [
+        f"{name!r}  {what}" for name, value in content.items() if (what := _not_plain(name, value, device, archive))
+    ]
     # Views of few numbers can stand for any number of them.
     views = sum(value.nbytes for value in content.values() if not wrong and not value.is_contiguous())
     if not wrong and views > path.stat().st_size:
@@ -189,7 +191,7 @@ def load_pickled(path: Path, device: str = "cpu") -> dict[str, torch.Tensor]:
     return {name: tensor.detach() for name, tensor in content.items()}
 
 
-def _not_plain(name: Any, value: Any, device: str) -> str:
+def _not_plain(name: Any, value: Any, device: str, archive: bool) -> str:
     """Return what an entry of a .bin file is, where it is no name with a plain tensor; else ""."""
     import torch
 
@@ -199,6 +201,8 @@ def _not_plain(name: Any, value: Any, device: str) -> str:
         return "is no name"
     if value.device.type != device or value.layout != torch.strided or value.is_quantized:
         return f"is a tensor of another kind: {value.device}, {value.layout}, {value.dtype}"
+    if archive and device == "meta" and getattr(value.untyped_storage(), "_checkpoint_offset", None) is None:
+        return "is a tensor without values"  # it was on the device meta when it was saved
     return ""
 
 

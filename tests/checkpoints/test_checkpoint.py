@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 
 from shadow_trl.checkpoints.checkpoint import Checkpoint, Place
 from shadow_trl.checkpoints.delta import Zeros
-from shadow_trl.checkpoints.header import dtype_of, read_header
+from shadow_trl.checkpoints.header import dtype_of, pickled_specs, read_header
 from shadow_trl.checkpoints.overlay import Overlay
 from shadow_trl.errors import CheckpointError, GraftError
 
@@ -361,3 +361,9 @@ def test_every_dtype_of_the_format_is_known_with_its_size(tmp_path, code):
         save_file({"w": torch.zeros(8, dtype=torch.uint8).to(dtype)}, tmp_path / "saved.safetensors")
         spec = read_header(tmp_path / "saved.safetensors").specs["w"]
         assert (spec.code, spec.itemsize, spec.is_float) == (code, bits // 8, code in ("F64", "F32", "F16", "BF16"))
+
+
+def test_a_bin_file_with_a_tensor_without_values_is_refused_before_it_is_compared(tmp_path):
+    torch.save({"w": torch.empty(2, device="meta"), "v": torch.ones(2)}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match=r"pytorch_model\.bin(.|\n)*'w'  is a tensor without values"):
+        pickled_specs(tmp_path / "pytorch_model.bin")
