@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import shutil
 from pathlib import Path
 
@@ -267,3 +268,4 @@ def test_a_next_stage_is_told_of_another_template_than_the_run_before(full_run, 
     ShadowSFTTrainer(model=str(before), **options)
     assert f"{before} was trained with another chat template than this run" in caplog.text
     assert "template 'default', from character" in caplog.text
+    assert re.findall(r"^ +(before|now) ", caplog.text, re.MULTILINE) == ["before", "now"]

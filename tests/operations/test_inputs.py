@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from shadow_trl import extract_delta, graft, verify
 from shadow_trl.adapters import repoint
 from shadow_trl.checkpoints.manifest import Entry, read_manifest, write_manifest
-from shadow_trl.errors import CheckpointError, ConfigError, GraftError
+from shadow_trl.errors import AdapterError, CheckpointError, ConfigError, GraftError
 from shadow_trl.grafting import stream as stream_module
 from shadow_trl.operations.checks import check_graft
 
@@ -261,3 +261,10 @@ def test_a_digest_names_its_kind_and_verify_says_what_it_finds(tmp_path, digest,
     tensors = load(sides["tuned"])
     save_file(tensors, sides["tuned"] / "model.safetensors", metadata={"format": "pt", "note": "other"})
     assert verify(tmp_path / "out", progress=False).digests == (["tuned: model.safetensors"] if hashed else [])
+
+
+def test_an_adapter_in_the_place_of_a_model_is_named_by_its_role(tmp_path):
+    sides, adapter = family(tmp_path), lora(tmp_path / "adapter")
+    for role in ("base", "instruct"):
+        with pytest.raises(AdapterError, match=rf"^{role} {adapter} is an adapter, not a model\. Merge it first"):
+            graft(**{**sides, role: adapter}, output=tmp_path / "out", progress=False)
