@@ -383,7 +383,7 @@ def test_an_interrupted_run_says_what_it_left_and_a_second_one_waits_for_the_fir
     assert found.value.ending == f"Written so far: {', '.join(written)}."
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     # What is refused when the model is loaded leaves no folder, which transformers makes before.
-    monkeypatch.setattr(ShadowSFTTrainer, "_check_loaded", lambda self: pytest.fail("refused"))
+    monkeypatch.setattr(ShadowSFTTrainer, "_check_loaded", lambda *_: pytest.fail("refused"))
     with pytest.raises(pytest.fail.Exception):
         sft(pair, tmp_path / "new" / "run")
     assert not (tmp_path / "new").exists()
