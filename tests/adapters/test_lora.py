@@ -8,13 +8,14 @@ import pytest
 import torch
 from families import LINEAR, family, load, lora, moved, shapes, write
 from hub_cache import into_cache
+from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 
 from shadow_trl import graft
 from shadow_trl.adapters.kinds import kind_of
 from shadow_trl.adapters.lora import streams
 from shadow_trl.checkpoints.checkpoint import Checkpoint
-from shadow_trl.checkpoints.manifest import read_manifest
+from shadow_trl.checkpoints.manifest import read_manifest, write_manifest
 from shadow_trl.errors import AdapterError, ConfigError, GraftError
 
 BF16, FP32 = torch.bfloat16, torch.float32
@@ -314,3 +315,38 @@ def test_an_untie_without_effect_is_reported(sides, tmp_path):
 def test_other_types_mean_the_same_delta_on_instruct_with_some_settings_only(config, same):
     assert kind_of(config).needs_base
     assert (kind_of(config).obstacles == ()) is same
+
+
+def test_settings_that_do_not_change_the_product_stand_in_no_way():
+    """Where it is from, how it was trained and where it sits; as PEFT stores them."""
+    config = LoraConfig(
+        task_type="CAUSAL_LM", inference_mode=True, revision="v1", base_model_name_or_path="a/b", lora_dropout=0.1, r=4,
+        target_modules=["q_proj"], exclude_modules=["x"], lora_alpha=3, use_rslora=True, layers_to_transform=[0],
+        layers_pattern="layers", rank_pattern={"q_proj": 2}, alpha_pattern={"q_proj": 2}, init_lora_weights="gaussian",
+    ).to_dict()  # fmt: skip
+    config["peft_type"] = "LORA"
+    assert not kind_of(config).obstacles
+    assert kind_of({**config, "a_setting_of_the_future": 1}).obstacles
+
+
+@pytest.mark.parametrize(
+    ("changes", "how"),
+    [
+        ({}, "Its delta is the exact product of its factors"),
+        ({"use_dora": True}, "worked out on the BASE that is given"),
+    ],
+)
+def test_an_adapter_trained_on_a_quantised_base_is_said_to_be(sides, tmp_path, changes, how):
+    adapter = lora(tmp_path / "adapter", **changes)
+    if changes:
+        shapes_of = {name: value.shape for name, value in load(adapter).items()}
+        more = {
+            name.replace("lora_B.weight", "lora_magnitude_vector"): torch.ones(shape[0])
+            for name, shape in shapes_of.items() if "lora_B" in name
+        }  # fmt: skip
+        save_file({**load(adapter), **more}, adapter / "adapter_model.safetensors")
+    entry = {"source": str(sides["base"]), "revision": None, "digests": None, "folder": True}
+    write_manifest(adapter, {"kind": "run", "base": entry, "policy": entry, "instruct": None, "quantised": "nf4"})
+    report = graft(**{**sides, "tuned": adapter}, output=tmp_path / "out", progress=False)
+    (said,) = [warning for warning in report.warnings if "quantised by nf4" in warning]
+    assert how in said

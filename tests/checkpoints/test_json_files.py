@@ -59,7 +59,8 @@ def test_each_value_of_the_wrong_kind_is_named(tmp_path, content, lines):
         read_json(path, Outer)
     head, *found, _ = str(caught.value).split("\n")
     assert [line.strip() for line in found] == lines
-    assert head.startswith(f"cannot use {path}: {len(lines)} value")
+    verb = "value of it is" if lines[1:] == [] else "values of it are"
+    assert head == f"cannot use {path}: {len(lines)} {verb} of the wrong kind."
 
 
 def test_infinity_is_a_number_of_configs_and_a_key_may_stand_twice_outside_of_indices(tmp_path):

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from runs import settings
 from safetensors.torch import load_file, save_file
@@ -20,6 +21,7 @@ from transformers import (
 
 from shadow_trl import ShadowSFTConfig, ShadowSFTTrainer, extract_delta, graft
 from shadow_trl.errors import ConfigError, InputError, OutputExistsError, PairMismatchError
+from shadow_trl.training.preflight import is_conversational
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -237,3 +239,9 @@ def test_the_branch_main_of_a_folder_is_the_folder(pair, tmp_path):
     """TRL's own scripts pass `revision` with every model."""
     made = trainer(pair, tmp_path / "out", model_init_kwargs={"revision": "main"}, max_steps=1)
     assert made.origins.policy.revision is None
+
+
+def test_conversations_are_told_from_text():
+    assert is_conversational(None) is False
+    assert is_conversational(Dataset.from_dict({"text": ["a"]})) is False
+    assert is_conversational(Dataset.from_dict({"messages": [[{"role": "user", "content": "a"}]]})) is True
