@@ -14,7 +14,7 @@ from hub_cache import into_cache
 
 from shadow_trl import extract_delta, graft, verify
 from shadow_trl.checkpoints.checkpoint import Checkpoint
-from shadow_trl.checkpoints.hub import locate
+from shadow_trl.checkpoints.hub import locate, output_folder
 from shadow_trl.checkpoints.manifest import read_manifest
 from shadow_trl.errors import CheckpointError, ConfigError
 
@@ -166,3 +166,17 @@ def test_other_forms_of_weights_are_found(remote, weights):
     found = remote("config.json", "other.gguf", *weights)
     locate("owner/name")
     assert found() == {"config.json", *weights}
+
+
+def test_a_name_that_no_output_can_have_is_refused(tmp_path):
+    (tmp_path / "file").touch()
+    for name, words in (
+        ("n" * 230, "more than 200 bytes"),  # a file system's 255, less what siblings add
+        ("n" * 300, "File name too long"),
+        ("file/out", "Not a directory"),
+        ("a\0b", "NUL"),
+    ):
+        with pytest.raises(ConfigError, match=rf"cannot write to .*{words}"):
+            output_folder(str(tmp_path / name))
+    assert output_folder(tmp_path / ("n" * 200)) == tmp_path / ("n" * 200)
+    assert output_folder(tmp_path / "file") == tmp_path / "file"

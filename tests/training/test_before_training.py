@@ -245,3 +245,17 @@ def test_conversations_are_told_from_text():
     assert is_conversational(None) is False
     assert is_conversational(Dataset.from_dict({"text": ["a"]})) is False
     assert is_conversational(Dataset.from_dict({"messages": [[{"role": "user", "content": "a"}]]})) is True
+
+
+def test_a_run_without_a_config_is_named_after_its_model(pair, tmp_path, monkeypatch):
+    """As TRL's are."""
+    monkeypatch.chdir(tmp_path)
+
+    class OnCpu(ShadowSFTConfig):
+        def __init__(self, folder):
+            super().__init__(folder, use_cpu=True, bf16=False, report_to="none")
+
+    monkeypatch.setattr(ShadowSFTTrainer, "_config_class", OnCpu)
+    for model in (str(pair[0]), AutoModelForCausalLM.from_pretrained(pair[0])):
+        made = ShadowSFTTrainer(model, instruct_model=str(pair[1]), train_dataset=sft_data(4))
+        assert made.args.output_dir == f"{pair[0].name}-Shadow-SFT"

@@ -178,7 +178,7 @@ def test_the_losses_of_dpo_are_those_that_trl_names(tmp_path: Path) -> None:
     """TRL names them in the error of the first batch, and nowhere before."""
     with pytest.raises(ConfigError, match="loss_type"):
         ShadowDPOConfig(**settings(tmp_path), loss_type="nonsense")
-    with pytest.raises(ConfigError, match="loss_type"):
+    with pytest.raises(ConfigError, match=r"^loss_type must be one of .*nonsense"):
         ShadowDPOConfig(**settings(tmp_path), loss_type=["sft", "nonsense"])
     trainer = dpo(make_pair(tmp_path), tmp_path / "out")
     trainer.loss_types = ["nonsense"]
