@@ -168,6 +168,14 @@ def test_other_forms_of_weights_are_found(remote, weights):
     assert found() == {"config.json", *weights}
 
 
+def test_safetensors_are_taken_where_there_are_pickles_too(remote):
+    both = [f"{name}-0000{number}-of-00002{end}" for name, end in (("model", ".safetensors"), ("pytorch_model", ".bin"))
+            for number in (1, 2)]  # fmt: skip
+    found = remote("config.json", *both, "model.safetensors.index.json", "pytorch_model.bin.index.json")
+    locate("owner/name")
+    assert {name for name in found() if not name.endswith(".json")} == set(both[:2])
+
+
 def test_a_name_that_no_output_can_have_is_refused(tmp_path):
     (tmp_path / "file").touch()
     for name, words in (

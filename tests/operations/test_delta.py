@@ -340,11 +340,15 @@ def test_another_base_is_refused_by_its_digest(tmp_path):
 def test_another_architecture_is_refused_by_what_the_delta_keeps(tmp_path):
     sides = family(tmp_path)
     extract(sides, tmp_path / "delta")
-    shutil.rmtree(sides["base"])
     config = {**CONFIG, "num_attention_heads": 4}
     other = write(tmp_path / "other", load(sides["instruct"]), config=config)
-    with pytest.raises(InputError, match="num_attention_heads"):
-        by_delta({"instruct": other}, tmp_path / "delta", tmp_path / "out")
+    kept = f"{tmp_path / 'delta'} (what the delta keeps of base)"
+    for there, named in ((True, str(sides["base"])), (False, kept)):  # BASE itself is read as long as it is there
+        if not there:
+            shutil.rmtree(sides["base"])
+        with pytest.raises(InputError, match="num_attention_heads") as found:
+            by_delta({"instruct": other}, tmp_path / "delta", tmp_path / "out")
+        assert f"base      {named}\n" in str(found.value)
 
 
 @pytest.mark.parametrize(
