@@ -554,3 +554,11 @@ def test_data_in_memory_goes_to_a_file_once_where_several_processes_read_it(tmp_
         assert found.cache_files
         assert reference.shared_on_disk(found, two) is found
     assert len(list((tmp_path / "shadow_trl").iterdir())) == 1
+
+
+def test_where_the_reference_is_the_start_nothing_is_computed_before_training(pair, tmp_path):
+    """As in TRL; with another reference it is, and the model is gone."""
+    assert dpo(pair, tmp_path / "init").args.precompute_ref_log_probs is False
+    other = dpo(pair, tmp_path / "instruct", ref_policy="instruct")
+    assert other.args.precompute_ref_log_probs is True
+    assert other.ref_model is None
