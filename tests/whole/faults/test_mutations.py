@@ -78,7 +78,7 @@ FAULTS = {
         "operations/test_graft.py::test_every_weight_is_the_sum",
     ),
     "delta: zeros are not zero": Fault(
-        "checkpoints/delta", "torch.zeros(stop - start)", "torch.ones(stop - start)",
+        "checkpoints/delta", "torch.zeros(1).expand(stop - start)", "torch.ones(1).expand(stop - start)",
         "operations/test_delta.py::test_the_delta_is_the_difference_in_fp32",
     ),
     "verify: only what is not a number is compared": Fault(
