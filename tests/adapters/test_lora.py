@@ -8,11 +8,12 @@ import pytest
 import torch
 from families import LINEAR, family, load, lora, moved, shapes, write
 from hub_cache import into_cache
-from peft import LoraConfig
+from peft import LoraConfig, PromptLearningConfig
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from safetensors.torch import load_file, save_file
 
 from shadow_trl import graft
-from shadow_trl.adapters.kinds import kind_of
+from shadow_trl.adapters.kinds import check_has_delta, kind_of
 from shadow_trl.adapters.lora import streams
 from shadow_trl.checkpoints.checkpoint import Checkpoint
 from shadow_trl.checkpoints.manifest import read_manifest, write_manifest
@@ -350,3 +351,11 @@ def test_an_adapter_trained_on_a_quantised_base_is_said_to_be(sides, tmp_path, c
     report = graft(**{**sides, "tuned": adapter}, output=tmp_path / "out", progress=False)
     (said,) = [warning for warning in report.warnings if "quantised by nf4" in warning]
     assert how in said
+
+
+def test_every_type_of_peft_that_learns_a_prompt_has_no_delta():
+    prompts = [name for name, config in PEFT_TYPE_TO_CONFIG_MAPPING.items() if issubclass(config, PromptLearningConfig)]
+    assert len(prompts) >= 5
+    for name in prompts:
+        with pytest.raises(AdapterError, match="it learns a prompt, not weights"):
+            check_has_delta({"peft_type": str(name.value)})

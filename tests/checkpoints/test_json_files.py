@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal, Required, TypedDict
 
 import pytest
 
+from shadow_trl.checkpoints import json_files
 from shadow_trl.checkpoints.json_files import Rule, is_file_name, is_there, read_json
 from shadow_trl.errors import CheckpointError
 from shadow_trl.pair.vocabularies import Vocabulary
@@ -104,3 +105,28 @@ def test_a_pipe_is_not_waited_for(tmp_path):
 )  # fmt: skip
 def test_names_of_files_in_a_folder(name, inside):
     assert is_file_name(name) == inside
+
+
+def test_a_file_beyond_the_largest_size_is_not_read(tmp_path, monkeypatch):
+    path = tmp_path / "config.json"
+    path.write_text('{"a": 1}')
+    monkeypatch.setattr(json_files, "_LARGEST", 8)
+    assert read_json(path) == {"a": 1}
+    monkeypatch.setattr(json_files, "_LARGEST", 7)
+    with pytest.raises(CheckpointError, match=r"config\.json: it has more than 7 bytes"):
+        read_json(path)
+
+
+def test_an_index_has_each_key_once(tmp_path):
+    path = tmp_path / "model.safetensors.index.json"
+    path.write_text('{"weight_map": {"a": "1", "b": "1", "a": "2"}}')
+    with pytest.raises(CheckpointError, match="it has the key 'a' twice"):
+        read_json(path)
+
+
+@pytest.mark.parametrize(("length", "shown"), [(58, f'"{"x" * 58}"'), (59, f'"{"x" * 56}...')])
+def test_a_long_value_is_cut(tmp_path, length, shown):
+    path = tmp_path / "x.json"
+    path.write_text(json.dumps({"kind": "x" * length}))
+    with pytest.raises(CheckpointError, match=f"  kind  {shown}, must be"):
+        read_json(path, Outer)

@@ -337,6 +337,13 @@ def test_another_base_is_refused_by_its_digest(tmp_path):
     assert any("it was not checked" in warning for warning in report.warnings)
 
 
+def test_an_adapter_receives_no_delta(tmp_path):
+    extract(family(tmp_path), tmp_path / "delta")
+    adapter = lora(tmp_path / "adapter")
+    with pytest.raises(InputError, match=rf"^instruct {adapter} is an adapter, not a model"):
+        by_delta({"instruct": adapter}, tmp_path / "delta", tmp_path / "out")
+
+
 def test_another_architecture_is_refused_by_what_the_delta_keeps(tmp_path):
     sides = family(tmp_path)
     extract(sides, tmp_path / "delta")
