@@ -19,7 +19,7 @@ from .options import Options
 RECORD_NAME = "options.json"
 
 _NO_MATTER = re.compile(
-    r"output_dir|resume_from_checkpoint|run_name|report_to|project|disable_tqdm|log_.*|logging_.*|hub_.*|push_to_hub|"
+    r"output_dir|resume_from_checkpoint|run_name|report_to|project|disable_tqdm|log_.*|logging_.*|hub_.*|push_to_hub.*|"
     r"save_.*|dataloader_(num_workers|pin_memory|persistent_workers|prefetch_factor)|trackio_.*|"
     r"graft_overwrite|torch_threads|score_.*|compare_direct|(model_name_or_path|instruct_model|base_model)"
 )
@@ -29,11 +29,13 @@ _NO_MATTER = re.compile(
 def record_of(options: Options) -> dict[str, Any]:
     """Return the options of a run that its weights depend on, as plain values for JSON.
 
-    Tokens are not among them. Data in a file or folder here is recorded by its digests.
+    Passwords of the hub are not among them. Data in a file or folder here is recorded by its digests.
     """
     groups = (options.script, options.model, options.recipe)
     values = {name: value for group in groups for name, value in asdict(group).items()} | options.training.to_dict()
-    found = {name: value for name, value in values.items() if not _NO_MATTER.fullmatch(name) and "token" not in name}
+    found = {name: value for name, value in values.items() if not _NO_MATTER.fullmatch(name)}
+    # `to_dict` masks every name that ends like a password's: the tokens of the text are meant here.
+    found.update({name: getattr(options.training, name) for name in found if name in ("eos_token", "pad_token")})
     data = options.script.dataset_name or ""
     if os.path.isfile(data):
         found["dataset_name"] = file_digest(Path(data))  # wherever it is, and whatever it held then

@@ -141,6 +141,7 @@ def test_what_is_done_stays(ended: dict[str, bytes], capsys: pytest.CaptureFixtu
         (["--sft.max_steps", "7", "--stages", "dpo"], "max_steps: 2 there, 7 now"),
         (["--seed", "7"], "out/sft holds a run with other options"),
         (["--graft_scale", "0.5"], "graft_scale: 1.0 there, 0.5 now"),
+        (["--sft.eos_token", "b"], "eos_token: None there, 'b' now"),
     ],
 )
 def test_other_options_of_a_stage_that_is_done_are_refused(
@@ -152,6 +153,11 @@ def test_other_options_of_a_stage_that_is_done_are_refused(
     assert "choose another output_dir, or remove out/" in shown
     assert "Nothing was written." in shown
     assert files(Path("out")) == ended
+
+
+def test_no_password_is_recorded(workspace: Path) -> None:
+    plan = read_plan(["--config", "pipeline.yaml", "--hub_token", "secret"])
+    assert "secret" not in json.dumps(plan.records)
 
 
 def test_other_rows_in_the_data_of_a_stage_that_is_done_are_refused(

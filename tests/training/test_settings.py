@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,6 @@ from peft import LoraConfig
 from runs import dpo, settings
 from tiny import make_pair, preference_data, sft_data
 from transformers import AutoModelForSequenceClassification, BitsAndBytesConfig
-from transformers.utils import is_bitsandbytes_available
 
 from shadow_trl import ShadowDPOConfig, ShadowDPOTrainer, ShadowSFTConfig, ShadowSFTTrainer
 from shadow_trl.errors import ConfigError
@@ -78,8 +78,8 @@ def test_what_is_not_installed_is_named(tmp_path: Path, monkeypatch: pytest.Monk
     with pytest.raises(ConfigError, match="report_to names wandb, which is not installed"):
         check(tmp_path, report_to=["tensorboard", "wandb"])
     check(tmp_path, report_to=["tensorboard"])
-    if is_bitsandbytes_available():
-        return
+    monkeypatch.setattr("transformers.utils.is_bitsandbytes_available", lambda: False)
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     with pytest.raises(ConfigError, match="bitsandbytes"):
         check(tmp_path, optim="adamw_bnb_8bit")
     with pytest.raises(ConfigError, match="pip install bitsandbytes"):
