@@ -30,11 +30,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     SIGTERM.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
-    return exit_code(lambda: _run(arguments))
+    # A training leaves threads and uploads to end, which people may have to stop.
+    final = argv is None and not _is_recipe(arguments)
+    return exit_code(lambda: _run(arguments), final=final)
+
+
+def _is_recipe(arguments: list[str]) -> bool:
+    return bool(arguments) and arguments[0] in _RECIPES
 
 
 def _run(arguments: list[str]) -> int:
-    if arguments and arguments[0] in _RECIPES:
+    if _is_recipe(arguments):
         return _recipe(arguments[0], arguments[1:])
     with ends_with("Nothing was written."):
         options = _parser().parse_args(arguments)

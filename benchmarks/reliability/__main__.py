@@ -61,7 +61,7 @@ def main() -> int:
     parser.add_argument("kinds", nargs="*", choices=[*KINDS, []], metavar="KIND", help=f"of {', '.join(KINDS)}")
     parser.add_argument("--kills", type=int, default=300, help="of commands at work (default 300)")
     parser.add_argument(
-        "--fresh-kills", type=int, default=42, help="of commands from their first import on (default 42)"
+        "--fresh-kills", type=int, default=300, help="of commands from their first import on (default 300)"
     )
     parser.add_argument("--trainings", type=int, default=60, help="killed trainings (default 60)")
     parser.add_argument("--changes", type=int, default=200, help="inputs changed while they are read (default 200)")
