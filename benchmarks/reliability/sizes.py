@@ -46,7 +46,8 @@ def many(root: Path, count: int) -> Iterator[Tally]:
 def large(root: Path, count: int) -> Iterator[Tally]:
     """Graft what has many files, `count` tensors or names of 4 KB, and measure sparse models.
 
-    A fiftieth of `count` is the number of files; the sparse models have 400 KB for each of `count`, 20 GB for 50,000; the graft takes that much on the disk.
+    A fiftieth of `count` is the number of files; the sparse models have 400 KB for each of `count`, 20 GB for 50,000;
+    the graft takes that much on the disk.
     """
     yield _grafted(root, f"{count // 50:,} files", _tensors(count // 25), count // 50)[0]
     fifth, seconds = _grafted(root, f"{count // 5:,} tensors", _tensors(count // 5), 4)
