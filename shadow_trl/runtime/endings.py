@@ -92,8 +92,34 @@ def _terminable(final: bool) -> Iterator[None]:
 
     signal.signal(signal.SIGTERM, terminate)
     try:
-        yield
+        with _heard(terminate):
+            yield
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_IGN if final else signal.SIG_DFL)
         if final:
             signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+@contextmanager
+def _heard(terminate: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """Send a signal again whose exception Python dropped: it rose in a finalizer or in a weak reference's callback."""
+    before = sys.unraisablehook
+
+    def hook(dropped: sys.UnraisableHookArgs) -> None:
+        numbers = {KeyboardInterrupt: signal.SIGINT, Terminated: signal.SIGTERM}
+        number = numbers.get(dropped.exc_type)
+        if number is None:
+            before(dropped)
+            return
+        if number == signal.SIGTERM:
+            signal.signal(number, terminate)
+        # From another thread and later: what rises while this hook runs would be dropped as well.
+        again = threading.Timer(0.01, os.kill, [os.getpid(), number])
+        again.daemon = True
+        again.start()
+
+    sys.unraisablehook = hook
+    try:
+        yield
+    finally:
+        sys.unraisablehook = before

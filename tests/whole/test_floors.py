@@ -232,12 +232,23 @@ def test_the_public_names_exist_whatever_was_imported_before():
     loaded(program)
 
 
+def test_a_signal_waits_for_the_import_of_torch():
+    program = (
+        "import os, signal, sys\nfrom shadow_trl.runtime.startup import importing_torch\n"
+        "from shadow_trl.runtime.endings import exit_code\nimported = []\n"
+        "def work():\n    with importing_torch():\n        os.kill(os.getpid(), signal.SIGTERM)\n        import torch\n"
+        "        imported.append(torch)\n    imported.append('too far')\n"
+        "assert exit_code(work) == 143 and len(imported) == 1"
+    )
+    assert "torch" in loaded(program)
+
+
 def test_the_collector_is_paused_for_the_import_alone():
     program = (
-        "import gc, sys\nfrom shadow_trl.runtime.startup import collector_paused\n"
-        "with collector_paused():\n    assert not gc.isenabled()\n    import torch\n"
+        "import gc, sys\nfrom shadow_trl.runtime.startup import importing_torch\n"
+        "with importing_torch():\n    assert not gc.isenabled()\n    import torch\n"
         "assert gc.isenabled()\nfrozen = gc.get_freeze_count()\nassert frozen > 10_000\n"
-        "with collector_paused():\n    assert gc.isenabled()\n"
+        "with importing_torch():\n    assert gc.isenabled()\n"
         "assert gc.get_freeze_count() == frozen"
     )
     assert "torch" in loaded(program)
