@@ -103,17 +103,22 @@ class LineTests:
 
     def of(self, module: Path, line: int) -> list[str]:
         """The tests that execute the line, or the one where its statement begins; of a line that runs on import, all
-        of the module. Those of the module's own file come first, then those of its folder, the cheap ones first.
+        of the module, and those of its own file, which may only read a constant. The tests of the module's own file
+        come first, then those of its folder, the cheap ones first.
         """
+
+        def is_own(name: str) -> bool:
+            file = Path(name.partition("::")[0])
+            return file == module or file.stem == f"test_{module.stem}"
+
         lines = self.lines.get(module, {})
         above = [known for known in lines if known <= line]
         found = lines[max(above)] if above else set()
-        found = found or set().union(*lines.values())
+        found = found or set().union(*lines.values(), filter(is_own, self.seconds))
 
         def rank(name: str) -> tuple[bool, bool, float]:
             file = Path(name.partition("::")[0])
-            own = file == module or file.stem == f"test_{module.stem}"
-            return not own, module.parent.name not in file.parts, self.seconds[name]
+            return not is_own(name), module.parent.name not in file.parts, self.seconds[name]
 
         spent, chosen = 0.0, []
         for name in sorted(found, key=rank):

@@ -181,9 +181,9 @@ def run(jobs: Iterable[Job], trees: list[Path], tests: LineTests) -> Iterator[tu
 
 def copies(folder: Path, number: int) -> list[Path]:
     """Copies of the working tree, without what git ignores."""
-    names = subprocess.check_output(["git", "ls-files", "-z", "-co", "--exclude-standard"], cwd=ROOT, text=True)
+    names = subprocess.check_output(["git", "ls-files", "-z", "-co", "--exclude-standard"], cwd=ROOT)
     trees = [folder / str(worker) for worker in range(number)]
-    for tree, name in itertools.product(trees, names.rstrip("\0").split("\0")):
+    for tree, name in itertools.product(trees, os.fsdecode(names).rstrip("\0").split("\0")):
         if (ROOT / name).is_file():
             (tree / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(ROOT / name, tree / name)

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from . import __version__
-from .errors import ConfigError, ShadowError, ends_with
+from .errors import ConfigError, ends_with
 from .grafting.options import DTYPES, declared
-from .runtime.startup import collector_paused
+from .runtime.endings import exit_code
 
 _RECIPES = {
     "sft": "train BASE with SFT, then graft",
@@ -26,25 +26,26 @@ _QUIET = "print nothing but errors and warnings"
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `shadow-trl` with `argv` (default: the process's) and return its exit code.
 
-    0: done. 1: a failure at run time, nothing is half-written. 2: bad input, nothing was written.
+    0: done. 1: a failure at run time, nothing is half-written. 2: bad input, nothing was written. 130: Ctrl-C. 143:
+    SIGTERM.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
-    try:
-        if arguments and arguments[0] in _RECIPES:
-            return _recipe(arguments[0], arguments[1:])
-        with ends_with("Nothing was written."):
-            options = _parser().parse_args(arguments)
-            run: Callable[[argparse.Namespace], int] = options.run
-            return run(options)
-    except ShadowError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        print("Interrupted. Nothing was written.", file=sys.stderr)
-        return 1
-    except OSError as error:
-        print(f"{type(error).__name__}: {error}. Nothing half-done is left.", file=sys.stderr)
-        return 1
+    # A training leaves threads and uploads to end, which people may have to stop.
+    final = argv is None and not _is_recipe(arguments)
+    return exit_code(lambda: _run(arguments), final=final)
+
+
+def _is_recipe(arguments: list[str]) -> bool:
+    return bool(arguments) and arguments[0] in _RECIPES
+
+
+def _run(arguments: list[str]) -> int:
+    if _is_recipe(arguments):
+        return _recipe(arguments[0], arguments[1:])
+    with ends_with("Nothing was written."):
+        options = _parser().parse_args(arguments)
+        run: Callable[[argparse.Namespace], int] = options.run
+        return run(options)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -186,8 +187,7 @@ def _add_output(parser: argparse._ActionsContainer, more: str = "") -> None:
 
 
 def _graft(options: argparse.Namespace) -> int:
-    with collector_paused():
-        from .operations.graft import graft
+    from .operations.graft import graft
 
     return _show(graft(**_named(options)), options.quiet, options.json)
 
@@ -201,28 +201,31 @@ def _gap(options: argparse.Namespace) -> int:
 
         require_matplotlib()
     from .operations.gap import gap
+    from .results.folder import whole_file
+    from .results.written import tells_what_is_written
 
     report = gap(options.base, options.instruct, options.tuned, progress=not options.quiet)
     _show(report, options.quiet)
-    if options.plot is not None:  # before the figures: an image of an unknown format leaves nothing behind
-        from .operations.gap_plot import plot_gap
+    with tells_what_is_written(*(path for path in (options.plot, options.json) if path is not None)):
+        if options.plot is not None:  # before the figures: an image of an unknown format leaves nothing behind
+            from .operations.gap_plot import plot_gap
 
-        plot_gap(report, options.plot)
-    if options.json is not None:
-        options.json.write_text(json.dumps(report.to_dict(), indent=2) + "\n", encoding="utf-8")
+            with whole_file(options.plot) as new:
+                plot_gap(report, new)
+        if options.json is not None:
+            with whole_file(options.json) as new:
+                new.write_text(json.dumps(report.to_dict(), indent=2) + "\n", encoding="utf-8")
     return 0
 
 
 def _delta(options: argparse.Namespace) -> int:
-    with collector_paused():
-        from .operations.delta import extract_delta
+    from .operations.delta import extract_delta
 
     return _show(extract_delta(**_named(options)), options.quiet, options.json)
 
 
 def _verify(options: argparse.Namespace) -> int:
-    with collector_paused():
-        from .operations.verify import verify
+    from .operations.verify import verify
 
     report = verify(**_named(options))
     _show(report, options.quiet and report.same, options.json)

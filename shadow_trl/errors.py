@@ -22,12 +22,7 @@ class ShadowError(Exception):
     """What is on the disk now, as the last sentence of the message: see `ends_with`."""
 
     def __str__(self) -> str:
-        text = super().__str__()
-        if not self.ending:
-            return text
-        # A list of names at the end is no sentence that another could follow on its line.
-        listed = text.rpartition("\n")[2].startswith("  ")
-        return f"{text}\n{self.ending}" if listed else f"{text}{'' if text.endswith(_STOPS) else '.'} {self.ending}"
+        return with_ending(super().__str__(), self.ending)
 
 
 class InputError(ShadowError, ValueError):
@@ -60,9 +55,18 @@ class GraftError(ShadowError, RuntimeError):
     """A graft failed after it had started: values that are not finite, a full disk."""
 
 
+def with_ending(text: str, ending: str) -> str:
+    """Return `text` with `ending` as its last sentence."""
+    if not ending:
+        return text
+    # A list of names at the end is no sentence that another could follow on its line.
+    listed = text.rpartition("\n")[2].startswith("  ")
+    return f"{text}\n{ending}" if listed else f"{text}{'' if text.endswith(_STOPS) else '.'} {ending}"
+
+
 @contextmanager
 def ends_with(ending: str | Callable[[], str], *, instead: bool = False) -> Iterator[None]:
-    """Let an error that leaves the block, or the decorated function, end with what is on the disk now.
+    """Let whatever leaves the block, or the decorated function, end with what is on the disk now.
 
     Args:
         ending: a sentence, or a function that makes one when the error comes.
@@ -70,9 +74,10 @@ def ends_with(ending: str | Callable[[], str], *, instead: bool = False) -> Iter
     """
     try:
         yield
-    except ShadowError as error:
-        if instead or not error.ending:
-            error.ending = ending if isinstance(ending, str) else ending()
+    except BaseException as error:
+        # An interrupt and a full disk are none of our errors, and end all the same: `runtime.endings` prints them.
+        if instead or not getattr(error, "ending", ""):
+            error.ending = ending if isinstance(ending, str) else ending()  # type: ignore[attr-defined]
         raise
 
 

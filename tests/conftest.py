@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +19,12 @@ os.environ.update(
 )
 
 import pytest
+
+
+def pytest_collection_finish() -> None:
+    """Keep what the imports made out of garbage collection: each training collects, and would walk through it all."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)

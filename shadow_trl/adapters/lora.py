@@ -15,9 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoints.checkpoint import ADAPTER_CONFIG, Checkpoint
+from ..checkpoints.hub import local_folder
+from ..checkpoints.json_files import is_there, read_json
 from ..checkpoints.manifest import adapter_base
 from ..checkpoints.weight_names import HEAD_NAMES, is_tied
 from ..errors import AdapterError, PairMismatchError, list_names
+from ..runtime.patterns import check_patterns
 from .kinds import kind_of
 
 PREFIX = "base_model.model."
@@ -56,24 +59,35 @@ def open_tuned(source: Any) -> Checkpoint:
 
     Raises:
         AdapterError: the folder holds adapters in sub-folders only.
+        ConfigError: an expression in the config of an adapter is none, or takes too long.
     """
     if isinstance(source, Checkpoint):
         return source
-    folder = Path(source).expanduser()
-    if folder.is_dir() and not any((folder / name).is_file() for name in (ADAPTER_CONFIG, "config.json")):
+    folder = local_folder(source)
+    if folder is not None and not any(is_there(folder / name) for name in (ADAPTER_CONFIG, "config.json")):
         found = sorted(path.parent.name for path in folder.glob(f"*/{ADAPTER_CONFIG}"))
         if found:
             raise AdapterError(
                 f"{source} holds {len(found)} adapter{'s' if len(found) > 1 else ''} in sub-folders and none itself.\n"
                 f"{list_names(found)}\nName one of them: {Path(source) / found[0]}."
             )
-    return Checkpoint.open(source)
+    tuned = Checkpoint.open(source)
+    if tuned.is_adapter:
+        paths = (name.removeprefix(PREFIX).split(".") for name in tuned.specs)
+        check_config_patterns(tuned, {".".join(path[:-end]) for path in paths for end in (1, 2)})
+    return tuned
 
 
 def other_adapters(adapter: Checkpoint) -> list[str]:
-    """Return the names of the adapters in sub-folders of an adapter's folder; checkpoints of a run do not count."""
-    names = (path.parent.name for path in adapter.path.glob(f"*/{ADAPTER_CONFIG}"))
-    return sorted(name for name in names if not name.startswith("checkpoint-"))
+    """Return the names of the adapters that were saved with this one, in sub-folders of its folder.
+
+    They are on the same model: a graft or another run below the folder is not. Nor do checkpoints of the run count.
+    """
+    base = adapter.adapter_config.get("base_model_name_or_path")
+    found = [
+        path for path in adapter.path.glob(f"*/{ADAPTER_CONFIG}") if not path.parent.name.startswith("checkpoint-")
+    ]
+    return sorted(path.parent.name for path in found if read_json(path).get("base_model_name_or_path") == base)
 
 
 def base_model_of(adapter: Checkpoint) -> str | None:
@@ -136,6 +150,17 @@ def read_lora(adapter: Checkpoint) -> dict[str, LoraModule]:
     return {module: _module(adapter, module, sides) for module, sides in keys.items()}
 
 
+def check_config_patterns(adapter: Checkpoint, names: Iterable[str]) -> None:
+    """Raise ConfigError if an expression in the config of an adapter takes too long on one of these names."""
+    found: list[tuple[str, str]] = []
+    for setting, value in adapter.adapter_config.items():
+        if setting.endswith(("_pattern", "_modules")) or setting == "modules_to_save":
+            listed = [value] if isinstance(value, str) else value or []
+            found += [(pattern, setting) for pattern in listed if isinstance(pattern, str)]
+    settings = ", ".join(dict.fromkeys(setting for _, setting in found))
+    check_patterns(f"{settings} of {ADAPTER_CONFIG} of {adapter}", (pattern for pattern, _ in found), names)
+
+
 def place_on(modules: Mapping[str, LoraModule], adapter: Checkpoint, instruct: Checkpoint) -> dict[str, LoraModule]:
     """Return name of INSTRUCT's weight -> module; every module must land.
 
@@ -143,9 +168,10 @@ def place_on(modules: Mapping[str, LoraModule], adapter: Checkpoint, instruct: C
         AdapterError: modules without a weight on INSTRUCT (all are named, with the nearest names) or of another shape.
     """
     placed = {f"{module}.weight": lora for module, lora in modules.items()}
-    has_conv1d = _has_conv1d(instruct)
-    if has_conv1d or not placed.keys() <= instruct.specs.keys():
-        placed = _as_stored(placed, instruct, has_conv1d)
+    # PEFT saves the orientation of the last module only; on loading, the class of each decides.
+    by_class = _has_conv1d(instruct) or any(lora.transposed for lora in placed.values())
+    if by_class or not placed.keys() <= instruct.specs.keys():
+        placed = _as_stored(placed, instruct, by_class)
     unmatched = [name.removesuffix(".weight") for name in placed if name not in instruct.specs]
     if unmatched:
         raise AdapterError(
@@ -185,7 +211,7 @@ def _has_conv1d(instruct: Checkpoint) -> bool:
     )
 
 
-def _as_stored(placed: dict[str, LoraModule], instruct: Checkpoint, has_conv1d: bool) -> dict[str, LoraModule]:
+def _as_stored(placed: dict[str, LoraModule], instruct: Checkpoint, by_class: bool) -> dict[str, LoraModule]:
     """Give modules, which an adapter names as in memory, the names and orientations that their weights have on disk."""
     from ..layouts.model_names import ModelNames
 
@@ -195,8 +221,7 @@ def _as_stored(placed: dict[str, LoraModule], instruct: Checkpoint, has_conv1d: 
             on_disk = names.keys(instruct.specs)
             keys = {name: key for key, name in names.keys(placed).items()}
             placed = {on_disk.get(keys[name], name): lora for name, lora in placed.items()}
-        # PEFT saves the orientation of the last module only; the class of each tells its own.
-        linear = names.linear(instruct.specs) if has_conv1d else {}
+        linear = names.linear(instruct.specs) if by_class else {}
     except PairMismatchError:
         return placed
     return {
@@ -208,7 +233,7 @@ def _as_stored(placed: dict[str, LoraModule], instruct: Checkpoint, has_conv1d: 
 def _module(adapter: Checkpoint, module: str, sides: Mapping[str, str]) -> LoraModule:
     config = adapter.adapter_config
     right, left = adapter.specs[sides["A"]], adapter.specs[sides["B"]]
-    if len(right.shape) != 2 or len(left.shape) != 2 or right.shape[0] != left.shape[1]:
+    if len(right.shape) != 2 or len(left.shape) != 2 or right.shape[0] != left.shape[1] or not right.shape[0]:
         raise AdapterError(
             f"adapter {adapter}: {module} is no product of two matrices, lora_A {right.shape}, lora_B {left.shape}. "
             "Merge the adapter into its own model and graft that."
@@ -220,7 +245,9 @@ def _module(adapter: Checkpoint, module: str, sides: Mapping[str, str]) -> LoraM
             f"adapter {adapter}: {module} has rank {rank} in the weights and {stated} in {ADAPTER_CONFIG}. "
             "Save it again."
         )
-    alpha = float(_by_pattern(config.get("alpha_pattern"), module, config.get("lora_alpha", 8)))
+    alpha = _by_pattern(config.get("alpha_pattern"), module, config.get("lora_alpha", 8))
+    if alpha is None:
+        raise AdapterError(f"adapter {adapter}: lora_alpha of {ADAPTER_CONFIG} is null. Save it again.")
     factor = alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
     shape = (left.shape[0], right.shape[1])
     return LoraModule(module, sides["B"], sides["A"], factor, shape, bool(config.get("fan_in_fan_out")))

@@ -24,7 +24,7 @@ from ..checkpoints.overlay import Overlay
 from ..errors import AdapterError, list_names
 from ..layouts.model_names import ModelNames
 from .kinds import NOTHING, PLAIN_STARTS, START_FOLDER, lost_start, peft_type, start_setting
-from .lora import nearest_names, no_factors
+from .lora import check_config_patterns, nearest_names, no_factors
 from .repoint import read_start
 from .stored import MemoryWeights, StoredValues, may_change, module_of, read_stored
 
@@ -140,6 +140,7 @@ def _changed_by_layers(
     _check_start(adapter, tensors)
     model = _without_values(weights.names.model)
     modules = {name for name, _ in model.named_modules() if name}
+    check_config_patterns(adapter, modules)
     owners = {name: module_of(name, modules) for name in tensors}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of PEFT, on how its layers are made
@@ -237,7 +238,6 @@ def _merge_layer(
         if not torch.equal(value.data, origin[key]):
             yield f"{name}.{key}", value.data
         value.data = torch.empty(0)
-        weights.release(f"{name}.{key}")
 
 
 def _load(wrapped: Any, tensors: dict[str, Tensor], adapter: Checkpoint) -> None:
@@ -255,8 +255,6 @@ def _load(wrapped: Any, tensors: dict[str, Tensor], adapter: Checkpoint) -> None
             f"{len(found.unexpected_keys)} of {len(tensors)} weights of adapter {adapter} have no module in its base.\n"
             f"{list_names(lines)}\nGive the base that it was trained on."
         )
-    for name in tensors:
-        adapter.release(name, 0, adapter.specs[name].numel)
     prefix = PEFT_TYPE_TO_PREFIX_MAPPING[wrapped.peft_config["default"].peft_type]
     # Layers that share a tensor have it under a name each, and one of them is in the file.
     state, absent = wrapped.state_dict(keep_vars=True), set(found.missing_keys)

@@ -128,7 +128,7 @@ def write_adapter(
     tensors = {}
     for key in stored.others:
         scaled = scale != 1.0 and key.endswith((".lora_B.weight", ".lora_embedding_B"))
-        tensors[key] = adapter.tensor(key).float() * scale if scaled else adapter.tensor(key).clone()
+        tensors[key] = adapter.tensor(key).float() * scale if scaled else adapter.tensor(key)
     for name, (key, rows) in stored.values.items():
         tensors[key] = (receiver[name][rows].double() + scale * stored.delta(name, origin)[rows]).float()
     ordered = {name: tensors[name].contiguous() for name in adapter.specs}

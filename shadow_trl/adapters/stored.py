@@ -62,11 +62,6 @@ class MemoryWeights:
         found = next(iter(made.values()))
         return found if self.dtype is None else found.to(self.dtype)
 
-    def release(self, name: str) -> None:
-        """Drop the pages of weight `name` from resident memory; reading it again maps them again."""
-        for source in self.sources(name):
-            self.checkpoint.release(source, 0, self.checkpoint.specs[source].numel)
-
 
 @dataclass(frozen=True)
 class StoredValues:
@@ -189,4 +184,4 @@ def _token_ids(adapter: Checkpoint, module: str) -> list[int]:
         raise AdapterError(
             f"adapter {adapter} has token rows of {module}, and its config does not say of which tokens. Save it again."
         )
-    return [int(row) for row in ids]
+    return ids

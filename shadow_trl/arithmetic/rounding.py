@@ -80,4 +80,4 @@ def _shift_right(value: Tensor, bits: int, out: Tensor) -> Tensor:
 
 
 def _signed(value: int) -> int:
-    return value - 2**64 if value >= 2**63 else value
+    return (value ^ 2**63) - 2**63

@@ -1,24 +1,25 @@
-"""Checkpoints, read: opening reads headers only, the weights are mapped into memory.
+"""Checkpoints, read: opening reads headers only, weights are read block by block as they are asked for.
 
-A block of a tensor is a view of the mapping, and can be dropped from resident memory as soon as it was used.
+Nothing is mapped into memory: a file that is cut short while it is mapped kills the process that reads it.
 """
 
 from __future__ import annotations
 
 import copy
-import json
-import mmap
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import CheckpointError, list_names
-from . import hub
+from . import hub, sharded
 from .header import CODES, Header, TensorSpec, dtype_of, load_pickled, pickled_specs, read_header, stamp
 from .hub import Source
+from .json_files import is_there, read_json, unreadable
+from .open_files import OpenFiles
+from .schemas import AdapterConfig, Index, ModelConfig
 
 if TYPE_CHECKING:
     import numpy
@@ -28,9 +29,6 @@ ADAPTER_CONFIG = "adapter_config.json"
 _SAFE, _SAFE_INDEX = "model.safetensors", "model.safetensors.index.json"
 _BIN, _BIN_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 _ADAPTER_SAFE, _ADAPTER_BIN = "adapter_model.safetensors", "adapter_model.bin"
-
-# A touched page brings its neighbours along, those of a block that was released before among them.
-_FAULT_AROUND = 64 * 1024
 
 # Tensors that stand beside or instead of a weight in GPTQ, AWQ, bitsandbytes and compressed-tensors checkpoints.
 _PACKED_NAME = re.compile(
@@ -75,7 +73,7 @@ class Checkpoint:
     before: dict[str, TensorSpec] | None = None
     asked: str | None = None
     stamps: dict[Path, tuple[int, ...] | None] = field(default_factory=dict, repr=False)
-    _views: dict[str, torch.Tensor] = field(default_factory=dict, repr=False)
+    _open: OpenFiles = field(default_factory=OpenFiles, repr=False)
 
     @classmethod
     def open(cls, source: Source, revision: str | None = None, *, weights: bool = True) -> Checkpoint:
@@ -91,13 +89,14 @@ class Checkpoint:
                 points outside the checkpoint.
         """
         name, commit, path, asked = hub.locate(source, revision, weights=weights)
-        is_adapter = (path / ADAPTER_CONFIG).is_file()
-        if is_adapter and any((path / file).is_file() for file in (_SAFE, _SAFE_INDEX, _BIN, _BIN_INDEX)):
+        is_adapter = is_there(path / ADAPTER_CONFIG)
+        if is_adapter and any(is_there(path / file) for file in (_SAFE, _SAFE_INDEX, _BIN, _BIN_INDEX)):
             raise CheckpointError(
                 f"{name} holds both a model and an adapter ({ADAPTER_CONFIG}): it is not clear which one is meant. "
                 "Move one of them to a folder of its own."
             )
-        config, adapter_config = read_json(path / "config.json"), read_json(path / ADAPTER_CONFIG)
+        config = read_json(path / "config.json", ModelConfig)
+        adapter_config = read_json(path / ADAPTER_CONFIG, AdapterConfig) if is_adapter else {}
         checkpoint = cls(name, commit, path, is_adapter, config, adapter_config, asked=asked)
         if weights:
             checkpoint._read_headers()
@@ -147,12 +146,17 @@ class Checkpoint:
         return self.specs[name] if self.before is None else self.before.get(name)
 
     def tensor(self, name: str) -> torch.Tensor:
-        """Return tensor `name` in its shape and dtype: a view of the mapped file, not a copy; do not write to it."""
+        """Return tensor `name` in its shape and dtype, read anew: a whole copy, see `block`."""
         spec = self.specs[name]
         return self.block(name, 0, spec.numel).view(spec.shape)
 
     def block(self, name: str, start: int, stop: int) -> torch.Tensor:
-        """Return elements `start` to `stop` of the flattened tensor `name`: a view of the mapped file."""
+        """Return elements `start` to `stop` of the flattened tensor `name`.
+
+        Raises:
+            GraftError: the file was cut short, replaced or written to since its header was read.
+            CheckpointError: it cannot be read.
+        """
         import torch
 
         spec = self.specs[name]
@@ -160,49 +164,35 @@ class Checkpoint:
             return self._pickled[spec.file][name].reshape(-1)[start:stop]
         if stop == start:
             return torch.empty(0, dtype=spec.dtype)
-        if name not in self._views:
-            self._views[name] = torch.frombuffer(
-                self._maps[spec.file], dtype=spec.dtype, count=spec.numel, offset=spec.offset
-            )
-        return self._views[name][start:stop]
+        return torch.from_numpy(self._bytes(spec, start, stop)).view(spec.dtype)
 
     def array(self, name: str, start: int, stop: int) -> numpy.ndarray:
         """Return what `block` returns as an array in `TensorSpec.numpy_dtype`; no torch for a safetensors file."""
-        import numpy
-
         spec = self.specs[name]
         if spec.offset is None:
             import torch
 
             block = self.block(name, start, stop)
             return (block.view(torch.uint16) if spec.code == "BF16" else block).numpy()
+        return self._bytes(spec, start, stop).view(spec.numpy_dtype)
+
+    def rows(self, name: str, ids: Iterable[int]) -> torch.Tensor:
+        """Return the rows `ids` of matrix `name`; nothing else of it is read."""
+        import torch
+
+        columns = self.specs[name].shape[1]
+        found = [self.block(name, row * columns, (row + 1) * columns) for row in ids]
+        return torch.stack(found) if found else torch.empty(0, columns, dtype=self.specs[name].dtype)
+
+    def _bytes(self, spec: TensorSpec, start: int, stop: int) -> numpy.ndarray:
+        assert spec.offset is not None
         at = spec.offset + start * spec.itemsize
-        return numpy.frombuffer(self._maps[spec.file], spec.numpy_dtype, stop - start, at)
-
-    def release(self, name: str, start: int, stop: int) -> None:
-        """Drop the pages of these elements from resident memory; reading them again maps them again."""
-        spec = self.specs[name]
-        if spec.offset is None:
-            return
-        mapped = self._maps[spec.file]
-        first = max(spec.offset + start * spec.itemsize - _FAULT_AROUND, 0) // mmap.PAGESIZE * mmap.PAGESIZE
-        last = min(spec.offset + stop * spec.itemsize + _FAULT_AROUND, len(mapped))
-        if stop > start:
-            mapped.madvise(mmap.MADV_DONTNEED, first, last - first)
-
-    @cached_property
-    def _maps(self) -> dict[Path, mmap.mmap]:
-        # ACCESS_COPY: torch warns about buffers that cannot be written to. Nothing writes to them.
-        maps = {}
-        for path in self.files:
-            if path.suffix == ".safetensors":
-                with open(path, "rb") as file:
-                    maps[path] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-        return maps
+        return self._open.read(spec.file, at, (stop - start) * spec.itemsize, self.stamps[spec.file])
 
     @cached_property
     def _pickled(self) -> dict[Path, dict[str, torch.Tensor]]:
-        return {path: load_pickled(path) for path in self.files if path.suffix == ".bin"}
+        kept = {spec.file for spec in self.specs.values() if spec.offset is None}
+        return {path: load_pickled(path) for path in self.files if path in kept}
 
     def _read_headers(self) -> None:
         self.files, self.index = self._weight_files()
@@ -212,13 +202,17 @@ class Checkpoint:
                 self.headers[path] = read_header(path)
                 specs = self.headers[path].specs
             else:
-                specs = pickled_specs(path, self._pickled[path])
+                specs = pickled_specs(path)
             twice = [f"{name}  in {self.specs[name].file.name} and {path.name}" for name in specs if name in self.specs]
             if twice:
-                raise CheckpointError(f"{self}: {len(twice)} tensors are stored twice.\n{list_names(twice)}")
+                raise CheckpointError(
+                    f"{self}: {len(twice)} tensors are stored twice, and readers differ in which they take.\n"
+                    f"{list_names(twice)}\nLoad the model and save it again with transformers (save_pretrained), which "
+                    "stores each once."
+                )
             self.specs.update(specs)
         if self.index is not None:
-            self._check_index(read_json(self.path / self.index)["weight_map"])
+            self._check_index(read_json(self.path / self.index, Index)["weight_map"])
         if not self.specs:
             raise CheckpointError(f"{self} has weight files without a tensor. Download or save the model again.")
 
@@ -241,15 +235,27 @@ class Checkpoint:
     def _weight_files(self) -> tuple[list[Path], str | None]:
         names = self._weight_names()
         for name in names:
-            if not (self.path / name).is_file():
+            if not is_there(self.path / name):
                 continue
             if not name.endswith(".index.json"):
                 return [hub.inside(self.path, name)], None
-            weight_map = read_json(self.path / name).get("weight_map")
-            if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
-                raise CheckpointError(f"{self}: {name} has no weight_map of names to files. Fetch or save it again.")
-            return [hub.inside(self.path, file) for file in dict.fromkeys(weight_map.values())], name
-        found = sorted(entry.name for entry in self.path.iterdir() if entry.suffix in (".safetensors", ".bin", ".gguf"))
+            weight_map = read_json(self.path / name, Index)["weight_map"]
+            files = [hub.inside(self.path, file) for file in dict.fromkeys(weight_map.values())]
+            kind = Path(name.removesuffix(".index.json")).suffix
+            if strange := [file.name for file in files if file.suffix != kind]:
+                raise CheckpointError(
+                    f"{self}: {len(strange)} files that {name} names are no {kind} files.\n{list_names(strange)}\n"
+                    "Download or save the checkpoint again."
+                )
+            return files, name
+        try:
+            found = sorted(
+                path.name for path in self.path.iterdir() if path.suffix in (".safetensors", ".bin", ".gguf")
+            )
+        except OSError as error:
+            raise unreadable(self.path, error) from error
+        if (in_shards := sharded.way_out(self.path)) is not None:
+            raise CheckpointError(f"{self} holds {in_shards}")
         others = f" It holds {', '.join(found[:5])}, which is no layout that transformers loads." if found else ""
         raise CheckpointError(f"{self} has no weights: none of {', '.join(names)} is in {self.path}.{others}")
 
@@ -274,7 +280,7 @@ class Place:
         return self.checkpoint.specs[self.name]
 
     def block(self, start: int, stop: int) -> torch.Tensor:
-        """Return elements `start` to `stop` of the flattened tensor: a copy where they are cast, else a view."""
+        """Return elements `start` to `stop` of the flattened tensor, see `Checkpoint.block`."""
         found = self.checkpoint.block(self.name, start, stop)
         for code in self.casts:
             found = found.to(dtype_of(code))
@@ -287,20 +293,3 @@ class Place:
     def array(self, start: int, stop: int) -> numpy.ndarray:
         """Return the elements as stored, see `Checkpoint.array`."""
         return self.checkpoint.array(self.name, start, stop)
-
-    def release(self, start: int, stop: int) -> None:
-        """Drop these elements from memory, see `Checkpoint.release`."""
-        self.checkpoint.release(self.name, start, stop)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Return the JSON object in `path`, {} when there is no such file."""
-    if not path.is_file():
-        return {}
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"cannot read {path}: {error}. Download or save the model again.") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path} is no JSON object. Download or save the model again.")
-    return content

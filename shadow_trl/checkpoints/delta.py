@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import CheckpointError, ConfigError
 from . import hub
-from .checkpoint import Checkpoint, read_json
+from .checkpoint import Checkpoint
 from .header import TensorSpec
-from .hub import Source
+from .hub import Source, local_folder
+from .json_files import read_json
 from .manifest import kind_found, read_manifest
+from .schemas import ModelConfig
 
 if TYPE_CHECKING:
     import torch
@@ -21,6 +23,8 @@ if TYPE_CHECKING:
 BASE_CONFIG = "base_config.json"
 WEIGHTS = "delta.safetensors"
 INDEX = "delta.safetensors.index.json"
+TRAINED_WITH = "trained_with"
+"""Folder with the chat templates of TUNED, in which nothing looks for BASE's."""
 
 
 class DeltaCheckpoint(Checkpoint):
@@ -49,7 +53,7 @@ class DeltaCheckpoint(Checkpoint):
             )
         if manifest["form"] == "adapter":
             raise CheckpointError(f"{name} is a LoRA adapter made from a delta. Give it as tuned, not as delta.")
-        delta = cls(name, commit, path, config=read_json(path / BASE_CONFIG), asked=asked)
+        delta = cls(name, commit, path, config=read_json(path / BASE_CONFIG, ModelConfig), asked=asked)
         delta.manifest = manifest
         if weights:
             delta._read_headers()
@@ -78,19 +82,14 @@ class Zeros(Checkpoint):
         """Return `stop - start` zeros, fp32."""
         import torch
 
-        found = self._views.get("")
-        if found is None or found.numel() < stop - start:
-            found = self._views[""] = torch.zeros(stop - start)
-        return found[: stop - start]
-
-    def release(self, name: str, start: int, stop: int) -> None:
-        """Do nothing: no page of a file is held."""
+        return torch.zeros(1).expand(stop - start)
 
 
 def refuse_deltas(**sides: Source | None) -> None:
     """Raise ConfigError if one of the sides, by role, is the local folder of a delta; a LoRA made from one is not."""
     for role, source in sides.items():
-        manifest = read_manifest(source) if source is not None and Path(source).is_dir() else None
+        folder = None if source is None else local_folder(source)
+        manifest = None if folder is None else read_manifest(folder)
         if manifest is not None and manifest["kind"] == "delta" and manifest.get("form") != "adapter":
             raise ConfigError(
                 f"{role} {source} is a delta, not a model: it holds tuned - base. Add it to an instruct model with "

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError
-from .hub import Source
+from .hub import Source, local_folder
 
 
 def file_digest(path: Source, algorithm: str = "sha256") -> str:
@@ -23,7 +24,7 @@ def file_digest(path: Source, algorithm: str = "sha256") -> str:
     """
     import xxhash
 
-    real = Path(path).resolve()
+    real = Path(os.path.realpath(path))
     known: dict[str, Any] = {"sha256": hashlib.sha256, "xxh3": xxhash.xxh3_128}
     if algorithm not in known:
         raise CheckpointError(f"the digest of {path} is of the unknown kind {algorithm!r}. Update shadow-trl.")
@@ -41,8 +42,8 @@ def weight_digests(source: Source, below: str = ".") -> dict[str, str] | None:
         source: folder or hub id.
         below: a folder in it whose weight files belong to them. Default: no other.
     """
-    folder = Path(source).expanduser()
-    if not folder.is_dir():
+    folder = local_folder(source)
+    if folder is None:
         return None
     files = {path for place in (folder, folder / below) for path in place.glob("*.safetensors")}
     files = files or {path for name in ("pytorch_model*.bin", "adapter_model.bin") for path in folder.glob(name)}

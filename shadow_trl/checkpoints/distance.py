@@ -14,7 +14,7 @@ from .checkpoint import Place
 _BLOCK = 512 * 1024
 """Elements that are summed at a time, as in `grafter.BLOCK`: between calls of numpy the threads wait for each other."""
 _CHUNK = 4 * _BLOCK
-"""Elements that a thread takes at a time, after which it drops their pages."""
+"""Elements that a thread takes at a time."""
 
 
 def measure_gap(
@@ -41,7 +41,6 @@ def measure_gap(
                 sums += _block_gap(base, instruct, start, min(start + _BLOCK, high), scratch)
             found[chunk] = sums
             for place in (base, instruct):
-                place.release(low, high)
                 if progress is not None:
                     progress((high - low) * place.spec.itemsize)
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import math
 import os
+import zipfile
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, list_names
+from .json_files import parse, unreadable
 
 if TYPE_CHECKING:
     import torch
@@ -40,7 +42,7 @@ class TensorSpec:
         code: dtype in the words of safetensors, such as `BF16`.
         shape: its shape; () for a scalar.
         file: the file that holds it.
-        offset: byte of the file at which it begins; None in a .bin file.
+        offset: byte of the file at which it begins; None where a .bin file has to be loaded as a whole.
         nbytes: bytes that it takes.
     """
 
@@ -107,13 +109,17 @@ class Header:
     specs: dict[str, TensorSpec]
 
 
-def stamp(path: Path) -> tuple[int, ...] | None:
-    """Return what changes when a file is replaced or written to: device, inode, size and time; None without a file."""
+def stamp(file: Path | int) -> tuple[int, ...] | None:
+    """Return what changes when a file, by path or descriptor, is replaced or written to; None without a file.
+
+    These are device, inode, size and the time of the last change. The kernel sets that one, unlike the time of the last
+    write, which anybody can restore; it also changes with the file's permissions and links.
+    """
     try:
-        found = path.stat()
+        found = os.stat(file)
     except OSError:
         return None
-    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+    return found.st_dev, found.st_ino, found.st_size, found.st_ctime_ns
 
 
 def read_header(path: Path) -> Header:
@@ -130,46 +136,87 @@ def read_header(path: Path) -> Header:
             if len(start) < 8 or length > min(size - 8, _MAX_HEADER):
                 raise ValueError(f"its header should have {length} bytes, the file has {size}")
             raw = file.read(length)
-        content = json.loads(raw)
+        # As strict as the safetensors library, which reads nothing but UTF-8 and no name twice.
+        content = parse(raw.decode(), unique=True)
+        if raw[:1] != b"{":
+            raise ValueError("its header does not begin with a brace")
         metadata = content.pop("__metadata__", None)
-        # Of these the safetensors library is as strict.
-        if raw[:1] != b"{" or not all(isinstance(value, str) for value in (metadata or {}).values()):
-            raise ValueError("its header does not begin with a brace or has metadata that is not text")
+        if metadata is not None and not (
+            isinstance(metadata, dict) and all(isinstance(value, str) for value in metadata.values())
+        ):
+            raise ValueError("its header has metadata that is not text")
         found = [(name, _spec(path, name, entry, 8 + length)) for name, entry in content.items()]
         specs = dict(sorted(found, key=lambda item: (item[1].offset, item[1].nbytes)))
         _check_places(specs, 8 + length, size)
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+    except OSError as error:
+        raise unreadable(path, error) from error
+    except ValueError as error:
         raise CheckpointError(f"{path} is no complete safetensors file: {error}. Download or save it again.") from error
     return Header(start + raw, metadata, specs)
 
 
-def load_pickled(path: Path) -> dict[str, torch.Tensor]:
-    """Return the tensors of a .bin file, mapped into memory where torch can do it; CheckpointError if it has others."""
+def load_pickled(path: Path, device: str = "cpu") -> dict[str, torch.Tensor]:
+    """Return the tensors of a .bin file; on the device `meta` without their values. CheckpointError for other content.
+
+    The file is not mapped into memory, see `open_files`.
+    """
     import torch
 
     try:
-        try:
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        except RuntimeError:  # files of torch < 1.6 cannot be mapped
-            content = torch.load(path, map_location="cpu", weights_only=True)
+        # Compressed parts could be of any size.
+        archive = zipfile.is_zipfile(path)
+        if archive and any(part.compress_type != zipfile.ZIP_STORED for part in zipfile.ZipFile(path).infolist()):
+            raise ValueError("it is compressed, which torch.save does not do")
+        content = torch.load(path, map_location=device, weights_only=True, mmap=False)
     except Exception as error:
         raise CheckpointError(
             f"cannot read {path}: {str(error).splitlines()[0] if str(error) else type(error).__name__}. Only plain "
             "tensors are loaded from .bin files (weights_only=True). Give a safetensors checkpoint."
         ) from error
-    if not isinstance(content, dict) or not all(isinstance(value, torch.Tensor) for value in content.values()):
+    if not isinstance(content, dict):
         raise CheckpointError(f"{path} is not a dictionary of tensors. Give a safetensors checkpoint.")
-    return {name: tensor.detach().contiguous() for name, tensor in content.items()}
+    wrong = [
+        f"{name!r}  {what}" for name, value in content.items() if (what := _not_plain(name, value, device, archive))
+    ]
+    # Views of few numbers can stand for any number of them.
+    views = sum(value.nbytes for value in content.values() if not wrong and not value.is_contiguous())
+    if not wrong and views > path.stat().st_size:
+        wrong = [f"views of few numbers, which would take {views:,} bytes in a file of {path.stat().st_size:,}"]
+    if wrong:
+        raise CheckpointError(
+            f"{path} is not a dictionary of tensors: {len(wrong)} entries are something else.\n"
+            f"{list_names(wrong)}\n"
+            "Give a safetensors checkpoint."
+        )
+    return {name: tensor.detach() for name, tensor in content.items()}
 
 
-def pickled_specs(path: Path, tensors: dict[str, torch.Tensor]) -> dict[str, TensorSpec]:
+def _not_plain(name: Any, value: Any, device: str, archive: bool) -> str:
+    """Return what an entry of a .bin file is, where it is no name with a plain tensor; else ""."""
+    import torch
+
+    if not isinstance(value, torch.Tensor):
+        return f"is {type(value).__name__}"
+    if not isinstance(name, str) or not name.isprintable():
+        return "is no name"
+    if value.device.type != device or value.layout != torch.strided or value.is_quantized:
+        return f"is a tensor of another kind: {value.device}, {value.layout}, {value.dtype}"
+    if archive and device == "meta" and getattr(value.untyped_storage(), "_checkpoint_offset", None) is None:
+        return "is a tensor without values"  # it was on the device meta when it was saved
+    return ""
+
+
+def pickled_specs(path: Path) -> dict[str, TensorSpec]:
     """Return the specs of the tensors of a .bin file; CheckpointError for a dtype that safetensors cannot store."""
     specs = {}
-    for name, tensor in tensors.items():
+    for name, tensor in load_pickled(path, "meta").items():
         code = CODES.get(str(tensor.dtype).removeprefix("torch."))
         if code is None:
             raise CheckpointError(f"{path} holds a tensor of {tensor.dtype}, which safetensors cannot store.")
-        specs[name] = TensorSpec(code, tuple(tensor.shape), path, None, tensor.nbytes)
+        # Files of torch < 1.6 have no such place.
+        begin = getattr(tensor.untyped_storage(), "_checkpoint_offset", None) if tensor.is_contiguous() else None
+        offset = None if begin is None else begin + tensor.storage_offset() * tensor.itemsize
+        specs[name] = TensorSpec(code, tuple(tensor.shape), path, offset, tensor.nbytes)
     return specs
 
 
@@ -191,12 +238,17 @@ def nbytes_of(code: str, shape: tuple[int, ...]) -> int:
     return math.prod(shape) * _DTYPES[code][0] // 8
 
 
-def _spec(path: Path, name: str, entry: dict[str, Any], data: int) -> TensorSpec:
-    code, shape = entry["dtype"], tuple(entry["shape"])
-    begin, end = entry["data_offsets"]
-    if code not in _DTYPES:
+def _spec(path: Path, name: str, entry: Any, data: int) -> TensorSpec:
+    known = entry if isinstance(entry, dict) else {}
+    code, sizes, places = (known.get(key) for key in ("dtype", "shape", "data_offsets"))
+    if not isinstance(sizes, list) or not isinstance(places, list) or len(places) != 2:
+        raise ValueError(f"tensor {name!r} has no dtype, shape and data_offsets but {str(entry)[:60]}")
+    if not isinstance(code, str) or code not in _DTYPES:
         raise ValueError(f"tensor {name!r} has the unknown dtype {code!r}")
-    if not all(type(size) is int and size >= 0 for size in (*shape, begin, end)):
+    shape, (begin, end) = tuple(sizes), places
+    whole = all(type(size) is int and size >= 0 for size in (*shape, begin, end))
+    # torch counts in 64 bits, also along the other dimensions of an empty tensor.
+    if not whole or max(begin, end, 8 * math.prod(max(size, 1) for size in shape)) >= 2**63:
         raise ValueError(f"tensor {name!r} has the shape {shape} at {begin}:{end}")
     if end - begin != nbytes_of(code, shape):
         raise ValueError(f"tensor {name!r}, {code} {shape}, cannot take {end - begin} bytes")

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import os
 import re
-from pathlib import Path, PurePosixPath
+import stat
+from pathlib import Path
 from typing import NamedTuple
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, ConfigError
+from .json_files import is_file_name, is_there
 
 Source = str | os.PathLike[str]
 _SMALL = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.spm", "LICENSE*", "NOTICE*", "USE_POLICY*", "*.py")
+_LONGEST_NAME = 200
+"""Bytes of a folder's name that leave room, of the 255 of a disk, for the endings of what lies beside it meanwhile."""
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
@@ -30,6 +34,59 @@ class Located(NamedTuple):
     asked: str | None = None
 
 
+def local_folder(source: Source) -> Path | None:
+    """Return the folder on this machine that `source` names, None where there is none of that name.
+
+    Raises:
+        CheckpointError: a name that nothing can have, or a folder that may not be looked at.
+    """
+    name = os.fspath(source)
+    reason = _impossible(name)
+    try:
+        folder = Path(name).expanduser()
+        if not reason:
+            return folder if stat.S_ISDIR(folder.stat().st_mode) else None
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        reason = str(error.strerror)
+    except RuntimeError:
+        reason = "there is no such user"
+    raise CheckpointError(
+        f"cannot look for {name!r}: {reason}. Give a checkpoint's folder or a hub id like owner/name."
+    )
+
+
+def output_folder(output: Source) -> Path:
+    """Return the path of a folder that is to be written, whether or not something is there.
+
+    Raises:
+        ConfigError: a name that no folder can have, or that leads through something that is no folder.
+    """
+    name = os.fspath(output)
+    path, reason = Path(name), _impossible(name)
+    try:
+        if not reason:
+            path.lstat()
+    except FileNotFoundError:
+        if len(os.fsencode(path.name)) > _LONGEST_NAME:
+            reason = f"the name of the folder has more than {_LONGEST_NAME} bytes"
+    except OSError as error:
+        reason = str(error.strerror)
+    if reason:
+        raise ConfigError(f"cannot write to {name!r}: {reason}. Choose another output.")
+    return path
+
+
+def _impossible(name: str) -> str:
+    """Return why nothing on a disk can have this name, "" where something can."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return "it is no text in UTF-8"
+    return "the name is empty" if not name else "it has the character NUL" if "\0" in name else ""
+
+
 def is_commit(revision: str | None) -> bool:
     """Whether a revision can never mean another version: a whole commit, not a branch or a tag."""
     return bool(revision and re.fullmatch("[0-9a-f]{40}", revision))
@@ -47,17 +104,20 @@ def locate(source: Source, revision: str | None = None, *, weights: bool = True)
         CheckpointError: neither a folder nor a repository that can be reached.
     """
     name, tail = os.fspath(source), ""
-    if not Path(name).expanduser().is_dir():
+    if local_folder(name) is None:
         name, _, tail = name.partition("@")
     if tail and revision is not None and tail != revision:
         raise CheckpointError(f"{source} and revision={revision!r} name two revisions. Give one of them.")
-    revision, folder = tail or revision, Path(name).expanduser()
-    if folder.is_dir():
-        if tail or (revision is not None and is_hub_id(name)):
+    revision, folder = tail or revision, local_folder(name)
+    if folder is not None:
+        # `main` is what a folder has: TRL's scripts pass it with every model.
+        if revision not in (None, "main") and (tail or is_hub_id(name)):
             raise CheckpointError(f"{name} is a local folder, which has no revision {revision!r}. Leave it out.")
         return Located(name, None, folder)
     if not is_hub_id(name):
         raise CheckpointError(f"there is no folder {source}. Give a checkpoint's folder or a hub id like owner/name.")
+    if revision is not None and (not revision.isprintable() or ".." in revision or revision.startswith("/")):
+        raise CheckpointError(f"{revision!r} is no revision of {name}. Give a branch, a tag or a commit.")
     path = _download(name, revision, weights)
     return Located(name, path.name, path, revision)
 
@@ -75,16 +135,28 @@ def inside(folder: Path, name: str) -> Path:
         CheckpointError: the name or a link leads out of the folder. Links of the hub cache into the blobs of the same
             repository are fine.
     """
-    pure = PurePosixPath(name)
-    if pure.is_absolute() or len(pure.parts) != 1 or name in (".", "..") or "\\" in name or "\0" in name:
-        raise CheckpointError(f"{folder}: the weight file {name!r} lies outside the folder; it is not read.")
-    path, real, home = folder / name, (folder / name).resolve(), folder.resolve()
-    blobs = home.parent.parent / "blobs"
-    if real.parent != home and not (home.parent.name == "snapshots" and real.parent == blobs):
-        raise CheckpointError(f"{path} is a link to a file outside the checkpoint's folder; it is not read.")
-    if not path.is_file():
+    if not is_file_name(name) or "/" in name:
+        raise CheckpointError(
+            f"{folder}: the weight file {name!r} lies outside the folder; it is not read. Download or save the "
+            "checkpoint again."
+        )
+    path = folder / name
+    if not is_there(path):
         raise CheckpointError(f"{folder} lacks the weight file {name}. Download or save the checkpoint again.")
+    if leads_out(folder, name):
+        raise CheckpointError(
+            f"{path} is a link to {os.path.realpath(path)}, outside the checkpoint's folder; it is not read. Put the "
+            f"file itself there, as `cp -rL {folder} COPY` does for all, or give the folder that it is in."
+        )
     return path
+
+
+def leads_out(folder: Path, name: str) -> bool:
+    """Whether file `name` of `folder` is, or is below, a link out of it; the hub cache's links to blobs are not."""
+    real, home = Path(os.path.realpath(folder / name)), Path(os.path.realpath(folder))
+    return home not in real.parents and not (
+        home.parent.name == "snapshots" and real.parent == home.parent.parent / "blobs"
+    )
 
 
 def _download(name: str, revision: str | None, weights: bool) -> Path:

@@ -5,10 +5,12 @@ A manifest of kind `delta` is of form `delta`, or `adapter` for a LoRA made from
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import json
 import logging
 import os
+import re
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -17,7 +19,9 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import CheckpointError, InputError, list_names
 from .digests import file_digest, weight_digests
-from .hub import Source, is_commit, locate
+from .hub import Source, is_commit, leads_out, local_folder, locate
+from .json_files import check, is_there, read_json
+from .schemas import Delta, Graft, Manifest, Run, Side
 
 if TYPE_CHECKING:
     from .checkpoint import Checkpoint
@@ -26,7 +30,8 @@ logger = logging.getLogger(__name__)
 
 MANIFEST_NAME = "shadow.json"
 FORMAT = 1
-KINDS = ("run", "graft", "delta")
+KINDS = {"run": Run, "graft": Graft, "delta": Delta}
+_ROLES = re.compile(r"(?:base|instruct|policy|start|adapter|tuned|delta)(?:_\d+)?")
 
 _PACKAGES = ("shadow-trl", "torch", "transformers", "trl", "peft", "accelerate", "safetensors")
 
@@ -54,7 +59,7 @@ class Entry:
     @classmethod
     def of(cls, side: Checkpoint, digests: dict[str, str] | None) -> Entry:
         """Return the entry of a side that was opened."""
-        return cls(side.source, side.revision, digests, Path(side.source).expanduser().is_dir(), side.asked)
+        return cls(side.source, side.revision, digests, local_folder(side.source) is not None, side.asked)
 
     @classmethod
     def read(cls, manifest: Mapping[str, Any] | None, role: str) -> Entry | None:
@@ -81,7 +86,7 @@ class Entry:
         Raises:
             CheckpointError: no folder and no repository that can be reached, or a folder with a repository's name.
         """
-        if is_commit(self.revision) and not Path(self.source).expanduser().is_dir():
+        if is_commit(self.revision) and local_folder(self.source) is None:
             return self
         found = locate(self.source, self.revision, weights=False)
         return replace(self, source=found.name, revision=found.revision, asked=found.asked)
@@ -111,7 +116,9 @@ class Entry:
         return [
             name
             for name, digest in (self.digests or {}).items()
-            if not (folder / name).is_file() or file_digest(folder / name, digest.partition(":")[0]) != digest
+            if not is_there(folder / name)
+            or leads_out(folder, name)
+            or file_digest(folder / name, digest.partition(":")[0]) != digest
         ]
 
     def names(self, side: Checkpoint, home: Path) -> bool:
@@ -121,8 +128,8 @@ class Entry:
         return named or any(place.samefile(side.path) for place in places)
 
     def _places(self, home: Path) -> list[Path]:
-        places = [] if self.folder is False else [Path(self.source).expanduser(), home / self.source]
-        return [place for place in places if place.is_dir()]
+        places: list[Source] = [] if self.folder is False else [self.source, home / self.source]
+        return [place for place in map(local_folder, places) if place is not None]
 
 
 def way_out(role: str) -> str:
@@ -141,20 +148,20 @@ def read_manifest(folder: Source) -> dict[str, Any] | None:
         CheckpointError: `shadow.json` is there but is no manifest that this version reads.
     """
     path = Path(folder) / MANIFEST_NAME
-    if not path.is_file():
+    if not is_there(path):
         return None
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"cannot read {path}: {error}. Restore the file or remove it.") from error
-    if not isinstance(content, dict) or content.get("kind") not in KINDS:
+    content: Any = read_json(path, Any)
+    if not isinstance(content, dict) or content.get("kind") not in tuple(KINDS):
         raise CheckpointError(
             f"{path} is not a manifest: its `kind` is none of {', '.join(KINDS)}. Restore it or remove it."
         )
+    check(content, Manifest, path)
     if content.get("format", 0) > FORMAT:
         raise CheckpointError(
             f"{path} was written by a newer shadow_trl (format {content['format']}, here {FORMAT}). Update shadow-trl."
         )
+    check(content, KINDS[content["kind"]], path)
+    check({role: side for role, side in content.items() if _ROLES.fullmatch(role)}, dict[str, Side | None], path)
     return content
 
 
@@ -179,6 +186,7 @@ def write_manifest(folder: Source, content: Mapping[str, Any]) -> Path:
     return path
 
 
+@functools.cache
 def versions() -> dict[str, str]:
     """Return the installed version of every package that can change the numbers, without importing any."""
     found = {}

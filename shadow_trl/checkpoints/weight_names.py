@@ -37,6 +37,8 @@ def is_of_tokens(name: str) -> bool:
 
     >>> is_of_tokens("lm_head.weight"), is_of_tokens("base_model.model.model.embed_tokens.lora_embedding_A")
     (True, True)
+    >>> is_of_tokens("model.layers.3.mlp.up_proj.weight"), is_of_tokens("my_lm_head.weight")
+    (False, False)
     """
     return any(module in f".{name}" for module in _TOKEN_MODULES)
 
@@ -48,6 +50,8 @@ def kind_of(name: str) -> str:
     ('q_proj', 'norm')
     >>> kind_of("model.layers.3.self_attn.q_proj.bias"), kind_of("model.layers.0.mlp.experts.gate_up_proj")
     ('bias', 'gate_up_proj')
+    >>> kind_of("model.projector.2.weight"), kind_of("2.weight")  # modules that have a number for a name
+    ('projector', '2')
     """
     *path, last = name.split(".")
     if last == "bias":

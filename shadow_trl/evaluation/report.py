@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shlex
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..results.folder import whole_file
 from .scoring import Scores, difference
 
 REPORT_NAME = "report.json"
@@ -120,9 +120,8 @@ class RunReport:
     def write(self, folder: str | Path) -> Path:
         """Write `report.json` into `folder`, complete or not at all, and return its path."""
         path = Path(folder) / REPORT_NAME
-        part = path.with_name(f".{REPORT_NAME}.{os.getpid()}")
-        part.write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
-        os.replace(part, path)
+        with whole_file(path) as new:
+            new.write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
         return path
 
     def text(self) -> str:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from ..adapters.kinds import SCALABLE, START_FOLDER, kind_of, peft_type
 from ..adapters.lora import no_factors, other_adapters, place_on
 from ..checkpoints.checkpoint import Checkpoint
-from ..checkpoints.hub import is_hub_id
+from ..checkpoints.hub import is_hub_id, local_folder
 from ..checkpoints.manifest import read_manifest
 from ..errors import AdapterError, list_names
 from ..pair.token_rows import row_count
@@ -99,7 +97,7 @@ def no_adapter_form(reasons: list[str], *, rank: bool = True) -> AdapterError:
 
 def is_local(side: Checkpoint) -> bool:
     """Whether a side was given as a folder and not as a hub id."""
-    return Path(side.source).expanduser().is_dir() or not is_hub_id(side.source)
+    return local_folder(side.source) is not None or not is_hub_id(side.source)
 
 
 def adapter_warnings(tuned: Full, instruct: Checkpoint, reasons: list[str]) -> list[str]:

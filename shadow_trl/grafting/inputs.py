@@ -15,10 +15,13 @@ from ..checkpoints.digests import file_digest
 from ..checkpoints.header import stamp
 from ..checkpoints.hub import Source
 from ..checkpoints.manifest import Entry, adapter_base, read_manifest
+from ..checkpoints.open_files import changed
 from ..checkpoints.weight_names import is_of_tokens
-from ..errors import AdapterError, CheckpointError, ConfigError, GraftError, list_names
+from ..errors import AdapterError, CheckpointError, ConfigError, list_names
 from ..pair.pairs import ModelPair
 from ..pair.token_rows import row_count, vocabulary_of
+from ..pair.trained_templates import TemplateChoice, choose_template
+from ..runtime.patterns import check_patterns
 from .form import adapter_warnings, form_of, no_adapter_form
 from .options import GraftOptions, declared
 from .trained import Delta, Full, PlainLora
@@ -35,6 +38,7 @@ class Inputs:
         form: `model` or `adapter`.
         warnings: what the user should know.
         reasons: why the result is dense, where an adapter was trained.
+        template: whose chat template the result has.
     """
 
     instruct: Checkpoint
@@ -42,6 +46,7 @@ class Inputs:
     form: str
     warnings: list[str] = field(default_factory=list)
     reasons: list[str] = field(default_factory=list)
+    template: TemplateChoice = field(default_factory=TemplateChoice)
 
     @property
     def sides(self) -> dict[str, Checkpoint]:
@@ -70,6 +75,7 @@ def open_tuned_inputs(
     """
     refuse_deltas(base=single.base, instruct=instruct)
     receiver = _open_model("instruct", instruct)
+    _check_modules(options, receiver)
     tuned = open_trained(single, receiver, options)
     receiver.check_not_quantised("instruct")
     for role, side in tuned.sides.items():
@@ -82,8 +88,12 @@ def open_tuned_inputs(
     for side in list(tuned.stages.values()) or [tuned.checkpoint]:
         found = pair.check_trained(side.config, vocabulary_of(side))
         warnings += [warning for warning in found if warning not in warnings]
+    template = TemplateChoice()
+    if check_pair:
+        template = choose_template(tuned.trained_with, receiver.path, options.chat_template)
     form, reasons = form_of(tuned, receiver, options)
-    return Inputs(receiver, tuned, form, [*warnings, *adapter_warnings(tuned, receiver, reasons)], reasons)
+    warnings += [*template.warnings, *adapter_warnings(tuned, receiver, reasons)]
+    return Inputs(receiver, tuned, form, warnings, reasons, template)
 
 
 def open_delta(base: Source | None, instruct: Source, delta: Source, options: GraftOptions) -> Inputs:
@@ -107,6 +117,7 @@ def open_delta(base: Source | None, instruct: Source, delta: Source, options: Gr
     _check_delta_options(options)
     learnt, receiver = DeltaCheckpoint.open(delta), _open_model("instruct", instruct)
     receiver.check_not_quantised("instruct")
+    _check_modules(options, receiver)
     facts = replace(learnt, source=f"{learnt} (what the delta keeps of base)", revision=None)
     origin = _named_base(learnt) if base is None else Checkpoint.open(base)
     warnings = []
@@ -115,7 +126,15 @@ def open_delta(base: Source | None, instruct: Source, delta: Source, options: Gr
     pair = ModelPair(facts if origin is None else origin, receiver)
     level = "configs" if origin is None else "headers"
     warnings += pair.check(level=level, vocab=options.vocab, trains=False)
-    return Inputs(receiver, Delta(pair.base, learnt), "model", warnings)
+    tuned = Delta(pair.base, learnt)
+    template = choose_template(tuned.trained_with, receiver.path, options.chat_template)
+    return Inputs(receiver, tuned, "model", [*warnings, *template.warnings], template=template)
+
+
+def _check_modules(options: GraftOptions, receiver: Checkpoint) -> None:
+    """Raise ConfigError if `modules`, which a manifest may state, takes too long on the names of the weights."""
+    given = [options.modules] if isinstance(options.modules, str) else options.modules
+    check_patterns("modules", (text for text in given if text != "linear"), receiver.specs)
 
 
 def open_trained(single: SingleTuned, receiver: Checkpoint, options: GraftOptions) -> Full:
@@ -255,9 +274,10 @@ def _check_base(base: Checkpoint, delta: DeltaCheckpoint, options: GraftOptions)
 class Digests:
     """Digests of the inputs, worked out while the graft streams, and the check that they stay as they are."""
 
-    def __init__(self, sides: Mapping[str, Checkpoint], small: list[Path], options: GraftOptions) -> None:
+    def __init__(self, sides: Mapping[str, Checkpoint], small: Mapping[str, list[Path]], options: GraftOptions) -> None:
+        """Begin with the files of `sides`, and those beside the weights that are read, `small`, by role."""
         self._sides = sides
-        self._stamps = {path: stamp(path) for path in small}
+        self._stamps = {path: stamp(path) for paths in small.values() for path in paths}
         for side in sides.values():
             self._stamps |= side.stamps
         self._found: dict[str, dict[str, Future[str]]] = {}
@@ -265,7 +285,7 @@ class Digests:
         if options.digest == "none":
             return
         for role, side in sides.items():
-            files = [*side.files, *(small if role == "instruct" else [])]
+            files = [*side.files, *small.get(role, [])]
             self._found[role] = {
                 str(path.relative_to(side.path)): self._pool.submit(file_digest, path, options.digest) for path in files
             }
@@ -288,10 +308,7 @@ class Digests:
             }
         except OSError as error:
             raise CheckpointError(f"cannot read an input again for its digest: {error}.") from error
-        changed = [str(path) for path, before in self._stamps.items() if stamp(path) != before]
-        if changed:
-            raise GraftError(
-                f"{len(changed)} input files were replaced or written to while they were read: the result could be a "
-                f"mixture.\n{list_names(changed)}\nWait for what writes them, or graft a copy."
-            )
+        others = [path for path, before in self._stamps.items() if stamp(path) != before]
+        if others:
+            raise changed(others)
         return {role: Entry.of(side, digests.get(role)) for role, side in self._sides.items()}

@@ -88,7 +88,7 @@ def _modules(name: str, value: str | Sequence[str]) -> str | list[str]:
     """Check every expression; a list of one is kept as that one."""
     if not value:
         raise ConfigError(f"{name} is an empty list or text: it selects nothing. Pass 'all'.")
-    given = [value] if isinstance(value, str) else list(value)
+    given: list[Any] = list(value) if isinstance(value, (list, tuple)) else [value]
     for expression in given:
         try:
             re.compile(expression)
@@ -150,6 +150,10 @@ class GraftOptions:
     vocab: str = _option(
         "strict", "token rows that only one side has: refuse them, or graft the rows that both share",
         choices=("strict", "shared"), argument="graft_vocab", recorded=True,
+    )  # fmt: skip
+    chat_template: str = _option(
+        "instruct", "chat template of the result: INSTRUCT's, or the one in TUNED's folder, which it was trained with",
+        choices=("instruct", "trained"), argument="graft_chat_template", recorded=True,
     )  # fmt: skip
     max_shard_size: int | str | None = _option(
         None, "largest file of the result, such as 5GB; left out: INSTRUCT's files",

@@ -1,8 +1,8 @@
 """The pipeline of a graft: chunks of the output files, computed and written by a few threads side by side.
 
-A chunk is a page-aligned range of bytes of one output file. A thread maps the inputs' bytes of that range, computes it
-block by block into its own buffer, writes the buffer, and drops the inputs' pages from memory. While one thread waits
-for the disk another computes. Memory does not depend on the size of any tensor.
+A chunk is a page-aligned range of bytes of one output file. A thread reads the inputs' bytes of that range block by
+block, computes them into its own buffer, and writes the buffer. While one thread waits for the disk another computes.
+Memory does not depend on the size of any tensor.
 """
 
 from __future__ import annotations
@@ -147,16 +147,13 @@ class _Worker:
             for block in blocks_of(job, first, last):
                 sums += self._block(job, *block, begin + block.start * size - low)
             found.append((job.name, sums))
-            for place in (job.instruct, job.base, job.tuned):
-                if place is not None:
-                    place.release(first, last)
         return found
 
     def _block(self, job: WeightJob, start: int, stop: int, delta: bool, at: int) -> Sums:
         """Compute one block; `at` is the byte of the buffer at which it goes, negative for a cut first element."""
         dtype = dtype_of(job.code)
         nbytes = (stop - start) * dtype.itemsize
-        whole = at >= 0 and at % dtype.itemsize == 0 and at + nbytes <= CHUNK
+        whole = at % dtype.itemsize == 0  # as a chunk is of every itemsize: else its ends cut through an element
         target = self.bytes[at : at + nbytes] if whole else self.spare[:nbytes]
         out = target.view(dtype)
         if delta:
@@ -194,18 +191,16 @@ class _Worker:
         left, right = low_rank.left, low_rank.right
         cached = self.factors.get("right")
         if cached is None or cached[0] is not low_rank:
-            whole = right.checkpoint.tensor(right.name)
+            whole = right.tensor()
             whole = whole.T if low_rank.transposed else whole
-            cached = (low_rank, whole.to(torch.float32, copy=True, memory_format=torch.contiguous_format))
+            cached = (low_rank, whole.to(torch.float32).contiguous())
             self.factors["right"] = cached
-            right.release(0, whole.numel())
-        matrix = left.checkpoint.tensor(left.name)
-        matrix = matrix.T if low_rank.transposed else matrix
-        wanted = matrix[row : row + rows].to(torch.float32, copy=True)
-        rank = matrix.shape[1]
-        first, last = (0, matrix.numel()) if low_rank.transposed else (row * rank, (row + rows) * rank)
-        left.release(first, last)
-        return wanted, cached[1]
+        if low_rank.transposed:
+            wanted = left.tensor().T[row : row + rows]
+        else:
+            rank = left.spec.shape[1]
+            wanted = left.block(row * rank, (row + rows) * rank).view(-1, rank)
+        return wanted.to(torch.float32, copy=True), cached[1]
 
     def _blame(self, job: WeightJob, start: int, stop: int, delta: bool) -> None:
         sides = []
@@ -243,8 +238,8 @@ def blocks_of(job: WeightJob, first: int, last: int) -> Iterator[Block]:
         while at < stop:
             end = min(at + BLOCK, stop)
             if job.low_rank is not None and end < stop:  # whole rows, where a block has room for one
-                end = max(end // job.low_rank.columns * job.low_rank.columns, 0) or end
-                end = end if end > at else min(at + BLOCK, stop)
+                whole = end - end % job.low_rank.columns
+                end = whole if whole > at else end
             yield Block(at, end, True)
             at = end
     for low in range(at, last, BLOCK):

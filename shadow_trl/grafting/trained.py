@@ -12,11 +12,13 @@ from typing import Any, ClassVar
 
 from ..adapters.lora import LoraModule, place_on
 from ..checkpoints.checkpoint import Checkpoint, Place
-from ..checkpoints.delta import DeltaCheckpoint
+from ..checkpoints.delta import TRAINED_WITH, DeltaCheckpoint
 from ..checkpoints.overlay import Overlay
 from ..checkpoints.weight_names import is_of_tokens
 from ..errors import ConfigError
 from ..layouts.plan import notice_of_rows
+from ..pair.token_rows import vocabulary_of
+from ..pair.vocabularies import Vocabulary
 from .jobs import (
     Jobs,
     LowRank,
@@ -53,6 +55,11 @@ class Full:
     def sides(self) -> dict[str, Checkpoint]:
         """The checkpoints that are read beside INSTRUCT, by role."""
         return {"base": self.base, "tuned": self.checkpoint, **self.stages}
+
+    @property
+    def trained_with(self) -> dict[str, Vocabulary]:
+        """The tokenizer of each thing that was trained, by role."""
+        return {role: vocabulary_of(side) for role, side in self.sides.items() if role != "base"}
 
     @property
     def recorded(self) -> dict[str, Any]:
@@ -145,6 +152,11 @@ class Delta:
     def sides(self) -> dict[str, Checkpoint]:
         """The checkpoints that are read beside INSTRUCT, by role."""
         return {"delta": self.checkpoint}
+
+    @property
+    def trained_with(self) -> dict[str, Vocabulary]:
+        """What is known of the tokenizer that TUNED was trained with: its chat templates."""
+        return {"delta": Vocabulary(self.checkpoint.path / TRAINED_WITH, str(self.checkpoint))}
 
     @property
     def recorded(self) -> dict[str, Any]:

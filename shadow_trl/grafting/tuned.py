@@ -20,7 +20,7 @@ from ..adapters.lora import base_model_of, no_factors, open_tuned, place_on, rea
 from ..checkpoints.checkpoint import Checkpoint, Place
 from ..checkpoints.delta import refuse_deltas
 from ..checkpoints.header import TORCH_NAMES, narrower
-from ..checkpoints.hub import Source
+from ..checkpoints.hub import Source, local_folder
 from ..checkpoints.manifest import as_trained, check_weights, read_manifest, stage_below
 from ..checkpoints.overlay import Overlay
 from ..errors import AdapterError, ConfigError, list_names
@@ -119,8 +119,9 @@ def merged_checkpoint(base: Checkpoint, adapter: Checkpoint, folder: Path) -> Ov
         from ..adapters.peft_layers import merge_into_base
 
         return merge_into_base(base, adapter, folder)
-    merged = Overlay.over(base, adapter, folder)
-    for name, lora in place_on(read_lora(adapter), adapter, base).items():
+    placed = place_on(read_lora(adapter), adapter, base)
+    merged = Overlay.over(base, adapter, folder, placed)
+    for name, lora in placed.items():
         product = lora.factor * adapter.tensor(lora.left).double() @ adapter.tensor(lora.right).double()
         merged.put({name: base.tensor(name).double() + (product.T if lora.transposed else product)})
     return merged
@@ -209,7 +210,7 @@ def _summed_on(base: Checkpoint, parts: Sequence[SingleTuned], scratch: Path) ->
         )
     changed = [name for name in base.specs if any(side.specs[name] != base.specs[name] for side, _, _ in full)]
 
-    total = Overlay.over(base, full[0][0], scratch / "changed")
+    total = Overlay.over(base, full[0][0], scratch / "changed", changed)
     for name in changed:
         value = base.tensor(name).double()
         for side, start, weight in full:
@@ -259,7 +260,7 @@ def _split(item: Any) -> tuple[Any, float]:
     if not isinstance(item, (str, os.PathLike)):
         return item, 1.0
     head, colon, tail = os.fspath(item).rpartition(":")
-    if not colon or Path(item).expanduser().exists():
+    if not colon or local_folder(item) is not None:
         return item, 1.0
     try:
         return head, float(tail)

@@ -15,7 +15,7 @@ from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.delta import DeltaCheckpoint
 from ..errors import PairMismatchError, list_names
 from ..pair.architectures import is_text_class
-from ..results.folder import check_space
+from ..runtime.machine import check_space
 from .matching import Side, Sides, embedding_ties, found_specs, left_out, mismatch_error, mismatches, side_rows
 from .ties import Tie, config_edits, decide
 

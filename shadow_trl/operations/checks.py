@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from ..adapters.kinds import kind_of
 from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.delta import refuse_deltas
-from ..checkpoints.hub import Source
+from ..checkpoints.hub import Source, output_folder
 from ..errors import ConfigError
 from ..grafting.form import left_out, no_adapter_form
 from ..grafting.inputs import open_trained
@@ -20,7 +19,9 @@ from ..grafting.tuned import SingleTuned
 from ..layouts.matching import Announced
 from ..pair.pairs import ModelPair
 from ..pair.token_rows import vocabulary_of
-from ..results.folder import check_free, check_place, check_space, recover
+from ..pair.trained_templates import choose_template
+from ..results.folder import check_free, check_place, recover
+from ..runtime.machine import check_space
 
 
 def check_graft(
@@ -48,7 +49,7 @@ def check_graft(
 
     """
     settings = _options(options)
-    target = Path(output)
+    target = output_folder(output)
     recover(target)
     check_free(target, settings.overwrite)
     refuse_deltas(base=base, instruct=instruct)
@@ -94,6 +95,8 @@ def check_trained(
     """
     origin, receiver = Checkpoint.open(base), Checkpoint.open(instruct)
     warnings = ModelPair(origin, receiver).check_trained(tuned.config, vocabulary_of(tuned))
+    trained_with = {"tuned": vocabulary_of(tuned)}
+    warnings += choose_template(trained_with, receiver.path, _options(options).chat_template).warnings
     if not has_weights:
         return warnings
     if adapter:  # what it does not train is not saved

@@ -14,12 +14,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from ..checkpoints.checkpoint import Checkpoint, Place
-from ..checkpoints.delta import BASE_CONFIG, INDEX, WEIGHTS, DeltaCheckpoint, Zeros, refuse_deltas
-from ..checkpoints.header import FLOATS, nbytes_of
-from ..checkpoints.hub import Source
+from ..checkpoints.delta import BASE_CONFIG, INDEX, TRAINED_WITH, WEIGHTS, DeltaCheckpoint, Zeros, refuse_deltas
+from ..checkpoints.header import CODES, FLOATS, dtype_of, nbytes_of
+from ..checkpoints.hub import Source, output_folder
 from ..checkpoints.manifest import Entry, write_manifest
 from ..errors import AdapterError, ConfigError, ends_with
 from ..grafting.files import OutputFile, main_dtype, plan_files
@@ -27,15 +25,17 @@ from ..grafting.inputs import Digests, Inputs, base_of, open_tuned_inputs, other
 from ..grafting.jobs import Jobs, WeightJob
 from ..grafting.options import DTYPES, GraftOptions, declared
 from ..grafting.reports import DeltaReport, graft_figures
-from ..grafting.stream import stream
 from ..grafting.tuned import one_tuned
+from ..pair.templates import read_templates
 from ..results.cards import write_delta_card
 from ..results.check import check_result
-from ..results.copied import copied_files, copy_files
-from ..results.folder import OutputFolder, check_free, check_place, check_space, files_in, recover
+from ..results.copied import copied_files, copy_files, write_templates
+from ..results.folder import OutputFolder, check_free, check_place, files_in, recover
+from ..results.written import tells_what_is_written
+from ..runtime.machine import check_space
 from ..runtime.progress import Progress
+from ..runtime.startup import importing_torch
 from .graft import check_finite
-from .truncate import truncated
 
 
 @ends_with("Nothing was written.")
@@ -82,10 +82,10 @@ def extract_delta(
     """
     settings = _options(dtype, rank, base_dtype=base_dtype, max_shard_size=max_shard_size, overwrite=overwrite,
                         digest=digest, stats=stats)  # fmt: skip
-    target = Path(output)
+    target = output_folder(output)
     recover(target)
     check_free(target, overwrite, "delta")
-    with _opened(base, tuned, target, settings) as inputs:
+    with _opened(base, tuned, target, settings) as inputs, tells_what_is_written(target):
         check_place(target, inputs.folders)
         if rank is not None and inputs.tuned.checkpoint.is_adapter:
             raise AdapterError(
@@ -119,6 +119,9 @@ def _opened(base: Source | None, tuned: Source, target: Path, options: GraftOpti
 
 
 def _write_dense(inputs: Inputs, part: Path, target: Path, options: GraftOptions, progress: bool) -> DeltaReport:
+    with importing_torch():
+        from ..grafting.stream import stream
+
     scratch = part / ".converted"
     jobs = inputs.tuned.jobs(inputs.instruct, options, scratch)
     weights = _from_zeros(jobs, adapter=inputs.tuned.checkpoint.is_adapter)
@@ -127,7 +130,7 @@ def _write_dense(inputs: Inputs, part: Path, target: Path, options: GraftOptions
         file.name = WEIGHTS if len(files) == 1 else file.name.replace("model", "delta", 1)
     small = copied_files(inputs.instruct, adapter=True)
     check_space(target, sum(file.size for file in files) + sum(path.stat().st_size for path in small))
-    with Digests(inputs.tuned.sides, [], options) as digests, Progress(sum(f.size for f in files), progress) as bar:
+    with Digests(inputs.tuned.sides, {}, options) as digests, Progress(sum(f.size for f in files), progress) as bar:
         outcome = stream(files, part, options, bar.add)
         check_finite(outcome)
         shutil.rmtree(scratch, ignore_errors=True)
@@ -168,11 +171,14 @@ def _write_index(files: list[OutputFile], part: Path) -> None:
 def _write_adapter(
     inputs: Inputs, part: Path, target: Path, options: GraftOptions, rank: int, progress: bool
 ) -> DeltaReport:
+    with importing_torch():
+        from .truncate import truncated
+
     scratch = part / ".converted"
     jobs = inputs.tuned.jobs(inputs.instruct, options, scratch)
     small = copied_files(inputs.instruct, adapter=True)
-    with Digests(inputs.tuned.sides, [], options) as digests:
-        dtype = getattr(torch, options.dtype)
+    with Digests(inputs.tuned.sides, {}, options) as digests:
+        dtype = dtype_of(CODES[options.dtype])
         found = truncated(jobs, inputs.instruct, rank, target, dtype=dtype, progress=progress)
         found.write(part, inputs.instruct)
         report = DeltaReport(
@@ -197,6 +203,8 @@ def _finish(
 ) -> None:
     """Write what lies beside the weights: BASE's config and tokenizer, manifest and card."""
     copy_files(small, inputs.instruct, part)
+    trained_with = read_templates(inputs.tuned.trained_with["tuned"].folder)
+    write_templates(trained_with, part / TRAINED_WITH if report.form == "delta" else part)
     if report.form == "delta":
         config = inputs.instruct.path / "config.json"
         if config.is_file():

@@ -7,7 +7,6 @@ from pathlib import Path
 
 from ..checkpoints.checkpoint import Checkpoint, Place
 from ..checkpoints.delta import refuse_deltas
-from ..checkpoints.distance import measure_gap
 from ..checkpoints.hub import Source
 from ..errors import AdapterError, GraftError, PairMismatchError, ends_with, list_names
 from ..grafting.reports import GapReport, gap_report
@@ -15,6 +14,7 @@ from ..layouts.plan import resolve
 from ..pair.architectures import compare_architectures
 from ..results.folder import Scratch
 from ..runtime.progress import Progress
+from ..runtime.startup import importing_torch
 
 
 @ends_with("Nothing was written.")
@@ -53,6 +53,9 @@ def gap(base: Source, instruct: Source, tuned: Source | None = None, *, progress
 
 def _measure(base: Checkpoint, instruct: Checkpoint, tuned: Checkpoint | None, progress: bool) -> GapReport:
     """Measure every weight of INSTRUCT against BASE and, with TUNED, TUNED against BASE under the same names."""
+    with importing_torch():
+        from ..checkpoints.distance import measure_gap
+
     with Scratch(Path(tempfile.gettempdir(), "shadow-trl-gap")) as scratch:
         # A head that only one side has of its own is measured as one. Without TUNED, BASE takes its place in the plan.
         origin, learnt = (base, tuned) if tuned is not None else (None, base)

@@ -10,12 +10,12 @@ import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..adapters.lora import place_on
 from ..checkpoints.digests import file_digest
 from ..checkpoints.header import TORCH_NAMES
-from ..checkpoints.hub import Source
+from ..checkpoints.hub import Source, output_folder
 from ..checkpoints.manifest import Entry, write_manifest
 from ..errors import ConfigError, GraftError, ends_with, list_names
 from ..grafting.files import main_dtype, plan_files, write_index
@@ -24,15 +24,19 @@ from ..grafting.inputs import Digests, Inputs, open_delta, open_tuned_inputs, ot
 from ..grafting.jobs import check_rounding, narrow_warning
 from ..grafting.options import GraftOptions
 from ..grafting.reports import GraftReport, graft_figures, graft_warnings
-from ..grafting.stream import Outcome, stream
 from ..grafting.trained import Full, PlainLora
 from ..grafting.tuned import one_tuned
 from ..results.cards import write_model_card
 from ..results.check import check_result
-from ..results.copied import copied_files, copy_files, write_config
-from ..results.folder import OutputFolder, check_free, check_place, check_space, files_in, recover
+from ..results.copied import copied_files, copy_files, write_config, write_templates
+from ..results.folder import OutputFolder, check_free, check_place, files_in, recover
+from ..results.written import tells_what_is_written
+from ..runtime.machine import check_space
 from ..runtime.progress import Progress
-from .truncate import truncated
+from ..runtime.startup import importing_torch
+
+if TYPE_CHECKING:
+    from ..grafting.stream import Outcome
 
 
 @ends_with("Nothing was written.")
@@ -51,6 +55,7 @@ def graft(
     rounding: str = "nearest",
     seed: int = 0,
     vocab: str = "strict",
+    chat_template: str = "instruct",
     max_shard_size: int | str | None = None,
     overwrite: bool = False,
     untie: bool = False,
@@ -84,6 +89,8 @@ def graft(
         rounding: `nearest` (default) or `stochastic`.
         seed: of stochastic rounding. Default 0.
         vocab: `strict` (default) refuses sides with different token rows; `shared` grafts the rows that all have.
+        chat_template: `instruct` (default) or `trained`: the templates in TUNED's folder, which it was trained with; of
+            a delta those that TUNED had.
         max_shard_size: bytes of a file of the result, such as `5GB`. Default: INSTRUCT's own files.
         overwrite: whether an existing graft at `output` may be replaced. Default False.
         untie: whether a tied INSTRUCT may receive a head of its own. Default False.
@@ -108,13 +115,13 @@ def graft(
     """
     settings = GraftOptions(
         scale=scale, instruct_scale=instruct_scale, modules=modules, format=format, dtype=dtype, rounding=rounding,
-        seed=seed, vocab=vocab, max_shard_size=max_shard_size, overwrite=overwrite, untie=untie, digest=digest,
-        stats=stats, base_dtype=base_dtype, rank=rank,
+        seed=seed, vocab=vocab, chat_template=chat_template, max_shard_size=max_shard_size, overwrite=overwrite,
+        untie=untie, digest=digest, stats=stats, base_dtype=base_dtype, rank=rank,
     )  # fmt: skip
-    target = Path(output)
+    target = output_folder(output)
     recover(target)
     check_free(target, settings.overwrite)
-    with _opened(base, instruct, tuned, delta, target, settings) as inputs:
+    with _opened(base, instruct, tuned, delta, target, settings) as inputs, tells_what_is_written(target):
         check_place(target, inputs.folders)
         with OutputFolder(target, settings.overwrite) as place:
             if inputs.form == "adapter":
@@ -145,18 +152,23 @@ def _opened(
 
 
 def _write_dense_form(inputs: Inputs, part: Path, target: Path, options: GraftOptions, progress: bool) -> GraftReport:
+    with importing_torch():
+        from ..grafting.stream import stream
+
     scratch = part / ".converted"
     jobs = inputs.tuned.jobs(inputs.instruct, options, scratch)
     check_rounding(jobs, options)
     files = plan_files(jobs.weights, jobs.layout, options.max_shard_size)  # type: ignore[arg-type]
-    small = copied_files(inputs.instruct)
+    small = copied_files(inputs.instruct, templates=not inputs.template.source)
     check_space(target, sum(file.size for file in files) + sum(path.stat().st_size for path in small))
-    with Digests(inputs.sides, small, options) as digests, Progress(sum(f.size for f in files), progress) as bar:
+    read = {"instruct": small, **inputs.template.files}
+    with Digests(inputs.sides, read, options) as digests, Progress(sum(f.size for f in files), progress) as bar:
         outcome = stream(files, part, options, bar.add)
         check_finite(outcome)
         write_index(files, jobs.layout, part)
         shutil.rmtree(scratch, ignore_errors=True)
         copy_files(small, inputs.instruct, part)
+        write_templates(inputs.template.templates, part)
         dtype = main_dtype(jobs.weights)
         write_config(part, dtype, jobs.config_edits)
         figures = graft_figures(outcome.sums, options.stats, sigma="base" in inputs.sides)
@@ -178,6 +190,8 @@ def _write_adapter_form(inputs: Inputs, part: Path, target: Path, options: Graft
     scratch, notes = part / ".truncated", list(inputs.warnings)
     base, adapter = inputs.tuned.base, inputs.tuned.checkpoint
     if options.rank is not None:
+        from .truncate import truncated
+
         jobs = Full(base, adapter).jobs(base, GraftOptions(untie=True), scratch)
         found = truncated(jobs, base, options.rank, target, progress=progress)
         adapter = found.write(scratch / "lora", base)
@@ -185,13 +199,15 @@ def _write_adapter_form(inputs: Inputs, part: Path, target: Path, options: Graft
         notes += [*jobs.warnings, *found.warnings]
     elif isinstance(inputs.tuned, PlainLora):
         place_on(inputs.tuned.modules, adapter, inputs.instruct)
-    small = copied_files(inputs.instruct, adapter=True)
+    small = copied_files(inputs.instruct, adapter=True, templates=not inputs.template.source)
     check_space(target, 2 * sum(path.stat().st_size for path in (*small, *adapter.files)))
-    with Digests(inputs.sides, small, options) as digests:
+    read = {"instruct": small, **inputs.template.files}
+    with Digests(inputs.sides, read, options) as digests:
         modules, narrow = write_adapter(adapter, base, inputs.instruct, options.scale, part)
         notes += narrow_warning(narrow)
         shutil.rmtree(scratch, ignore_errors=True)
         copy_files(small, inputs.instruct, part)
+        write_templates(inputs.template.templates, part)
         if is_local(inputs.instruct):
             notes.append(
                 f"the adapter names the local folder {inputs.instruct.source} as its model: it loads only where that "
@@ -218,6 +234,8 @@ def _write_provenance(
     del found["output"], found["scale"], found["instruct_scale"]
     named = {role: vars(entry) for role, entry in sides.items()}
     facts = {"options": options.to_dict(), "left_out": left_out, **found}
+    if inputs.template.whose is not None:
+        facts["chat_template"] = inputs.template.whose
     content = {"kind": "graft", **inputs.tuned.recorded, **named, **facts}
     card = write_model_card(part, content, adapter=report.form == "adapter")
     write_manifest(part, {**content, "card": file_digest(card), "files": files_in(part)})

@@ -17,7 +17,7 @@ from ..checkpoints.checkpoint import Checkpoint
 from ..errors import ConfigError, GraftError, list_names
 from ..grafting.jobs import Jobs, WeightJob
 from ..layouts.model_names import LinearModule, ModelNames
-from ..results.folder import check_space
+from ..runtime.machine import check_space
 from ..runtime.progress import Progress
 
 
@@ -166,8 +166,6 @@ def _measure(job: WeightJob, out: Tensor | None) -> float:
         total += float(torch.dot(delta, delta))
         if out is not None:
             out[start:stop] = delta
-        for place in (job.base, job.tuned):
-            place.release(start, stop)
     return total
 
 

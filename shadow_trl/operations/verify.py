@@ -12,21 +12,23 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-
-from ..arithmetic.grafter import BLOCK
-from ..checkpoints.checkpoint import ADAPTER_CONFIG, Checkpoint, read_json
+from ..checkpoints.checkpoint import ADAPTER_CONFIG, Checkpoint
 from ..checkpoints.delta import refuse_deltas
 from ..checkpoints.digests import file_digest
-from ..checkpoints.hub import Source, locate
+from ..checkpoints.hub import Source, local_folder, locate
+from ..checkpoints.json_files import read_json
 from ..checkpoints.manifest import MANIFEST_NAME, Entry, kind_found, read_manifest
 from ..errors import CheckpointError, ConfigError, ends_with, list_names
-from ..grafting.options import declared
+from ..grafting.options import GraftOptions, declared
 from ..grafting.tuned import weighted_sources
-from ..results.folder import Scratch, check_space
+from ..results.folder import Scratch
+from ..runtime.machine import check_space
 from .graft import graft
+
+if TYPE_CHECKING:
+    import torch
 
 _CARD = "README.md"
 # What of the manifest is no figure: facts about the files, prose, and what the graft is made again from.
@@ -142,6 +144,10 @@ def verify(
         unrecorded = "tuned" in sides and "loaded_in" not in manifest  # by 0.1.0, which then subtracted BASE as stored
         if unrecorded and options.get("base_dtype") is None:
             options["base_dtype"] = ()
+        try:
+            GraftOptions(**options)
+        except ConfigError as error:
+            raise CheckpointError(f"cannot use the options in {there.path / MANIFEST_NAME}: {error}") from error
         measured = bool(manifest.get("by_kind") or manifest.get("delta_norm") is not None)
         report = graft(**sides, output=made, **options, digest="none", stats=measured, progress=progress)
         again = Checkpoint.open(made)
@@ -149,6 +155,8 @@ def verify(
         remade = read_manifest(made) or {}
         if unrecorded:
             del remade["loaded_in"]
+        if "chat_template" not in recorded:  # by 0.1.0
+            remade.pop("chat_template", None)
         figures = _other_figures(manifest, remade)
     left = [f"warnings, versions and paths in {MANIFEST_NAME}", *_compare_card(there, manifest, equal, files)]
     if "max_shard_size" not in recorded:  # by 0.1.0
@@ -227,6 +235,8 @@ def _other_weights(there: Checkpoint, again: Checkpoint) -> dict[str, str]:
 
 def _difference(there: Checkpoint, again: Checkpoint, name: str) -> tuple[int, float]:
     """Return how many values have other bits, and the largest difference between two of them."""
+    from ..arithmetic.grafter import BLOCK
+
     count, largest = 0, 0.0
     for start in range(0, again.specs[name].numel, BLOCK):
         stop = min(start + BLOCK, again.specs[name].numel)
@@ -237,12 +247,12 @@ def _difference(there: Checkpoint, again: Checkpoint, name: str) -> tuple[int, f
             # NaN against a number is as different as can be.
             apart = (ours[unequal].double() - theirs[unequal].double()).abs().nan_to_num(nan=math.inf, posinf=math.inf)
             largest = max(largest, float(apart.max()))
-        for side in (there, again):
-            side.release(name, start, stop)
     return count, largest
 
 
 def _bits(values: torch.Tensor) -> torch.Tensor:
+    import torch
+
     return values.view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[values.dtype.itemsize])
 
 
@@ -270,7 +280,7 @@ def _stored_in(*sides: Checkpoint) -> set[str | None]:
 def _compare_card(there: Checkpoint, manifest: Mapping[str, Any], equal: list[str], files: list[str]) -> list[str]:
     """Add the card to the files that are equal or to those that differ; else return why it was not compared."""
     path = there.path / _CARD
-    if "card" not in manifest or not Path(there.source).expanduser().is_dir():
+    if "card" not in manifest or local_folder(there.source) is None:
         return [f"{_CARD}, of which {MANIFEST_NAME} has no digest" if "card" not in manifest else f"{_CARD} on the hub"]
     if path.is_file() and file_digest(path) == manifest["card"]:
         equal.append(_CARD)

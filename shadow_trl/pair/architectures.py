@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from ..checkpoints.checkpoint import read_json
+from ..checkpoints.json_files import read_json
 from ..errors import Findings, both_sides, list_names
 
 SIZES = frozenset(
@@ -36,6 +36,7 @@ BEHAVIOUR = frozenset(
 
 PROCESSOR_FILES = ("preprocessor_config.json", "video_preprocessor_config.json", "processor_config.json")
 CLASS = ("architectures", "model_type")
+_TRAINED_LENGTH = "original_max_position_embeddings"
 _ROPE_DEFAULTS = ("rope_theta", "partial_rotary_factor")
 _PROCESSOR_NAMES = ("_type", "_class", "_version", "auto_map")
 
@@ -182,7 +183,7 @@ def _rope(config: dict[str, Any]) -> dict[str, Any]:
         for kind, values in per_layer_type.items():
             flat.update({f"{kind}.{key}": value for key, value in values.items()})
     elif config.get("rope_theta") is not None or config.get("rope_scaling"):
-        flat = {"rope_theta": config.get("rope_theta"), **(config.get("rope_scaling") or {})}
+        flat = {"rope_theta": config.get("rope_theta"), **_object(config.get("rope_scaling"))}
         if "type" in flat:
             flat.setdefault("rope_type", flat.pop("type"))
         if config.get("rope_local_base_freq") is not None:
@@ -190,9 +191,24 @@ def _rope(config: dict[str, Any]) -> dict[str, Any]:
     else:
         return {}
     flat.setdefault("partial_rotary_factor", config.get("partial_rotary_factor"))
+    _add_lengths(flat, config)
     # "default" and "mrope" with sections are how files say that nothing is scaled
     plain = {key for key, value in flat.items() if key.endswith("rope_type") and value in ("default", "mrope")}
     return {key: value for key, value in flat.items() if value is not None and key not in plain and key != "type"}
+
+
+def _object(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def _add_lengths(flat: dict[str, Any], config: dict[str, Any]) -> None:
+    """Add the lengths that a scaled rotary embedding takes from elsewhere in the config, as transformers reads them."""
+    kind, longest = flat.get("rope_type"), config.get("max_position_embeddings")
+    if kind in ("llama3", "yarn", "longrope"):
+        stated = (config.get(_TRAINED_LENGTH), flat.get(_TRAINED_LENGTH), longest)
+        flat[_TRAINED_LENGTH] = next((length for length in stated if length is not None), None)
+    if kind == "dynamic" or (kind in ("yarn", "longrope") and flat.get("factor") is None):
+        flat["max_position_embeddings"] = longest
 
 
 def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:

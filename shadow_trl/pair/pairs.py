@@ -6,20 +6,21 @@ import math
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from ..arithmetic.sums import Sums
 from ..checkpoints.checkpoint import Checkpoint, Place
-from ..checkpoints.distance import measure_gap
 from ..errors import Findings, PairMismatchError, both_sides, list_names, one_of
+from ..runtime.startup import importing_torch
 from .architectures import compare_architectures, compare_processors, compare_trained
-from .special_tokens import check_special_ids, check_template_rows
+from .special_tokens import check_special_ids
 from .templates import read_templates
 from .token_rows import explain_rows, row_count, vocabulary_of
 from .vocabularies import Vocabulary
 from .vocabulary_checks import SHARED_ADVICE, compare_trained_vocabulary, compare_vocabularies
+
+if TYPE_CHECKING:
+    pass
 
 GAP_WARNING = 0.1
 """sigma that no pair of the paper exceeds: grafts get worse as it grows."""
@@ -56,6 +57,7 @@ class ModelPair:
         *,
         level: str = "headers",
         need_template: bool = False,
+        template: str | None = None,
         allow_wide_gap: bool = False,
         vocab: str = "strict",
         trains: bool = True,
@@ -67,6 +69,7 @@ class ModelPair:
                 "headers" reads configs, tokenizers, names, shapes, the rows of the template's special tokens and a
                 sample of the weights. "weights" reads every weight once, for sigma.
             need_template: refuse an INSTRUCT without a chat template (the training data are conversations).
+            template: text of the chat template that training uses in the place of INSTRUCT's.
             allow_wide_gap: only warn when sigma is above 0.5.
             vocab: "shared" accepts another number of token rows; only rows with the same token on both sides count.
             trains: whether INSTRUCT's tokenizer will index BASE's rows. False with "shared": for a TUNED that exists,
@@ -90,13 +93,16 @@ class ModelPair:
         findings = compare_architectures(self.base.config, self.instruct.config)
         findings.add(self._check_shapes(shared=shared))
         findings.add(compare_vocabularies(vocabulary_of(self.base), vocabulary_of(self.instruct), shared=shared))
-        findings.add(self._check_template(need_template=need_template))
+        findings.add(self._check_template(need_template=need_template and not template))
         if trains or not shared:
             findings.add(check_special_ids(self.base, self.instruct))
         findings.add(compare_processors(self.base.path, self.instruct.path))
         # The rest compares numbers, which says nothing about two different networks.
         if not findings.errors and level != "configs":
-            findings.add(check_template_rows(self.base, self.instruct))
+            with importing_torch():  # torch: nothing above needs it
+                from .untrained_rows import check_template_rows
+
+            findings.add(check_template_rows(self.base, self.instruct, template))
             findings.add(self._check_gap(allow_wide_gap) if level == "weights" else self._check_sample())
         if findings.errors:
             raise self._refusal(findings.errors)
@@ -137,6 +143,8 @@ class ModelPair:
     @cached_property
     def _gaps(self) -> dict[str, Sums]:
         """Name -> its sums, for every weight that can be compared; reads all of them once."""
+        from ..checkpoints.distance import measure_gap
+
         sides = (self.base, self.instruct)
         names = [name for name in self._comparable() if all(side.specs[name].is_float for side in sides)]
         return measure_gap([(name, Place(self.base, name), Place(self.instruct, name)) for name in names])
@@ -186,7 +194,7 @@ class ModelPair:
         """Warn when the first values of a sample of matrices are the same on both sides; norms are often alike."""
         matrices = [name for name in self._comparable() if len(self.base.specs[name].shape) > 1]
         sampled = matrices[:: -(-len(matrices) // _SAMPLED_TENSORS) or 1]
-        if not sampled or not all(_same_start(self.base.tensor(name), self.instruct.tensor(name)) for name in sampled):
+        if not sampled or not all(_same_start(self.base, self.instruct, name) for name in sampled):
             return Findings()
         return self._same_weights(f"compared: the first values of {len(sampled)} weights")
 
@@ -223,8 +231,11 @@ class ModelPair:
         return PairMismatchError(f"{head}: {what}\n{sides}")
 
 
-def _same_start(base: torch.Tensor, instruct: torch.Tensor) -> bool:
+def _same_start(base: Checkpoint, instruct: Checkpoint, name: str) -> bool:
     """True when the first values are equal, after rounding to the narrower dtype of the two."""
-    ours, theirs = (side.reshape(-1)[:_SAMPLED_ELEMENTS] for side in (base, instruct))
+    import torch
+
+    size = min(base.specs[name].numel, _SAMPLED_ELEMENTS)
+    ours, theirs = (side.block(name, 0, size) for side in (base, instruct))
     dtype = min(ours.dtype, theirs.dtype, key=lambda dtype: dtype.itemsize)
     return torch.equal(ours.to(dtype), theirs.to(dtype))

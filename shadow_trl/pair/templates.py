@@ -2,43 +2,58 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable
-from contextlib import suppress
-from datetime import datetime
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from ..checkpoints.checkpoint import read_json
+from ..checkpoints.json_files import is_there, read_json, read_text
+from ..checkpoints.schemas import TokenizerConfig
 from ..errors import CheckpointError, ConfigError
+from ..runtime.limited import SECONDS, answer_of
 
-_TURNS = [
-    {"role": role, "content": text}
-    for role, text in (("system", "a"), ("user", "b"), ("assistant", "c"), ("user", "d"))
-]
+TEMPLATE_CONFIGS = ("tokenizer_config.json", "chat_template.json", "processor_config.json")
+"""Older places of chat templates, under the key `chat_template`."""
 _GENERATION_TAG = re.compile(r"\{%-?\s*(?:end)?generation\s*-?%\}")
+
+
+def template_files(folder: Path) -> list[Path]:
+    """Return the files of a model folder that its chat templates are read from; others may hold older ones."""
+    single = folder / "chat_template.jinja"
+    files = [single] if is_there(single) else []
+    files += sorted((folder / "additional_chat_templates").glob("*.jinja"))
+    return files or [folder / name for name in TEMPLATE_CONFIGS if is_there(folder / name)]
 
 
 def read_templates(folder: Path) -> dict[str, str]:
     """Return the chat templates of a model folder by name ("default" is the one used unasked), {} when there is none.
 
     As in transformers, chat_template.jinja and additional_chat_templates/*.jinja take precedence over
-    tokenizer_config.json, and the old chat_template.json of processors is read when there is nothing else.
+    tokenizer_config.json, and the older places of processors are read when there is nothing else.
     """
     templates: dict[str, str] = {}
-    single = folder / "chat_template.jinja"
-    files = {"default": single} if single.is_file() else {}
-    files.update({file.stem: file for file in sorted((folder / "additional_chat_templates").glob("*.jinja"))})
-    for name, file in files.items():
-        try:
-            templates[name] = file.read_text(encoding="utf-8")
-        except (OSError, ValueError) as error:
-            raise CheckpointError(f"cannot read the chat template {file}: {error}.") from error
-    for file in (folder / "tokenizer_config.json", folder / "chat_template.json"):
-        if not templates:
-            templates = _templates_of(read_json(file).get("chat_template"))
-    return {name: text for name, text in templates.items() if text.strip()}
+    for file in template_files(folder):
+        if file.suffix == ".jinja":
+            templates["default" if file.parent == folder else file.stem] = read_text(file) or ""
+        elif not templates:
+            templates = _templates_of(read_json(file, TokenizerConfig).get("chat_template"))
+    templates = {name: text for name, text in templates.items() if text.strip()}
+    wrong = [repr(name) for name, text in templates.items() if not _is_storable(name, text)]
+    if wrong:
+        raise CheckpointError(
+            f"{len(wrong)} chat templates in {folder} have a name that no file can have, or text that is not Unicode: "
+            f"{', '.join(wrong)}. Save the tokenizer again with other names."
+        )
+    return templates
+
+
+def _is_storable(name: str, text: str) -> bool:
+    try:
+        (name + text).encode()
+    except UnicodeEncodeError:  # half of a surrogate pair, which JSON can hold
+        return False
+    return re.fullmatch(r"[^/\\\0]{1,60}", name) is not None
 
 
 def _templates_of(value: object) -> dict[str, str]:
@@ -65,9 +80,12 @@ def template_tokens(templates: dict[str, str], added: Iterable[str], named: dict
         Token -> True when a plain conversation contains it, False when it only stands in the template's text (tools,
         images, reasoning). A template that cannot be rendered here counts by its text alone.
 
+    Raises:
+        CheckpointError: rendering takes too much time or memory.
+
     """
     plain = templates.get("default") or next(iter(templates.values()), "")
-    rendered = _render(plain, named)
+    rendered = _render(plain, tuple(named.items()))
     literal = "\0".join(templates.values())
     found: dict[str, bool] = {}
     # longest first and cut out, so that a token inside another token's text is not counted
@@ -80,26 +98,16 @@ def template_tokens(templates: dict[str, str], added: Iterable[str], named: dict
     return found
 
 
-def _render(template: str, named: dict[str, str]) -> str:
+@lru_cache(maxsize=32)
+def _render(template: str, named: tuple[tuple[str, str], ...]) -> str:
     """Return short conversations as `template` writes them, joined by NUL; "" when it cannot be rendered."""
-    from jinja2 import TemplateError
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    def raise_exception(message: str) -> None:
-        raise TemplateError(message)
-
-    extensions = ["jinja2.ext.loopcontrols"]
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
-    environment.filters["tojson"] = lambda value, **options: json.dumps(value, ensure_ascii=False)
-    environment.globals.update(raise_exception=raise_exception, strftime_now=lambda form: datetime.now().strftime(form))
-    rendered = []
-    parts = [{**turn, "content": [{"type": "text", "text": turn["content"]}]} for turn in _TURNS]
-    for turns in (_TURNS, _TURNS[1:], parts, parts[1:]):  # with and without a system message
-        # templates refuse roles and forms in many ways; their text is searched as well
-        with suppress(Exception):
-            compiled = environment.from_string(_GENERATION_TAG.sub("", template))
-            rendered.append(compiled.render(messages=turns, add_generation_prompt=True, **named))
-    return "\0".join(rendered)
+    found = answer_of(Path(__file__).with_name("rendering.py"), [_GENERATION_TAG.sub("", template), dict(named)])
+    if found is None:
+        raise CheckpointError(
+            f"rendering the chat template of instruct takes more than {SECONDS} seconds, or too much memory, for a "
+            "conversation of four letters. Give the model with the template that it was published with."
+        )
+    return found
 
 
 def check_processing_class(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import mmap
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,7 +10,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from ..checkpoints.checkpoint import read_json
+from ..checkpoints.json_files import check, is_there, read_json, unreadable
+from ..checkpoints.schemas import AddedTokens, Count, Piece, StoredToken, TokenizerConfig
 from ..errors import CheckpointError
 
 NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
@@ -35,18 +35,19 @@ class Vocabulary:
     @property
     def exists(self) -> bool:
         """True when the folder holds a tokenizer of any format."""
-        return any((self.folder / name).is_file() for name in TOKENIZER_FILES)
+        return any(is_there(self.folder / name) for name in TOKENIZER_FILES)
 
     @cached_property
     def config(self) -> dict[str, Any]:
         """tokenizer_config.json, {} when there is none."""
-        return read_json(self.folder / "tokenizer_config.json")
+        return read_json(self.folder / "tokenizer_config.json", TokenizerConfig)
 
     @cached_property
     def named(self) -> dict[str, str]:
         """Special tokens by their role: {"eos_token": "<|im_end|>", ...}."""
-        legacy = {} if "added_tokens_decoder" in self.config else read_json(self.folder / "special_tokens_map.json")
-        texts = {role: token_text({**self.config, **legacy}.get(role)) for role in NAMED_TOKENS}
+        legacy = self.folder / "special_tokens_map.json"
+        older = {} if "added_tokens_decoder" in self.config else read_json(legacy, TokenizerConfig)
+        texts = {role: token_text({**self.config, **older}.get(role)) for role in NAMED_TOKENS}
         return {role: text for role, text in texts.items() if text is not None}
 
     @cached_property
@@ -54,7 +55,7 @@ class Vocabulary:
         """Tokens that the configuration files name, in the order in which loading would append unknown ones."""
         decoder = self.config.get("added_tokens_decoder")
         if decoder is None:
-            legacy = read_json(self.folder / "added_tokens.json")
+            legacy = read_json(self.folder / "added_tokens.json", AddedTokens)
             decoder = {index: token for token, index in legacy.items()}
         tokens = [token_text(token) for _, token in sorted(decoder.items(), key=lambda item: int(item[0]))]
         tokens += self.named.values()
@@ -67,10 +68,10 @@ class Vocabulary:
     def stored_tokens(self) -> dict[str, int] | None:
         """The "added_tokens" of tokenizer.json with their ids; None when there is no such file or list."""
         records = _stored(self.folder / "tokenizer.json", "added_tokens")
-        try:
-            return None if records is None else {record["content"]: record["id"] for record in records}
-        except (KeyError, TypeError):
+        if records is None:
             return None
+        check(records, list[StoredToken], self.folder / "tokenizer.json")
+        return {record["content"]: record["id"] for record in records}
 
     @property
     def appended(self) -> list[str]:
@@ -99,7 +100,9 @@ class Vocabulary:
             tokenizer = _unpadded(Tokenizer.from_file(str(file)))
             # as transformers does: a token that the vocabulary knows keeps its id, others get ids behind it
             tokenizer.add_tokens([AddedToken(token, special=True, normalized=False) for token in self.appended])
-        except Exception as error:  # the tokenizers library raises bare Exception
+        except BaseException as error:  # the tokenizers library raises bare Exception, and panics
+            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+                raise
             raise CheckpointError(
                 f"cannot read the tokenizer of {self.label}: {error}. Its files must be of a format that transformers "
                 "loads without code from the model's folder."
@@ -113,8 +116,12 @@ class Vocabulary:
         if self.stored_tokens is not None and not self.appended:
             words = _stored(self.folder / "tokenizer.json", "vocab")
             if isinstance(words, list):  # Unigram: [token, score] in the order of the ids
+                if not all(isinstance(word, list) and len(word) == 2 and isinstance(word[0], str) for word in words):
+                    check({"vocab": words}, dict[str, list[Piece]], self.folder / "tokenizer.json")
                 words = {token: index for index, (token, _) in enumerate(words)}
             if isinstance(words, dict):
+                if not all(type(index) is int and 0 <= index < 2**63 for index in words.values()):
+                    check({"vocab": words}, dict[str, dict[str, Count]], self.folder / "tokenizer.json")
                 return {**words, **self.stored_tokens}
         return dict(self.tokenizer.get_vocab(with_added_tokens=True))
 
@@ -131,19 +138,21 @@ class Vocabulary:
 
 def _stored(file: Path, key: str) -> Any:
     """Return the list or object under `key` of a tokenizer.json without parsing the rest; None if there is none."""
-    if not file.is_file() or file.stat().st_size == 0:
+    if not is_there(file) or file.stat().st_size == 0:
         return None
-    with file.open("rb") as handle, mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        found = re.search(rb'"%s"\s*:\s*(?=[\[{])' % key.encode(), data)
-        window = 1 << 16
-        while found is not None:
-            text = data[found.end() : found.end() + window].decode("utf-8", errors="ignore")
-            try:
-                return json.JSONDecoder().raw_decode(text)[0]
-            except ValueError:  # cut off in the middle
-                if found.end() + window >= len(data):
-                    return None
-                window *= 4
+    data = file.read_bytes()
+    found = re.search(rb'"%s"\s*:\s*(?=[\[{])' % key.encode(), data)
+    window = 1 << 16
+    while found is not None:
+        text = data[found.end() : found.end() + window].decode("utf-8", errors="ignore")
+        try:
+            return json.JSONDecoder().raw_decode(text)[0]
+        except RecursionError as error:
+            raise unreadable(file, ValueError("it is nested too deeply")) from error
+        except ValueError:  # cut off in the middle
+            if found.end() + window >= len(data):
+                return None
+            window *= 4
     return None
 
 

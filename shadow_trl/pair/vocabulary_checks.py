@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from operator import itemgetter
 
+from ..checkpoints.checkpoint import read_json
 from ..errors import Findings, both_sides, list_names
 from .vocabularies import Vocabulary
 
@@ -117,11 +118,16 @@ def compare_vocabularies(base: Vocabulary, instruct: Vocabulary, *, shared: bool
 def compare_trained_vocabulary(tuned: Vocabulary, instruct: Vocabulary, role: str = "instruct") -> Findings:
     """Check that TUNED was, or will be, trained on the token ids that INSTRUCT's tokenizer gives to the result.
 
-    Tokens that have another id on each side are an error; tokens of one side only, and texts that are split
-    differently, are a warning. Nothing is found where a side has no tokenizer. `role` names `instruct` in messages.
+    Tokens that have another id on each side are an error; tokens of one side only, texts that are split differently,
+    and an end of text at which the result would not stop, are a warning. Nothing is found where a side has no
+    tokenizer. `role` names `instruct` in messages.
     """
     findings, roles = Findings(), ("tuned", role)
-    if not (tuned.exists and instruct.exists) or same_tokenizer_files(tuned, instruct):
+    if not (tuned.exists and instruct.exists):
+        return findings
+    if role == "instruct":
+        findings.add(_compare_ends(tuned, instruct))
+    if same_tokenizer_files(tuned, instruct):
         return findings
     difference = vocabulary_difference(tuned, instruct)
     if difference:
@@ -139,6 +145,25 @@ def compare_trained_vocabulary(tuned: Vocabulary, instruct: Vocabulary, role: st
             f"({tuned.label}) than with {role}'s; the grafted model has instruct's.\n{list_names(other)}"
         )
     return findings
+
+
+def _compare_ends(tuned: Vocabulary, instruct: Vocabulary) -> Findings:
+    """Warn where the token that ended texts in training does not end generation with INSTRUCT's files."""
+    end = tuned.named.get("eos_token")
+    configs = [read_json(instruct.folder / name) for name in ("generation_config.json", "config.json")]
+    # config.json counts where generation_config.json says nothing
+    found = next((config["eos_token_id"] for config in configs if config.get("eos_token_id") is not None), None)
+    ids = set(found if isinstance(found, list) else [found]) - {None}
+    if end is None or not ids or instruct.id_of(end) in ids or end == instruct.named.get("eos_token"):
+        return Findings()
+    names = ", ".join(map(str, sorted(ids)))
+    return Findings(
+        warnings=[
+            f"the eos_token of the tokenizer of tuned ({tuned.label}) is {end!r} (id {instruct.id_of(end)}), at which "
+            f"the grafted model does not stop: instruct's eos_token_id is {names}. If texts ended with it in training, "
+            "generate with eos_token_id set to these ids and that one."
+        ]
+    )
 
 
 def _split_otherwise(one: Vocabulary, two: Vocabulary, roles: tuple[str, str] = ("base", "instruct")) -> list[str]:

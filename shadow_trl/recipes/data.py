@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import InputError, ends_with
+from ..errors import ConfigError, InputError, ends_with
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
@@ -29,7 +29,9 @@ def load_data(options: Options) -> dict[str, Any]:
     """
     script, training, train_rows = options.script, options.training, options.recipe.train_rows
     train = load_split(script, script.dataset_train_split)
-    if train_rows is not None and train_rows < len(train):
+    if train_rows is not None and train_rows > len(train):
+        raise ConfigError(f"train_rows is {train_rows:,}, and {script.dataset_name} has {len(train):,} rows.")
+    if train_rows is not None:
         train = train.shuffle(seed=training.seed).select(range(train_rows))
     data = {"train_dataset": train}
     if training.eval_strategy != "no":

@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 import os
 import re
+import reprlib
 import types
 import typing
 from argparse import ArgumentError
@@ -33,10 +34,6 @@ NEEDS = (
     "pass --config FILE.yaml, or at least --model_name_or_path, --instruct_model and --dataset_name. Ready "
     "configurations are in recipes/configs"
 )
-
-
-class UnknownKeysError(ConfigError):
-    """Keys of the YAML file or words of the command line that the recipe does not have."""
 
 
 def _option(default: Any, text: str, **more: Any) -> Any:
@@ -142,19 +139,26 @@ def parse(kind: str, argv: Sequence[str], default_config: str | Path | None = No
     return options
 
 
-def parse_values(kind: str, words: Sequence[str], values: Mapping[str, Any], config: Path | None) -> Options:
-    """Read the options of a recipe from the content of the file `config` and overrides, as `parse` does."""
+def parse_values(
+    kind: str, words: Sequence[str], values: Mapping[str, Any], config: Path | None, *, unknown: str = ""
+) -> Options:
+    """Read the options of a recipe from the content of the file `config` and overrides, as `parse` does.
+
+    `unknown` ends the error about keys that the recipe does not have.
+    """
     dataclass_types: Any = (ScriptArguments, CONFIGS[kind], ModelConfig, RecipeArguments)
     parser = TrlParser(dataclass_types, allow_abbrev=False, exit_on_error=False)
     if config is not None:
-        _check_values(parser, values, config)
+        _check_values(parser, values, config, unknown)
         parser.set_defaults_with_config(**_resolve_paths(values, config))
     try:
         namespace, rest = parser.parse_known_args(list(words))
         if rest:
             known = {option for action in parser._actions for option in action.option_strings}
             listed = list_names(_with_guess(word, known) for word in rest)
-            raise UnknownKeysError(f"{len(rest)} unknown arguments (abbreviated options are not accepted):\n{listed}")
+            raise ConfigError(
+                f"{len(rest)} unknown arguments (abbreviated options are not accepted):\n{listed}{unknown}"
+            )
         script, training, model, recipe = parser.parse_dict(vars(namespace))
     except ShadowError:
         raise
@@ -218,13 +222,13 @@ def _check_together(options: Options) -> None:
         raise ConfigError("train_rows draws rows at random, which streamed data do not allow; leave one of them out.")
 
 
-def _check_values(parser: TrlParser, values: Mapping[str, Any], config: Path) -> None:
+def _check_values(parser: TrlParser, values: Mapping[str, Any], config: Path, advice: str) -> None:
     """Refuse unknown keys of the YAML file and values of the wrong type, which argparse never sees."""
     hints = {name: hint for kind in parser.dataclass_types for name, hint in typing.get_type_hints(kind).items()}
     known = {action.dest for action in parser._actions} & hints.keys()
-    unknown = [_with_guess(key, known) for key in values if key not in known]
+    unknown = [_with_guess(str(key), known) for key in values if key not in known]
     if unknown:
-        raise UnknownKeysError(f"{config} has {len(unknown)} unknown keys:\n{list_names(unknown)}")
+        raise ConfigError(f"{config} has {len(unknown)} unknown keys:\n{list_names(unknown)}{advice}")
     wrong = [fault for key, value in values.items() if (fault := _type_fault(key, value, hints[key]))]
     if wrong:
         raise ConfigError(f"{config} has {len(wrong)} values of the wrong type:\n{list_names(wrong)}")
@@ -243,7 +247,7 @@ def _resolve_paths(values: Mapping[str, Any], config: Path) -> dict[str, Any]:
         return resolved
     for key in PATH_KEYS:
         value = resolved.get(key)
-        if isinstance(value, str) and value and not os.path.isabs(value) and (home / value).exists():
+        if isinstance(value, str) and value and not os.path.isabs(value) and os.path.exists(home / value):
             resolved[key] = os.path.relpath(home / value)
     return resolved
 
@@ -266,16 +270,25 @@ def read_yaml(path: Path) -> dict[str, Any]:
         InputError: the file cannot be read, or is not a mapping in which every key occurs once.
     """
     try:
-        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)
-    except (OSError, UnicodeDecodeError) as reason:
+        text = path.read_text(encoding="utf-8-sig")  # some editors begin a file with a byte order mark
+    except (OSError, ValueError) as reason:
         raise InputError(f"cannot read the configuration {path}: {reason}.") from reason
-    except yaml.YAMLError as reason:
+    try:
+        content = yaml.load(text, Loader=_UniqueKeyLoader)  # nosec B506
+    except RecursionError as reason:
+        raise ConfigError(f"the configuration {path} is nested too deeply.") from reason
+    # A date or number that YAML recognises and Python cannot hold is a plain ValueError.
+    except (yaml.YAMLError, ValueError) as reason:
         raise ConfigError(f"the configuration {path} is not valid YAML: {' '.join(str(reason).split())}.") from reason
     variables = content.pop("env", {}) if isinstance(content, dict) else {}
     for name, found in ((f"the configuration {path}", content), (f"`env` of {path}", variables)):
         if not isinstance(found, dict):
-            raise ConfigError(f"{name} is a {type(found).__name__}, not a mapping of keys to values.")
-    os.environ.update({str(name): str(value) for name, value in variables.items()})
+            kind = "empty" if found is None else f"a {type(found).__name__}"
+            raise ConfigError(f"{name} is {kind}, not a mapping of keys to values.")
+    try:
+        os.environ.update({str(name): str(value) for name, value in variables.items()})
+    except (OSError, ValueError) as reason:
+        raise ConfigError(f"`env` of {path} cannot be set: {reason}.") from reason
     return content
 
 
@@ -297,7 +310,7 @@ def _type_fault(key: str, value: Any, hint: Any) -> str | None:
         return None
     wanted = " or ".join(getattr(member, "__name__", str(member)) for member in members if member is not type(None))
     advice = "; quote it" if str in members else ""
-    return f"{key}: {value!r} has type {type(value).__name__}, expected {wanted}{advice}"
+    return f"{key}: {reprlib.repr(value)} has type {type(value).__name__}, expected {wanted}{advice}"
 
 
 def _is_of(value: Any, kind: Any) -> bool:

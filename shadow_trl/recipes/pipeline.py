@@ -5,7 +5,6 @@ grafted = instruct + scale * (tuned after SFT and DPO - base)
 
 from __future__ import annotations
 
-import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,9 +16,10 @@ from ..checkpoints.digests import weight_digests
 from ..checkpoints.manifest import read_manifest, write_manifest
 from ..errors import InputError
 from ..evaluation.report import TITLES, RunReport
+from ..results.folder import Scratch
 from ..runtime.processes import run_on_main, say
 from ..training.loading import Loading, load_adapter
-from ..training.origins import require_instruct, resolve_origins
+from ..training.origins import Origins, require_instruct, resolve_origins
 from ..training.preflight import GRAFTED_FOLDER
 from .compare import make_report, timed
 from .data import load_data
@@ -67,7 +67,8 @@ def run_pipeline(argv: Sequence[str], default_config: str | Path | None = None) 
         GraftError: a graft failed after training; the tuned BASE of the stage is saved.
     """
     plan = read_plan(argv, default_config)
-    rows = prepare(plan.options[plan.stages[-1]].recipe)
+    for stage in plan.stages:
+        rows = prepare(plan.options[stage])
     # All of it before the first stage starts: faults in the data of DPO must not show up hours later.
     data = {stage: load_data(plan.options[stage]) for stage in plan.left}
     state = PartialState()
@@ -87,7 +88,7 @@ def run_pipeline(argv: Sequence[str], default_config: str | Path | None = None) 
                 if plan.output is None and stage != STAGES[0]:
                     say(f"SFT is done. To resume from there, add --output_dir {root} to the same command.")
                 raise
-    return _make_report(plan, root, rows, seconds) if main_remains(state) else None
+        return _make_report(plan, root, rows, seconds) if main_remains(state) else None
 
 
 def _run_stage(plan: Plan, stage: str, root: Path, data: dict[str, Any]) -> None:
@@ -101,7 +102,7 @@ def _run_stage(plan: Plan, stage: str, root: Path, data: dict[str, Any]) -> None
             start = run_on_main(PartialState(), lambda: _merge(root, options), what="merging the adapter")
         options.model.model_name_or_path = str(start)
     say(f"Stage {stage.upper()} in {root / stage}" + (f", from {checkpoint}" if checkpoint else ""))
-    train_stage(stage, options, data)
+    train_stage(stage, options, data, record=plan.records[stage])
 
 
 def _merge(root: Path, options: Options) -> Path:
@@ -112,18 +113,29 @@ def _merge(root: Path, options: Options) -> Path:
     merged, run, training = root / MERGED_FOLDER, root / STAGES[0], options.training
     if merged.is_dir():  # it was renamed once complete
         return merged
-    origins = resolve_origins(str(run), base=training.base_model, instruct=training.instruct_model)
+    origins = _origins(run, training)
     if origins.adapter is None or origins.policy is None:
         raise InputError(f"merge_adapter: {run} holds no adapter to merge. Leave merge_adapter out.")
     below = Loading(training).load(origins.policy)
     model = load_adapter(origins.adapter, below, trainable=False).merge_and_unload()
-    unfinished = root / f".{MERGED_FOLDER}-unfinished"
-    shutil.rmtree(unfinished, ignore_errors=True)
-    model.save_pretrained(unfinished)
-    manifest = read_manifest(run) or {}
-    write_manifest(unfinished, {**manifest, "adapter": None, "weights": weight_digests(unfinished)})
-    unfinished.rename(merged)
+    with Scratch(merged) as scratch:
+        unfinished = scratch.part / MERGED_FOLDER
+        model.save_pretrained(unfinished)
+        manifest = read_manifest(run) or {}
+        write_manifest(unfinished, {**manifest, "adapter": None, "weights": weight_digests(unfinished)})
+        unfinished.rename(merged)
     return merged
+
+
+def _origins(run: Path, training: Any) -> Origins:
+    """Return where the run comes from; what the options name wins over its manifest."""
+    return resolve_origins(
+        str(run),
+        base=training.base_model,
+        instruct=training.instruct_model,
+        base_revision=training.base_revision,
+        instruct_revision=training.instruct_revision,
+    )
 
 
 def _make_report(plan: Plan, root: Path, rows: list[dict[str, Any]] | None, seconds: dict[str, float]) -> RunReport:
@@ -131,7 +143,7 @@ def _make_report(plan: Plan, root: Path, rows: list[dict[str, Any]] | None, seco
     last = plan.stages[-1]
     options, run = plan.options[last], root / last
     training = options.training
-    origins = resolve_origins(str(run), base=training.base_model, instruct=training.instruct_model)
+    origins = _origins(run, training)
     sft = {"sft": str(root / STAGES[0] / GRAFTED_FOLDER)} if last != STAGES[0] else {}
     instruct = require_instruct(origins).source
     models = {"instruct": instruct, **sft, "shadow": str(run / GRAFTED_FOLDER), "tuned": str(run)}

@@ -12,7 +12,9 @@ from trl import get_peft_config
 from ..checkpoints.manifest import Entry, read_manifest
 from ..errors import ConfigError, InputError, OutputExistsError, ends_with, list_names, one_of
 from ..training.preflight import GRAFTED_FOLDER
-from .options import Options, UnknownKeysError, find_config, parse_values, read_yaml, take_option
+from ..training.resuming import last_complete
+from .options import Options, find_config, parse_values, read_yaml, take_option
+from .record import check_record, record_of
 
 STAGES = ("sft", "dpo")
 """Stages of the pipeline in order; also the names of their sections and folders."""
@@ -31,6 +33,9 @@ TOP_KEYS = ("output_dir", "score_rows", "score_batch_size", "score_max_new_token
 """Keys of the whole pipeline, which no section may have."""
 
 
+_ONE_STAGE = "\nA key that only one stage knows belongs in its section, or after --sft. or --dpo. on the command line."
+
+
 @dataclass(frozen=True)
 class Plan:
     """The options of a pipeline, and what is left to do.
@@ -40,12 +45,14 @@ class Plan:
         options: options of each stage that has any, selected or not.
         output: folder of the pipeline; None if it gets a new one.
         left: for each selected stage that is not done, the checkpoint it resumes from, or None.
+        records: for each stage that has options, what is recorded of them beside its results.
     """
 
     stages: tuple[str, ...]
     options: Mapping[str, Options]
     output: str | None
     left: Mapping[str, str | None]
+    records: Mapping[str, dict[str, Any]]
 
 
 @ends_with("Nothing was written.")
@@ -60,7 +67,7 @@ def read_plan(argv: Sequence[str], default_config: str | Path | None = None) -> 
     Raises:
         ConfigError: an unknown stage, or an unknown, misplaced, repeated or wrong key or value.
         InputError: the DPO stage alone was asked for, and there is no SFT stage to start from.
-        OutputExistsError: a folder holds a later stage of an SFT stage that is not done, or of other models.
+        OutputExistsError: a folder holds a later stage of an SFT stage that is not done, or of other models or options.
     """
     needs = "pass --config FILE.yaml with the sections sft and dpo. Ready ones are in recipes/configs/pipelines"
     config, words = find_config(argv, default_config, needs=needs)
@@ -73,7 +80,11 @@ def read_plan(argv: Sequence[str], default_config: str | Path | None = None) -> 
     options = {stage: _parse(stage, routed[stage], content, config) for stage in wanted}
     _check_together(stages, options)
     output = options[stages[0]].output
-    return Plan(stages, options, output, _left(stages, options, output))
+    left, records = _left(stages, options, output), {stage: record_of(one) for stage, one in options.items()}
+    for stage, record in records.items():
+        if output is not None and left.get(stage, "done") is not None:  # done, or to be resumed
+            check_record(Path(output, stage), record)
+    return Plan(stages, options, output, left, records)
 
 
 def is_done(folder: Path) -> bool:
@@ -81,18 +92,6 @@ def is_done(folder: Path) -> bool:
     grafted = folder / GRAFTED_FOLDER
     kinds = [(read_manifest(place) or {}).get("kind") for place in (folder, grafted)]
     return kinds == ["run", "graft"] and any(grafted.glob("*.safetensors"))
-
-
-def last_checkpoint(folder: Path) -> str | None:
-    """Return the last complete checkpoint in `folder`, from which a stage can resume, or None."""
-    # The state is what a trainer writes last: without it the checkpoint was cut off.
-    needed = ("trainer_state.json", "optimizer.pt")
-    found = {
-        int(number): str(path)
-        for path in folder.glob("checkpoint-*")
-        if (number := path.name.rpartition("-")[2]).isdigit() and all((path / name).is_file() for name in needed)
-    }
-    return found[max(found)] if found else None
 
 
 def _route(words: Sequence[str]) -> dict[str, list[str]]:
@@ -121,12 +120,8 @@ def _parse(stage: str, words: list[str], content: Mapping[str, Any], config: Pat
         # Set to the folder of the SFT stage once that has a name.
         words = [*words, "--model_name_or_path", STAGES[0]]
     try:
-        return parse_values(stage, words, _section(stage, content) if config is not None else {}, config)
-    except UnknownKeysError as error:
-        raise ConfigError(
-            f"stage {stage}: {error}\nA key that only one stage knows belongs in its section, or after --sft. or "
-            "--dpo. on the command line."
-        ) from error
+        section = _section(stage, content) if config is not None else {}
+        return parse_values(stage, words, section, config, unknown=_ONE_STAGE)
     except ConfigError as error:
         raise ConfigError(f"stage {stage}: {error}") from error
 
@@ -220,7 +215,7 @@ def _left(stages: Sequence[str], options: Mapping[str, Options], output: str | N
             f"{second} is not empty, but the SFT stage before it is not done: it would not belong to the new one. "
             f"Remove {second}, or choose another output_dir."
         )
-    return {stage: last_checkpoint(Path(output, stage)) for stage in stages if not is_done(Path(output, stage))}
+    return {stage: last_complete(Path(output, stage)) for stage in stages if not is_done(Path(output, stage))}
 
 
 def _check_models(folder: Path, options: Mapping[str, Options]) -> None:
@@ -232,9 +227,19 @@ def _check_models(folder: Path, options: Mapping[str, Options]) -> None:
     given = {"base": options["sft"].model.model_name_or_path, "instruct": options["sft"].training.instruct_model}
     for role, source in given.items():
         entry = Entry.read(manifest, role)
-        if source is None or (entry is not None and source == entry.source):
+        same_name = entry is not None and source == entry.source
+        there = Path(source or "").expanduser()
+        if source is None or (same_name and not there.is_dir()):
             continue
-        if entry is None or not entry.digests or entry.changed(Path(source).expanduser()):
+        changed = entry.changed(there) if entry is not None and entry.digests else []
+        if same_name and changed:
+            raise OutputExistsError(
+                f"the SFT stage in {folder} was run with other weights of {role}: since then {', '.join(changed)} in "
+                f"{source} changed. Restore them, or choose another output_dir."
+            )
+        if same_name:
+            continue
+        if entry is None or not entry.digests or changed:
             raise OutputExistsError(
                 f"the SFT stage in {folder} was run with another {role}: {entry} there, {source} in the "
                 "configuration. Choose another output_dir."

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import copy
 import gc
-import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +18,19 @@ from trl import DPOTrainer, SFTTrainer, get_peft_config, get_quantization_config
 from ..errors import ConfigError, InputError, OutputExistsError, ShadowError, ends_with
 from ..evaluation.report import RunReport
 from ..evaluation.scoring import read_rows
+from ..results.parents import remove_empty
+from ..results.written import tells_what_is_written
+from ..runtime import endings
 from ..runtime.processes import run_on_main, say
 from ..training.origins import Origins, require_instruct
 from ..training.preflight import GRAFTED_FOLDER
+from ..training.resuming import checkpoint_of
+from ..training.settings import check_settings
 from ..training.trainers import ShadowDPOTrainer, ShadowSFTTrainer
 from .compare import make_report, timed
 from .data import load_data
-from .options import Options, RecipeArguments, parse
+from .options import Options, parse
+from .record import write_record
 
 TRAINERS: dict[str, tuple[Any, Any]] = {"sft": (ShadowSFTTrainer, SFTTrainer), "dpo": (ShadowDPOTrainer, DPOTrainer)}
 """For each kind of recipe the Shadow trainer and TRL's own, which tunes INSTRUCT directly."""
@@ -45,16 +50,14 @@ def main_dpo(argv: Sequence[str] | None = None, *, default_config: str | Path | 
 
 def exit_code(work: Callable[[Sequence[str]], RunReport | None], argv: Sequence[str] | None) -> int:
     """Print what `work` reports of `argv` (None: the process's) and return 0; or print our error, return its code."""
-    rank = int(os.environ.get("RANK", "0"))
-    try:
+
+    def done() -> int:
         report = work(sys.argv[1:] if argv is None else argv)
-    except ShadowError as error:
-        # Every process reports its error: the launcher shows one of them, and not necessarily the first.
-        print(f"{f'[process {rank}] ' if rank else ''}{type(error).__name__}: {error}", file=sys.stderr, flush=True)
-        return error.exit_code
-    if report is not None:
-        print(f"\n{report.text()}", flush=True)
-    return 0
+        if report is not None:
+            print(f"\n{report.text()}", flush=True)
+        return 0
+
+    return endings.exit_code(done)
 
 
 def run(kind: str, argv: Sequence[str], default_config: str | Path | None = None) -> RunReport | None:
@@ -73,31 +76,38 @@ def run(kind: str, argv: Sequence[str], default_config: str | Path | None = None
         GraftError: the graft failed after training; the tuned BASE is saved.
     """
     options = parse(kind, argv, default_config)
-    rows = prepare(options.recipe)
+    rows = prepare(options)
     data = load_data(options)
     state = PartialState()
-    with run_folder(f"shadow_{kind}", options.output, state) as options.training.output_dir:
+    with run_folder(f"shadow_{kind}", options.output, state) as output:
+        options.training.output_dir = output
         origins, models, seconds = train_stage(kind, options, data)
-    if not main_remains(state):
-        return None
-    return make_report(options, origins, models, rows, seconds=seconds, output=options.training.output_dir)
+        if not main_remains(state):
+            return None
+        return make_report(options, origins, models, rows, seconds=seconds, output=output)
 
 
 @ends_with("Nothing was written.")
-def prepare(recipe: RecipeArguments) -> list[dict[str, Any]] | None:
-    """Set the threads of PyTorch, and return the rows to score, if there are any."""
+def prepare(options: Options) -> list[dict[str, Any]] | None:
+    """Check the options of the training, set the threads of PyTorch, and return the rows to score, if there are any."""
+    recipe, training = options.recipe, options.training
+    check_settings(training, get_quantization_config(options.model))
+    training.resume_from_checkpoint = checkpoint_of(training.resume_from_checkpoint, training.output_dir)
     if recipe.torch_threads is not None:
         torch.set_num_threads(recipe.torch_threads)
     return read_rows(recipe.score_rows) if recipe.score_rows else None
 
 
-def train_stage(kind: str, options: Options, data: dict[str, Any]) -> tuple[Origins, dict[str, str], dict[str, float]]:
+def train_stage(
+    kind: str, options: Options, data: dict[str, Any], *, record: Mapping[str, Any] | None = None
+) -> tuple[Origins, dict[str, str], dict[str, float]]:
     """Train BASE and graft; then tune INSTRUCT directly if asked to.
 
     Args:
         kind: "sft" or "dpo".
         options: of the recipe, with the folder of the run in `training.output_dir`.
         data: keyword arguments of the trainer, as `load_data` returns them.
+        record: options that are written beside the results once training begins. Default: none.
 
     Returns:
         Where BASE and INSTRUCT come from, name of each model -> folder or hub id, in the order of the table, and the
@@ -112,9 +122,12 @@ def train_stage(kind: str, options: Options, data: dict[str, Any]) -> tuple[Orig
     origins: Origins = trainer.origins
     seconds: dict[str, float] = {}
     say(f"Tuning BASE {origins.base}" + (f", then grafting onto {origins.instruct}" if training.graft else ""))
-    resume = training.resume_from_checkpoint  # a folder, or true for the last checkpoint in `output_dir`
+    if record is not None:
+        run_on_main(
+            trainer.accelerator, lambda: write_record(Path(training.output_dir), record), what="recording the options"
+        )
     with timed(seconds, "train and graft"):
-        trainer.train(str(resume).lower() == "true" or resume or None)
+        trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
     if not training.graft:
         trainer.save_model()
     _free(trainer)
@@ -134,7 +147,6 @@ def train_stage(kind: str, options: Options, data: dict[str, Any]) -> tuple[Orig
     return origins, {name: source for name, source in models.items() if source is not None}, seconds
 
 
-@ends_with("Nothing was written.")
 def _shadow_trainer(kind: str, options: Options, direct: Path, data: dict[str, Any]) -> Any:
     """Build the trainer of BASE, which runs every check that is possible before training."""
     recipe, training = options.recipe, options.training
@@ -146,8 +158,9 @@ def _shadow_trainer(kind: str, options: Options, direct: Path, data: dict[str, A
         trainer = _trainer(TRAINERS[kind][0], options.model.model_name_or_path, training, options, data)
     except ShadowError:
         raise
-    except ValueError as reason:  # what TRL raises for options and data that do not fit together
-        raise ConfigError(f"the trainer rejected this run: {reason}") from reason
+    # What TRL and transformers raise for options, data and models that do not fit together.
+    except (ValueError, TypeError, KeyError, ImportError, RuntimeError, OSError) as reason:
+        raise ConfigError(f"the trainer rejected this run: {type(reason).__name__}: {reason}") from reason
     if trainer.origins.instruct is None and (recipe.compare_direct or recipe.score_rows):
         raise ConfigError("compare_direct and score_rows need an instruct_model.")
     return trainer
@@ -177,19 +190,19 @@ def _set_model_options(options: Options) -> None:
 
 @contextmanager
 def run_folder(name: str, given: str | None, state: PartialState) -> Iterator[str]:
-    """Yield the `given` folder of a run, or a new one below `outputs/`, removed if the run fails before it writes."""
-    if given is not None:
-        yield given
-        return
-    folder = Path(run_on_main(state, lambda: _claim_folder(name), what="making the run's folder"))
-    try:
-        yield str(folder)
-    except BaseException:
-        if state.is_main_process:
-            with suppress(OSError):  # a folder that is not empty stays
-                folder.rmdir()
-                folder.parent.rmdir()
-        raise
+    """Yield the `given` folder of a run, or a new one below `outputs/`, removed if the run fails before it writes.
+
+    What leaves the block ends with what is in the folder then.
+    """
+    with tells_what_is_written(Path("outputs") if given is None else Path(given), instead=True):
+        if given is not None:
+            yield given
+            return
+        folder = run_on_main(state, lambda: _claim_folder(name), what="making the run's folder")
+        try:
+            yield folder
+        finally:
+            remove_empty([Path(folder)])
 
 
 def _claim_folder(name: str) -> str:

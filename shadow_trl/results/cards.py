@@ -16,6 +16,18 @@ _CITATION = """\
   year    = {2025}
 }"""
 
+_TEMPLATE = {
+    None: "Tokenizer, chat template and generation config are those of the instruct model.",
+    "instruct": (
+        "Tokenizer, chat template and generation config are those of the instruct model. What was trained has another "
+        "chat template: conversations that it was trained on had another form."
+    ),
+    "trained": (
+        "Tokenizer and generation config are those of the instruct model; the chat template is the one that the base "
+        "model was trained with."
+    ),
+}
+
 
 def write_model_card(folder: Source, manifest: Mapping[str, Any], *, adapter: bool = False) -> Path:
     """Write the `README.md` of a graft, a model or an `adapter`, from its manifest into `folder`; return its path."""
@@ -28,8 +40,7 @@ def write_model_card(folder: Source, manifest: Mapping[str, Any], *, adapter: bo
     lines = [f"# {names['instruct']} with a grafted update", "", f"`{formula}`", "", *_table({**names, **scales})]
     lines += [
         f"The update was learnt on the base model and added to the instruct model. `{MANIFEST_NAME}` beside this file "
-        "says what was added, with digests and figures. Tokenizer, chat template and generation config are those of "
-        "the instruct model."
+        f"says what was added, with digests and figures. {_TEMPLATE[manifest.get('chat_template')]}"
     ]
     front = _base_models(manifest, "instruct", "base", relation="adapter" if adapter else "merge")
     front += ["library_name: " + ("peft" if adapter else "transformers")]

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
-from ..checkpoints.checkpoint import Checkpoint, read_json
+from ..checkpoints.checkpoint import Checkpoint
+from ..checkpoints.json_files import read_json
 from ..errors import CheckpointError, GraftError, list_names
 
 

@@ -23,18 +23,29 @@ _NOT_COPIED = re.compile(
     re.IGNORECASE,
 )
 _MODEL_ONLY = ("config.json", "generation_config.json")
+_TEMPLATES = ("chat_template.jinja", "chat_template.json")
+_NAMED_TEMPLATES = "additional_chat_templates"
 
 
-def copied_files(instruct: Checkpoint, *, adapter: bool = False) -> list[Path]:
-    """Return INSTRUCT's files that go into the result; into an `adapter` none that would make it look like a model."""
+def copied_files(instruct: Checkpoint, *, adapter: bool = False, templates: bool = True) -> list[Path]:
+    """Return INSTRUCT's files that go into the result.
+
+    Args:
+        instruct: their folder.
+        adapter: whether the result is an adapter, and gets none that would make it look like a model.
+        templates: whether the result has INSTRUCT's chat templates.
+    """
     code = "auto_map" in json.dumps(instruct.config)
     chosen = []
     for path in sorted(instruct.path.iterdir()):
         if not path.is_file() or _NOT_COPIED.fullmatch(path.name) or (adapter and path.name in _MODEL_ONLY):
             continue
+        if not templates and path.name in _TEMPLATES:
+            continue
         if _COPIED.fullmatch(path.name) or (code and path.suffix == ".py" and not adapter):
             chosen.append(path)
-    return [*chosen, *sorted((instruct.path / "additional_chat_templates").glob("*.jinja"))]
+    named = (instruct.path / _NAMED_TEMPLATES).glob("*.jinja") if templates else ()
+    return [*chosen, *sorted(named)]
 
 
 def copy_files(paths: Iterable[Path], instruct: Checkpoint, folder: Path) -> None:
@@ -43,6 +54,21 @@ def copy_files(paths: Iterable[Path], instruct: Checkpoint, folder: Path) -> Non
         target = folder / path.relative_to(instruct.path)
         target.parent.mkdir(exist_ok=True)
         shutil.copyfile(path, target)
+
+
+def write_templates(templates: Mapping[str, str], folder: Path) -> None:
+    """Write chat templates by name into `folder`, whose copied configs lose those of INSTRUCT; {} changes nothing."""
+    if not templates:
+        return
+    for name in ("tokenizer_config.json", "processor_config.json"):
+        path = folder / name
+        config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        if config.pop("chat_template", None) is not None:
+            path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    for name, text in templates.items():
+        path = folder / "chat_template.jinja" if name == "default" else folder / _NAMED_TEMPLATES / f"{name}.jinja"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
 
 
 def write_config(folder: Path, dtype: str | None, edits: Mapping[str, Any]) -> None:

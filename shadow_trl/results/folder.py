@@ -11,23 +11,23 @@ import glob
 import itertools
 import os
 import shutil
-import socket
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Self
 
-from filelock import FileLock, Timeout
-
 from ..checkpoints.manifest import MANIFEST_NAME, read_manifest
 from ..errors import CheckpointError, ConfigError, GraftError, OutputExistsError, list_names
+from ..runtime.endings import undisturbed
+from ..runtime.machine import free_bytes, is_full
+from .lock import RunLock, spelt_once
+from .parents import make_parents, remove_empty
 
 _PART = "shadow-part"
 _OLD = "shadow-old"
-_LOCK = "shadow-lock"
 _NUMBERS = itertools.count()
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_TRIES = 3
 
 
 class Scratch:
@@ -42,35 +42,53 @@ class Scratch:
     mode = 0o700
 
     def __init__(self, path: Path) -> None:
-        self.path = Path(os.path.abspath(path))
-        self.part = self.path.with_name(f".{self.path.name}.{_PART}-{os.getpid()}-{next(_NUMBERS)}")
+        self.path = spelt_once(path)
+        self.part = self._new_part()
         self._made: list[Path] = []
         self._held = -1
 
     def __enter__(self) -> Self:
         _remove_dead(self.path)
         try:
-            self._made = make_parents(self.path.parent)
-            self.part.mkdir(self.mode)
-            self._held = _lock(self.part)
-        except OSError as error:
-            self._discard()
-            raise GraftError(f"cannot write to {self.path}: {error.strerror}.") from error
+            with undisturbed():
+                self._make_part()
+        except BaseException as error:
+            self._leave()
+            if isinstance(error, OSError):
+                raise GraftError(f"cannot write to {self.path}: {error.strerror}.") from error
+            raise
         return self
 
+    def _make_part(self) -> None:
+        self._made = make_parents(self.path.parent)
+        for _ in range(_TRIES):
+            self.part.mkdir(self.mode)
+            self._held = _lock(self.part)
+            if self._held >= 0 and self.part.exists():
+                return
+            # Another run that starts now may take it for one of a dead run before it is locked.
+            shutil.rmtree(self.part, ignore_errors=True)
+            self.part = self._new_part()
+        self.part.mkdir(self.mode)  # a file system without locks
+
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if self.part.exists():  # not committed
-            self._discard()
-        if self._held >= 0:
-            os.close(self._held)
+        with undisturbed():
+            self._leave()
         if is_full(error):
             raise GraftError(
                 f"the disk of {self.path} is full ({free_bytes(self.path):,} bytes free). Make room or write elsewhere."
             ) from error
 
-    def _discard(self) -> None:
-        shutil.rmtree(self.part, ignore_errors=True)
-        remove_empty(self._made)
+    def _leave(self) -> None:
+        if self.part.exists():  # not committed
+            shutil.rmtree(self.part, ignore_errors=True)
+            remove_empty(self._made)
+        if self._held >= 0:
+            os.close(self._held)
+            self._held = -1
+
+    def _new_part(self) -> Path:
+        return self.path.with_name(f".{self.path.name}.{_PART}-{os.getpid()}-{next(_NUMBERS)}")
 
 
 class OutputFolder(Scratch):
@@ -94,16 +112,19 @@ class OutputFolder(Scratch):
         super().__init__(path)
         self.overwrite = overwrite
         self.kind = kind
-        self._lock = _RunLock(self.path)
+        self._lock = RunLock(self.path)
 
     def __enter__(self) -> Self:
-        made = make_parents(self.path.parent)
+        made: list[Path] = []
         try:
-            self._lock.acquire()
-            _restore(self.path)
-            check_free(self.path, self.overwrite, self.kind)
-            super().__enter__()
+            with undisturbed():
+                made += make_parents(self.path.parent)
+                self._lock.acquire()
+                _restore(self.path)
+                check_free(self.path, self.overwrite, self.kind)
+                super().__enter__()
         except BaseException:
+            self._leave()
             self._lock.release()
             remove_empty(made)
             raise
@@ -111,11 +132,12 @@ class OutputFolder(Scratch):
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        try:
-            super().__exit__(kind, error, trace)
-        finally:
-            self._lock.release()
-            remove_empty(self._made)
+        with undisturbed():
+            try:
+                super().__exit__(kind, error, trace)
+            finally:
+                self._lock.release()
+                remove_empty(self._made)
 
     def commit(self) -> None:
         """Sync everything and move the result to its place; an older result is removed after that.
@@ -125,68 +147,32 @@ class OutputFolder(Scratch):
         """
         for path in (*self.part.rglob("*"), self.part):
             sync(path)
+        with undisturbed():
+            self._take_place()
+
+    def _take_place(self) -> None:
         check_free(self.path, self.overwrite, self.kind)
         old = _free_old(self.path)
-        if self.overwrite and self.path.exists():
-            os.rename(self.path, old)
         try:
+            if self.overwrite and self.path.exists():
+                os.rename(self.path, old)
             os.rename(self.part, self.path)  # fails where somebody's folder came there since the check
-        except OSError as error:
+        except BaseException as error:  # an interrupt as well
             if old.exists() and not self.path.exists():
                 os.rename(old, self.path)
-            if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+            if isinstance(error, OSError) and error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
                 raise OutputExistsError(f"{self.path} was written by another run meanwhile, and is kept.") from error
             raise
         sync(self.path.parent)
         _remove_old(old)
 
 
-class _RunLock:
-    """The lock of an output while one run makes a result for it: a file beside it that names the holder.
-
-    The kernel drops the lock of a process that died. Where the file system has no locks, nothing is held: the rename
-    decides then.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._file = path.with_name(f".{path.name}.{_LOCK}")
-        self._lock = FileLock(self._file, blocking=False, thread_local=False)
-
-    def acquire(self) -> None:
-        try:
-            self._lock.acquire()
-            self._file.write_text(f"process {os.getpid()} on {socket.gethostname()}", encoding="utf-8")
-        except Timeout as error:
-            holder = ""
-            with suppress(OSError):
-                holder = self._file.read_text(encoding="utf-8")
-            raise OutputExistsError(
-                f"another run ({holder or 'unknown'}) is writing to {self._path}. Wait until it ends, or choose "
-                "another output."
-            ) from error
-        except (OSError, NotImplementedError) as error:
-            if is_full(error) or isinstance(error, PermissionError):
-                raise GraftError(f"cannot write to {self._path}: {error}.") from error
-
-    def release(self) -> None:
-        if self._lock.is_locked:
-            self._file.unlink(missing_ok=True)  # while it is held: a next holder makes a file of its own
-            self._lock.release()
-
-
-def is_full(error: BaseException | None) -> bool:
-    """Whether `error` says that a disk is full, also in the words of the safetensors library."""
-    if isinstance(error, OSError):
-        return error.errno in _FULL
-    return type(error).__name__ == "SafetensorError" and any(f"os error {code}" in str(error) for code in _FULL)
-
-
-def remove_empty(folders: list[Path]) -> None:
-    """Remove folders that `make_parents` made, as far as nothing lies in them by now."""
-    for folder in reversed(folders):
-        with suppress(OSError):
-            folder.rmdir()
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """Yield where a new file is to be written; it takes the place of `path` when it is complete."""
+    with Scratch(path) as scratch:
+        yield scratch.part / path.name
+        os.replace(scratch.part / path.name, path)
 
 
 def check_free(path: Path, overwrite: bool, kind: str = "graft") -> None:
@@ -234,30 +220,15 @@ def check_place(path: Path, inputs: Iterable[tuple[str, Path]]) -> None:
         )
 
 
-def check_space(path: Path, needed: int) -> None:
-    """Raise GraftError if the disk of `path` has not `needed` bytes free."""
-    free = free_bytes(path)
-    if needed > free:
-        raise GraftError(
-            f"the result needs {needed:,} bytes and the disk of {path} has {free:,} free. Make room or write elsewhere."
-        )
-
-
-def free_bytes(path: Path) -> int:
-    """Return the bytes free for this user on the disk on which `path` is or would be."""
-    path = Path(os.path.abspath(path))
-    return shutil.disk_usage(next(folder for folder in (path, *path.parents) if folder.exists())).free
-
-
 def recover(path: Path) -> None:
     """Clean up after a killed run for the same folder: restore or remove the old result, remove unfinished parts.
 
     While another run makes a result for it, nothing is touched.
     """
-    path = Path(os.path.abspath(path))
+    path = spelt_once(path)
     if next(_siblings(path, "shadow-"), None) is None:
         return
-    lock = _RunLock(path)
+    lock = RunLock(path)
     with suppress(OutputExistsError, GraftError):
         lock.acquire()
         try:
@@ -307,14 +278,6 @@ def _free_old(path: Path) -> Path:
     # One that could not be removed, as another user's, keeps its name.
     names = (path.with_name(f".{path.name}.{_OLD}-{number:03d}") for number in itertools.count())
     return next(name for name in names if not os.path.lexists(name))
-
-
-def make_parents(folder: Path) -> list[Path]:
-    """Make a folder with the folders above it; return those that were not there, outermost first."""
-    missing = [path for path in (folder, *folder.parents) if not path.exists()][::-1]
-    for path in missing:
-        path.mkdir(exist_ok=True)
-    return missing
 
 
 def _lock(folder: Path) -> int:

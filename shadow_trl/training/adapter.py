@@ -7,6 +7,7 @@ needs no weight of BASE and has an exact adapter form. DoRA starts near BASE: it
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,7 +21,7 @@ from ..adapters.kinds import START_FOLDER, is_subtracted, kind_of, lost_start, m
 from ..adapters.lora import no_factors
 from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.header import CODES, TensorSpec
-from ..errors import AdapterError
+from ..errors import AdapterError, both_sides
 from .loading import is_adapted
 
 
@@ -48,6 +49,20 @@ def start_of(model: Any) -> dict[str, Tensor] | None:
     if others and lost_start(start) is not None:
         raise more_than_a_product(start, others)
     return {key: value.detach().to("cpu", copy=True) for key, value in tensors.items()}
+
+
+def rescaled_modules(model: Any) -> list[str]:
+    """Return a row for each LoRA module whose scaling was changed since it was made, with both numbers."""
+    from peft.tuners.lora import LoraLayer
+
+    rows, name = [], model.active_adapters[0]
+    for path, module in model.named_modules():
+        if isinstance(module, LoraLayer) and name in module.scaling:
+            rank = module.r[name]
+            made = module.lora_alpha[name] / (math.sqrt(rank) if module.use_rslora[name] else rank)
+            if not math.isclose(module.scaling[name], made, rel_tol=1e-6):
+                rows.append(both_sides(path, module.scaling[name], made, ("memory", "settings")))
+    return rows
 
 
 def announced(model: Any) -> Checkpoint:

@@ -14,6 +14,11 @@ from ..grafting.options import declared
 _Config = TypeVar("_Config", bound="ShadowArguments")
 
 PAIR_CHECKS = ("headers", "weights")
+DPO_LOSSES = (
+    "sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired",
+    "apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm",
+)  # fmt: skip
+"""TRL's, which names them only when the loss of the first batch is computed."""
 REF_POLICIES = ("init", "base", "instruct", "grafted")
 
 
@@ -39,7 +44,7 @@ class ShadowArguments:
         instruct_revision, base_revision: branch, tag or commit of either on the hub.
         graft: whether `train()` ends with saving TUNED and grafting. Default True.
         graft_scale, instruct_scale, graft_modules, graft_format, graft_dtype, graft_rounding, graft_seed, graft_vocab,
-            graft_overwrite: the options of `shadow_trl.graft`, with its values and defaults.
+            graft_chat_template, graft_overwrite: the options of `shadow_trl.graft`, with its values and defaults.
         pair_check: how BASE and INSTRUCT are compared before training: `headers` (configs, shapes, tokenizers) or
             `weights` (their distance as well). Default: `weights` for full fine-tuning, `headers` for adapters.
         graft_every_save: graft every checkpoint as well, into `checkpoint-N/shadow/grafted`. Default False.
@@ -66,6 +71,7 @@ class ShadowArguments:
     graft_rounding: str = _of_graft("rounding")
     graft_seed: int = _of_graft("seed")
     graft_vocab: str = _of_graft("vocab")
+    graft_chat_template: str = _of_graft("chat_template")
     graft_overwrite: bool = _of_graft("overwrite")
     pair_check: str | None = _argument(
         None, "How BASE and INSTRUCT are compared. Default: weights when fully fine-tuning.", choices=PAIR_CHECKS
@@ -128,4 +134,6 @@ class ShadowDPOConfig(ShadowArguments, DPOConfig):
 
     def __post_init__(self) -> None:
         one_of("ref_policy", self.ref_policy, REF_POLICIES)
+        for loss in [self.loss_type] if isinstance(self.loss_type, str) else self.loss_type:
+            one_of("loss_type", loss, DPO_LOSSES)
         super().__post_init__()

@@ -1,35 +1,37 @@
-"""Evaluation of the graft while BASE is in training: the figures of the model that will be shipped.
+"""Evaluation of the graft while BASE is in training: the figures of the model that would be shipped now.
 
-No second model on the accelerator: weights are exchanged one by one with copies in host memory, and back bit for bit.
+The graft is written as at the end of a run and loaded from its folder, so its arithmetic, rounding, config, buffers and
+ties are those of what ships. While it is evaluated, the weights in training wait in host memory.
 """
 
 from __future__ import annotations
 
 import random
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
-from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy
 import torch
 from torch import nn
 
-from ..arithmetic.grafter import graft_tensor
-from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.manifest import Entry
-from ..errors import ConfigError, GraftError, list_names
-from ..grafting.options import GraftOptions
-from ..layouts.model_names import ModelNames
-from .loading import bare_model, dtypes_before, is_adapted
+from ..errors import GraftError, ends_with
+from ..grafting.reports import GraftReport
+from .loading import load_adapter
 from .origins import Start
+from .reference import prepared, shared_scratch
 
 if TYPE_CHECKING:
     from transformers import Trainer as _Trainer
 else:
     _Trainer = object  # the mixin stands before a TRL trainer, whatever that one is
+
+
+# All that the fused heads of TRL's trainers compute for their metrics.
+_OUTPUTS = ("log_probs", "entropy", "mean_logits", "is_top1", "log_sum_sq_probs")
 
 
 class KeptReferences:
@@ -60,14 +62,15 @@ class KeptReferences:
 class GraftedEvaluation(_Trainer):
     """Adds `eval_grafted_*` to every evaluation when `eval_grafted` is set: INSTRUCT + the current delta.
 
-    Only `evaluation_loop` changes: a second pass over the data with the weights exchanged. One log and one
-    `on_evaluate` come out of both, and the plain figures are those of TRL.
+    Only `evaluation_loop` changes: a second pass over the data with the graft in the place of the model. One log and
+    one `on_evaluate` come out of both, and the plain figures are those of TRL.
     """
 
     args: Any
     _start: Start
     _metrics: dict[str, Any]
     _references: KeptReferences | None = None  # while both passes last
+    _write_graft: Callable[..., GraftReport]
 
     def evaluation_loop(
         self,
@@ -89,7 +92,7 @@ class GraftedEvaluation(_Trainer):
             plain, self._metrics["eval"] = self._metrics["eval"], defaultdict(list)
             prefix = f"{metric_key_prefix}_grafted"
             try:
-                with self._exchange.grafted():
+                with self._shipped():
                     second = run(dataloader, description, prediction_loss_only, ignore_keys, prefix)
                 means = {f"{prefix}_{key}": sum(values) / len(values) for key, values in self._metrics["eval"].items()}
             finally:
@@ -98,126 +101,58 @@ class GraftedEvaluation(_Trainer):
             self._references = None
         return output._replace(metrics={**(output.metrics or {}), **(second.metrics or {}), **means})
 
-    @cached_property
-    def _exchange(self) -> GraftExchange:
-        """The exchange of this run; INSTRUCT, and BASE where it is needed, are read once, to host memory."""
-        assert self.model is not None
-        start = self._start
-        kwargs = {"dtype": bare_model(self.model).dtype, "device_map": None}
-        loading = replace(start.loading, quantization_config=None, kwargs=kwargs)
-        options = GraftOptions(**self.args.graft_options())
-        instruct, base = loading.load(start.instruct).state_dict(), {}
-        # Below an adapter BASE is needed where it was put on something else: on the full model of a stage before.
-        if not start.adapter_on_base:
-            stages = dtypes_before(str(start.origins.policy) if start.origins.policy != start.origins.base else None)
-            below = replace(loading, kwargs={**kwargs, "dtype": (*stages, kwargs["dtype"])[0]}).load(start.base)
-            for dtype in stages[1:]:
-                below.to(getattr(torch, dtype))
-            base = below.state_dict()
-        return GraftExchange(self.model, instruct, base, options, receiver(options, start.instruct))
-
-
-def receiver(options: GraftOptions, instruct: Entry) -> Callable[[str], bool]:
-    """Return the test whether a weight in memory receives the delta; `modules` is searched in INSTRUCT's names on disk.
-
-    Raises:
-        ConfigError: `modules` selects a part only of what is one weight in memory, as single experts are.
-    """
-    chosen = options.selector()
-    if options.patterns() is None:
-        return chosen
-    checkpoint = Checkpoint.open(str(instruct))
-    stored = ModelNames(checkpoint).groups(checkpoint.specs)
-    count = {place: sum(chosen(name) for name in names) for place, names in stored.items()}
-    split = [f"{place}  {count[place]} of {len(names)} weights on disk" for place, names in stored.items()
-             if count[place] not in (0, len(names))]  # fmt: skip
-    if split:
-        raise ConfigError(
-            f"eval_grafted=True is not possible here: graft_modules selects parts of {len(split)} weights that are "
-            f"one in memory.\n{list_names(split)}\nSelect all or none of their parts, or pass eval_grafted=False."
-        )
-    return lambda place: count[place] > 0 if place in count else chosen(place)
-
-
-@dataclass
-class GraftExchange:
-    """Exchanges the weights of a model in training for `instruct + scale * (current - base)`, and back.
-
-    Under a LoRA on BASE the frozen weights become INSTRUCT's and the adapter, which is the delta, stays. In full
-    fine-tuning, and below a LoRA on something else than BASE, each weight becomes the sum as the graft is written, in
-    the model's dtype.
-
-    Args:
-        model: the model in training.
-        instruct: INSTRUCT's weights by the names of the model in memory, in host memory.
-        base: BASE's, the same; empty under a LoRA on BASE.
-        options: of the graft; under LoRA the scale alone counts.
-        receives: whether the weight of a name receives the delta.
-
-    Raises:
-        ConfigError: the model has a weight that INSTRUCT or BASE lacks or has in another shape.
-    """
-
-    model: nn.Module
-    instruct: Mapping[str, torch.Tensor]
-    base: Mapping[str, torch.Tensor]
-    options: GraftOptions
-    receives: Callable[[str], bool]
-
-    def __post_init__(self) -> None:
-        # By the names of the plain model: PEFT puts its own parts between them.
-        self.weights = {
-            _plain_name(name): parameter
-            for name, parameter in bare_model(self.model).named_parameters()
-            if not is_adapted(self.model) or (not parameter.requires_grad and "lora_" not in name)
-        }
-        unfit = [
-            f"{name}: {tuple(weight.shape)} in training, "
-            f"{tuple(side[name].shape) if name in side else 'absent'} in {role}"
-            for name, weight in sorted(self.weights.items())
-            for role, side in (("INSTRUCT", self.instruct), ("BASE", self.base))
-            if side and (name not in side or side[name].shape != weight.shape)
-        ]
-        if unfit:
-            raise ConfigError(
-                f"eval_grafted=True is not possible here: {len(unfit)} of {len(self.weights)} weights cannot be "
-                f"exchanged.\n{list_names(unfit)}\nPass eval_grafted=False and score the grafted folder after "
-                "training."
-            )
-
     @contextmanager
-    def grafted(self) -> Iterator[None]:
-        """Make the model the graft while the context lasts; weights and random state are as before afterwards."""
-        with torch.no_grad(), ExitStack() as way_back:
+    def _shipped(self) -> Iterator[None]:
+        """Let the graft of the weights as they are now stand in for the model; model and random state come back."""
+        trained: Any = self.model
+        with ExitStack() as way_back:
             way_back.enter_context(torch.random.fork_rng())
             way_back.callback(random.setstate, random.getstate())
             way_back.callback(numpy.random.set_state, numpy.random.get_state())
-            for name, parameter in self.weights.items():
-                kept = parameter.detach().to("cpu", copy=True)
-                way_back.callback(parameter.copy_, kept)
-                parameter.copy_(self._grafted(name, kept))
-            self._scale_adapter(way_back)
-            with torch.enable_grad():
-                yield
+            folder = way_back.enter_context(self._grafted_for_evaluation())
+            way_back.enter_context(in_host_memory(trained))
+            # No name here for what is loaded: the device needs its room before the weights in training come back.
+            self.model = way_back.enter_context(
+                prepared(self._load_shipped(folder, trained), self.accelerator, outputs=_OUTPUTS)
+            )
+            way_back.callback(setattr, self, "model", trained)
+            yield
 
-    def _grafted(self, name: str, current: torch.Tensor) -> torch.Tensor:
-        if not self.base or not self.receives(name):
-            return self.instruct[name]
-        options = self.options
-        return graft_tensor(
-            self.instruct[name], self.base[name].to(current.dtype), current, scale=options.scale,
-            instruct_scale=options.instruct_scale, rounding=options.rounding, seed=options.seed, name=name,
-        )  # fmt: skip
+    @contextmanager
+    def _grafted_for_evaluation(self) -> Iterator[Path]:
+        """Write TUNED and its graft beside the results, with the options of the run; both are removed at the end."""
+        with (
+            ends_with("The graft was to be evaluated; nothing of it was kept.", instead=True),
+            shared_scratch(self.accelerator, self.args.output_dir) as folder,
+        ):
+            self.save_model(str(folder / "tuned"), _internal_call=True)
+            self._write_graft(str(folder / "tuned"), folder / "grafted", digest="none", stats=False)
+            yield folder / "grafted"
 
-    def _scale_adapter(self, way_back: ExitStack) -> None:
-        """Multiply an adapter by the scale of the graft, and by 0 where the graft leaves a weight alone."""
-        for name, module in bare_model(self.model).named_modules():
-            scaling = getattr(module, "scaling", None)
-            if isinstance(scaling, dict) and hasattr(module, "lora_A"):
-                way_back.callback(scaling.update, dict(scaling))
-                factor = self.options.scale if self.receives(f"{_plain_name(name)}.weight") else 0.0
-                scaling.update({adapter: value * factor for adapter, value in scaling.items()})
+    def _load_shipped(self, folder: Path, trained: Any) -> Any:
+        is_adapter = (folder / "adapter_config.json").exists()
+        source = self._start.instruct if is_adapter else Entry(str(folder))
+        model = self._start.loading.like(trained).of_graft(source).load(source)
+        return load_adapter(str(folder), model, trainable=False) if is_adapter else model
 
 
-def _plain_name(name: str) -> str:
-    return name.replace(".base_layer", "")
+@contextmanager
+def in_host_memory(model: nn.Module) -> Iterator[None]:
+    """Move the weights and buffers of `model` off the accelerator while the context lasts.
+
+    Every tensor stays the same object, with its ties: only its storage is emptied, and filled again bit for bit.
+    """
+    storages = {
+        tensor.untyped_storage().data_ptr(): tensor.untyped_storage()
+        for tensor in (*model.parameters(), *model.buffers())
+        if tensor.device.type not in ("cpu", "meta")
+    }
+    kept = [(storage, storage.cpu()) for storage in storages.values()]
+    for storage, _ in kept:
+        storage.resize_(0)
+    try:
+        yield
+    finally:
+        for storage, values in kept:
+            storage.resize_(values.nbytes())
+            storage.copy_(values)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, cast
@@ -44,7 +45,7 @@ class Loading:
 
         # The config's own parsing has made a dictionary of what was a string on the command line.
         given = cast("dict[str, Any]", self.args.model_init_kwargs or {})
-        kwargs = {**given, **self.kwargs, "revision": source.revision or "main"}
+        kwargs = {**given, **self.kwargs, "revision": source.revision}
         kwargs.setdefault("trust_remote_code", self.args.trust_remote_code)
         if self.quantization_config is not None:
             kwargs["quantization_config"] = self.quantization_config
@@ -63,9 +64,23 @@ class Loading:
             from transformers import AutoConfig
 
             # INSTRUCT's own dtype may be another one than BASE's.
-            how = {"revision": model.revision or "main", "trust_remote_code": self.args.trust_remote_code}
+            how = {"revision": model.revision, "trust_remote_code": self.args.trust_remote_code}
             dtype = AutoConfig.from_pretrained(model.source, **how).dtype or "float32"
         return replace(self, kwargs={"dtype": dtype})
+
+    def of_graft(self, source: Entry) -> Loading:
+        """Return this for the model in `source` as it ships: not quantised, with the settings of its own config alone.
+
+        What `model_init_kwargs` set in the config of the policy is no part of it.
+        """
+        from transformers import AutoConfig
+
+        how = {"revision": source.revision or "main", "trust_remote_code": self.args.trust_remote_code}
+        config = AutoConfig.from_pretrained(source.source, **how)
+        given, args = self.args.model_init_kwargs or {}, copy.copy(self.args)
+        settings = {name for one in (config, config.get_text_config()) for name in given if hasattr(one, name)}
+        args.model_init_kwargs = {name: value for name, value in given.items() if name not in settings}
+        return Loading(args, kwargs={**self.kwargs, "device_map": None})
 
 
 def dtypes_before(source: str | None) -> list[str]:

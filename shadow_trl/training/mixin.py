@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import inspect
 import os
-from collections.abc import Mapping
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -25,12 +24,14 @@ from ..checkpoints.manifest import write_manifest
 from ..errors import ends_with
 from ..grafting.options import BASE_DTYPES
 from ..grafting.reports import GraftReport
-from ..operations.checks import check_graft, check_left_out, check_trained
+from ..operations.checks import check_left_out
 from ..operations.graft import graft
-from ..pair.pairs import ModelPair
 from ..pair.templates import check_processing_class
 from ..results.folder import check_free
-from ..runtime.processes import run_on_main
+from ..results.lock import RunLock
+from ..results.parents import missing_parents
+from ..results.written import tells_what_is_written
+from ..runtime.processes import run_on_main, together
 from .adapter import (
     announced,
     check_same_start,
@@ -40,20 +41,14 @@ from .adapter import (
     write_start,
 )
 from .config import ShadowArguments
+from .engines import refuse_engines, refuse_lifted, refuse_offloaded, whole_weights
 from .evaluation import GraftedEvaluation
 from .loading import bare_model, dtypes_before, load_adapter, reload_converted
-from .origins import Start, check_unchanged
-from .preflight import (
-    GRAFTED_FOLDER,
-    check_adapter,
-    check_exchangeable,
-    check_folders,
-    check_same_adapter,
-    is_conversational,
-    refuse_sharded,
-    refuse_unsupported,
-)
-from .saved import as_saved
+from .origins import Start
+from .preflight import GRAFTED_FOLDER, check_before_loading, is_conversational, refuse_unsupported
+from .resuming import checkpoint_of
+from .saved import check_as_saved
+from .settings import Forms, bound, check_columns, check_settings, removed_if_refused
 
 if TYPE_CHECKING:
     from transformers.trainer_utils import TrainOutput
@@ -74,7 +69,8 @@ class ShadowMixin(GraftedEvaluation):
         processing_class: default INSTRUCT's tokenizer or processor, not BASE's.
 
     Raises:
-        ConfigError: options that contradict each other, no INSTRUCT, or sharded training (FSDP, DeepSpeed).
+        ConfigError: options that contradict each other, no INSTRUCT, or an engine that cannot end in a graft
+            (DeepSpeed, FSDP1).
         PairMismatchError: BASE and INSTRUCT do not belong together.
         OutputExistsError: `output_dir` already holds a graft, or is an input of the run.
     """
@@ -87,36 +83,60 @@ class ShadowMixin(GraftedEvaluation):
     def __init__(
         self, *args: Any, instruct_model: str | None = None, base_model: str | None = None, **kwargs: Any
     ) -> None:
-        call = inspect.signature(super().__init__).bind(*args, **kwargs)
+        call = bound(super().__init__, args, kwargs)
         given = call.arguments
         if isinstance(given["model"], os.PathLike):
             given["model"] = os.fspath(given["model"])
         config = self._read_config(given)
+        # transformers makes the folder before we know all
+        with (
+            tells_what_is_written(Path(config.output_dir)),
+            together(config.distributed_state, what="the start of the run"),
+        ):
+            self._set_up(call, config, base_model=base_model, instruct_model=instruct_model)
+
+    def _set_up(
+        self, call: inspect.BoundArguments, config: Any, *, base_model: str | None, instruct_model: str | None
+    ) -> None:
+        """Check everything that can be checked before training, and let TRL make its trainer."""
+        given = call.arguments
         refuse_unsupported(config)
+        refuse_engines(config)
+        check_settings(config, given.get("quantization_config"))
+        if given.get("formatting_func") is None:
+            for name in ("train_dataset", "eval_dataset"):
+                check_columns(name, given.get(name), self._data_forms(config))
         self._start = start = Start.of(given, config, base_model=base_model, instruct_model=instruct_model)
         self.origins = start.origins
         self.graft_report: GraftReport | None = None
-        self._check_before_loading(config, given)
+        check_before_loading(start, config, given)
         self._choose_processing_class(config, given)
-        self._choose_reference(config, given)
-        if start.loads_adapter:
-            self._load_adapter(given)
-        elif not start.in_memory:
-            self._pin_model(given)
-        with without_second_start(given["model"]):
-            super().__init__(*call.args, **call.kwargs)
-        refuse_sharded(fsdp=self.is_fsdp_enabled, deepspeed=self.is_deepspeed_enabled)
-        if config.graft:
-            self._check_trained()
-        if config.graft and start.adapter_on_base:
+        self._made = missing_parents(Path(config.output_dir))
+        with removed_if_refused(self._made, config):
+            self._choose_reference(config, given)
+            if start.loads_adapter:
+                self._load_adapter(given)
+            elif not start.in_memory:
+                self._pin_model(given)
+            with without_second_start(given["model"]):
+                super().__init__(*call.args, **call.kwargs)
+            self._check_loaded(config)
+        # The adapter as it is before training: the delta of some is what it becomes less this.
+        self._adapter_start = start_of(self.model) if config.graft or config.eval_grafted else None
+
+    def _check_loaded(self, config: Any) -> None:
+        """Find in the model that will be trained what would keep the run from ending in a graft."""
+        start = self._start
+        grafts = config.graft or config.eval_grafted
+        if grafts:
+            refuse_offloaded(self.model)
+            refuse_lifted(self.accelerator, self.model)
+            check_as_saved(start, self.model, self.processing_class, config.graft_options())
+        if grafts and start.adapter_on_base:
             check_left_out(
                 base=str(start.base), instruct=str(start.instruct), adapter=announced(self.model),
                 **config.graft_options(),
             )  # fmt: skip
-        if config.eval_grafted:
-            _ = self._exchange  # what does not fit must be found before training
-        # The adapter as it is before training: the delta of some is what it becomes less this.
-        self._adapter_start = start_of(self.model) if config.graft else None
 
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
         """Train BASE as TRL does; then save TUNED to `output_dir` and the graft to `output_dir/grafted`.
@@ -124,17 +144,28 @@ class ShadowMixin(GraftedEvaluation):
         Arguments and return value are those of `transformers.Trainer.train`. With `graft=False`, and within a
         hyperparameter search, nothing is saved or grafted at the end. The report of the graft is in `graft_report`.
         """
-        given = inspect.signature(super().train).bind(*args, **kwargs).arguments
-        in_search = given.get("trial") is not None
-        if self.args.graft and not in_search:
-            with ends_with("Nothing was written."):
-                check_free(self._grafted_folder, self.args.graft_overwrite)
-        if not in_search:
-            run_on_main(self.accelerator, self._begin, what="preparing the output folder")
-        output = super().train(*args, **kwargs)
-        if self.args.graft and not in_search:
-            self.graft()
-        return output
+        with together(self.accelerator, what="training"):
+            return self._train(*args, **kwargs)
+
+    def _train(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        call = inspect.signature(super().train).bind(*args, **kwargs)
+        lock, given = RunLock(Path(self.args.output_dir)), call.arguments
+        with tells_what_is_written(Path(self.args.output_dir)):
+            try:
+                in_search, resume = given.get("trial") is not None, given.get("resume_from_checkpoint")
+                with removed_if_refused(self._made, self.args):
+                    given["resume_from_checkpoint"] = checkpoint_of(resume, self.args.output_dir)
+                    if self.args.graft and not in_search:
+                        check_free(self._grafted_folder, self.args.graft_overwrite)
+                if in_search:
+                    return super().train(*call.args, **call.kwargs)
+                run_on_main(self.accelerator, lambda: self._begin(lock), what="preparing the output folder")
+                output = super().train(*call.args, **call.kwargs)
+                if self.args.graft:
+                    self.graft()
+                return output
+            finally:
+                lock.release()
 
     def graft(self, output: str | os.PathLike[str] | None = None) -> GraftReport:
         """Save TUNED to `output_dir` and write INSTRUCT + scale * (TUNED - BASE) to `output`. All processes call it.
@@ -149,7 +180,8 @@ class ShadowMixin(GraftedEvaluation):
             InputError: the pair, the options or the output folder do not allow the graft.
             GraftError: the graft failed; nothing half-done is left, TUNED is saved.
         """
-        self.save_model()
+        with together(self.accelerator, what="saving TUNED for the graft"):
+            self.save_model()
         self.graft_report = self._write_graft(self.args.output_dir, Path(output or self._grafted_folder))
         for warning in self.graft_report.warnings:
             logger.warning(warning)
@@ -158,7 +190,6 @@ class ShadowMixin(GraftedEvaluation):
 
     def _write_graft(self, tuned: str, output: Path, **changes: Any) -> GraftReport:
         instruct, base = str(self._start.instruct), str(self._start.base)
-        self.accelerator.wait_for_everyone()
 
         @ends_with(f"TUNED is in {tuned}.", instead=True)
         def write() -> GraftReport:
@@ -173,6 +204,12 @@ class ShadowMixin(GraftedEvaluation):
 
         return run_on_main(self.accelerator, write, what="the graft")
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As in `Trainer`; whole weights where a graft will read them, whatever the engine keeps for itself."""
+        read = self.args.graft and (not _internal_call or self.args.graft_every_save)
+        with whole_weights(self.accelerator, wanted=read):
+            super().save_model(output_dir, _internal_call)
+
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         super()._save_checkpoint(model, trial)
         if self.args.graft and self.args.graft_every_save:
@@ -183,11 +220,16 @@ class ShadowMixin(GraftedEvaluation):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         check_same_start(resume_from_checkpoint, None if self.origins.adapter else self._adapter_start)
         super()._load_from_checkpoint(resume_from_checkpoint, model)
-        reload_converted(self.model, resume_from_checkpoint)
+        self._reload_converted(resume_from_checkpoint)
 
     def _load_best_model(self) -> None:
         super()._load_best_model()
-        reload_converted(self.model, str(self.state.best_model_checkpoint))
+        self._reload_converted(str(self.state.best_model_checkpoint))
+
+    def _reload_converted(self, folder: str) -> None:
+        # FSDP has files of its own, by the names in memory.
+        if not self.is_fsdp_enabled:
+            reload_converted(self.model, folder)
 
     # What belongs together passes through here, at the end and in every checkpoint: a run that dies leaves the files of
     # the run before as they were.
@@ -212,54 +254,9 @@ class ShadowMixin(GraftedEvaluation):
         given["args"] = copy.copy(self._config_class.upgrade(args))
         return given["args"]
 
-    def _check_before_loading(self, config: Any, given: Mapping[str, Any]) -> None:
-        """Find before any model is loaded what would keep the run from ending in a graft."""
-        start = self._start
-        check_adapter(start, grafts=config.graft)
-        if start.loads_adapter and given.get("peft_config") is not None:
-            check_same_adapter(given["peft_config"], str(start.origins.adapter))
-        if config.graft:
-            self._check_graft(config, given)
-        if config.eval_grafted:
-            check_exchangeable(start, config)
-        has_adapter = start.adapter is not None
-        if start.is_compared and not (has_adapter and start.is_quantised):
-            check_unchanged(start.model, start.origins.policy or start.base, adapter=has_adapter)
-
-    def _check_graft(self, config: Any, given: Mapping[str, Any]) -> None:
-        start = self._start
-        instruct, base = str(start.instruct), str(start.base)
-        check_folders(Path(config.output_dir), start)
-        for warning in ModelPair.open(base, instruct).check(
-            level=config.pair_check or ("weights" if start.adapter is None else "headers"),
-            need_template=given.get("processing_class") is None and is_conversational(given.get("train_dataset")),
-            allow_wide_gap=config.allow_wide_gap,
-            vocab=config.graft_vocab,
-        ):
-            logger.warning(warning)
-        check_graft(
-            base=base,
-            instruct=instruct,
-            output=Path(config.output_dir) / GRAFTED_FOLDER,
-            # An adapter on the full model of an earlier run is grafted as one full model.
-            adapter=start.adapter_on_base,
-            adapter_config=start.adapter,
-            **config.graft_options(),
-        )
-
-    def _check_trained(self) -> None:
-        """Find before the first step what would be found wrong with the model after the last."""
-        start = self._start
-        with as_saved(self.model, self.processing_class) as tuned:
-            for warning in check_trained(
-                base=str(start.base),
-                instruct=str(start.instruct),
-                tuned=tuned,
-                adapter=start.adapter is not None,
-                has_weights=not start.is_quantised,
-                **self.args.graft_options(),
-            ):
-                logger.warning(warning)
+    def _data_forms(self, config: Any) -> Forms:
+        """Return the forms of data that the trainer takes, each by the columns that it needs; none: not checked."""
+        return ()
 
     def _choose_processing_class(self, config: Any, given: dict[str, Any]) -> None:
         instruct = self.origins.instruct
@@ -296,9 +293,11 @@ class ShadowMixin(GraftedEvaluation):
         given.pop("quantization_config", None)
         given["args"].model_init_kwargs = None
 
-    def _begin(self) -> None:
-        """Make the output folder, and take the digests of what training starts from while it is what was loaded."""
+    def _begin(self, lock: RunLock) -> None:
+        """Make the output folder and keep other runs out of it; take the digests of what training starts from."""
         os.makedirs(self.args.output_dir, exist_ok=True)
+        if os.access(Path(self.args.output_dir).absolute().parent, os.W_OK):
+            lock.acquire()
         _ = self._manifest
 
     @cached_property

@@ -6,6 +6,7 @@ All of it is known from the trainer's arguments and the manifest of an earlier r
 from __future__ import annotations
 
 import copy
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -15,9 +16,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from trl.trainer.utils import get_config_model_id
 
-from ..checkpoints.checkpoint import ADAPTER_CONFIG, Checkpoint, read_json
+from ..checkpoints.checkpoint import ADAPTER_CONFIG, Checkpoint
 from ..checkpoints.delta import refuse_deltas
+from ..checkpoints.json_files import read_json
 from ..checkpoints.manifest import Entry, adapter_base, check_weights, from_manifest, read_manifest
+from ..checkpoints.schemas import AdapterConfig
 from ..errors import AdapterError, ConfigError, InputError, list_names
 from .loading import Loading, bare_model, is_adapted
 
@@ -114,7 +117,7 @@ def resolve_origins(
             on_base = Entry.read(manifest, "policy") == Entry.read(manifest, "base")
             start = origin if on_base else from_manifest("policy", manifest, home)
     elif adapter is not None:
-        found = origin or adapter_base(read_json(home / ADAPTER_CONFIG), home)
+        found = origin or adapter_base(read_json(home / ADAPTER_CONFIG, AdapterConfig), home)
         if found is None:
             raise AdapterError(
                 f"the adapter in {adapter} does not say what it was trained on (base_model_name_or_path is empty). "
@@ -127,7 +130,16 @@ def resolve_origins(
 
 
 def _given(role: str, source: str | None, revision: str | None, manifest: Mapping[str, Any] | None) -> Entry | None:
-    """Return what the user named for `role`; a revision alone is one of the repository that the manifest names."""
+    """Return what the user named for `role`; a revision alone is one of the repository that the manifest names.
+
+    Raises:
+        ConfigError: an object in the place of a name.
+    """
+    if source is not None and not isinstance(source, (str, os.PathLike)):
+        raise ConfigError(
+            f"{role}_model is a {type(source).__name__}; it has to be the folder or hub id of {role.upper()}, whose "
+            f"files the graft reads. A loaded model can be saved: {role}_model.save_pretrained(folder)."
+        )
     known = Entry.read(manifest, role)
     if source is None and revision is not None and known is not None and not known.folder:
         source = known.source
@@ -221,7 +233,7 @@ class Start:
         elif is_adapted(model):
             adapter = model.peft_config[model.active_adapters[0]].to_dict()
         elif origins.adapter is not None:
-            adapter = read_json(Path(origins.adapter) / ADAPTER_CONFIG)
+            adapter = read_json(Path(origins.adapter) / ADAPTER_CONFIG, AdapterConfig)
         # A copy: the trainer changes its config while it is built.
         loading = Loading(copy.copy(config), given.get("quantization_config"))
         loading = loading.like(origins.policy if origins.adapter or isinstance(model, str) else model)
@@ -245,7 +257,8 @@ class Start:
     @property
     def is_compared(self) -> bool:
         """Whether an object must hold what its name stands for: the delta's origin, or the model under an adapter."""
-        return self.in_memory and self.loading.args.graft and (self.adapter is not None or not self.base_named)
+        grafts = self.loading.args.graft or self.loading.args.eval_grafted
+        return self.in_memory and grafts and (self.adapter is not None or not self.base_named)
 
     @property
     def stage(self) -> str | None:

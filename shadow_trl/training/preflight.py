@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from accelerate.utils import parse_flag_from_env
+from accelerate.logging import get_logger
 
 from ..adapters.kinds import check_has_delta, is_subtracted, kind_of, lost_start, more_than_a_product, start_setting
+from ..checkpoints.checkpoint import Checkpoint
 from ..errors import AdapterError, ConfigError, OutputExistsError, list_names
-from .loading import is_adapted
-from .origins import Start
+from ..operations.checks import check_graft
+from ..pair.pairs import ModelPair
+from .adapter import rescaled_modules
+from .loading import bare_model, is_adapted
+from .origins import Start, check_unchanged
 
 if TYPE_CHECKING:
     from peft import PeftConfig
+
+logger = get_logger(__name__)
 
 GRAFTED_FOLDER = "grafted"
 # What an adapter's config says of its origin and use, not of its form.
@@ -25,17 +32,13 @@ def refuse_unsupported(config: Any) -> None:
     """Refuse options of a config with which no graft could be written or published.
 
     Raises:
-        ConfigError: `push_to_hub`, FSDP, DeepSpeed, or a `chat_template_path` that resizes the embeddings.
+        ConfigError: `push_to_hub`, or a `chat_template_path` that resizes the embeddings.
     """
     if config.push_to_hub:
         raise ConfigError(
             "push_to_hub=True would publish the tuned BASE, not the graft. Pass push_to_hub=False and upload the "
             f"folder {GRAFTED_FOLDER}/ when the run has ended."
         )
-    refuse_sharded(
-        fsdp=config.fsdp or parse_flag_from_env("ACCELERATE_USE_FSDP"),
-        deepspeed=config.deepspeed or parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"),
-    )
     template = getattr(config, "chat_template_path", None)
     if template and not (os.path.isfile(template) and template.endswith((".jinja", ".j2"))):
         raise ConfigError(
@@ -44,14 +47,47 @@ def refuse_unsupported(config: Any) -> None:
         )
 
 
-def refuse_sharded(*, fsdp: Any, deepspeed: Any) -> None:
-    """Refuse what is true of the two ways to train in shards with ConfigError."""
-    for name, used in (("FSDP", fsdp), ("DeepSpeed", deepspeed)):
-        if used:
-            raise ConfigError(
-                f"{name} is not supported: TUNED would be saved in shards or not at all, and the graft would read an "
-                "incomplete model. Launch with plain data parallelism (accelerate launch --multi_gpu)."
-            )
+def check_before_loading(start: Start, config: Any, given: Mapping[str, Any]) -> None:
+    """Find before any model is loaded what would keep the run from ending in a graft, or from evaluating one."""
+    grafts = config.graft or config.eval_grafted
+    check_predicts_tokens(start)
+    check_adapter(start, grafts=grafts)
+    if start.loads_adapter and given.get("peft_config") is not None:
+        check_same_adapter(given["peft_config"], str(start.origins.adapter))
+    if config.graft:
+        check_folders(Path(config.output_dir), start)
+    if config.eval_grafted and start.is_quantised:
+        raise ConfigError(
+            "eval_grafted=True is not possible here: BASE is quantised and the graft is not, so it may not fit where "
+            "BASE does. Pass eval_grafted=False and score the grafted folder after training."
+        )
+    if grafts:
+        _check_graft(start, config, given)
+    has_adapter = start.adapter is not None
+    if start.is_compared and not (has_adapter and start.is_quantised):
+        check_unchanged(start.model, start.origins.policy or start.base, adapter=has_adapter)
+
+
+def _check_graft(start: Start, config: Any, given: Mapping[str, Any]) -> None:
+    instruct, base = str(start.instruct), str(start.base)
+    for warning in ModelPair.open(base, instruct).check(
+        level=config.pair_check or ("weights" if start.adapter is None else "headers"),
+        need_template=given.get("processing_class") is None and is_conversational(given.get("train_dataset")),
+        template=template_of(config, given.get("processing_class")),
+        allow_wide_gap=config.allow_wide_gap,
+        vocab=config.graft_vocab,
+    ):
+        logger.warning(warning)
+    check_graft(
+        base=base,
+        instruct=instruct,
+        # Where none is kept, an earlier one does not matter.
+        output=Path(config.output_dir, GRAFTED_FOLDER if config.graft else f".{GRAFTED_FOLDER}"),
+        # An adapter on the full model of an earlier run is grafted as one full model.
+        adapter=start.adapter_on_base,
+        adapter_config=start.adapter,
+        **config.graft_options(),
+    )
 
 
 def check_folders(output_dir: Path, start: Start) -> None:
@@ -70,6 +106,23 @@ def check_folders(output_dir: Path, start: Start) -> None:
             f"output_dir {output_dir} holds {other[0].name} of another run; beside "
             f"{'an adapter' if adapter else 'a full model'} the folder could not be loaded. Choose another "
             "output_dir."
+        )
+
+
+def check_predicts_tokens(start: Start) -> None:
+    """Refuse a model that has no language head with ConfigError: one that classifies, or gives hidden states alone."""
+    import transformers
+
+    kind: Any
+    if start.in_memory:
+        kind = type(bare_model(start.model))
+    else:  # TRL makes the class that the config names first; one of remote code is not known here
+        names = Checkpoint.open(str(start.origins.policy), weights=False).config.get("architectures") or [""]
+        kind = getattr(transformers, names[0], None)
+    if kind is not None and not kind.can_generate():
+        raise ConfigError(
+            f"the model is a {kind.__name__}, which predicts no tokens: SFT and DPO need a causal language model. Load "
+            "BASE with AutoModelForCausalLM, or name a folder whose config.json has such a class in `architectures`."
         )
 
 
@@ -114,6 +167,12 @@ def check_adapter(start: Start, *, grafts: bool) -> None:
             f"the model in memory has an adapter of init_lora_weights={setting!r}, whose delta is what it becomes less "
             "what it was when it was made. Pass the model without an adapter and the settings as peft_config, so that "
             "the start is kept."
+        )
+    if is_adapted(start.model) and (rescaled := rescaled_modules(start.model)):
+        raise AdapterError(
+            f"in {len(rescaled)} modules the adapter in memory has another scaling than its settings make, which "
+            f"saving does not keep.\n{list_names(rescaled)}\nSet it back (set_scale(adapter, 1) of these layers), or "
+            "give the adapter another lora_alpha."
         )
     obstacles = kind_of(start.adapter).obstacles
     if obstacles and lost is not None:
@@ -169,25 +228,20 @@ def check_reference_options(args: Any, *, ref_model: Any) -> None:
         )
 
 
-def check_exchangeable(start: Start, args: Any) -> None:
-    """Refuse `eval_grafted` where an exchange of weights would not give the graft.
+def template_of(config: Any, processing_class: Any) -> str | None:
+    """Return the chat template that a run was given, by `chat_template_path` or the tokenizer; None for INSTRUCT's.
 
     Raises:
-        ConfigError: a quantised BASE, an adapter that is not the same delta on INSTRUCT, or an `instruct_scale`
-            that needs BASE's weights below an adapter.
+        ConfigError: the file is not text.
     """
-    reasons = []
-    if start.is_quantised:
-        reasons.append("BASE is quantised: its weights cannot be exchanged for INSTRUCT's")
-    if start.adapter is not None:
-        reasons += [f"the adapter is more than a plain LoRA: {name}" for name in kind_of(start.adapter).beyond]
-        if args.instruct_scale != 1.0:
-            reasons.append("instruct_scale other than 1 needs BASE's weights beside the adapter")
-    if reasons:
-        raise ConfigError(
-            f"eval_grafted=True is not possible here.\n{list_names(reasons)}\nPass eval_grafted=False and score the "
-            "grafted folder after training."
-        )
+    path = getattr(config, "chat_template_path", None)
+    if path:
+        try:
+            return Path(path).read_text(encoding="utf-8")
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"cannot read chat_template_path={path!r}: {error}. Give a template in UTF-8.") from error
+    own = getattr(processing_class, "chat_template", None)
+    return own.get("default") if isinstance(own, dict) else own
 
 
 def is_conversational(dataset: Any) -> bool:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import copy
-import os
+import secrets
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
+import torch
 from accelerate.logging import get_logger
 from accelerate.utils.memory import clear_device_cache
 
@@ -22,12 +22,14 @@ from ..checkpoints.manifest import Entry
 from ..grafting.options import GraftOptions
 from ..layouts.model_names import ModelNames
 from ..operations.graft import graft
-from ..runtime.processes import run_on_main
+from ..results.folder import Scratch
+from ..runtime.processes import check_shared, run_on_main
 from .loading import Loading, bare_model, dtypes_before, is_adapted
 from .origins import Start
+from .preflight import GRAFTED_FOLDER
 
 if TYPE_CHECKING:
-    from accelerate import Accelerator
+    from accelerate import Accelerator, PartialState
     from transformers import PreTrainedModel
     from trl import DPOConfig
 
@@ -100,23 +102,31 @@ def graft_of_start(start: Start) -> PreTrainedModel:
         return model
     from accelerate import PartialState
 
-    state, parent = PartialState(), start.loading.args.output_dir
+    state = PartialState()
+    with shared_scratch(state, start.loading.args.output_dir) as folder:
+        what = "the graft of the start, as the reference policy"
+        grafted = run_on_main(state, lambda: _write_graft_of_start(start, folder), what=what)
+        return load_reference(Entry(grafted), loading=start.loading)
+
+
+@contextmanager
+def shared_scratch(state: Accelerator | PartialState, output_dir: str) -> Iterator[Path]:
+    """Give all processes one folder beside the graft of the run, which the main process removes when all are done."""
     with ExitStack() as kept:
 
-        def write() -> str:
-            os.makedirs(parent, exist_ok=True)
-            folder = kept.enter_context(TemporaryDirectory(prefix=".shadow-reference-", dir=parent))
-            return _write_graft_of_start(start, Path(folder))
+        def make() -> str:
+            return str(kept.enter_context(Scratch(Path(output_dir, GRAFTED_FOLDER))).part)
 
-        grafted = run_on_main(state, write, what="the graft of the start, as the reference policy")
-        kept.callback(state.wait_for_everyone)  # before the main process removes the folder
-        return load_reference(Entry(grafted), loading=start.loading)
+        folder = Path(run_on_main(state, make, what="a folder for the time of the run"))
+        check_shared(state, folder, what="the graft that all processes load")
+        yield folder
+        state.wait_for_everyone()  # not after an error, which the others may not have: they would not come
 
 
 def _write_graft_of_start(start: Start, folder: Path) -> str:
     """Write the graft of the start to a new folder in `folder`; return its path."""
     dtype = str(start.loading.kwargs["dtype"]).removeprefix("torch.")
-    options = {**start.loading.args.graft_options(), "format": "model", "dtype": dtype}
+    options = {**start.loading.args.graft_options(), "format": "model", "dtype": dtype, "chat_template": "instruct"}
     if dtype == "float32":
         options["rounding"] = "nearest"  # nothing is rounded to 16 bits
     tuned, dtypes = start.origins.adapter or str(start.origins.policy), dtypes_before(start.stage)
@@ -170,19 +180,33 @@ def _graft_in_memory(start: Start) -> PreTrainedModel | None:
 
 
 @contextmanager
-def prepared(model: PreTrainedModel, accelerator: Accelerator) -> Iterator[PreTrainedModel]:
-    """Give `model` to the accelerator for evaluation with TRL's fused head; take it back and free it at the end."""
+def prepared(
+    model: PreTrainedModel, accelerator: Accelerator, *, outputs: tuple[str, ...] = ("log_probs",)
+) -> Iterator[PreTrainedModel]:
+    """Give `model` to the accelerator for evaluation with TRL's fused head; take it back and free it at the end.
+
+    `outputs` are what that head computes of each token.
+    """
     from trl.trainer.utils import add_fused_lm_head
 
-    add_fused_lm_head(model)
-    ready = accelerator.prepare_model(model, evaluation_mode=True)
+    add_fused_lm_head(bare_model(model), outputs=outputs)
+    if getattr(accelerator.state, "fsdp_plugin", None) is not None:
+        from trl.models.utils import prepare_fsdp
+
+        ready: Any = prepare_fsdp(model, accelerator)
+    else:
+        ready = accelerator.prepare_model(model, evaluation_mode=True)
     try:
         yield ready
     finally:
-        # The accelerator keeps a list of every model it prepared; dropping one's own name alone frees nothing.
-        accelerator._models = [kept for kept in accelerator._models if kept is not ready]
+        release(ready, accelerator)
         del model, ready
         clear_device_cache(garbage_collection=True)
+
+
+def release(model: Any, accelerator: Accelerator) -> None:
+    """Drop `model` from the accelerator's list of what it prepared: to drop one's own name alone would free nothing."""
+    accelerator._models = [kept for kept in accelerator._models if kept is not model]
 
 
 def decide_precompute(config: Any, given: Mapping[str, Any], *, preferred: bool) -> None:
@@ -213,20 +237,43 @@ def decide_precompute(config: Any, given: Mapping[str, Any], *, preferred: bool)
         )
 
 
-def reference_key(model_hash: str, model: Any, args: DPOConfig) -> str:
-    """Return the part of the cache's key that does not come from the data: the model, and how its values are summed.
+def reference_key(model_hash: str, model: Any, args: DPOConfig, collator: Any, precision: str) -> str:
+    """Return the part of the cache's key that does not come from the rows: the model, and how its values are summed.
 
     Args:
-        model_hash: of the reference's weights and dtypes, all that TRL's own key has of it.
-        model: the reference; its config turns weights into values, and so do the settings of its adapters.
-        args: of the run; `ld_alpha` weighs tokens, the lengths cut them, mixed precision rounds.
+        model_hash: of the reference's weights, stored buffers and dtypes, all that TRL's own key has of it.
+        model: the reference; its config turns weights into values, and so do buffers that are not stored, what its
+            adapters are multiplied by, and the dtype that it was cast to since.
+        args: of the run; `ld_alpha` weighs tokens, dropout and TF32 blur values.
+        collator: makes batches of rows; it cuts and fills them. One that cannot be hashed is never the same again.
+        precision: mixed precision of the accelerator, which need not come from `args`.
     """
     from datasets.fingerprint import Hasher
 
     adapters, bare = model.peft_config if is_adapted(model) else {}, bare_model(model)
     settings = {name: {**config.to_dict(), "base_model_name_or_path": None} for name, config in adapters.items()}
-    how = (args.ld_alpha, args.max_length, args.truncation_mode, args.bf16, args.fp16)
-    return Hasher.hash((model_hash, type(bare).__name__, _settings(bare.config), settings, *how))
+    stored = bare.state_dict().keys()
+    buffers = {name: _bits(value) for name, value in bare.named_buffers() if name not in stored}
+    how = (precision, args.ld_alpha, args.disable_dropout, args.tf32)
+    try:
+        batches = Hasher.hash(collator)
+    except Exception as error:  # of any kind: it is pickled
+        logger.warning("The reference log probabilities are not kept for other runs: the data_collator has %s.", error)
+        batches = secrets.token_hex()
+    within = (type(bare).__name__, str(bare.dtype), _settings(bare.config), buffers, settings, _multipliers(model))
+    return Hasher.hash((model_hash, *within, batches, *how))
+
+
+def _bits(tensor: torch.Tensor) -> tuple[str, bytes]:
+    return str(tensor.dtype), tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
+def _multipliers(model: Any) -> list[Any]:
+    """Return what adapters are multiplied by, which may be another number than their settings make, and which act."""
+    if not is_adapted(model):
+        return []
+    found = [(name, getattr(module, "scaling", None)) for name, module in model.named_modules()]
+    return [model.active_adapters, *((name, scaling) for name, scaling in found if isinstance(scaling, dict))]
 
 
 def _settings(config: Any) -> list[Any]:
@@ -242,20 +289,30 @@ def shared_on_disk(dataset: Any, accelerator: Accelerator) -> Any:
 
     TRL's cache of reference log probabilities is beside the data's file. Data in memory has one temporary folder a
     process, where the other processes find nothing.
+
+    Raises:
+        ConfigError: the processes are on machines that do not share the folder of that file.
     """
     import datasets
 
-    if accelerator.num_processes == 1 or not isinstance(dataset, datasets.Dataset) or dataset.cache_files:
+    if accelerator.num_processes == 1 or not isinstance(dataset, datasets.Dataset):
         return dataset
     folder = Path(datasets.config.HF_DATASETS_CACHE) / "shadow_trl" / dataset._fingerprint
+    kept = Path(dataset.cache_files[0]["filename"]) if dataset.cache_files else folder
+    check_shared(accelerator, kept.parent, what="the reference log probabilities")
+    if dataset.cache_files:
+        return dataset
 
     def save() -> str:
         if not folder.exists():
             # Renamed when it is whole: a run that is killed here must not leave half of the rows to the next.
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            with TemporaryDirectory(prefix=".shadow-", dir=folder.parent) as unfinished:
-                dataset.save_to_disk(f"{unfinished}/rows")
-                os.rename(f"{unfinished}/rows", folder)
+            with Scratch(folder) as scratch:
+                dataset.save_to_disk(str(scratch.part / "rows"))
+                try:
+                    (scratch.part / "rows").rename(folder)
+                except OSError:
+                    if not folder.exists():  # another run had the same rows
+                        raise
         return str(folder)
 
     return datasets.load_from_disk(run_on_main(accelerator, save, what="saving the data"))

@@ -5,17 +5,26 @@ from __future__ import annotations
 import json
 import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.logging import get_logger
 
-from ..checkpoints.checkpoint import read_json
 from ..checkpoints.header import CODES, TensorSpec
+from ..checkpoints.json_files import read_json
+from ..errors import list_names
 from ..layouts.matching import Announced
+from ..operations.checks import check_trained
+from ..pair.templates import read_templates
+from ..pair.trained_templates import template_rows
+from ..results.folder import Scratch
 from .loading import bare_model
+from .origins import Start
+
+logger = get_logger(__name__)
 
 _WRAPPED = re.compile(r"\.(?:base_layer|original_module|token_adapter)(?=\.)")
 
@@ -27,16 +36,46 @@ def as_saved(model: Any, processing_class: Any) -> Iterator[Announced]:
     Config and tokenizer lie in a folder that is gone afterwards; names and shapes are those that saving gives.
     """
     bare = bare_model(model)
-    with tempfile.TemporaryDirectory(prefix="shadow-") as name:
-        folder = Path(name)
+    with Scratch(Path(tempfile.gettempdir(), "shadow-trl-tuned")) as scratch:
+        folder = scratch.part
         config = {**json.loads(bare.config.to_json_string()), "architectures": [type(bare).__name__]}
         (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
-        tokenizer = getattr(processing_class, "tokenizer", processing_class)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(folder)
+        if processing_class is not None:
+            processing_class.save_pretrained(folder)
         specs, trained = _weights(bare)
         label = "the model in training"
         yield Announced(label, None, folder, config=read_json(folder / "config.json"), specs=specs, trained=trained)
+
+
+def check_as_saved(start: Start, model: Any, processing_class: Any, options: Mapping[str, Any]) -> None:
+    """Find before the first step what would be found wrong with the model after the last; log what is to be known.
+
+    Args:
+        start: of the run.
+        model: what will be trained, with its adapter.
+        processing_class: that of the trainer.
+        options: of the graft.
+
+    Raises:
+        InputError: what was trained could not be grafted.
+    """
+    with as_saved(model, processing_class) as tuned:
+        if start.stage is not None:
+            before = template_rows(read_templates(Path(start.stage)), read_templates(tuned.path), ("before", "now"))
+            if before:
+                logger.warning(
+                    "%s was trained with another chat template than this run:\n%s\nTo train with that one, pass its "
+                    "tokenizer as processing_class.", start.stage, list_names(before),
+                )  # fmt: skip
+        for warning in check_trained(
+            base=str(start.base),
+            instruct=str(start.instruct),
+            tuned=tuned,
+            adapter=start.adapter is not None,
+            has_weights=not start.is_quantised,
+            **options,
+        ):
+            logger.warning(warning)
 
 
 def _weights(bare: Any) -> tuple[dict[str, TensorSpec], frozenset[str]]:

@@ -11,6 +11,7 @@ from trl.trainer.utils import hash_module
 from ..errors import ConfigError
 from .adapter import drop_reference_adapter
 from .config import ShadowDPOConfig, ShadowSFTConfig
+from .engines import refuse_tensor_parallel, uses_fsdp
 from .loading import is_adapted
 from .mixin import ShadowMixin
 from .preflight import check_reference_options
@@ -22,8 +23,10 @@ from .reference import (
     load_reference,
     prepared,
     reference_key,
+    release,
     shared_on_disk,
 )
+from .settings import Forms
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -34,6 +37,10 @@ class ShadowSFTTrainer(ShadowMixin, SFTTrainer):
 
     _config_class = ShadowSFTConfig
     _tag_names: ClassVar[list[str]] = [*SFTTrainer._tag_names, "shadow-ft"]  # type: ignore[misc]
+
+    def _data_forms(self, config: Any) -> Forms:
+        text = config.dataset_text_field
+        return [{"messages"}, {"prompt", "completion"}, {text}, {"conversations"}, {"input_ids"}]
 
 
 class ShadowDPOTrainer(ShadowMixin, DPOTrainer):
@@ -57,6 +64,12 @@ class ShadowDPOTrainer(ShadowMixin, DPOTrainer):
         self._of_object = None
         if self._reference is not None:
             drop_reference_adapter(self.model)
+            if self.precompute_ref_logps and self.ref_model is not None:
+                release(self.ref_model, self.accelerator)
+                self.ref_model = None
+
+    def _data_forms(self, config: Any) -> Forms:
+        return [{"chosen", "rejected"}]
 
     def _choose_reference(self, config: Any, given: dict[str, Any]) -> None:
         check_reference_options(config, ref_model=given.get("ref_model"))
@@ -69,14 +82,16 @@ class ShadowDPOTrainer(ShadowMixin, DPOTrainer):
         left_behind = by_name and start.in_memory and (elsewhere or not start.is_compared)
         preferred = self._reference is not None or left_behind
         decide_precompute(config, given, preferred=preferred and given.get("ref_model") is None)
-        if left_behind and not config.precompute_ref_log_probs:
+        if left_behind and (uses_fsdp(config) or not config.precompute_ref_log_probs):
             self._reference = Reference(None)
         # What an object holds is known from the object alone, until an adapter or training changes it.
         self._of_object = None
         if start.in_memory and self._reference is not None and self._reference.of_object:
             grafted = self._reference.grafted
             self._of_object = graft_of_start(start) if grafted else load_reference(start.model, loading=start.loading)
-        if self._reference is not None and not config.precompute_ref_log_probs:
+        refuse_tensor_parallel(config, given["model"])
+        # Under FSDP, TRL precomputes with a reference of its own, the policy by its name, unless it is given one.
+        if self._reference is not None and (uses_fsdp(config) or not config.precompute_ref_log_probs):
             given["ref_model"] = self._load_reference()
 
     def _load_reference(self) -> PreTrainedModel:
@@ -125,9 +140,12 @@ class ShadowDPOTrainer(ShadowMixin, DPOTrainer):
                 self._hold_reference(self._initialising or here)
             here.callback(setattr, self, "_precompute_model_hash", self._precompute_model_hash)
             model = self.accelerator.unwrap_model(self.ref_model or self.model)
-            # TRL's is of the policy as it starts, whatever it has become, or of the reference it was given.
-            weights = str(self._precompute_model_hash) if self._reference is None else hash_module(model)
-            self._precompute_model_hash = reference_key(weights, model, self.args)
+            # TRL's is of the policy as it starts, whatever it has become, or of the reference it was given, before any
+            # engine shares it out.
+            known = self._reference is None or uses_fsdp(self.args)
+            weights = str(self._precompute_model_hash) if known else hash_module(model)
+            precision = self.accelerator.mixed_precision
+            self._precompute_model_hash = reference_key(weights, model, self.args, self.data_collator, precision)
             return super()._precompute_ref_logps(dataset, name, batch_size)
 
     def _compute_loss(self, model: Any, inputs: Any, return_outputs: bool) -> Any:

@@ -8,13 +8,15 @@ import pytest
 import torch
 from families import LINEAR, family, load, lora, moved, shapes, write
 from hub_cache import into_cache
+from peft import LoraConfig, PromptLearningConfig
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from safetensors.torch import load_file, save_file
 
 from shadow_trl import graft
-from shadow_trl.adapters.kinds import kind_of
+from shadow_trl.adapters.kinds import check_has_delta, kind_of
 from shadow_trl.adapters.lora import streams
 from shadow_trl.checkpoints.checkpoint import Checkpoint
-from shadow_trl.checkpoints.manifest import read_manifest
+from shadow_trl.checkpoints.manifest import read_manifest, write_manifest
 from shadow_trl.errors import AdapterError, ConfigError, GraftError
 
 BF16, FP32 = torch.bfloat16, torch.float32
@@ -92,17 +94,6 @@ def test_blocks_that_cut_rows_do_not_change_the_sum(sides, tmp_path, monkeypatch
     adapter = lora(tmp_path / "adapter")
     run(sides, adapter, tmp_path / "out", scale=0.5)
     check(tmp_path / "out", sides["instruct"], deltas(adapter, 1.0))
-
-
-def test_conv1d_weights_are_transposed(sides, tmp_path):
-    adapter = lora(tmp_path / "adapter", modules=("q_proj", "up_proj"), fan_in_fan_out=True)
-    wanted = {name: value.T.contiguous() for name, value in deltas(adapter, 2.0).items()}
-    folders = {}
-    for role in ("base", "instruct"):
-        weights = load(sides[role])
-        folders[role] = write(tmp_path / role, {n: v.T.contiguous() if n in wanted else v for n, v in weights.items()})
-    run(folders, adapter, tmp_path / "out")
-    check(tmp_path / "out", folders["instruct"], wanted)
 
 
 def test_base_may_be_left_out_and_its_weights_are_not_read(sides, tmp_path):
@@ -269,6 +260,13 @@ def test_factors_that_are_not_finite_are_named(sides, tmp_path):
     with pytest.raises(GraftError, match=r"model\.layers\.0\.mlp\.down_proj\.weight  not finite in tuned"):
         run(sides, adapter, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+    instruct = load(sides["instruct"])
+    instruct["model.layers.0.mlp.down_proj.weight"][0, 0] = float("inf")
+    sides["instruct"] = write(tmp_path / "instruct", instruct)
+    with pytest.raises(GraftError) as caught:  # the factors of this one are finite
+        run(sides, lora(tmp_path / "finite"), tmp_path / "out")
+    assert f"down_proj.weight  not finite in instruct {sides['instruct']}\n" in str(caught.value)
+    assert "tuned" not in str(caught.value)
 
 
 def test_adapter_on_bf16_instruct_is_rounded_once(sides, tmp_path):
@@ -297,3 +295,67 @@ def test_a_shared_head_takes_no_product_wherever_the_config_says_that_it_is_shar
 def test_an_untie_without_effect_is_reported(sides, tmp_path):
     report = run(sides, lora(tmp_path / "adapter"), tmp_path / "out", untie=True)
     assert [text for text in report.warnings if "untie changes nothing" in text]
+
+
+@pytest.mark.parametrize(
+    ("config", "same"),
+    [
+        *(({"peft_type": name}, True) for name in (
+            "LOHA", "LOKR", "VERA", "PVERA", "VBLORA", "UNILORA", "RANDLORA", "FOURIERFT", "WAVEFT", "C3A", "GRALORA",
+            "DELORA", "SHIRA", "MISS", "BEFT", "LN_TUNING", "TRAINABLE_TOKENS",
+        )),
+        ({"peft_type": "MISS", "init_weights": True}, True),
+        ({"peft_type": "MISS", "init_weights": "bat"}, False),
+        ({"peft_type": "PVERA", "sample_at_inference": False}, True),
+        ({"peft_type": "PVERA", "sample_at_inference": True}, False),
+        ({"peft_type": "SHIRA", "mask_type": "random"}, True),
+        ({"peft_type": "SHIRA", "mask_type": "weight_magnitude"}, False),
+        *(({"peft_type": name}, False) for name in ("OFT", "BOFT", "HRA", "IA3", "HIRA", "GLORA", "ROAD")),
+    ],
+)  # fmt: skip
+def test_other_types_mean_the_same_delta_on_instruct_with_some_settings_only(config, same):
+    assert kind_of(config).needs_base
+    assert (kind_of(config).obstacles == ()) is same
+
+
+def test_settings_that_do_not_change_the_product_stand_in_no_way():
+    """Where it is from, how it was trained and where it sits; as PEFT stores them."""
+    config = LoraConfig(
+        task_type="CAUSAL_LM", inference_mode=True, revision="v1", base_model_name_or_path="a/b", lora_dropout=0.1, r=4,
+        target_modules=["q_proj"], exclude_modules=["x"], lora_alpha=3, use_rslora=True, layers_to_transform=[0],
+        layers_pattern="layers", rank_pattern={"q_proj": 2}, alpha_pattern={"q_proj": 2}, init_lora_weights="gaussian",
+    ).to_dict()  # fmt: skip
+    config["peft_type"] = "LORA"
+    assert not kind_of(config).obstacles
+    assert kind_of({**config, "a_setting_of_the_future": 1}).obstacles
+
+
+@pytest.mark.parametrize(
+    ("changes", "how"),
+    [
+        ({}, "Its delta is the exact product of its factors"),
+        ({"use_dora": True}, "worked out on the BASE that is given"),
+    ],
+)
+def test_an_adapter_trained_on_a_quantised_base_is_said_to_be(sides, tmp_path, changes, how):
+    adapter = lora(tmp_path / "adapter", **changes)
+    if changes:
+        shapes_of = {name: value.shape for name, value in load(adapter).items()}
+        more = {
+            name.replace("lora_B.weight", "lora_magnitude_vector"): torch.ones(shape[0])
+            for name, shape in shapes_of.items() if "lora_B" in name
+        }  # fmt: skip
+        save_file({**load(adapter), **more}, adapter / "adapter_model.safetensors")
+    entry = {"source": str(sides["base"]), "revision": None, "digests": None, "folder": True}
+    write_manifest(adapter, {"kind": "run", "base": entry, "policy": entry, "instruct": None, "quantised": "nf4"})
+    report = graft(**{**sides, "tuned": adapter}, output=tmp_path / "out", progress=False)
+    (said,) = [warning for warning in report.warnings if "quantised by nf4" in warning]
+    assert how in said
+
+
+def test_every_type_of_peft_that_learns_a_prompt_has_no_delta():
+    prompts = [name for name, config in PEFT_TYPE_TO_CONFIG_MAPPING.items() if issubclass(config, PromptLearningConfig)]
+    assert len(prompts) >= 5
+    for name in prompts:
+        with pytest.raises(AdapterError, match="it learns a prompt, not weights"):
+            check_has_delta({"peft_type": str(name.value)})

@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from adapter_cases import adapter_delta, adapter_on, error, product
+from adapter_cases import adapter_delta, adapter_on, error, merged_weights, product
 from families import load
 from peft import LoraConfig, PeftModel, get_peft_model
 from runs import LORA, settings, sft
@@ -15,6 +15,8 @@ from tiny import config_of, make_pair, make_tokenizer, sft_data
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GPT2Config, Qwen3MoeConfig
 
 from shadow_trl import ShadowSFTConfig, ShadowSFTTrainer, extract_delta, graft
+from shadow_trl.adapters.peft_layers import merge_into_base
+from shadow_trl.checkpoints.checkpoint import Checkpoint
 from shadow_trl.checkpoints.manifest import read_manifest
 from shadow_trl.errors import AdapterError, PairMismatchError
 
@@ -266,3 +268,17 @@ def test_4_bit_base_and_full_precision_instruct(tied_pair, tmp_path):
     wanted = product(tmp_path / "out", name, 2.0)
     assert float((found[name].double() - instruct[name].double() - wanted).abs().max()) < 1e-7
     assert bool(wanted.any())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_peft_merges_in_more_digits_than_base_has(tmp_path, dtype):
+    pair = make_pair(tmp_path / "pair", tied=False, dtype=dtype)
+    model, _ = adapter_on(pair, tmp_path / "run", LoraConfig(**LORA, use_dora=True))
+    base, adapter = Checkpoint.open(pair[0]), Checkpoint.open(tmp_path / "run")
+    found, wanted = merge_into_base(base, adapter, tmp_path / "merged"), merged_weights(model)
+    changed = [name for name, value in load(pair[0]).items() if not torch.equal(found.tensor(name), value)]
+    assert len(changed) == 14
+    for name in changed:
+        value = found.tensor(name)
+        assert value.dtype == (torch.float64 if dtype == torch.float32 else torch.float32)
+        assert float((value.double() - wanted[name]).abs().max()) <= (1e-14 if dtype == torch.float32 else 1e-6), name

@@ -136,5 +136,14 @@ def test_an_adapter_is_named_within_its_folder(sides, tmp_path):
     assert not any("further adapters" in warning for warning in report.warnings)
     for path in (folder / "german").iterdir():
         shutil.copy(path, folder / path.name)
+    lora(folder / "grafted", base_model_name_or_path="instruct")  # of another model: a run's own result
+    lora(folder / "checkpoint-5")
     report = graft(**sides, tuned=folder, output=tmp_path / "out2")
-    assert any("further adapters, which are not grafted: french, german" in warning for warning in report.warnings)
+    assert any("further adapters, which are not grafted: french, german." in warning for warning in report.warnings)
+
+
+def test_full_checkpoints_that_name_no_base_need_one(sides, tmp_path):
+    tuned = [(tmp_path / "models" / "tuned", 0.5), (sides["base"], 0.5)]
+    with pytest.raises(ConfigError, match=r"base is missing(.|\n)*Nothing was written"):
+        graft(instruct=sides["instruct"], tuned=tuned, output=tmp_path / "out", progress=False)
+    assert not (tmp_path / "out").exists()

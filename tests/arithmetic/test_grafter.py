@@ -143,10 +143,11 @@ def test_two_stages_add_up_in_fp32():
     torch.testing.assert_close(once, twice, rtol=1e-6, atol=2**-4 * 1e-6)
 
 
-def test_instruct_scale_moves_the_instruction_delta():
-    i, b, t = (weights(n, 500, BF16, -6, 0) for n in range(3))
-    grafted = graft_tensor(i, b, t, scale=0.5, instruct_scale=0.25)
-    assert wrong(grafted, exact_sum(i, b, t, 0.5, 0.25)) == []
+@pytest.mark.parametrize(("scale", "instruct_scale"), [(0.5, 0.25), (1.0, 2.0), (1.0, 0.0), (0.0, 1.0)])
+def test_instruct_scale_moves_the_instruction_delta(scale, instruct_scale):
+    i, b, t = (weights(n, 20_000, BF16, -24, 0) for n in range(3))  # too far apart for fp32
+    grafted = graft_tensor(i, b, t, scale=scale, instruct_scale=instruct_scale)
+    assert wrong(grafted, exact_sum(i, b, t, scale, instruct_scale)) == []
 
 
 def test_blocks_do_not_change_the_result():

@@ -19,7 +19,10 @@ BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.flo
 
 def sums(root, base: torch.Tensor, instruct: torch.Tensor):
     sides = [Checkpoint.open(write(root / role, {"w": w})) for role, w in (("base", base), ("instruct", instruct))]
-    return measure_gap([("w", *(Place(side, "w") for side in sides))])["w"]
+    read = []
+    found = measure_gap([("w", *(Place(side, "w") for side in sides))], read.append)["w"]
+    assert sum(read) == base.nbytes + instruct.nbytes
+    return found
 
 
 @pytest.mark.parametrize("dtypes", [(BF16, BF16), (FP16, FP16), (FP32, FP32), (FP64, FP64), (BF16, FP32), (FP64, BF16)])

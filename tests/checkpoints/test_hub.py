@@ -14,7 +14,7 @@ from hub_cache import into_cache
 
 from shadow_trl import extract_delta, graft, verify
 from shadow_trl.checkpoints.checkpoint import Checkpoint
-from shadow_trl.checkpoints.hub import locate
+from shadow_trl.checkpoints.hub import locate, output_folder
 from shadow_trl.checkpoints.manifest import read_manifest
 from shadow_trl.errors import CheckpointError, ConfigError
 
@@ -166,3 +166,25 @@ def test_other_forms_of_weights_are_found(remote, weights):
     found = remote("config.json", "other.gguf", *weights)
     locate("owner/name")
     assert found() == {"config.json", *weights}
+
+
+def test_safetensors_are_taken_where_there_are_pickles_too(remote):
+    both = [f"{name}-0000{number}-of-00002{end}" for name, end in (("model", ".safetensors"), ("pytorch_model", ".bin"))
+            for number in (1, 2)]  # fmt: skip
+    found = remote("config.json", *both, "model.safetensors.index.json", "pytorch_model.bin.index.json")
+    locate("owner/name")
+    assert {name for name in found() if not name.endswith(".json")} == set(both[:2])
+
+
+def test_a_name_that_no_output_can_have_is_refused(tmp_path):
+    (tmp_path / "file").touch()
+    for name, words in (
+        ("n" * 230, "more than 200 bytes"),  # a file system's 255, less what siblings add
+        ("n" * 300, "File name too long"),
+        ("file/out", "Not a directory"),
+        ("a\0b", "NUL"),
+    ):
+        with pytest.raises(ConfigError, match=rf"cannot write to .*{words}"):
+            output_folder(str(tmp_path / name))
+    assert output_folder(tmp_path / ("n" * 200)) == tmp_path / ("n" * 200)
+    assert output_folder(tmp_path / "file") == tmp_path / "file"

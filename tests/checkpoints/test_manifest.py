@@ -12,8 +12,16 @@ from families import family, lora, shapes
 from huggingface_hub import ModelCard
 
 from shadow_trl import graft
-from shadow_trl.checkpoints.manifest import FORMAT, read_manifest
-from shadow_trl.errors import CheckpointError
+from shadow_trl.checkpoints.manifest import (
+    FORMAT,
+    Entry,
+    as_trained,
+    from_manifest,
+    read_manifest,
+    stage_below,
+    write_manifest,
+)
+from shadow_trl.errors import CheckpointError, InputError
 from shadow_trl.results.cards import write_model_card
 
 
@@ -24,7 +32,8 @@ def test_the_manifest_has_everything_that_a_second_graft_needs(tmp_path):
     found = read_manifest(tmp_path / "out")
     assert (found["kind"], found["format"], found["form"], found["dtype"]) == ("graft", FORMAT, "model", "float16")
     assert found["options"] == {
-        **options, "seed": 11, "vocab": "strict", "max_shard_size": None, "untie": False, "base_dtype": "bfloat16",
+        **options, "seed": 11, "vocab": "strict", "chat_template": "instruct", "max_shard_size": None, "untie": False,
+        "base_dtype": "bfloat16",
     }  # fmt: skip
     for role, folder in sides.items():
         assert (found[role]["source"], found[role]["revision"]) == (str(folder), None)
@@ -111,3 +120,45 @@ def test_figures_are_null_where_nothing_was_measured(tmp_path):
     assert [found[name] for name in ("sigma", "delta_norm", "realised", "noise")] == [None] * 4
     assert all(found[role]["digests"] is None for role in ("base", "instruct", "tuned"))
     assert torch.__version__.startswith(found["versions"]["torch"].split("+")[0])
+
+
+def test_what_is_given_wins_over_the_manifest_and_a_difference_is_said(tmp_path, caplog):
+    commit, manifest = "a" * 40, {"kind": "run"}
+    manifest["base"] = {"source": "own/base", "revision": "a" * 40, "asked": "v1", "folder": False}
+    for given in (Entry("own/base", commit), Entry("own/base"), Entry("own/base", "v1")):  # the same by another name
+        assert from_manifest("base", manifest, tmp_path, given) == Entry("own/base", commit)
+    assert not caplog.text
+    for given in (Entry("own/other"), Entry("own/base", "v2")):
+        assert from_manifest("base", manifest, tmp_path, given) == given
+        assert f"base is {given} as given; {tmp_path / 'shadow.json'} names own/base@{commit}." in caplog.text
+    caplog.clear()
+    assert from_manifest("instruct", manifest, tmp_path, Entry("own/other")) == Entry("own/other")
+    assert from_manifest("instruct", manifest, tmp_path) is None
+    assert not caplog.text
+
+
+def test_base_is_the_commit_that_the_run_records(tmp_path, caplog):
+    commit, other = "a" * 40, "b" * 40
+    assert as_trained("own/base", tmp_path) == "own/base"  # no run
+    write_manifest(tmp_path, {"kind": "run", "base": {"source": "own/base", "revision": commit, "asked": "v1"}})
+    for given in (None, "own/other", "own/base@v2", f"own/base@{other}", tmp_path):
+        assert as_trained(given, tmp_path) == given
+    assert not caplog.text
+    assert as_trained("own/base", tmp_path) == f"own/base@{commit}"
+    assert f"base is own/base@{commit}, the commit that {tmp_path / 'shadow.json'} records." in caplog.text
+    write_manifest(tmp_path, {"kind": "run", "base": {"source": "base"}})  # a folder has no commit
+    assert as_trained("base", tmp_path) == "base"
+
+
+def test_an_adapter_on_a_stage_that_is_not_named_is_refused(tmp_path):
+    (tmp_path / "adapter_config.json").write_text("{}")
+    assert stage_below(tmp_path) is None  # of no run
+    names = {role: {"source": str(tmp_path / role), "folder": False} for role in ("base", "policy")}
+    write_manifest(tmp_path, {"kind": "run", "base": names["base"], "policy": names["base"]})
+    assert stage_below(tmp_path) is None  # on BASE itself
+    write_manifest(tmp_path, {"kind": "run", **names})
+    assert stage_below(tmp_path) == (str(tmp_path / "policy"), str(tmp_path / "base"))
+    for role, entry in names.items():
+        write_manifest(tmp_path, {"kind": "run", role: entry})
+        with pytest.raises(InputError, match="does not name what the adapter was trained on, or its BASE"):
+            stage_below(tmp_path)

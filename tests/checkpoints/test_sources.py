@@ -14,7 +14,8 @@ from families import family, load, lora
 
 from shadow_trl import extract_delta, graft, verify
 from shadow_trl.checkpoints.checkpoint import Checkpoint
-from shadow_trl.checkpoints.manifest import Entry, read_manifest, write_manifest
+from shadow_trl.checkpoints.json_files import read_json
+from shadow_trl.checkpoints.manifest import Entry, adapter_base, read_manifest, write_manifest
 from shadow_trl.errors import CheckpointError
 from shadow_trl.training.origins import resolve_origins
 
@@ -150,13 +151,17 @@ def test_a_folder_of_a_graft_is_never_asked_of_the_hub(tmp_path, monkeypatch, no
     assert verify(tmp_path / "out", **given, progress=False).same
 
 
-def test_the_folder_under_an_adapter_of_a_run_is_never_asked_of_the_hub(tmp_path, monkeypatch, no_hub):
+@pytest.mark.parametrize("role", ["policy", "base"])
+def test_the_folder_under_an_adapter_of_a_run_is_never_asked_of_the_hub(tmp_path, monkeypatch, no_hub, role):
     """The adapter's config has the name alone; the manifest beside it knows that it was a folder."""
     sides = family(tmp_path / "own")
     adapter = lora(tmp_path / "run", base_model_name_or_path="own/base")
     entry = {"source": "own/base", "revision": None, "digests": {}, "folder": True}
-    write_manifest(adapter, {"kind": "run", "base": entry, "policy": entry})
+    write_manifest(adapter, {"kind": "run", role: entry})
     monkeypatch.chdir(place(tmp_path / "elsewhere"))
+    with pytest.raises(CheckpointError, match="own/base is neither a folder here nor in"):
+        adapter_base(read_json(adapter / "adapter_config.json"), adapter)
+    write_manifest(adapter, {"kind": "run", "base": entry, "policy": entry})
     with pytest.raises(CheckpointError, match=r"own/base is neither a folder here nor in .*run\. .* --base"):
         graft(instruct=sides["instruct"], tuned=adapter, output="out", progress=False)
     shutil.copytree(sides["base"], adapter / "own" / "base")

@@ -15,7 +15,7 @@ from tiny import make_pair
 
 from shadow_trl import extract_delta, graft, verify
 from shadow_trl.checkpoints.manifest import write_manifest
-from shadow_trl.errors import ConfigError
+from shadow_trl.errors import InputError
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 NARROW = "narrower than base's"
@@ -84,10 +84,17 @@ def test_a_graft_of_0_1_0_that_subtracted_base_as_stored_is_still_that_graft(sid
         assert float((value.double() - instruct[name].double() - learnt).abs().max()) < 1e-8, name
 
 
-@pytest.mark.parametrize("value", [["int8"], "bfloat8", [1]])
-def test_a_record_that_names_no_dtype_is_refused(sides, tmp_path, value):
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (["int8"], "base_dtype must be one of"),
+        ("bfloat8", 'loaded_in  "bfloat8", must be a list'),
+        ([1], r"loaded_in\[0\]  1, must be text"),
+    ],
+)
+def test_a_record_that_names_no_dtype_is_refused(sides, tmp_path, value, message):
     recorded(sides, value)
-    with pytest.raises(ConfigError, match="base_dtype must be one of"):
+    with pytest.raises(InputError, match=message):
         graft(**sides, output=tmp_path / "out")
 
 

@@ -18,11 +18,12 @@ MODELS = {"base", "instruct", "tuned", "delta", "output", "progress"}
 ARGUMENTS = {
     "scale": "graft_scale", "instruct_scale": "instruct_scale", "modules": "graft_modules", "format": "graft_format",
     "dtype": "graft_dtype", "rounding": "graft_rounding", "seed": "graft_seed", "vocab": "graft_vocab",
-    "overwrite": "graft_overwrite",
+    "chat_template": "graft_chat_template", "overwrite": "graft_overwrite",
 }  # fmt: skip
 WRONG: dict[str, Any] = {
     "scale": "much", "instruct_scale": True, "modules": "(", "format": "gguf", "dtype": "int8", "rounding": "up",
-    "seed": 1.5, "vocab": "any", "max_shard_size": "5 apples", "digest": "md5", "base_dtype": "int8", "rank": 0,
+    "seed": 1.5, "vocab": "any", "chat_template": "base", "max_shard_size": "5 apples", "digest": "md5",
+    "base_dtype": "int8", "rank": 0,
 }  # fmt: skip
 
 
@@ -76,7 +77,8 @@ def test_the_trainers_check_each_option_under_the_name_it_has_there(tmp_path, na
 def test_the_trainers_hand_each_option_to_the_graft(tmp_path):
     other = {
         "scale": 0.5, "instruct_scale": 0.9, "modules": ["q_proj", "norm"], "format": "model", "dtype": "float16",
-        "rounding": "stochastic", "seed": 3, "vocab": "shared", "overwrite": True,
+        "rounding": "stochastic", "seed": 3, "vocab": "shared", "chat_template": "trained",
+        "overwrite": True,
     }  # fmt: skip
     given = {ARGUMENTS[name]: value for name, value in other.items()}
     assert ShadowDPOConfig(output_dir=str(tmp_path), use_cpu=True, **given).graft_options() == other
@@ -98,5 +100,5 @@ def test_the_manifest_has_what_changes_the_numbers(tmp_path):
     graft(**family(tmp_path), output=tmp_path / "out", progress=False)
     assert read_manifest(tmp_path / "out")["options"] == {
         "scale": 1.0, "instruct_scale": 1.0, "modules": "all", "dtype": "auto", "rounding": "nearest", "seed": 0,
-        "vocab": "strict", "untie": False, "base_dtype": None, "max_shard_size": None,
+        "vocab": "strict", "chat_template": "instruct", "untie": False, "base_dtype": None, "max_shard_size": None,
     }  # fmt: skip

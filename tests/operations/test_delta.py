@@ -337,14 +337,25 @@ def test_another_base_is_refused_by_its_digest(tmp_path):
     assert any("it was not checked" in warning for warning in report.warnings)
 
 
+def test_an_adapter_receives_no_delta(tmp_path):
+    extract(family(tmp_path), tmp_path / "delta")
+    adapter = lora(tmp_path / "adapter")
+    with pytest.raises(InputError, match=rf"^instruct {adapter} is an adapter, not a model"):
+        by_delta({"instruct": adapter}, tmp_path / "delta", tmp_path / "out")
+
+
 def test_another_architecture_is_refused_by_what_the_delta_keeps(tmp_path):
     sides = family(tmp_path)
     extract(sides, tmp_path / "delta")
-    shutil.rmtree(sides["base"])
     config = {**CONFIG, "num_attention_heads": 4}
     other = write(tmp_path / "other", load(sides["instruct"]), config=config)
-    with pytest.raises(InputError, match="num_attention_heads"):
-        by_delta({"instruct": other}, tmp_path / "delta", tmp_path / "out")
+    kept = f"{tmp_path / 'delta'} (what the delta keeps of base)"
+    for there, named in ((True, str(sides["base"])), (False, kept)):  # BASE itself is read as long as it is there
+        if not there:
+            shutil.rmtree(sides["base"])
+        with pytest.raises(InputError, match="num_attention_heads") as found:
+            by_delta({"instruct": other}, tmp_path / "delta", tmp_path / "out")
+        assert f"base      {named}\n" in str(found.value)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 
@@ -16,6 +17,7 @@ from safetensors.torch import save_file
 from shadow_trl import graft
 from shadow_trl.checkpoints.manifest import read_manifest
 from shadow_trl.errors import CheckpointError, ConfigError, GraftError, InputError, OutputExistsError, PairMismatchError
+from shadow_trl.grafting import stream as streaming
 from shadow_trl.operations import graft as operations
 from shadow_trl.operations.checks import check_graft
 
@@ -100,7 +102,7 @@ def test_another_dtype_keeps_shards_order_and_metadata(tmp_path):
             assert after.metadata() == before.metadata() == {"format": "pt", "note": "x"}
 
 
-@pytest.mark.parametrize(("size", "files"), [("1GB", 1), (700, None), (1, len(shapes()))])
+@pytest.mark.parametrize(("size", "files"), [("1GB", 1), (576, None), (1, len(shapes()))])
 def test_shards_are_repacked(tmp_path, size, files):
     sides = family(tmp_path, shards=(1, 2, 1))
     run(sides, tmp_path / "out", max_shard_size=size)
@@ -109,10 +111,24 @@ def test_shards_are_repacked(tmp_path, size, files):
     if files:
         assert len(paths) == files
     assert (tmp_path / "out" / "model.safetensors.index.json").exists() == (len(paths) > 1)
-    for path in paths:
-        with safe_open(path, "pt") as file:
-            data = path.stat().st_size - 8 - int.from_bytes(path.read_bytes()[:8], "little")
-            assert size == 1 or data <= (size if isinstance(size, int) else 10**9) or len(file.keys()) == 1
+    sizes, weight_map = [], {}
+    for number, path in enumerate(paths, start=1):
+        whole = f"model-{number:05d}-of-{len(paths):05d}.safetensors"
+        assert path.name == ("model.safetensors" if len(paths) == 1 else whole)
+        content = path.read_bytes()
+        length = int.from_bytes(content[:8], "little")
+        header = json.loads(content[8 : 8 + length])
+        assert header.pop("__metadata__") == {"format": "pt"}
+        data = len(content) - 8 - length
+        assert size == 1 or data <= (size if isinstance(size, int) else 10**9) or len(header) == 1
+        weight_map |= dict.fromkeys(header, path.name)
+        ranges = sorted(entry["data_offsets"] for entry in header.values())
+        sizes.append([stop - start for start, stop in ranges])
+    # A file ends only where the next weight has no room.
+    assert all(sum(one) + other[0] > size for one, other in itertools.pairwise(sizes))
+    if len(paths) > 1:
+        index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
+        assert index == {"metadata": {"total_size": sum(map(sum, sizes))}, "weight_map": weight_map}
 
 
 def test_a_bin_instruct_becomes_safetensors(tmp_path):
@@ -129,11 +145,15 @@ def test_a_bin_instruct_becomes_safetensors(tmp_path):
     run(sides, tmp_path / "out")
     assert_equal(load(tmp_path / "out"), wanted)
     assert not list((tmp_path / "out").glob("*.bin*"))
+    for file in (tmp_path / "out").glob("*.safetensors"):
+        with safe_open(file, "pt") as opened:
+            assert opened.metadata() == {"format": "pt"}  # without it transformers loads none
     assert set(json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())["weight_map"]) == set(names)
 
 
-def test_an_odd_header_length_does_not_matter(tmp_path):
+def test_an_odd_header_length_does_not_matter(tmp_path, monkeypatch):
     """Old files do not pad their header: tensors begin at odd bytes, elements straddle chunks."""
+    monkeypatch.setattr(streaming, "CHUNK", 4096)
     sides = family(tmp_path)
     path = sides["instruct"] / "model.safetensors"
     content = path.read_bytes()
@@ -143,12 +163,11 @@ def test_an_odd_header_length_does_not_matter(tmp_path):
     path.write_bytes(len(header).to_bytes(8, "little") + header + content[8 + length :])
     assert len(header) % 2 == 1
     run(sides, tmp_path / "out")
+    assert (tmp_path / "out" / "model.safetensors").stat().st_size == path.stat().st_size > 4096
     assert_equal(load(tmp_path / "out"), expected(sides))
 
 
 def test_chunks_blocks_and_threads_do_not_change_the_bytes(tmp_path, monkeypatch):
-    from shadow_trl.grafting import stream as streaming
-
     sides = family(tmp_path, dtypes=(BF16, BF16, FP32))
     for rounding in ("nearest", "stochastic"):
         wanted = None

@@ -19,9 +19,8 @@ from safetensors.torch import save_file
 from shadow_trl import extract_delta, graft, verify
 from shadow_trl.adapters import repoint
 from shadow_trl.checkpoints.manifest import Entry, read_manifest, write_manifest
-from shadow_trl.errors import CheckpointError, ConfigError, GraftError
-from shadow_trl.operations import delta as delta_module
-from shadow_trl.operations import graft as graft_module
+from shadow_trl.errors import AdapterError, CheckpointError, ConfigError, GraftError
+from shadow_trl.grafting import stream as stream_module
 from shadow_trl.operations.checks import check_graft
 
 WEIGHT = "model.layers.0.mlp.up_proj.weight"
@@ -214,8 +213,8 @@ def test_a_file_that_changes_while_it_is_read_is_an_error(tmp_path, monkeypatch,
         change(path, path.read_bytes())
         return found
 
-    stream = graft_module.stream
-    monkeypatch.setattr(graft_module, "stream", late)
+    stream = stream_module.stream
+    monkeypatch.setattr(stream_module, "stream", late)
     for digest in ("sha256", "none"):
         with pytest.raises(GraftError, match=rf"1 input files were replaced or written to .*\n *{path}\n"):
             graft(**sides, output=tmp_path / "out", digest=digest, progress=False)
@@ -236,7 +235,7 @@ def test_a_file_that_changes_after_its_header_was_read_is_an_error_of_a_delta_an
         real = getattr(module, name)
         monkeypatch.setattr(module, name, late)
 
-    change_before(delta_module, "stream", sides["tuned"] / "model.safetensors")
+    change_before(stream_module, "stream", sides["tuned"] / "model.safetensors")
     with pytest.raises(GraftError, match="1 input files were replaced"):
         extract_delta(base=sides["base"], tuned=sides["tuned"], output=tmp_path / "delta", progress=False)
     change_before(repoint, "write_adapter", adapter / "adapter_model.safetensors")
@@ -262,3 +261,10 @@ def test_a_digest_names_its_kind_and_verify_says_what_it_finds(tmp_path, digest,
     tensors = load(sides["tuned"])
     save_file(tensors, sides["tuned"] / "model.safetensors", metadata={"format": "pt", "note": "other"})
     assert verify(tmp_path / "out", progress=False).digests == (["tuned: model.safetensors"] if hashed else [])
+
+
+def test_an_adapter_in_the_place_of_a_model_is_named_by_its_role(tmp_path):
+    sides, adapter = family(tmp_path), lora(tmp_path / "adapter")
+    for role in ("base", "instruct"):
+        with pytest.raises(AdapterError, match=rf"^{role} {adapter} is an adapter, not a model\. Merge it first"):
+            graft(**{**sides, role: adapter}, output=tmp_path / "out", progress=False)

@@ -82,6 +82,15 @@ def test_template_tokens_with_tiny_rows_are_named(sides, row, reason):
     assert f"'<|user|>' (id 3): {reason}" in warning
 
 
+def test_the_tokens_of_the_template_that_training_uses_count(sides):
+    set_rows(sides[0], {USER: torch.zeros(16)})
+    check = ModelPair.open(*sides).check
+    assert check(template="{{ messages[0]['content'] + '<|system|>' }}") == []
+    (sides[1] / "chat_template.jinja").unlink()
+    (warning,) = check(template="{{ messages[0]['content'] + '<|user|>' }}", need_template=True)
+    assert warning.startswith("1 of the 1 special tokens of the given chat template look untrained in base")
+
+
 def test_template_tokens_with_the_same_row_are_named(sides):
     row = load_file(sides[0] / "model.safetensors")[EMBEDDING][USER].clone()
     set_rows(sides[0], {ASSISTANT: row})

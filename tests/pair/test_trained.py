@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 from functools import partial
@@ -9,7 +10,9 @@ from pathlib import Path
 
 import pytest
 from pair_cases import add_tokens, edit_json, edit_weights
-from transformers import AutoConfig
+from transformers import AutoConfig, LlamaConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from shadow_trl import extract_delta, graft
 from shadow_trl.errors import PairMismatchError
@@ -30,6 +33,13 @@ OLD = {
     },
     "linear": {"rope_theta": 1e4, "rope_scaling": {"type": "linear", "factor": 2.0}},
     "plain": {"rope_theta": 1e4, "rope_scaling": None},
+    "dynamic": {"rope_theta": 1e4, "rope_scaling": {"type": "dynamic", "factor": 2.0}},
+    "yarn without a length": {"rope_theta": 1e4, "rope_scaling": {"rope_type": "yarn", "factor": 2.0}},
+    "longrope": {
+        "rope_theta": 1e4,
+        "rope_scaling": {"rope_type": "longrope", "short_factor": [1.0] * 32, "long_factor": [2.0] * 32},
+        "original_max_position_embeddings": 64,
+    },
 }
 
 
@@ -120,6 +130,22 @@ def test_what_transformers_makes_of_an_old_config_gives_no_finding(kind, tmp_pat
     assert (findings.errors, findings.warnings) == ([], [])
 
 
+@pytest.mark.parametrize("kind", OLD)
+def test_another_length_is_named_where_transformers_turns_by_it(kind):
+    """What it makes of two configs that differ in it says whether the same weights compute the same."""
+    sizes = {"hidden_size": 128, "num_attention_heads": 2, "head_dim": 64, "model_type": "llama"}
+    one, two = ({**sizes, **OLD[kind], "max_position_embeddings": length} for length in (256, 512))
+    made = []
+    for config in (one, two):
+        read = LlamaConfig.from_dict(copy.deepcopy(config))
+        name = read.rope_parameters["rope_type"]
+        turn = LlamaRotaryEmbedding.compute_default_rope_parameters if name == "default" else ROPE_INIT_FUNCTIONS[name]
+        frequencies, factor = turn(read, device="cpu", seq_len=1024)
+        made.append([factor, *frequencies.tolist()])
+    findings = compare_trained(one, one, two)
+    assert [("max_position_embeddings" in text) for text in findings.warnings] == [True] * (made[0] != made[1])
+
+
 def test_the_text_class_is_compared_with_the_text_config():
     text = {"model_type": "x_text", "hidden_size": 8, "hidden_act": "silu"}
     whole = {"model_type": "x", "architectures": ["XForConditionalGeneration"], "text_config": text}
@@ -127,3 +153,15 @@ def test_the_text_class_is_compared_with_the_text_config():
     assert compare_trained(whole, whole, tuned).errors == []
     assert "hidden_size" in compare_trained(whole, whole, {**tuned, "hidden_size": 16}).errors[0]
     assert "hidden_act" in compare_trained(whole, whole, {**tuned, "hidden_act": "gelu"}).warnings[0]
+
+
+@pytest.mark.parametrize("stated", [[1, 2], 2, None])
+def test_an_end_of_text_at_which_the_result_does_not_stop_is_named(sides, trained, stated):
+    """Training ended its texts with id 3; where generation_config.json says nothing, config.json's id 1 counts."""
+    edit_json(sides[1] / "generation_config.json", eos_token_id=stated)
+    edit_json(trained / "tokenizer_config.json", eos_token="<|user|>")
+    (warning,) = run(sides, trained).warnings
+    assert "is '<|user|>' (id 3), at which the grafted model does not stop" in warning
+    assert f"eos_token_id is {', '.join(map(str, stated)) if isinstance(stated, list) else stated or 1}." in warning
+    edit_json(sides[1] / "generation_config.json", eos_token_id=[1, 3])
+    assert run(sides, trained, overwrite=True).warnings == []

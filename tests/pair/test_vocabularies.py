@@ -240,6 +240,12 @@ def test_a_template_cannot_reach_into_python():
     assert template_tokens({"default": "{{ '<' ~ ''.__class__.__name__ ~ '>' }}"}, ["<str>"], {}) == {}
 
 
+@pytest.mark.parametrize("bomb", ["{{ 'a' * 10**10 }}", "{{ 'a'.center(2 * 10**6) }}", "{{ '%1999999999d' % 1 }}"])
+def test_a_template_that_asks_for_too_much_memory_is_refused(bomb):
+    with pytest.raises(CheckpointError, match=r"rendering the chat template .* too much memory"):
+        template_tokens({"default": bomb}, ["<a>"], {})
+
+
 @pytest.mark.parametrize("holder", ["itself", "inner tokenizer"])
 def test_a_processing_class_with_a_template_passes(holder):
     tokenizer = types.SimpleNamespace(chat_template="x")

@@ -139,11 +139,50 @@ def test_repeated_keys_are_refused(tmp_path: Path) -> None:
         parse("dpo", ["--config", str(path)])
 
 
-@pytest.mark.parametrize(("text", "words"), [("- a\n", "is a list"), ("a: [", "not valid YAML"), ("", "NoneType")])
-def test_a_file_that_is_no_mapping_is_refused(tmp_path: Path, text: str, words: str) -> None:
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("- a\n", "is a list, not a mapping"),
+        ("word", "is a str, not a mapping"),
+        ("", "is empty, not a mapping"),
+        ("# only a comment\n", "is empty"),
+        ("a: [", "not valid YAML"),
+        ("a: \x00", "not valid YAML"),
+        ("[a]: 1", "not valid YAML"),
+        ("seed: 2024-13-45", "not valid YAML"),
+        (f"seed: {'9' * 5000}", "not valid YAML"),
+        (f"seed: {'[' * 20000}{']' * 20000}", "nested too deeply"),
+        ("1: 2", "1 unknown keys:\n  1"),
+        ("null: 2", "1 unknown keys:\n  None"),
+        ("env: [A]", "`env` of .* is a list"),
+        ('env: {A: "\\0"}', "`env` of .* cannot be set"),
+        ("seed: &a [*a]", r"seed: \[.*\] has type list, expected int"),
+    ],
+)
+def test_a_file_that_is_no_mapping_of_known_keys_is_refused(tmp_path: Path, text: str, words: str) -> None:
     path = tmp_path / "config.yaml"
     path.write_text(text)
-    with pytest.raises(ConfigError, match=words):
+    with pytest.raises(ConfigError, match=words) as caught:
+        parse("dpo", ["--config", str(path)])
+    assert type(caught.value) is ConfigError  # its name is what a terminal shows
+
+
+def test_a_small_file_that_stands_for_a_huge_value_is_refused_in_a_short_line(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text("seed: [&a0 [x, x]" + "".join(f", &a{n} [*a{n - 1}, *a{n - 1}]" for n in range(1, 60)) + "]\n")
+    with pytest.raises(ConfigError, match=r"seed: .* has type list") as caught:
+        parse("dpo", ["--config", str(path)])
+    assert len(str(caught.value)) < 4000
+
+
+@pytest.mark.parametrize(("encoding", "fits"), [("utf-8-sig", True), ("utf-16", False)])
+def test_a_byte_order_mark_is_no_part_of_the_first_key(tmp_path: Path, encoding: str, fits: bool) -> None:
+    path = write(tmp_path, beta=0.5)
+    path.write_text(path.read_text(), encoding=encoding)
+    if fits:
+        assert parse("dpo", ["--config", str(path)]).training.beta == 0.5
+        return
+    with pytest.raises(InputError, match="cannot read the configuration"):
         parse("dpo", ["--config", str(path)])
 
 

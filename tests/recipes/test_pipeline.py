@@ -7,6 +7,8 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -17,12 +19,15 @@ from stages import tuned_weights, weights
 from tiny import preference_data, sft_data
 from trl import ScriptArguments
 
+from shadow_trl.checkpoints.manifest import write_manifest
 from shadow_trl.cli import main as shadow_trl
-from shadow_trl.errors import ConfigError
+from shadow_trl.errors import CheckpointError, ConfigError
 from shadow_trl.recipes import pipeline
 from shadow_trl.recipes.data import load_split
 from shadow_trl.recipes.pipeline import main_sft_dpo
-from shadow_trl.recipes.pipeline_options import is_done, last_checkpoint
+from shadow_trl.recipes.pipeline_options import is_done, read_plan
+from shadow_trl.recipes.record import check_record, write_record
+from shadow_trl.training.resuming import last_complete
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning:transformers")
 
@@ -129,6 +134,105 @@ def test_what_is_done_stays(ended: dict[str, bytes], capsys: pytest.CaptureFixtu
     assert written() == before
 
 
+@pytest.mark.parametrize(
+    ("words", "differs"),
+    [
+        (["--dpo.learning_rate", "0.5"], "out/dpo holds a run with other options: 1 of"),
+        (["--sft.max_steps", "7", "--stages", "dpo"], "max_steps: 2 there, 7 now"),
+        (["--seed", "7"], "out/sft holds a run with other options"),
+        (["--graft_scale", "0.5"], "graft_scale: 1.0 there, 0.5 now"),
+        (["--sft.eos_token", "b"], "eos_token: None there, 'b' now"),
+    ],
+)
+def test_other_options_of_a_stage_that_is_done_are_refused(
+    ended: dict[str, bytes], words: list[str], differs: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("--output_dir", "out", *words) == 2
+    shown = capsys.readouterr().err
+    assert differs in shown
+    assert "choose another output_dir, or remove out/" in shown
+    assert "Nothing was written." in shown
+    assert files(Path("out")) == ended
+
+
+def test_no_password_is_recorded(workspace: Path) -> None:
+    plan = read_plan(["--config", "pipeline.yaml", "--hub_token", "secret"])
+    assert "secret" not in json.dumps(plan.records)
+
+
+def test_other_rows_in_the_data_of_a_stage_that_is_done_are_refused(
+    ended: dict[str, bytes], capsys: pytest.CaptureFixture[str]
+) -> None:
+    (data,) = (Path(name) for name in ("dpo.jsonl", "preferences.jsonl") if Path(name).is_file())
+    rows = data.read_text().splitlines(keepends=True)
+    data.write_text("".join(reversed(rows)))
+    assert run("--output_dir", "out") == 2
+    assert "dataset_name: 'sha256:" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("role", ["base", "instruct"])
+def test_a_model_that_changed_under_its_name_since_a_stage_was_done_is_refused(
+    ended: dict[str, bytes], role: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = Path(role).resolve()
+    Path(role).unlink()
+    shutil.copytree(model, role)
+    weights = Path(role, "model.safetensors")
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    assert run("--output_dir", "out") == 2
+    assert f"other weights of {role}: since then model.safetensors in {role} changed" in capsys.readouterr().err
+    assert files(Path("out")) == ended
+
+
+def test_data_in_a_folder_is_recorded_by_what_it_holds(workspace: Path) -> None:
+    rows = Path("rows")
+    rows.mkdir()
+    shutil.copy("sft.jsonl", rows / "train.jsonl")
+
+    def record() -> dict[str, Any]:
+        return read_plan(["--config", "pipeline.yaml", "--sft.dataset_name", "rows"]).records["sft"]
+
+    before = record()
+    assert record() == before
+    (rows / "train.jsonl").write_text((rows / "train.jsonl").read_text() + "\n")
+    changed = record()
+    assert {name for name in before if before[name] != changed[name]} == {"dataset_name"}
+
+
+def test_a_record_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_record(tmp_path, {"seed": 1})
+
+    def cut(path: Path, text: str, encoding: str) -> None:
+        path.write_bytes(text[: len(text) // 2].encode(encoding))
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(Path, "write_text", cut)
+    with pytest.raises(OSError, match="Input/output"):
+        write_record(tmp_path, {"seed": 2})
+    assert json.loads((tmp_path / "options.json").read_text()) == {"seed": 1}
+    assert [path.name for path in tmp_path.iterdir()] == ["options.json"]
+
+
+@pytest.mark.parametrize("text", ['{"seed": ', "[1]", "\xe9"])
+def test_a_record_that_is_cut_short_or_something_else_is_named(tmp_path: Path, text: str) -> None:
+    (tmp_path / "options.json").write_text(text, encoding="latin-1")
+    with pytest.raises(CheckpointError, match=r"options\.json"):
+        check_record(tmp_path, {"seed": 1})
+
+
+def test_the_origins_of_a_run_are_of_the_revisions_that_the_options_name(tmp_path: Path) -> None:
+    one, two = (digit * 40 for digit in "12")
+    sides = {role: {"source": f"org/{role}", "revision": one, "folder": False} for role in ("base", "instruct")}
+    write_manifest(tmp_path, {"kind": "run", **sides, "policy": sides["base"], "adapter": None, "weights": {}})
+    named = {"base_model": None, "instruct_model": None, "base_revision": None, "instruct_revision": None}
+    for changes in ({}, {"base_revision": two}, {"instruct_model": "org/instruct", "instruct_revision": two}):
+        found = pipeline._origins(tmp_path, SimpleNamespace(**{**named, **changes}))
+        assert str(found.base) == f"org/base@{changes.get('base_revision', one)}"
+        assert str(found.instruct) == f"org/instruct@{changes.get('instruct_revision', one)}"
+
+
 def test_it_goes_on_at_the_stage_that_is_not_done(ended: dict[str, bytes], capsys: pytest.CaptureFixture[str]) -> None:
     """A DPO stage that saved TUNED and could not graft it is no more done than one that only began."""
     shutil.rmtree("out/dpo/grafted")
@@ -149,7 +253,7 @@ def test_a_stage_goes_on_from_its_last_whole_checkpoint(
         shutil.rmtree("out/dpo")
     shutil.rmtree(f"out/{stage}/grafted")
     Path(f"out/{stage}/checkpoint-2/trainer_state.json").unlink()  # cut off while it was written
-    assert last_checkpoint(Path("out", stage)) == f"out/{stage}/checkpoint-1"
+    assert last_complete(Path("out", stage)) == f"out/{stage}/checkpoint-1"
     assert run(*SAVING, "--stages", stage) == 0
     assert f"in out/{stage}, from out/{stage}/checkpoint-1" in capsys.readouterr().out
     found = files(Path("out"))
@@ -320,6 +424,8 @@ def test_a_failed_second_stage_says_how_to_go_on(workspace: Path, capsys: pytest
     assert f"To resume from there, add --output_dir {root.relative_to(workspace)} to the same command" in shown.out
     assert run("--output_dir", str(root.relative_to(workspace))) == 0
     assert is_done(root / "dpo")
+    assert run() == 0  # a folder of its own each time
+    assert len(list((workspace / "outputs").iterdir())) == 2
 
 
 def test_the_command_line_has_it_too(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -344,15 +450,13 @@ def test_a_prompt_beside_whole_conversations_is_left_out(tmp_path: Path) -> None
 
 @pytest.mark.slow
 def test_the_embedded_pipeline_needs_no_argument(tmp_path: Path) -> None:
-    """`accelerate launch recipes/shadow_sft_dpo.py` from another folder, twice, as a user starts it."""
+    """`accelerate launch recipes/shadow_sft_dpo.py` from another folder, as a user starts it."""
     launch = [sys.executable, "-m", "accelerate.commands.launch", str(ROOT / "recipes/shadow_sft_dpo.py")]
-    for number in (1, 2):
-        done = subprocess.run(launch, capture_output=True, text=True, timeout=600, cwd=tmp_path, check=False)
-        assert done.returncode == 0, done.stderr[-3000:]
-        assert len(list((tmp_path / "outputs").iterdir())) == number
-    for root in (tmp_path / "outputs").iterdir():
-        scored = [arm for arm in json.loads((root / "report.json").read_text())["arms"].values() if arm["scores"]]
-        assert len(scored) == 3
+    done = subprocess.run(launch, capture_output=True, text=True, timeout=600, cwd=tmp_path, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    (root,) = (tmp_path / "outputs").iterdir()
+    scored = [arm for arm in json.loads((root / "report.json").read_text())["arms"].values() if arm["scores"]]
+    assert len(scored) == 3
 
 
 @pytest.mark.distributed

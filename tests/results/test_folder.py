@@ -6,11 +6,14 @@ import mmap
 import os
 import resource
 import shutil
+import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 from kills import killed_at_every_step
 from safetensors import SafetensorError
 from safetensors.torch import save_file
@@ -18,13 +21,16 @@ from safetensors.torch import save_file
 from shadow_trl.checkpoints.manifest import write_manifest
 from shadow_trl.errors import ConfigError, GraftError, OutputExistsError
 from shadow_trl.results import folder
-from shadow_trl.results.folder import OutputFolder, Scratch, check_place, check_space, is_full, recover
+from shadow_trl.results.folder import OutputFolder, Scratch, check_place, recover, whole_file
 from shadow_trl.results.shard_writer import ALIGNMENT, ShardWriter
+from shadow_trl.runtime.machine import check_space, is_full
+
+GRAFT = {"kind": "graft", "form": "model", "options": {}}
 
 
 def make(path, text: str, **options):
     with OutputFolder(path, **options) as place:
-        write_manifest(place.part, {"kind": "graft"})
+        write_manifest(place.part, GRAFT)
         (place.part / "file").write_text(text)
         place.commit()
 
@@ -163,7 +169,7 @@ def test_two_results_for_one_path_at_a_time_are_refused_and_the_first_stays(tmp_
     for overwrite in (False, True):
         with OutputFolder(path, overwrite) as first:
             (first.part / "file").write_text("first")
-            write_manifest(first.part, {"kind": "graft"})
+            write_manifest(first.part, GRAFT)
             with pytest.raises(OutputExistsError, match=f"process {os.getpid()} on .* is writing"):
                 make(path, "second", overwrite=True)
             first.commit()
@@ -232,7 +238,7 @@ def test_files_of_the_user_are_not_overwritten(tmp_path):
     path = tmp_path / "out"
     with OutputFolder(path) as place:
         (place.part / "file").write_text("old")
-        write_manifest(place.part, {"kind": "graft", "files": ["file", "shadow.json"]})
+        write_manifest(place.part, {**GRAFT, "files": ["file", "shadow.json"]})
         place.commit()
     (path / ".git").mkdir()
     (path / ".git" / "HEAD").write_text("x")
@@ -331,3 +337,103 @@ def test_a_file_system_without_direct_writes_is_written_through_the_cache(tmp_pa
     writer.close()
     assert (tmp_path / "shard").read_bytes() == bytes(range(100))
     assert refused == [0]
+
+
+def test_every_spelling_of_a_path_is_one_output(tmp_path):
+    (tmp_path / "deep" / "below").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "deep" / "below")
+    whole = tmp_path / "deep" / "out"
+    spellings = [whole, tmp_path / "link" / ".." / "out", tmp_path / "deep" / "below" / ".." / "out",
+                 Path(f"{whole}/"), Path(os.path.relpath(whole))]  # fmt: skip
+    for spelt in spellings:
+        with OutputFolder(spelt) as first:
+            for other in spellings:
+                with pytest.raises(OutputExistsError, match="is writing to"):
+                    make(other, "second")
+            write_manifest(first.part, GRAFT)
+            first.commit()
+        assert (tmp_path / "deep" / "out" / "shadow.json").is_file()
+        assert siblings(tmp_path / "deep" / "out") == ["below", "out"]
+        shutil.rmtree(tmp_path / "deep" / "out")
+
+
+@pytest.mark.parametrize("step", [0, 1])
+def test_an_interrupt_between_the_renames_restores_the_old_result(tmp_path, monkeypatch, step):
+    path, real, taken = tmp_path / "out", os.rename, []
+    make(path, "old")
+
+    def interrupted(source, target):
+        taken.append(target)
+        if len(taken) == 2 - step:
+            if step:
+                real(source, target)
+            raise KeyboardInterrupt
+        real(source, target)
+
+    monkeypatch.setattr(os, "rename", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        make(path, "new", overwrite=True)
+    assert (path / "file").read_text() == "old"
+    assert siblings(path) == ["out"]
+
+
+@pytest.mark.parametrize("lost", [1, 2, 9])
+def test_scratch_that_another_run_took_for_dead_is_made_again(tmp_path, monkeypatch, lost):
+    """Between making a folder and locking it, a run that starts at that moment may remove it."""
+    real, taken = folder._lock, []
+
+    def stolen(part):
+        taken.append(part)
+        if len(taken) > lost:
+            return real(part)
+        shutil.rmtree(part)
+        return -1
+
+    monkeypatch.setattr(folder, "_lock", stolen)
+    with Scratch(tmp_path / "out") as scratch:
+        (scratch.part / "x").write_text("x")
+    assert len(taken) == min(lost + 1, 3)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "figures.json"
+    path.write_text("old")
+
+    def fail():
+        with whole_file(path) as new:
+            new.write_text("half")
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(GraftError, match="is full"):
+        fail()
+    assert path.read_text() == "old"
+    with whole_file(path) as new:
+        new.write_text("new")
+    assert path.read_text() == "new"
+    assert siblings(path) == ["figures.json"]
+
+
+@pytest.mark.parametrize("step", ["mkdir", "acquire", "rename", "remove", "release"])
+def test_an_interrupt_within_a_step_on_the_disk_leaves_nothing_half_done(tmp_path, monkeypatch, step):
+    """Each step is interrupted while it is done; what it belongs to is finished first, or taken back."""
+    path = tmp_path / "out"
+    make(path, "old")
+    places = {
+        "mkdir": (Path, "mkdir"), "acquire": (FileLock, "acquire"), "rename": (folder.os, "rename"),
+        "remove": (folder, "_remove_old"), "release": (FileLock, "release"),
+    }  # fmt: skip
+    owner, name = places[step]
+    original = getattr(owner, name)
+
+    def interrupted(*args, **kwargs):
+        monkeypatch.setattr(owner, name, original)
+        result = original(*args, **kwargs)
+        os.kill(os.getpid(), signal.SIGINT)
+        return result
+
+    monkeypatch.setattr(owner, name, interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        make(path, "new", overwrite=True)
+    assert (path / "file").read_text() == ("old" if step in ("mkdir", "acquire") else "new")
+    assert [found.name for found in tmp_path.iterdir()] == ["out"]

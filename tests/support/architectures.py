@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -75,11 +76,11 @@ def model_class(name: str) -> Any:
 
 
 @functools.cache
-def in_memory(name: str, folder: Path) -> dict[str, torch.Tensor]:
-    """Load with plain transformers; nothing may be missing or left over."""
+def in_memory(name: str, folder: Path) -> Mapping[str, torch.Tensor]:
+    """Load with plain transformers, once for all tests; nothing may be missing or left over."""
     model, info = model_class(name).from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
     assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")), info
-    return dict(model.state_dict())
+    return MappingProxyType(dict(model.state_dict()))
 
 
 def assert_sum(name: str, base: Path, instruct: Path, tuned: Path, result: Path) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from runs import settings
 from safetensors.torch import load_file, save_file
@@ -19,7 +20,8 @@ from transformers import (
 )
 
 from shadow_trl import ShadowSFTConfig, ShadowSFTTrainer, extract_delta, graft
-from shadow_trl.errors import InputError, PairMismatchError
+from shadow_trl.errors import ConfigError, InputError, OutputExistsError, PairMismatchError
+from shadow_trl.training.preflight import is_conversational
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -204,3 +206,56 @@ def test_an_adapter_that_holds_a_grown_embedding_grafts_what_its_merged_model_do
     graft(**sides, output=tmp_path / "out", vocab="shared")
     before = AutoModelForCausalLM.from_pretrained(pair[0], dtype=torch.float32).state_dict()
     assert_delta(pair, tmp_path / "out", before, after, prefix="model.")
+
+
+def test_a_result_that_is_there_since_is_refused_before_the_first_step(pair, tmp_path):
+    run = trainer(pair, tmp_path / "run")
+    (tmp_path / "run" / "grafted").mkdir(parents=True)
+    with pytest.raises(OutputExistsError, match=r"grafted exists(.|\n)*Nothing was written"):
+        run.train()
+    assert run.state.global_step == 0
+    assert not list((tmp_path / "run" / "grafted").iterdir())
+
+
+def test_instruct_needs_no_template_beside_a_processing_class_that_has_one(pair, tmp_path):
+    (pair[1] / "chat_template.jinja").unlink()
+    with pytest.raises(PairMismatchError, match="instruct has no chat template, but the training data are conv"):
+        trainer(pair, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    assert trainer(pair, tmp_path / "run", tokenizer=make_tokenizer(template=True))
+
+
+def test_models_are_named_not_passed_as_objects(pair, tmp_path):
+    loaded = AutoModelForCausalLM.from_pretrained(pair[1])
+    with pytest.raises(ConfigError, match=r"instruct_model is a Qwen3ForCausalLM; .* instruct_model\.save_pretrained"):
+        ShadowSFTTrainer(str(pair[0]), instruct_model=loaded, args=ShadowSFTConfig(**settings(tmp_path / "out")))
+    assert not (tmp_path / "out").exists()
+    for given, meant in (("instruct", "instruct_model"), ("base", "base_model"), ("train_data", "train_dataset")):
+        with pytest.raises(TypeError, match=f"no argument '{given}'. Did you mean '{meant}'"):
+            ShadowSFTTrainer(str(pair[0]), **{given: str(pair[1])})
+
+
+def test_the_branch_main_of_a_folder_is_the_folder(pair, tmp_path):
+    """TRL's own scripts pass `revision` with every model."""
+    made = trainer(pair, tmp_path / "out", model_init_kwargs={"revision": "main"}, max_steps=1)
+    assert made.origins.policy.revision is None
+
+
+def test_conversations_are_told_from_text():
+    assert is_conversational(None) is False
+    assert is_conversational(Dataset.from_dict({"text": ["a"]})) is False
+    assert is_conversational(Dataset.from_dict({"messages": [[{"role": "user", "content": "a"}]]})) is True
+
+
+def test_a_run_without_a_config_is_named_after_its_model(pair, tmp_path, monkeypatch):
+    """As TRL's are."""
+    monkeypatch.chdir(tmp_path)
+
+    class OnCpu(ShadowSFTConfig):
+        def __init__(self, folder):
+            super().__init__(folder, use_cpu=True, bf16=False, report_to="none")
+
+    monkeypatch.setattr(ShadowSFTTrainer, "_config_class", OnCpu)
+    for model in (str(pair[0]), AutoModelForCausalLM.from_pretrained(pair[0])):
+        made = ShadowSFTTrainer(model, instruct_model=str(pair[1]), train_dataset=sft_data(4))
+        assert made.args.output_dir == f"{pair[0].name}-Shadow-SFT"

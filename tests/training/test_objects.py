@@ -114,6 +114,20 @@ def test_an_adapter_that_would_not_be_grafted_is_refused_before_training(pair, t
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("use_rslora", [False, True])
+def test_a_scaling_that_is_not_saved_is_refused_before_training(pair, tmp_path, use_rslora):
+    model = get_peft_model(loaded(pair), LoraConfig(**LORA, use_rslora=use_rslora))
+    layer = model.base_model.model.model.layers[0].self_attn.q_proj
+    made = LORA["lora_alpha"] / LORA["r"] ** (0.5 if use_rslora else 1)
+    layer.set_scale("default", 3)
+    row = f"layers.0.self_attn.q_proj\n    memory    {3 * made}\n    settings  {made}"
+    with pytest.raises(AdapterError, match=rf"in 1 modules(.|\n)*{row}"):
+        sft(pair, tmp_path / "run", model=model)
+    assert not (tmp_path / "run").exists()
+    layer.set_scale("default", 1)  # the way out
+    sft(pair, tmp_path / "run", model=model)
+
+
 def test_the_way_out_for_an_adapter_of_another_name(pair, tmp_path):
     model = get_peft_model(loaded(pair), lora(), adapter_name="mine")
     model.save_pretrained(tmp_path / "kept", selected_adapters=["mine"])
@@ -142,3 +156,10 @@ def test_an_adapter_that_transformers_put_on_a_model_is_refused(pair, tmp_path):
     with pytest.raises(AdapterError, match="added by transformers"):
         sft(pair, tmp_path / "run", model=model)
     assert not (tmp_path / "run").exists()
+
+
+def test_the_reference_that_is_given_stays_beside_an_object(pair, tmp_path):
+    reference, options = loaded(pair[::-1]), {"base_model": str(pair[0]), "precompute_ref_log_probs": False}
+    trainer = dpo(pair, tmp_path / "out", model=changed(pair), ref_model=reference, **options)
+    found, instruct = trainer.accelerator.unwrap_model(trainer.ref_model).state_dict(), load(pair[1])
+    assert all(torch.equal(found[name], value.float()) for name, value in instruct.items())

@@ -8,17 +8,22 @@ import json
 import shutil
 import weakref
 from pathlib import Path
+from types import SimpleNamespace
 
+import datasets
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from datasets import Dataset, IterableDataset
-from peft import PeftModel
+from peft import PeftModel, get_peft_model
 from runs import dpo, log_probability, lora, settings, sft
 from safetensors.torch import load_file
 from stages import tuned_weights, weights
 from tiny import preference_data, save_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from trl import DPOTrainer
+from trl import DPOConfig, DPOTrainer
+from trl.trainer.dpo_trainer import DataCollatorForPreference
+from trl.trainer.utils import hash_module
 
 from shadow_trl import ShadowDPOConfig, ShadowDPOTrainer, graft
 from shadow_trl.errors import ConfigError
@@ -307,12 +312,16 @@ def cached(pair, tmp_path: Path, output: str, **changes) -> list[float]:
 
 
 def test_other_weights_and_another_template_are_no_hit(pair, tmp_path):
-    first = cached(pair, tmp_path, "one", ref_policy="instruct")
-    other = save_model(tmp_path / "other", seed=5, template=True, dtype=torch.bfloat16)
-    assert cached((pair[0], other), tmp_path, "two", ref_policy="instruct", allow_wide_gap=True) != first
-    tokenizer = AutoTokenizer.from_pretrained(pair[1])
+    """All else is as it was, folders and options too: with another of these the data are others, and no hit anyway."""
+    sides = pair[0], shutil.copytree(pair[1], tmp_path / "instruct")
+    options = {"ref_policy": "instruct", "allow_wide_gap": True}
+    first = cached(sides, tmp_path, "one", **options)
+    tokenizer = AutoTokenizer.from_pretrained(sides[1])
     tokenizer.chat_template = tokenizer.chat_template.replace("'<|end|>'", "'.<|end|>'")
-    assert cached(pair, tmp_path, "three", ref_policy="instruct", processing_class=tokenizer) != first
+    assert cached(sides, tmp_path, "one", processing_class=tokenizer, **options) != first
+    save_model(tmp_path / "other", seed=5, template=True, dtype=torch.bfloat16)
+    shutil.copy(tmp_path / "other" / "model.safetensors", sides[1])
+    assert cached(sides, tmp_path, "one", **options) != first
 
 
 def test_a_new_lora_in_the_same_run_again_is_no_miss(pair, tmp_path, monkeypatch):
@@ -346,17 +355,140 @@ def test_another_alpha_beside_the_same_factors_is_no_hit(fp32_pair, lora_run, tm
     assert max(abs(one - other) for one, other in zip(first, second, strict=True)) > 1e-3
 
 
-def test_key_knows_the_kernels_of_attention_and_no_names(pair, tmp_path):
-    args = ShadowDPOConfig(**settings(tmp_path))
+def key(model, folder: Path, *, collator=None, precision="no", **changes) -> str:
+    args = ShadowDPOConfig(**settings(folder, **changes))
+    collator = collator or DataCollatorForPreference(pad_token_id=0, max_length=args.max_length)
+    return reference_key(hash_module(model), model, args, collator, precision)
+
+
+def with_adapters(folder: Path) -> PeftModel:
+    torch.manual_seed(0)
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), lora())
+    model.add_adapter("other", lora())
+    return model
+
+
+def rescale(model) -> None:
+    model.base_model.model.model.layers[0].self_attn.q_proj.scaling["default"] *= 3
+
+
+def move(buffer: torch.Tensor) -> None:
+    buffer.mul_(1.5)
+
+
+CHANGES = {
+    "a weight": lambda model: move(model.model.norm.weight.data),
+    "a stored buffer": lambda model: move(model.kept),
+    "a buffer that is not stored": lambda model: move(model.model.rotary_emb.inv_freq),
+    "rope": lambda model: model.config.rope_parameters.update(rope_theta=5e5),
+    "epsilon": lambda model: setattr(model.config, "rms_norm_eps", 0.1),
+    "dtype": lambda model: model.bfloat16(),
+    "kernels of attention": lambda model: model.set_attn_implementation("eager"),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_the_values_depend_on_in_a_model_is_in_the_key(pair, tmp_path, change):
+    model = AutoModelForCausalLM.from_pretrained(pair[0], dtype=torch.float32)
+    model.register_buffer("kept", torch.ones(2))
+    ids = torch.arange(5, 25)[None]
+    before = key(model, tmp_path), model(ids).logits
+    assert key(model, tmp_path / "moved") == before[0]
+    CHANGES[change](model)
+    assert key(model, tmp_path) != before[0]
+    if change in ("a weight", "a buffer that is not stored", "dtype"):  # what acts on a model that was made
+        assert (model(ids).logits - before[1]).abs().max() > 1e-5
+
+
+@pytest.mark.parametrize("change", [rescale, lambda model: model.set_adapter("other")], ids=["scaling", "active"])
+def test_what_adapters_do_is_in_the_key(pair, tmp_path, change):
+    model = with_adapters(pair[0])
+    before = key(model, tmp_path)
+    assert key(with_adapters(pair[0]), tmp_path) == before
+    change(model)
+    assert key(model, tmp_path) != before
+
+
+def collate_in_another_way(rows):
+    return rows
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"precision": "bf16"},
+        {"precision": "fp16"},
+        {"ld_alpha": 0.5},
+        {"max_length": 9},
+        {"disable_dropout": False},
+        {"collator": DataCollatorForPreference(pad_token_id=0, max_length=1024, truncation_mode="keep_end")},
+        {"collator": DataCollatorForPreference(pad_token_id=0, max_length=1024, pad_to_multiple_of=8)},
+        {"collator": collate_in_another_way},
+    ],
+    ids=str,
+)
+def test_how_the_values_are_computed_is_in_the_key(pair, tmp_path, changes):
+    model = AutoModelForCausalLM.from_pretrained(pair[0])
+    assert key(model, tmp_path, **changes) != key(model, tmp_path)
+    assert key(model, tmp_path, **changes) == key(model, tmp_path, **changes)
+
+
+def test_what_the_values_do_not_depend_on_is_not_in_the_key(pair, tmp_path):
+    """Not the loss, nor the names of folders."""
     moved = shutil.copytree(pair[0], tmp_path / "moved")
-    keys = {
-        (folder, kernels): reference_key(
-            "weights", AutoModelForCausalLM.from_pretrained(folder, attn_implementation=kernels), args
-        )
-        for folder in (pair[0], moved)
-        for kernels in ("eager", "sdpa")
-    }
-    assert keys[pair[0], "eager"] == keys[moved, "eager"] != keys[pair[0], "sdpa"]
+    one, two = (AutoModelForCausalLM.from_pretrained(folder) for folder in (pair[0], moved))
+    others = {"label_smoothing": 0.1, "beta": 0.5, "loss_type": "ipo", "learning_rate": 1.0, "seed": 9}
+    assert key(one, tmp_path / "a") == key(two, tmp_path / "b", per_device_train_batch_size=1, **others)
+
+
+def test_a_collator_that_cannot_be_hashed_is_never_the_same(pair, tmp_path, caplog):
+    model, generator = AutoModelForCausalLM.from_pretrained(pair[0]), (number for number in range(3))
+
+    def collate(rows):
+        return generator and rows
+
+    assert key(model, tmp_path, collator=collate) != key(model, tmp_path, collator=collate)
+    assert "are not kept for other runs" in caplog.text
+
+
+@pytest.fixture
+def bf16_by_the_launcher(monkeypatch):
+    """`accelerate launch --mixed_precision bf16`, of which the config knows nothing."""
+
+    def launch():
+        monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+        AcceleratorState._reset_state(reset_partial_state=True)
+
+    yield launch
+    monkeypatch.undo()
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def test_mixed_precision_of_the_launcher_is_no_hit(pair, tmp_path, bf16_by_the_launcher):
+    # With a length, TRL's filter closes over the whole config, in which the launcher's word is.
+    changes = {"precompute_ref_log_probs": True, "max_length": None}
+    first = cached(pair, tmp_path, "one", **changes)
+    bf16_by_the_launcher()
+    second = cached(pair, tmp_path, "one", **changes)
+    plain = DPOTrainer(
+        model=str(pair[0]),
+        args=DPOConfig(**settings(tmp_path / "plain", **changes)),
+        train_dataset=preference_data(4),
+        processing_class=AutoTokenizer.from_pretrained(pair[1]),
+    )
+    assert plain.accelerator.mixed_precision == "bf16"
+    assert second == plain.train_dataset["ref_rejected_logps"][:] != first
+
+
+def test_a_buffer_changed_in_memory_is_no_hit(pair, tmp_path):
+    changes = {"precompute_ref_log_probs": True, "max_length": 64}
+    models = [AutoModelForCausalLM.from_pretrained(pair[0], dtype=torch.float32) for _ in range(2)]
+    move(models[1].model.rotary_emb.inv_freq)
+    first, second = (cached(pair, tmp_path, "one", model=model, **changes) for model in models)
+    tokenizer = AutoTokenizer.from_pretrained(pair[1])
+    expected = [log_probability(models[1], tokenizer, row, "rejected") for row in preference_data(4)]
+    assert second == pytest.approx(expected, abs=1e-4)
+    assert max(abs(one - other) for one, other in zip(first, second, strict=True)) > 1e-3
 
 
 @pytest.mark.slow
@@ -403,3 +535,30 @@ def test_no_needless_miss_of_the_cache(pair, tmp_path, monkeypatch):
     monkeypatch.setattr(DPOTrainer, "compute_ref_log_probs", lambda *_: pytest.fail("computed again"))
     assert cached_logps(pair, tmp_path, "one", max_length=64) == first
     assert cached_logps(pair, tmp_path, "another", learning_rate=1.0, seed=9) == without
+
+
+def test_data_in_memory_goes_to_a_file_once_where_several_processes_read_it(tmp_path, monkeypatch):
+    """Real processes do it in tests/whole/distributed; here the main one is alone."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
+    monkeypatch.setattr(reference, "check_shared", lambda *_, **__: None)
+    monkeypatch.setattr(reference, "run_on_main", lambda _, work, *, what: work())
+    one, two = (SimpleNamespace(num_processes=number, is_main_process=True) for number in (1, 2))
+    rows, stream = preference_data(3), preference_data(3).to_iterable_dataset()
+    assert reference.shared_on_disk(rows, one) is rows
+    assert reference.shared_on_disk(stream, two) is stream
+    assert not list(tmp_path.iterdir())
+    for _ in range(2):
+        found = reference.shared_on_disk(rows, two)
+        assert found[:] == rows[:]
+        assert all(Path(file["filename"]).is_relative_to(tmp_path) for file in found.cache_files)
+        assert found.cache_files
+        assert reference.shared_on_disk(found, two) is found
+    assert len(list((tmp_path / "shadow_trl").iterdir())) == 1
+
+
+def test_where_the_reference_is_the_start_nothing_is_computed_before_training(pair, tmp_path):
+    """As in TRL; with another reference it is, and the model is gone."""
+    assert dpo(pair, tmp_path / "init").args.precompute_ref_log_probs is False
+    other = dpo(pair, tmp_path / "instruct", ref_policy="instruct")
+    assert other.args.precompute_ref_log_probs is True
+    assert other.ref_model is None

@@ -86,10 +86,20 @@ def test_every_checkpoint_is_grafted_and_rotation_removes_it(pair, tmp_path, wit
         assert written == files_of(tmp_path / f"again-{step}")
         assert read_manifest(checkpoint / "shadow" / "grafted")["kind"] == "graft"
     assert files_of(tmp_path / "checkpoint-3/shadow/grafted") == files_of(tmp_path / "grafted")
-    # Resuming is not confused by what lies in the checkpoint.
-    resumed = trainer_of(pair, tmp_path, "sft", with_lora=with_lora, max_steps=4, graft_overwrite=True)
-    resumed.train(resume_from_checkpoint=True)
+    # Resuming is not confused by what lies in the checkpoint, and grafts a later one again.
+    resumed = trainer_of(
+        pair,
+        tmp_path,
+        "sft",
+        with_lora=with_lora,
+        save_steps=1,
+        graft_every_save=True,
+        max_steps=4,
+        graft_overwrite=True,
+    )
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     assert resumed.state.global_step == 4
+    assert (tmp_path / "checkpoint-4/shadow/grafted").is_dir()
 
 
 @pytest.fixture(scope="module")

@@ -55,6 +55,9 @@ def test_full_after_full_carries_both_deltas(fp32_pair, full_run, tmp_path):
 def test_one_adapter_through_both_stages(fp32_pair, lora_run, tmp_path):
     trainer = go_on(lora_run, tmp_path)
     assert list(trainer.model.peft_config) == ["default", "ref"]
+    manifest = read_manifest(tmp_path)
+    assert (manifest["adapter"], manifest["ref_policy"]) == ({"source": str(lora_run)}, "init")
+    assert (manifest["trainer"], manifest["loaded_in"]) == ("ShadowDPOTrainer", ["float32", "float32"])
     base, instruct = weights(fp32_pair[0]), weights(fp32_pair[1])
     tuned, stage = tuned_weights(fp32_pair[0], tmp_path), tuned_weights(fp32_pair[0], lora_run)
     assert max((tuned[name] - stage[name]).abs().max().item() for name in tuned) > 1e-4
@@ -152,7 +155,7 @@ def test_first_margin_of_the_second_stage_by_hand(
         ),
         train_dataset=rows,
     )
-    assert not list(tmp_path.glob(".shadow-reference*"))
+    assert not list(tmp_path.glob(".*shadow-part*"))
     trainer.train()
     assert trainer.state.log_history[0]["rewards/margins"] == pytest.approx(sum(margins) / len(margins), abs=2e-5)
     if policy != "init":

@@ -18,6 +18,7 @@ from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 from shadow_trl import ShadowDPOConfig, ShadowDPOTrainer, ShadowSFTConfig, ShadowSFTTrainer
 from shadow_trl.checkpoints.manifest import read_manifest
 from shadow_trl.errors import AdapterError, ConfigError, InputError, OutputExistsError
+from shadow_trl.results.lock import RunLock
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning:transformers")
 
@@ -179,6 +180,11 @@ def test_the_manifest_lies_beside_the_weights_in_checkpoints_and_at_the_end(pair
         assert manifest["kind"] == "run"
         assert manifest["base"]["source"] == str(pair[0])
         assert manifest["instruct"]["source"] == str(pair[1])
+        assert manifest["policy"] == manifest["base"]
+        assert (manifest["adapter"], manifest["ref_policy"], manifest["loaded_in"]) == (None, None, ["float32"])
+        assert manifest["trainer"] == "ShadowSFTTrainer"
+        assert manifest["options"] == trainer.args.graft_options()
+        assert "quantised" not in manifest
         assert set(manifest["base"]["digests"]) == {"model.safetensors"}
         digest = xxhash.xxh3_128((folder / "model.safetensors").read_bytes()).hexdigest()
         assert manifest["weights"] == {"model.safetensors": f"xxh3:{digest}"}
@@ -236,6 +242,13 @@ def test_options_that_are_refused(pair, tmp_path, changes, message):
     assert not (tmp_path / "out").exists()
 
 
+def test_every_choice_is_accepted(tmp_path):
+    for value in (None, "headers", "weights"):
+        assert ShadowSFTConfig(**settings(tmp_path, pair_check=value)).pair_check == value
+    for value in ("init", "base", "instruct", "grafted"):
+        assert ShadowDPOConfig(**settings(tmp_path, ref_policy=value)).ref_policy == value
+
+
 @pytest.mark.parametrize("name", ["DeepSpeed", "FSDP"])
 def test_sharded_training_is_refused_by_name(pair, tmp_path, name, monkeypatch):
     args = ShadowSFTConfig(**settings(tmp_path / "out"))
@@ -290,10 +303,10 @@ def test_sync_ref_model_and_explicit_reference_are_refused_with_a_policy(pair, t
     ("case", "message"),
     [
         ("another adapter", "r: 4 in .*, 8 in peft_config"),
-        ("eval_grafted", "use_dora = True"),
         ("changed in memory", r"model\.norm\.weight"),
         ("no INSTRUCT", "no INSTRUCT is known"),
         ("sync_ref_model", "sync_ref_model"),
+        ("a lost start", r"more than a product\.\n  modules_to_save"),
     ],
 )
 def test_what_the_arguments_show_is_refused_before_any_model_is_loaded(pair, tmp_path, monkeypatch, case, message):
@@ -302,13 +315,14 @@ def test_what_the_arguments_show_is_refused_before_any_model_is_loaded(pair, tmp
     if case == "another adapter":
         sft(pair, tmp_path / "run", peft_config=lora()).train()
         model, peft_config = str(tmp_path / "run"), LoraConfig(**{**LORA, "r": 8})
-    elif case == "eval_grafted":
-        options, peft_config = {"eval_grafted": True, "graft": False}, LoraConfig(**LORA, use_dora=True)
     elif case == "changed in memory":
         model = AutoModelForCausalLM.from_pretrained(pair[0], dtype=torch.float32)
         model.model.norm.weight.data += 1
     elif case == "no INSTRUCT":
         instruct = None
+    elif case == "a lost start":
+        more = {"init_lora_weights": "pissa_niter_2", "modules_to_save": ["input_layernorm"]}
+        peft_config = LoraConfig(**{**LORA, **more})
     else:
         options["sync_ref_model"] = True
     for place in ("utils", "dpo_trainer"):
@@ -347,6 +361,34 @@ def test_an_error_ends_with_what_is_on_the_disk(pair, tmp_path):
     assert (tmp_path / "out" / "model.safetensors").is_file()
 
 
+class StopsAfterOne(TrainerCallback):
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == 1:
+            raise KeyboardInterrupt
+
+
+def test_an_interrupted_run_says_what_it_left_and_a_second_one_waits_for_the_first(pair, tmp_path, monkeypatch):
+    trainer = sft(pair, tmp_path / "out", save_strategy="steps", save_steps=1)
+    trainer.add_callback(StopsAfterOne())
+    other = RunLock(tmp_path / "out")
+    other.acquire()
+    with pytest.raises(
+        OutputExistsError, match=r"another run \(process .* is writing to .*out\. .*Nothing was written"
+    ):
+        trainer.train()
+    other.release()
+    with pytest.raises(KeyboardInterrupt) as found:
+        trainer.train()
+    written = [str(tmp_path / "out" / name) for name in ("README.md", "checkpoint-1")]  # TRL's card comes with each
+    assert found.value.ending == f"Written so far: {', '.join(written)}."
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    # What is refused when the model is loaded leaves no folder, which transformers makes before.
+    monkeypatch.setattr(ShadowSFTTrainer, "_check_loaded", lambda *_: pytest.fail("refused"))
+    with pytest.raises(pytest.fail.Exception):
+        sft(pair, tmp_path / "new" / "run")
+    assert not (tmp_path / "new").exists()
+
+
 def test_output_that_is_an_input_is_refused(tmp_path):
     from tiny import make_pair
 
@@ -370,6 +412,10 @@ def test_model_changed_in_memory_is_refused(pair, tmp_path):
     with torch.no_grad():
         model.model.norm.weight += 1
     with pytest.raises(InputError, match=r"model\.norm\.weight"):
+        sft(pair, tmp_path / "out", model=model)
+    model = AutoModelForCausalLM.from_pretrained(pair[0], dtype=torch.float32)
+    model.v_head = torch.nn.Linear(16, 1)
+    with pytest.raises(InputError, match=r"v_head\.weight: absent in .*, \(1, 16\) in memory"):
         sft(pair, tmp_path / "out", model=model)
     with pytest.raises(InputError, match="no name"):
         sft(pair, tmp_path / "out", model=AutoModelForCausalLM.from_config(tiny_config()))

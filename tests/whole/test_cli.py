@@ -52,16 +52,18 @@ def test_json_and_quiet(tmp_path, capsys):
 
 def test_every_option_reaches_the_graft(tmp_path):
     sides = family(tmp_path)
+    (sides["tuned"] / "chat_template.jinja").write_text("{{ messages }}")
     options = (
         "--scale 0.5 --instruct-scale 0.9 --modules q_proj k_proj --format model --dtype float16 --rounding stochastic "
-        "--seed 3 --vocab strict --max-shard-size 300 --digest none --stats off --base-dtype bfloat16 --quiet"
+        "--seed 3 --vocab strict --chat-template trained --max-shard-size 300 --digest none --stats off "
+        "--base-dtype bfloat16 --quiet"
     )
     assert cli.main(arguments(sides, tmp_path / "out", *options.split())) == 0
     manifest = read_manifest(tmp_path / "out")
     assert manifest["options"] == {
         "scale": 0.5, "instruct_scale": 0.9, "modules": ["q_proj", "k_proj"], "dtype": "float16",
-        "rounding": "stochastic", "seed": 3, "vocab": "strict", "untie": False, "base_dtype": "bfloat16",
-        "max_shard_size": 300,
+        "rounding": "stochastic", "seed": 3, "vocab": "strict", "chat_template": "trained", "untie": False,
+        "base_dtype": "bfloat16", "max_shard_size": 300,
     }  # fmt: skip
     assert manifest["tuned"]["digests"] is None
     assert manifest["sigma"] is None

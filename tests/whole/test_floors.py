@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import shutil
 import subprocess
 import sys
 from graphlib import TopologicalSorter
@@ -44,7 +45,14 @@ TORCH_FREE = [
     "checkpoints.manifest",
     "checkpoints.weight_names",
     "runtime.startup",
+    "checkpoints.json_files",
+    "checkpoints.schemas",
     "adapters.kinds",
+    "pair.pairs",
+    "operations.graft",
+    "operations.gap",
+    "operations.delta",
+    "operations.verify",
 ]
 """Modules that must not import a library of arithmetic before one of their functions is called."""
 
@@ -192,6 +200,28 @@ def test_gap_of_equal_layouts_loads_no_torch(tmp_path):
     assert not loaded(program, *arguments) & {"torch", "transformers", "safetensors", "huggingface_hub"}
 
 
+def test_what_paths_headers_and_configs_show_is_refused_without_torch(tmp_path):
+    """Importing torch takes two seconds, for an error that needs none of it."""
+    sides = {role: str(folder) for role, folder in family(tmp_path, shadow_DOT_json='{"kind": "soup"}').items()}
+    cut, settings = tmp_path / "cut", tmp_path / "settings"
+    for folder in (cut, settings):
+        shutil.copytree(sides["base"], folder)
+    (cut / "model.safetensors").write_bytes(b"\x08" + bytes(9))
+    (settings / "config.json").write_text('{"model_type": "llama", "vocab_size": "20"}')
+    program = (
+        "import sys\nfrom shadow_trl.cli import main\nb, i, t, *bad = sys.argv[1:]\n"
+        "for wrong in bad:\n"
+        "    for argv in (['graft', '--base', wrong, '--instruct', b, '--tuned', t, '--output', 'out'],\n"
+        "                 ['graft', '--base', b, '--instruct', wrong, '--tuned', t, '--output', 'out'],\n"
+        "                 ['graft', '--delta', wrong, '--instruct', b, '--output', 'out'],\n"
+        "                 ['gap', '--base', wrong, '--instruct', t], ['verify', wrong],\n"
+        "                 ['delta', '--base', b, '--tuned', wrong, '--output', 'out']):\n"
+        "        assert main(argv) == 2, argv"
+    )
+    bad = ("/nowhere", str(cut), str(settings), sides["instruct"])
+    assert not loaded(program, *sides.values(), *bad) & {"torch", "numpy", "transformers", "peft", "huggingface_hub"}
+
+
 def test_the_public_names_exist_whatever_was_imported_before():
     program = (
         "import shadow_trl.operations.graft, shadow_trl.operations.gap\nfrom shadow_trl import gap, graft\n"
@@ -202,12 +232,23 @@ def test_the_public_names_exist_whatever_was_imported_before():
     loaded(program)
 
 
+def test_a_signal_waits_for_the_import_of_torch():
+    program = (
+        "import os, signal, sys\nfrom shadow_trl.runtime.startup import importing_torch\n"
+        "from shadow_trl.runtime.endings import exit_code\nimported = []\n"
+        "def work():\n    with importing_torch():\n        os.kill(os.getpid(), signal.SIGTERM)\n        import torch\n"
+        "        imported.append(torch)\n    imported.append('too far')\n"
+        "assert exit_code(work) == 143 and len(imported) == 1"
+    )
+    assert "torch" in loaded(program)
+
+
 def test_the_collector_is_paused_for_the_import_alone():
     program = (
-        "import gc, sys\nfrom shadow_trl.runtime.startup import collector_paused\n"
-        "with collector_paused():\n    assert not gc.isenabled()\n    import torch\n"
+        "import gc, sys\nfrom shadow_trl.runtime.startup import importing_torch\n"
+        "with importing_torch():\n    assert not gc.isenabled()\n    import torch\n"
         "assert gc.isenabled()\nfrozen = gc.get_freeze_count()\nassert frozen > 10_000\n"
-        "with collector_paused():\n    assert gc.isenabled()\n"
+        "with importing_torch():\n    assert gc.isenabled()\n"
         "assert gc.get_freeze_count() == frozen"
     )
     assert "torch" in loaded(program)

@@ -151,7 +151,7 @@ def test_four():
 
 @pytest.mark.slow
 def test_a_line_has_the_tests_that_execute_it(tmp_path):
-    """Those of a shared fixture too; a line that runs on import has all of the module; a continued line its own."""
+    """Those of a shared fixture too; a line that runs on import has all of the file; a continued line its own."""
     for name, text in {"shadow_trl/part/sizes.py": MODULE, "tests/part/test_sizes.py": TESTS}.items():
         (tmp_path / name).parent.mkdir(parents=True)
         (tmp_path / name).write_text(text)
@@ -169,4 +169,4 @@ def test_a_line_has_the_tests_that_execute_it(tmp_path):
         line: [name.rpartition("_")[2] for name in tests.of(Path("shadow_trl/part/sizes.py"), line)]
         for line in (1, 6, 11)
     }
-    assert of == {1: ["one", "two", "three"], 6: ["one", "two"], 11: ["three"]}
+    assert of == {1: ["one", "two", "three", "four"], 6: ["one", "two"], 11: ["three"]}

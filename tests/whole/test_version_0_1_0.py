@@ -31,7 +31,8 @@ from shadow_trl import (
 from shadow_trl.checkpoints.manifest import read_manifest
 from shadow_trl.cli import main as command
 from shadow_trl.errors import CheckpointError, ConfigError, InputError, OutputExistsError
-from shadow_trl.recipes.pipeline_options import is_done, last_checkpoint, read_plan
+from shadow_trl.recipes.pipeline_options import is_done, read_plan
+from shadow_trl.training.resuming import last_complete
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning:transformers")
 HOME = ROOT / "tests" / "fixtures" / "version_0_1_0"
@@ -239,7 +240,7 @@ def test_a_run_is_resumed_from_its_checkpoint():
     wanted, before = load(Path("pissa")), load(Path("pissa/checkpoint-1"))
     shutil.rmtree("pissa/grafted")
     (Path("pissa") / "adapter_model.safetensors").unlink()
-    assert last_checkpoint(Path("pissa")) == "pissa/checkpoint-1"
+    assert last_complete(Path("pissa")) == "pissa/checkpoint-1"
     trainer = ShadowSFTTrainer(
         model="base",
         instruct_model="instruct",

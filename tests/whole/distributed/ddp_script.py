@@ -1,76 +1,15 @@
-"""One rank of a two-process run; started by test_ddp.py through torchrun."""
+"""One rank of a two-process run; started by test_ddp.py through torchrun, as users start theirs."""
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "support"))
 
-from peft import LoraConfig
-from tiny import preference_data
-from transformers import TrainerCallback
-
-from shadow_trl import ShadowDPOConfig, ShadowDPOTrainer
-
-
-class BlockTheOutput(TrainerCallback):
-    """Put a folder where the graft will be written, after every check before training has passed."""
-
-    def on_train_end(self, args, state, control, **kwargs):
-        if state.is_world_process_zero:
-            (Path(args.output_dir) / "grafted").mkdir()
-            (Path(args.output_dir) / "grafted" / "result.txt").write_text("somebody's")
-
-
-def watch_the_temporary_folder(seen: list[Path]) -> None:
-    """Note the folder that the graft of the start is loaded from on this rank; it must be whole there."""
-    from shadow_trl.training import reference
-
-    original = reference.load_reference
-
-    def load(source, **how):
-        assert (Path(source.source) / "model.safetensors").is_file()
-        seen.append(Path(source.source))
-        return original(source, **how)
-
-    reference.load_reference = load
-
-
-def main(base: str, instruct: str, output: str, mode: str) -> None:
-    seen: list[Path] = []
-    watch_the_temporary_folder(seen)
-    trainer = ShadowDPOTrainer(
-        model=base,
-        instruct_model=instruct,
-        args=ShadowDPOConfig(
-            output_dir=output,
-            use_cpu=True,
-            bf16=False,
-            gradient_checkpointing=False,
-            max_steps=2,
-            per_device_train_batch_size=2,
-            learning_rate=1e-2,
-            report_to="none",
-            save_strategy="no",
-            disable_tqdm=True,
-            ref_policy="grafted" if mode == "second stage" else "instruct",
-        ),
-        train_dataset=preference_data(),
-        peft_config=LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM") if mode == "lora" else None,
-        callbacks=[BlockTheOutput()] if mode == "blocked" else None,
-    )
-    # A run that fell back to one process would pass every other check.
-    assert trainer.accelerator.num_processes == 2
-    assert str(trainer.accelerator.distributed_type) == "DistributedType.MULTI_CPU"
-    if mode == "second stage":
-        assert [path.parent.parent for path in seen] == [Path(output)]
-        assert not list(Path(output).glob(".*"))
-        print("values", trainer.train_dataset["ref_chosen_logps"][:], flush=True)
-    trainer.train()
-    assert trainer.graft_report.output == Path(output) / "grafted"
-    print(f"rank {trainer.accelerator.process_index} done", flush=True)
-
+import ddp
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    ddp.run(int(os.environ["RANK"]), *sys.argv[1:])
+    print("done", flush=True)

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 from pathlib import Path
 
+import ddp
 import pytest
 import torch
+from ranks import in_processes
 from runs import log_probability
 from safetensors.torch import load_file
 from tiny import preference_data, save_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl import DPOConfig, DPOTrainer
 
 from shadow_trl import graft
 from shadow_trl.checkpoints.manifest import write_manifest
@@ -37,9 +39,8 @@ def launch(pair: tuple[Path, Path], output: Path, mode: str) -> subprocess.Compl
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["full", pytest.param("lora", marks=pytest.mark.slow)])
 def test_graft_is_written_once_with_the_bytes_of_a_graft_of_the_folder(pair, tmp_path, mode):
-    run = launch(pair, tmp_path / "out", mode)
-    assert run.returncode == 0, run.stderr[-3000:]
-    assert run.stdout.count("done") == 2
+    ends = in_processes(ddp.run, str(pair[0]), str(pair[1]), str(tmp_path / "out"), mode)
+    assert [end.error for end in ends] == ["", ""]
     graft(
         base=str(pair[0]),
         instruct=str(pair[1]),
@@ -50,6 +51,22 @@ def test_graft_is_written_once_with_the_bytes_of_a_graft_of_the_folder(pair, tmp
     written = {path.name: path.read_bytes() for path in (tmp_path / "out" / "grafted").glob("*.safetensors")}
     assert written == {path.name: path.read_bytes() for path in (tmp_path / "again").glob("*.safetensors")}
     assert written
+    if mode == "full":
+        figures = [end.value["figure"] for end in ends]
+        assert figures == pytest.approx([plain_loss(tmp_path / "out" / "grafted", pair[1], tmp_path / "plain")] * 2)
+        assert not list((tmp_path / "out").glob(".*"))
+
+
+def plain_loss(model: Path, reference: Path, output: Path) -> float:
+    """The loss of plain TRL, in one process."""
+    return DPOTrainer(
+        model=str(model),
+        ref_model=AutoModelForCausalLM.from_pretrained(reference, dtype="float32"),
+        args=DPOConfig(str(output), use_cpu=True, bf16=False, report_to="none", per_device_eval_batch_size=4),
+        train_dataset=preference_data(4),
+        eval_dataset=preference_data(4),
+        processing_class=AutoTokenizer.from_pretrained(model),
+    ).evaluate()["eval_loss"]
 
 
 @pytest.mark.slow
@@ -67,10 +84,9 @@ def test_graft_of_the_start_is_shared_by_the_ranks_and_gone_afterwards(pair, tmp
     """DPO from a full model of an earlier stage with `ref_policy="grafted"` and rows in memory."""
     tuned = save_model(tmp_path / "tuned", seed=9, dtype=torch.float32)
     write_manifest(tuned, {"kind": "run", "base": {"source": str(pair[0])}, "instruct": {"source": str(pair[1])}})
-    run = launch((tuned, pair[1]), tmp_path / "out", "second stage")
-    assert run.returncode == 0, run.stderr[-3000:]
-    shown = [json.loads(line.removeprefix("values ")) for line in run.stdout.splitlines() if line.startswith("values")]
-    assert len(shown) == 2
+    ends = in_processes(ddp.run, str(tuned), str(pair[1]), str(tmp_path / "out"), "second stage")
+    assert [end.error for end in ends] == ["", ""]
+    shown = [end.value["values"] for end in ends]
     assert shown[0] == shown[1]
     # By hand: INSTRUCT + (tuned - BASE), in float64.
     states = [load_file(folder / "model.safetensors") for folder in (pair[0], pair[1], tuned)]

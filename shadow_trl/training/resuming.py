@@ -1,0 +1,88 @@
+"""Checkpoints of a run that training can resume from: which are complete, and which is the last."""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from pathlib import Path
+from typing import Any
+
+from accelerate.logging import get_logger
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from ..checkpoints.checkpoint import Checkpoint
+from ..errors import ConfigError, InputError, list_names
+
+logger = get_logger(__name__)
+
+# Written by `Trainer`; by FSDP, whole and in shards, of which the metadata are written last.
+_OPTIMIZER = ("optimizer.pt", "optimizer.bin", "optimizer_0/.metadata")
+_FSDP = ("pytorch_model_fsdp.bin", "pytorch_model_fsdp_0/.metadata")
+
+
+def fault_of(checkpoint: Path) -> str | None:
+    """Return why a checkpoint cannot be resumed from, None where it is complete.
+
+    Files that a killed process left empty or cut short count as missing: headers are compared with sizes, and torch's
+    files are archives whose directory is at their end.
+    """
+    try:
+        # The state is what a trainer writes last.
+        json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return "trainer_state.json is missing or cut short"
+    for names in (_OPTIMIZER, ("scheduler.pt",)):
+        if not any((checkpoint / name).is_file() for name in names):
+            return f"{names[0]} is missing (save_only_model leaves it out)"
+    for path in sorted([*checkpoint.glob("*.pt*"), *checkpoint.glob("*.bin")]):  # *.pth: the random generators
+        if not zipfile.is_zipfile(path):
+            return f"{path.name} is empty or cut short"
+    if any((checkpoint / name).is_file() for name in _FSDP):
+        return None  # beside it there are whole weights only where a graft was to read them
+    try:
+        Checkpoint.open(checkpoint)
+    except InputError as reason:
+        return str(reason).splitlines()[0].rstrip(".")
+    return None
+
+
+def last_complete(folder: Path) -> str | None:
+    """Return the last complete checkpoint in the folder of a run, None if there is none; later ones are named."""
+    numbered = {
+        int(number): path
+        for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*")
+        if (number := path.name.rpartition("-")[2]).isdigit() and path.is_dir()
+    }
+    for _, path in sorted(numbered.items(), reverse=True):
+        fault = fault_of(path)
+        if fault is None:
+            return str(path)
+        logger.warning("%s is not complete and is skipped: %s.", path, fault)
+    return None
+
+
+def checkpoint_of(given: Any, output_dir: str | Path) -> str | None:
+    """Return the checkpoint that `resume_from_checkpoint` means: a folder as given, or the last complete one for True.
+
+    Raises:
+        ConfigError: it is not there, or not complete.
+    """
+    if given is None or given is False or str(given).lower() in ("false", "none"):
+        return None
+    if given is not True and str(given).lower() != "true":
+        fault = fault_of(Path(given)) if Path(given).is_dir() else "there is no such folder"
+        if fault is not None:
+            raise ConfigError(f"cannot resume from {given}: {fault}. {_there(Path(output_dir))}")
+        return str(given)
+    found = last_complete(Path(output_dir))
+    if found is None:
+        raise ConfigError(
+            f"cannot resume: {output_dir} holds no complete checkpoint. Leave resume_from_checkpoint out."
+        )
+    return found
+
+
+def _there(folder: Path) -> str:
+    """Say which checkpoints of the run can be resumed from."""
+    found = sorted(str(path) for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if fault_of(path) is None)
+    return f"Complete are:\n{list_names(found)}" if found else f"There is no complete checkpoint in {folder}."

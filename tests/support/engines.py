@@ -1,0 +1,122 @@
+"""Runs of the trainers in several processes, under DDP or under FSDP2 with the CPU in the place of accelerators."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+from typing import Any
+
+from tiny import preference_data, sft_data
+
+LAUNCHED = {
+    "ACCELERATE_USE_FSDP": "true",
+    "FSDP_VERSION": "2",
+    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+    "FSDP_RESHARD_AFTER_FORWARD": "true",
+    "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT",
+    "FSDP_CPU_RAM_EFFICIENT_LOADING": "false",
+}
+"""What `accelerate launch --use_fsdp --fsdp_version 2` puts into the environment."""
+
+
+def on_the_cpu() -> None:
+    """Let accelerate take the CPUs for accelerators: on others it falls back from FSDP to DDP without a word."""
+    import accelerate.accelerator
+    import torch
+    import transformers.training_args
+    from accelerate import PartialState
+    from accelerate.utils import DistributedType
+
+    def set_device(state: Any) -> None:
+        state.device = torch.device("cpu")
+
+    PartialState._prepare_backend = lambda *_, **__: ("gloo", DistributedType.MULTI_GPU)  # type: ignore[method-assign]
+    PartialState.set_device = set_device  # type: ignore[method-assign]
+    transformers.training_args.is_torch_bf16_gpu_available = lambda: True
+    accelerate.accelerator.is_bf16_available = lambda *_, **__: True
+
+
+def run(
+    rank: int,
+    engine: str,
+    kind: str,
+    pair: tuple[str, str],
+    out: str,
+    *,
+    plain: bool = False,
+    lora: bool = False,
+    fsdp: dict[str, Any] | None = None,
+    resume: str | None = None,
+    rows: str | None = None,
+    **changes: Any,
+) -> dict[str, Any]:
+    """Train under `engine` (ddp, fsdp2, or launched: FSDP2 by the environment); return what was seen.
+
+    The trainer is ours or, if `plain`, TRL's; the data is that in the folder `rows`, if given.
+    """
+    import datasets
+    from peft import LoraConfig
+    from runs import LORA, SETTINGS
+
+    # File-backed caches of one test must not be those of another.
+    datasets.config.HF_DATASETS_CACHE = Path(out).parent / "cache"
+    args = {"output_dir": out, **SETTINGS, "per_device_train_batch_size": 2, **changes}
+    if engine != "ddp":
+        on_the_cpu()
+        del args["use_cpu"]
+    if engine == "launched":
+        os.environ.update(LAUNCHED)
+    if engine == "fsdp2":
+        args |= {
+            "fsdp": True,
+            "fsdp_config": {"version": 2, "transformer_layer_cls_to_wrap": ["Qwen3DecoderLayer"], **(fsdp or {})},
+        }
+    data = datasets.load_from_disk(rows) if rows else preference_data() if kind == "dpo" else sft_data()
+    common = {
+        "model": pair[0],
+        "train_dataset": data,
+        "eval_dataset": data if args.get("eval_strategy", "no") != "no" else None,
+        "peft_config": LoraConfig(**LORA) if lora else None,
+    }
+    trainer = _trainer(kind, plain, pair[1], args, common)
+    state = trainer.accelerator
+    assert state.num_processes == int(os.environ["WORLD_SIZE"]) > 1
+    wanted = {"ddp": "MULTI_CPU"}.get(engine, "FSDP")
+    assert str(state.distributed_type) == f"DistributedType.{wanted}"
+    assert state.is_fsdp2 == (engine != "ddp")
+    seen: dict[str, Any] = {
+        "references": _references(trainer),
+        "reference": getattr(trainer, "ref_model", None) is not None,
+    }
+    trainer.train(resume_from_checkpoint=resume)
+    if plain:
+        trainer.save_model()
+    seen["losses"] = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    state.wait_for_everyone()
+    return seen
+
+
+def _trainer(kind: str, plain: bool, instruct: str, args: dict[str, Any], common: dict[str, Any]) -> Any:
+    import trl
+    from transformers import AutoTokenizer
+
+    import shadow_trl
+
+    name = kind.upper()
+    if plain:
+        config, trainer = getattr(trl, f"{name}Config"), getattr(trl, f"{name}Trainer")
+        return trainer(args=config(**args), processing_class=AutoTokenizer.from_pretrained(instruct), **common)
+    config, trainer = getattr(shadow_trl, f"Shadow{name}Config"), getattr(shadow_trl, f"Shadow{name}Trainer")
+    return trainer(args=config(**args), instruct_model=instruct, **common)
+
+
+def _references(trainer: Any) -> list[float]:
+    data = trainer.train_dataset
+    return list(data["ref_chosen_logps"]) if "ref_chosen_logps" in data.column_names else []
+
+
+def weights(folder: Path) -> dict[str, str]:
+    """Return the digest of each weight file in `folder`."""
+    files = sorted([*folder.glob("*.safetensors"), *folder.glob("*config.json")])
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}

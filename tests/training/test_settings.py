@@ -1,0 +1,245 @@
+"""TRL's own options and the data are checked before anything is loaded; what is complete enough to resume from."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+from runs import dpo, settings
+from tiny import make_pair, preference_data, sft_data
+from transformers import AutoModelForSequenceClassification, BitsAndBytesConfig
+
+from shadow_trl import ShadowDPOConfig, ShadowDPOTrainer, ShadowSFTConfig, ShadowSFTTrainer
+from shadow_trl.errors import ConfigError
+from shadow_trl.training.config import DPO_LOSSES
+from shadow_trl.training.resuming import checkpoint_of, fault_of, last_complete
+from shadow_trl.training.settings import check_columns, check_settings
+
+NAN, INFINITE = float("nan"), float("inf")
+
+
+def check(folder: Path, **changes: Any) -> None:
+    config = ShadowDPOConfig(**settings(folder / "out"))
+    for name, value in changes.items():
+        setattr(config, name, value)
+    check_settings(config)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"learning_rate": NAN}, "learning_rate is nan, not a finite number"),
+        ({"learning_rate": INFINITE}, "learning_rate is inf, not a finite number"),
+        ({"learning_rate": -1.0}, "Invalid learning rate: -1.0"),
+        ({"weight_decay": NAN}, "weight_decay is nan"),
+        ({"weight_decay": -1.0}, "weight_decay is -1.0; it must be at least 0"),
+        ({"adam_beta1": 2.0}, "Invalid beta parameter at index 0: 2.0"),
+        ({"adam_epsilon": -1.0}, "Invalid epsilon value: -1.0"),
+        ({"max_grad_norm": NAN}, "max_grad_norm is nan"),
+        ({"beta": NAN}, "beta is nan"),
+        ({"beta": -0.1}, "beta is -0.1; it must be at least 0"),
+        ({"label_smoothing": -INFINITE}, "label_smoothing is -inf"),
+        ({"per_device_train_batch_size": 0}, "per_device_train_batch_size is 0; it must be at least 1"),
+        ({"per_device_eval_batch_size": -2}, "per_device_eval_batch_size is -2; it must be at least 1"),
+        ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps is 0; it must be at least 1"),
+        ({"max_length": 0}, "max_length is 0; it must be at least 1"),
+        ({"num_train_epochs": -1.0}, "num_train_epochs is -1.0; it must be at least 0"),
+        ({"neftune_noise_alpha": -1.0}, "neftune_noise_alpha is -1.0; it must be at least 0"),
+        ({"output_dir": ""}, "output_dir is empty"),
+        ({"learning_rate": NAN, "beta": NAN}, "learning_rate is nan(.|\n)*beta is nan"),
+    ],
+)  # fmt: skip
+def test_options_that_would_fail_or_spoil_the_weights_are_refused(
+    tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        check(tmp_path, **changes)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"max_grad_norm": INFINITE}, {"max_length": None}, {"learning_rate": 0.0}, {"optim": "sgd"}, {"beta": 0.0}],
+)
+def test_options_that_work_pass(tmp_path: Path, changes: dict[str, Any]) -> None:
+    check(tmp_path, **changes)
+
+
+def test_what_is_not_installed_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers.integrations import integration_utils
+
+    monkeypatch.setattr(integration_utils, "get_available_reporting_integrations", lambda: ["tensorboard"])
+    with pytest.raises(ConfigError, match="report_to names wandb, which is not installed"):
+        check(tmp_path, report_to=["tensorboard", "wandb"])
+    check(tmp_path, report_to=["tensorboard"])
+    monkeypatch.setattr("transformers.utils.is_bitsandbytes_available", lambda: False)
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    with pytest.raises(ConfigError, match="bitsandbytes"):
+        check(tmp_path, optim="adamw_bnb_8bit")
+    with pytest.raises(ConfigError, match="pip install bitsandbytes"):
+        check(tmp_path, model_init_kwargs={"quantization_config": BitsAndBytesConfig(load_in_4bit=True)})
+
+
+def test_an_output_folder_below_a_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match=r"out' cannot be a folder: .*/file is a file"):
+        check(tmp_path, output_dir=str(tmp_path / "file/out"))
+
+
+SFT_FORMS = [{"messages"}, {"prompt", "completion"}, {"text"}]
+
+
+@pytest.mark.parametrize(
+    ("columns", "fits"),
+    [
+        (["messages"], True),
+        (["prompt", "completion", "id"], True),
+        (["text"], True),
+        (["instruction", "input", "output"], False),
+        (["prompt", "chosen", "rejected"], False),
+        (["prompt"], False),
+    ],
+)
+def test_data_of_another_form_is_refused(columns: list[str], fits: bool) -> None:
+    data = Dataset.from_dict({name: ["a"] for name in columns})
+    if fits:
+        check_columns("train_dataset", data, SFT_FORMS)
+        check_columns("eval_dataset", {"one": data}, SFT_FORMS)
+        return
+    with pytest.raises(ConfigError, match=f"train_dataset has the columns {', '.join(columns)}.*\n  messages\n"):
+        check_columns("train_dataset", data, SFT_FORMS)
+    with pytest.raises(ConfigError, match="eval_dataset 'one' has the columns"):
+        check_columns("eval_dataset", {"one": data}, SFT_FORMS)
+
+
+def test_trainers_refuse_before_anything_is_made(tmp_path: Path) -> None:
+    pair = make_pair(tmp_path)
+    with pytest.raises(ConfigError, match=r"train_dataset has the columns prompt, chosen, rejected(.|\n)*Nothing was"):
+        ShadowSFTTrainer(
+            str(pair[0]), instruct_model=str(pair[1]), args=ShadowSFTConfig(**settings(tmp_path / "out")),
+            train_dataset=preference_data(),
+        )  # fmt: skip
+    with pytest.raises(ConfigError, match=r"columns prompt, completion(.|\n)*\n  chosen and rejected\n"):
+        dpo(pair, tmp_path / "out", data=sft_data())
+    with pytest.raises(ConfigError, match="learning_rate is nan"):
+        dpo(pair, tmp_path / "out", learning_rate=NAN)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_model_that_classifies_is_refused(tmp_path: Path) -> None:
+    """As a folder and as an object; TRL fails on it with an AttributeError."""
+    pair = make_pair(tmp_path)
+    model = AutoModelForSequenceClassification.from_pretrained(pair[0])
+    with pytest.raises(ConfigError, match="is a Qwen3ForSequenceClassification, which predicts no tokens"):
+        dpo(pair, tmp_path / "out", model=model)
+    config = json.loads((pair[0] / "config.json").read_text())
+    (pair[0] / "config.json").write_text(json.dumps({**config, "architectures": ["Qwen3Model"]}))
+    with pytest.raises(ConfigError, match="is a Qwen3Model, which predicts no tokens"):
+        dpo(pair, tmp_path / "out", peft_config=LoraConfig(target_modules=["q_proj"], modules_to_save=["score"]))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("above", [False, True])
+def test_a_refusal_after_loading_takes_back_the_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, above: bool
+) -> None:
+    """TRL makes it while the trainer is built; one that was there before, or is not empty, stays."""
+    pair, out = make_pair(tmp_path), tmp_path / "runs/out"
+    if above:
+        (tmp_path / "runs").mkdir()
+    with pytest.raises(ConfigError, match="model_init_kwargs has 'frobnicate'"):
+        dpo(pair, out, model_init_kwargs={"frobnicate": 1})
+
+    def refuse(self: Any, config: Any) -> None:
+        assert out.is_dir()
+        raise ConfigError("refused")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(ShadowDPOTrainer, "_check_loaded", refuse)
+        with pytest.raises(ConfigError, match="refused"):
+            dpo(pair, out)
+    assert (tmp_path / "runs").exists() == above
+    with pytest.raises(ConfigError, match="cannot resume from nowhere"):
+        dpo(pair, out).train(resume_from_checkpoint="nowhere")
+    assert not out.exists()
+    out.mkdir(parents=True)
+    with pytest.raises(ConfigError, match="cannot resume from nowhere"):
+        dpo(pair, out).train(resume_from_checkpoint="nowhere")
+    assert out.is_dir()
+
+
+def test_the_losses_of_dpo_are_those_that_trl_names(tmp_path: Path) -> None:
+    """TRL names them in the error of the first batch, and nowhere before."""
+    with pytest.raises(ConfigError, match="loss_type"):
+        ShadowDPOConfig(**settings(tmp_path), loss_type="nonsense")
+    with pytest.raises(ConfigError, match=r"^loss_type must be one of .*nonsense"):
+        ShadowDPOConfig(**settings(tmp_path), loss_type=["sft", "nonsense"])
+    trainer = dpo(make_pair(tmp_path), tmp_path / "out")
+    trainer.loss_types = ["nonsense"]
+    batch = next(iter(trainer.get_train_dataloader()))
+    with pytest.raises(ValueError, match="Should be one of") as found:
+        trainer.compute_loss(trainer.model, batch)
+    assert str(found.value).partition("Should be one of ")[2] == str(list(DPO_LOSSES))
+
+
+# Resuming
+
+
+def checkpoint(folder: Path, step: int, model: Path) -> Path:
+    """A complete checkpoint with the weights of `model`."""
+    made = folder / f"checkpoint-{step}"
+    shutil.copytree(model, made)
+    (made / "trainer_state.json").write_text(json.dumps({"global_step": step}))
+    for name in ("optimizer.pt", "scheduler.pt"):
+        torch.save({}, made / name)
+    return made
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+@pytest.mark.parametrize(
+    ("damage", "fault"),
+    [
+        (lambda made: (made / "trainer_state.json").unlink(), "trainer_state.json"),
+        (lambda made: cut(made / "trainer_state.json"), "trainer_state.json"),
+        (lambda made: (made / "optimizer.pt").write_bytes(b""), "optimizer.pt"),
+        (lambda made: (made / "scheduler.pt").unlink(), "scheduler.pt"),
+        (lambda made: cut(made / "optimizer.pt"), "optimizer.pt is empty or cut short"),
+        (lambda made: (made / "rng_state.pth").touch(), "rng_state.pth is empty or cut short"),
+        (lambda made: cut(made / "model.safetensors"), "model.safetensors"),
+        (lambda made: (made / "model.safetensors").unlink(), "weights"),
+    ],
+)
+def test_the_last_complete_checkpoint_is_taken_and_the_others_named(
+    tmp_path: Path, damage: Any, fault: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    pair = make_pair(tmp_path)
+    whole = [checkpoint(tmp_path / "out", step, pair[0]) for step in (9, 10)]
+    (tmp_path / "out/checkpoint-x").mkdir()
+    assert fault_of(whole[1]) is None
+    assert last_complete(tmp_path / "out") == checkpoint_of(True, tmp_path / "out") == str(whole[1])  # 10, not "9"
+    damage(whole[1])
+    assert fault in str(fault_of(whole[1]))
+    with caplog.at_level("WARNING"):
+        assert checkpoint_of("true", tmp_path / "out") == str(whole[0])
+    assert f"{whole[1]} is not complete and is skipped: " in caplog.text
+    with pytest.raises(ConfigError, match=rf"cannot resume from {whole[1]}: (.|\n)*Complete are:\n  {whole[0]}"):
+        checkpoint_of(str(whole[1]), tmp_path / "out")
+    assert checkpoint_of(str(whole[0]), tmp_path / "out") == str(whole[0])
+
+
+def test_without_a_checkpoint_there_is_nothing_to_resume_from(tmp_path: Path) -> None:
+    for nothing in (None, False, "false"):
+        assert checkpoint_of(nothing, tmp_path) is None
+    with pytest.raises(ConfigError, match=r"holds no complete checkpoint\. Leave resume_from_checkpoint out"):
+        checkpoint_of(True, tmp_path)
+    with pytest.raises(ConfigError, match="cannot resume from nowhere: there is no such folder"):
+        checkpoint_of("nowhere", tmp_path)
