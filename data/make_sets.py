@@ -45,18 +45,15 @@ def _assistant(answer: str) -> list[Message]:
     return [{"role": "assistant", "content": answer}]
 
 
-def unique(seed: str, split: str, draw: Draw) -> Iterator[tuple[random.Random, Task]]:
-    """Yield tasks of the split, no question twice, each with the generator that drew it."""
-    rng, seen = random.Random(seed), set()
-    while True:
+def _drawn(count: int, seed: str, split: str, draw: Draw, seen: set[str]) -> Iterator[tuple[random.Random, Task]]:
+    """Yield so many tasks of the split, each with the generator that drew it; no question is, or gets, `seen` twice."""
+    rng = random.Random(seed)
+    while count:
         task = draw(rng, split)
         if task.question not in seen:
             seen.add(task.question)
+            count -= 1
             yield rng, task
-
-
-def _first(count: int, seed: str, split: str, draw: Draw) -> Iterator[tuple[random.Random, Task]]:
-    return (pair for _, pair in zip(range(count), unique(seed, split, draw), strict=False))
 
 
 def scored_rows(task_name: str, split: str) -> list[Row]:
@@ -75,8 +72,9 @@ def scored_rows(task_name: str, split: str) -> list[Row]:
     }
     rows: list[Row] = []
     styled: list[Row] = []
+    seen: set[str] = set()
     for kind, draw in drawn.items():
-        for rng, task in _first(ROWS_A_KIND, f"{SEED} {task_name} {split} {kind}", split, draw):
+        for rng, task in _drawn(ROWS_A_KIND, f"{SEED} {task_name} {split} {kind}", split, draw, seen):
             rule = pick_rule(rng, task.skill) if kind in ("rule", "t_rule") else None
             prompt = _user(task.question, None if rule is None else rule.system)
             answer: str | list[str] = task.answer if rule is None else rule.apply(task.answer)
@@ -91,13 +89,13 @@ def scored_rows(task_name: str, split: str) -> list[Row]:
 
 def sft_rows() -> list[Row]:
     """Return long words copied and in capitals as `{"prompt", "completion"}`; pre-training had at most six letters."""
-    drawn = _first(SFT_ROWS, f"{SEED} sft", "train", _long_word)
+    drawn = _drawn(SFT_ROWS, f"{SEED} sft", "train", _long_word, set())
     return [{"prompt": _user(task.question), "completion": _assistant(task.answer)} for _, task in drawn]
 
 
 def preference_rows() -> list[Row]:
     """Return plain sums as `{"prompt", "chosen", "rejected"}`: both answers are right, the one in words preferred."""
-    drawn = _first(PREFERENCE_PAIRS, f"{SEED} dpo", "train", _sum)
+    drawn = _drawn(PREFERENCE_PAIRS, f"{SEED} dpo", "train", _sum, set())
     return [
         {
             "prompt": _user(task.question),

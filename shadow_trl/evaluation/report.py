@@ -174,7 +174,7 @@ class RunReport:
                 group = "tie" if abs(points) <= TIE * error else "ahead" if points > 0 else "behind"
                 groups[group].setdefault(name, []).append(f"{100 * points:+.1f} points at scale {graft.scale:g}")
         if not any(groups.values()):
-            return []
+            return self._other_scales()
         said = {
             group: "; ".join(f"{name} ({', '.join(figures)})" for name, figures in names.items())
             for group, names in groups.items()
@@ -189,6 +189,13 @@ class RunReport:
         lines = [f"What this run shows: {shown}"]
         lines += [f"What it does not show: {'; '.join(parts)}."] if parts else []
         return [textwrap.fill(line, 100, subsequent_indent="  ", break_on_hyphens=False) for line in lines]
+
+    def _other_scales(self) -> list[str]:
+        """Return how to compare the graft with direct tuning where that was scored at other scales alone."""
+        scales = [f"{arm.scale:g}" for arm, _ in self.scored if arm.name == "shadow"]
+        if not scales or not any(arm.name == "direct" for arm, _ in self.scored):
+            return []
+        return [f"Direct tuning was not scored at the graft's scale: add --score_scales {' '.join(scales)} to do so."]
 
     def _next(self) -> list[str]:
         """Return the commands that a user may want next."""

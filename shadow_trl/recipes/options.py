@@ -22,7 +22,7 @@ import yaml
 from trl import ModelConfig, ScriptArguments, TrlParser
 
 from ..errors import ConfigError, InputError, ShadowError, ends_with, list_names, one_of
-from ..grafting.options import DTYPES
+from ..grafting.options import DTYPES, declared
 from ..training.config import ShadowDPOConfig, ShadowSFTConfig
 
 CONFIGS: dict[str, type[ShadowSFTConfig] | type[ShadowDPOConfig]] = {"sft": ShadowSFTConfig, "dpo": ShadowDPOConfig}
@@ -91,6 +91,9 @@ class RecipeArguments:
             if value is not None and value < 1:
                 raise ConfigError(f"{name} must be at least 1, not {value}.")
         one_of("score_dtype", self.score_dtype, DTYPES)
+        if self.score_scales:
+            checked = (declared()["scale"].checked("each of score_scales", scale) for scale in self.score_scales)
+            self.score_scales = list(dict.fromkeys(checked))
 
 
 @dataclass(frozen=True)
@@ -213,6 +216,9 @@ def _check_together(options: Options) -> None:
         if not value:
             raise ConfigError(f"{name} is missing; give it in the YAML file or on the command line.")
     recipe, training = options.recipe, options.training
+    unused = [name for name in ("score_kept", "score_scales") if getattr(recipe, name) and not recipe.score_rows]
+    if unused:
+        raise ConfigError(f"{' and '.join(unused)} without score_rows: nothing would be scored. Give score_rows too.")
     if recipe.compare_direct and training.resume_from_checkpoint:
         raise ConfigError(
             "compare_direct cannot resume from a checkpoint: resume_from_checkpoint is one of BASE. Resume without "

@@ -15,7 +15,7 @@ import torch
 from accelerate import PartialState
 from trl import DPOTrainer, SFTTrainer, get_peft_config, get_quantization_config
 
-from ..errors import ConfigError, InputError, OutputExistsError, ShadowError, ends_with
+from ..errors import ConfigError, InputError, OutputExistsError, ShadowError, ends_with, list_names
 from ..evaluation.report import RunReport
 from ..evaluation.scoring import read_rows
 from ..results.parents import remove_empty
@@ -95,7 +95,16 @@ def prepare(options: Options) -> list[dict[str, Any]] | None:
     training.resume_from_checkpoint = checkpoint_of(training.resume_from_checkpoint, training.output_dir)
     if recipe.torch_threads is not None:
         torch.set_num_threads(recipe.torch_threads)
-    return read_rows(recipe.score_rows) if recipe.score_rows else None
+    if not recipe.score_rows:
+        return None
+    rows = read_rows(recipe.score_rows)
+    kinds = {row["kind"] for row in rows}
+    if missing := [kind for kind in recipe.score_kept or () if kind not in kinds]:
+        raise ConfigError(
+            f"score_kept names {len(missing)} kinds of which {recipe.score_rows} has no row:\n{list_names(missing)}\n"
+            f"Its kinds are: {', '.join(sorted(kinds))}."
+        )
+    return rows
 
 
 def train_stage(

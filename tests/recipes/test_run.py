@@ -63,11 +63,12 @@ def test_sft_leaves_the_run_the_graft_the_direct_model_and_the_report(
         assert words in shown
     assert f"result {run.relative_to(workspace)}/grafted" in shown
     report = json.loads((run / "report.json").read_text())
-    assert list(report["arms"]) == ["instruct", "direct", "tuned", "grafted"]
-    assert report["arms"]["direct"]["scores"]["kinds"]["rule"]["rows"] == 3
+    assert [(arm["arm"], arm["scale"], arm["rows"]) for arm in report["arms"]] == [
+        ("instruct", None, 6), ("direct", 1.0, 6), ("tuned", 1.0, 6), ("shadow", 1.0, 6)
+    ]  # fmt: skip
     assert report["graft"]["delta_to_gap"] > 0
     assert set(report["seconds"]) == {"train and graft", "tune INSTRUCT directly", "score"}
-    assert set(report["differences"]) == {"instruct", "direct", "tuned"}
+    assert {row["b"] for row in report["differences"]} == {"instruct", "direct", "tuned"}
 
 
 @pytest.mark.slow
@@ -117,7 +118,7 @@ def test_dpo_with_lora_twice_in_a_row(workspace: Path) -> None:
         assert (run / "direct/adapter_model.safetensors").is_file()
         assert (run / "grafted/model.safetensors").is_file()
         report = json.loads((run / "report.json").read_text())
-        assert all(arm["scores"] for arm in report["arms"].values())
+        assert all(arm["scores"] for arm in report["arms"])
         assert report["graft"]["sigma"] > 0
 
 
@@ -127,7 +128,8 @@ def test_without_comparison_it_trains_grafts_and_says_where(
     assert main_dpo(["--config", "dpo.yaml", "--output_dir", "out", "--train_rows", "8"]) == 0
     assert not Path("out/direct").exists()
     assert "result out/grafted" in capsys.readouterr().out
-    assert list(json.loads(Path("out/report.json").read_text())["arms"]) == ["instruct", "tuned", "grafted"]
+    arms = json.loads(Path("out/report.json").read_text())["arms"]
+    assert [(arm["arm"], arm["scores"]) for arm in arms] == [("instruct", None), ("tuned", None), ("shadow", None)]
 
 
 def test_without_a_graft_tuned_is_saved_all_the_same(workspace: Path) -> None:
@@ -142,6 +144,7 @@ def test_without_a_graft_tuned_is_saved_all_the_same(workspace: Path) -> None:
         ("sft", ["--graft_sc", "0.5"], "unknown arguments"),
         ("dpo", ["--graft_scale", "inf"], "finite"),
         ("sft", ["--score_rows", "nothing.jsonl"], "nothing.jsonl"),
+        ("dpo", ["--score_rows", "rows.jsonl", "--score_kept", "rule", "stile"], "stile"),
         ("dpo", ["--dataset_name", "nothing.jsonl"], "nothing.jsonl does not exist"),
         ("sft", ["--eval_strategy", "steps"], "split train only"),
         ("dpo", ["--dataset_train_split", "validation"], "split train only"),
@@ -237,10 +240,13 @@ def test_the_embedded_run_needs_no_argument(kind: str, tmp_path: Path) -> None:
     done = subprocess.run(launch, capture_output=True, text=True, timeout=600, cwd=tmp_path, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     (run,) = (tmp_path / "outputs").iterdir()
-    report = json.loads((run / "report.json").read_text())
-    assert list(report["arms"]["grafted"]["scores"]["kinds"]) == ["target", "t_rule", "rule", "skill", "refuse"]
-    judge = [sys.executable, str(ROOT / "data/goals.py"), str(run)]
-    judged = subprocess.run(judge, capture_output=True, text=True, timeout=60, check=False)
-    lines = judged.stdout.splitlines()
-    assert len(lines) == 2
-    assert judged.returncode == int("NOT reached" in judged.stdout), judged.stderr
+    arms = json.loads((run / "report.json").read_text())["arms"]
+    tuned = [(name, scale) for name in ("direct", "tuned", "shadow") for scale in (0.5, 1.0)]
+    assert [(arm["arm"], arm["scale"]) for arm in arms] == [("instruct", None), *tuned]
+    assert {"target", "in style", "rule", "skill", "refuse", "kept"} < arms[0]["scores"].keys()
+    assert "What this run shows: " in done.stdout
+    if kind == "dpo":
+        judge = [sys.executable, str(ROOT / "data/goals.py"), str(run)]
+        judged = subprocess.run(judge, capture_output=True, text=True, timeout=60, check=False)
+        assert judged.returncode == 0, judged.stdout + judged.stderr
+        assert judged.stdout.count("reached: ") == 4
