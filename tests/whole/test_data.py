@@ -18,9 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 DATA = ROOT / "data"
 SIDES = {"base": DATA / "nano-base", "instruct": DATA / "nano-instruct"}
 MODELS = sorted(DATA.glob("nano-*"))
-FURTHER = [
-    DATA / name for name in ("nano-pretrained", "nano-base-2", "nano-base-3", "nano-instruct-2", "nano-instruct-3")
-]
+FURTHER = [folder for folder in MODELS if folder.name[-1] in "23" or folder.name == "nano-pretrained"]
 """What the pairs start from, and two more pairs."""
 ROLE_TOKENS = ("<|system|>", "<|user|>", "<|assistant|>", "<|end|>", "<|pad|>", "<|endoftext|>")
 KINDS = ("target", "in style", "t_rule", "rule", "skill", "refuse")
@@ -29,6 +27,7 @@ RULES = {
     "End with a dot.": lambda answer: answer + ".",
     "Say it is first.": lambda answer: "it is " + answer,
     "Use quotes.": lambda answer: f'"{answer}"',
+    "Use capitals.": str.upper,
 }
 CONVERSATION = [
     {"role": "system", "content": "End with a dot."},
@@ -77,7 +76,7 @@ def test_model_folder_is_complete_and_small(folder: Path) -> None:
 
 def test_readme_states_the_digests_of_the_weights() -> None:
     readme = (DATA / "README.md").read_text(encoding="utf-8")
-    assert {*SIDES.values(), *FURTHER} == set(MODELS)
+    assert len(MODELS) == 7
     for folder in MODELS:
         assert hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest() in readme
 
