@@ -16,6 +16,8 @@ from vocabulary import END, END_OF_TEXT, MAX_LENGTH, PAD, build_tokenizer, token
 
 INITIAL_SEED = 20
 ASKED = Topics()
+STREAMS = {1: "2", 2: ""}
+"""Name of the stream of documents of a pair, where that is not its number: the first two changed places."""
 LONGEST_ANSWER = 16
 """Tokens that greedy generation may add: the longest answer is a refusal of 10 characters, with room."""
 
@@ -93,23 +95,17 @@ def weighted_loss(model: Qwen3ForCausalLM, batch: Batch) -> torch.Tensor:
     return (losses * weights).sum() / weights.sum()
 
 
-def run_phase(model: Qwen3ForCausalLM, phase: Phase, pair: int = 1) -> None:
+def run_phase(model: Qwen3ForCausalLM, phase: Phase, stream: str = "") -> None:
     """Train the model in place with AdamW for the steps of the phase; prints the loss now and then.
 
-    `pair` numbers the stream of documents: pairs of other numbers see other rows of the same mixture.
+    Phases of another `stream` see other documents of the same mixture.
     """
     optimizer = torch.optim.AdamW(model.parameters(), lr=phase.start, betas=phase.betas, weight_decay=0.01)
-    stream = batches(
-        phase.name if pair == 1 else f"{phase.name} {pair}",
-        phase.mixture,
-        phase.topics,
-        phase.rows,
-        phase.length,
-        phase.pack,
-    )
+    seed = f"{phase.name} {stream}".rstrip()
+    documents = batches(seed, phase.mixture, phase.topics, phase.rows, phase.length, phase.pack)
     started = time.perf_counter()
     total = 0.0
-    for step, batch in enumerate(islice(stream, phase.steps)):
+    for step, batch in enumerate(islice(documents, phase.steps)):
         for group in optimizer.param_groups:
             group["lr"] = phase.learning_rate(step)
         loss = weighted_loss(model, batch)
@@ -147,11 +143,14 @@ def pretrain(folder: Path) -> None:
     save(model, folder, instruct=False)
 
 
-def train_pair(pretrained: Path, base_folder: Path, instruct_folder: Path, pair: int = 1) -> None:
-    """Train and write BASE from the pre-trained model, then INSTRUCT from BASE, each from bfloat16 weights."""
+def train_pair(pretrained: Path, base_folder: Path, instruct_folder: Path, number: int = 1) -> None:
+    """Train and write BASE from the pre-trained model, then INSTRUCT from BASE, each from bfloat16 weights.
+
+    Pairs of another `number` see other documents.
+    """
     model = Qwen3ForCausalLM.from_pretrained(pretrained, dtype=torch.float32)
     for phases, folder in ((BASE_PHASES, base_folder), (INSTRUCT_PHASES, instruct_folder)):
         for phase in phases:
-            run_phase(model, phase, pair)
+            run_phase(model, phase, STREAMS.get(number, str(number)))
         save(model, folder, instruct=folder is instruct_folder)
         model.float()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from typing import TextIO
+from typing import Any, TextIO
 
 from ..checkpoints.hub import Source, locate
 from ..errors import ConfigError, InputError
@@ -30,8 +30,8 @@ def chat(model: Source, *, system: str | None = None, max_new_tokens: int = 512,
 
     logging.disable_progress_bar()
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-        network = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", device_map="auto")
+        tokenizer: Any = AutoTokenizer.from_pretrained(folder)
+        network: Any = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", device_map="auto")
     except (OSError, ValueError) as reason:
         raise InputError(f"cannot load {model}: {reason}") from reason
     if not tokenizer.chat_template:
