@@ -172,17 +172,18 @@ class RunReport:
                 if name in self.kept:  # part of a mean that is shown
                     continue
                 group = "tie" if abs(points) <= TIE * error else "ahead" if points > 0 else "behind"
-                groups[group].setdefault(name, []).append(f"{100 * points:+.1f} points at scale {graft.scale:g}")
+                figure = f"{100 * points:+.1f}" if group == "tie" else f"{100 * abs(points):.1f}"
+                groups[group].setdefault(name, []).append(f"{figure} points at scale {graft.scale:g}")
         if not any(groups.values()):
             return self._other_scales()
         said = {
-            group: "; ".join(f"{name} ({', '.join(figures)})" for name, figures in names.items())
+            group: " and ".join(f"`{name}` ({', '.join(figures)})" for name, figures in names.items())
             for group, names in groups.items()
         }
         shown = (
-            f"against direct tuning at the same scale the graft is ahead on {said['ahead']}."
+            f"at the same scale the graft is ahead of direct tuning on {said['ahead']}."
             if said["ahead"]
-            else ("nothing in favour of the graft: on no metric is it ahead of direct tuning.")
+            else "nothing in favour of the graft, which is ahead of direct tuning on no metric."
         )
         parts = [f"direct tuning is ahead on {said['behind']}"] if said["behind"] else []
         parts += [f"it is a tie on {said['tie']}"] if said["tie"] else []

@@ -53,9 +53,9 @@ def test_the_whole_text_of_a_run() -> None:
             "tuned BASE                   1   -5.0 ± 4.9  +60.0 ± 11.0  +75.0 ± 9.7  +67.5 ± 7.3",
             "(percentage points ± standard error over the same rows)",
             "",
-            "What this run shows: against direct tuning at the same scale the graft is ahead on kept (+35.0",
-            "  points at scale 1).",
-            "What it does not show: it is a tie on target (-5.0 points at scale 1).",
+            "What this run shows: at the same scale the graft is ahead of direct tuning on `kept` (35.0 points",
+            "  at scale 1).",
+            "What it does not show: it is a tie on `target` (-5.0 points at scale 1).",
             "",
             "pair   sigma 2.50 %: sum|BASE - INSTRUCT| / (sum|BASE| + sum|INSTRUCT|)",
             "delta  norm 2; sum|delta| is 0.25 times sum|BASE - INSTRUCT|",
@@ -92,17 +92,28 @@ def test_arms_are_compared_at_the_same_scale() -> None:
 @pytest.mark.parametrize(
     ("shadow", "direct", "words"),
     [
-        ((20, 14, 18), (10, 14, 18), ["ahead on target (+50.0", "a tie on t_rule (+0.0 points at scale 1); rule"]),
-        ((10, 14, 18), (20, 14, 18), ["nothing in favour of the graft", "direct tuning is ahead on target (-50.0"]),
+        (
+            (20, 14, 18),
+            (10, 14, 18),
+            ["tuning on `target` (50.0", "a tie on `t_rule` (+0.0 points at scale 1) and `rule`"],
+        ),
+        ((10, 14, 18), (20, 14, 18), ["nothing in favour of the graft", "direct tuning is ahead on `target` (50.0"]),
         # 3 of 20 more: 15 points with an error of 8: less than two errors.
-        ((13, 14, 18), (10, 14, 18), ["nothing in favour of the graft", "a tie on target (+15.0"]),
-        ((16, 14, 18), (10, 14, 18), ["ahead on target (+30.0"]),
+        ((13, 14, 18), (10, 14, 18), ["nothing in favour of the graft", "a tie on `target` (+15.0"]),
+        ((16, 14, 18), (10, 14, 18), ["tuning on `target` (30.0"]),
     ],
 )
 def test_what_a_run_shows(shadow: tuple[int, ...], direct: tuple[int, ...], words: list[str]) -> None:
     arms = [Arm(name, name, 1.0, scores(*found)) for name, found in (("direct", direct), ("shadow", shadow))]
     text = " ".join(report(*arms).text().split())
     assert all(word in text for word in words), text
+
+
+def test_a_graft_of_another_scale_is_not_compared_with_direct_tuning() -> None:
+    half = Arm("shadow", "out/grafted", 0.5, SHADOW.scores)
+    text = report(INSTRUCT, DIRECT, half).text()
+    assert "What this run shows" not in text
+    assert "Direct tuning was not scored at the graft's scale: add --score_scales 0.5 to do so." in text
 
 
 def test_only_what_was_measured_is_compared() -> None:
