@@ -10,13 +10,16 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from repository import ROOT
 from rows import SETTINGS, write_rows
+from safetensors.torch import load_file
 from tiny import preference_data, sft_data
 
 from shadow_trl.errors import InputError
 from shadow_trl.evaluation.report import TITLES
+from shadow_trl.recipes import compare
 from shadow_trl.recipes.data import load_split
 from shadow_trl.recipes.run import _claim_folder, main_dpo, main_sft
 
@@ -49,10 +52,29 @@ def made(workspace: Path) -> list[Path]:
     return sorted((workspace / "outputs").iterdir()) if (workspace / "outputs").exists() else []
 
 
+@pytest.fixture
+def scored(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, torch.Tensor]]:
+    """The weights of each model when it is scored, in order."""
+    found: list[dict[str, torch.Tensor]] = []
+    score_model = compare._score_model
+
+    def kept(options: object, origins: object, source: str, *rest: object, **more: object) -> object:
+        found.append(weights_of(Path(source)))
+        return score_model(options, origins, source, *rest, **more)
+
+    monkeypatch.setattr(compare, "_score_model", kept)
+    return found
+
+
+def weights_of(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: weight.double() for name, weight in load_file(folder / "model.safetensors").items()}
+
+
 def test_sft_leaves_the_run_the_graft_the_direct_model_and_the_report(
-    workspace: Path, capsys: pytest.CaptureFixture[str]
+    workspace: Path, capsys: pytest.CaptureFixture[str], scored: list[dict[str, torch.Tensor]]
 ) -> None:
-    assert main_sft(["--config", "sft.yaml", *COMPARE]) == 0
+    scales = ["--score_scales", "0.5", "1", "--graft_dtype", "float32"]
+    assert main_sft(["--config", "sft.yaml", *COMPARE, *scales]) == 0
     (run,) = made(workspace)
     assert run.name.startswith("shadow_sft-")
     for folder in (run, run / "grafted", run / "direct"):
@@ -64,8 +86,17 @@ def test_sft_leaves_the_run_the_graft_the_direct_model_and_the_report(
     assert f"result {run.relative_to(workspace)}/grafted" in shown
     report = json.loads((run / "report.json").read_text())
     assert [(arm["arm"], arm["scale"], arm["rows"]) for arm in report["arms"]] == [
-        ("instruct", None, 6), ("direct", 1.0, 6), ("tuned", 1.0, 6), ("shadow", 1.0, 6)
+        ("instruct", None, 6), *((name, scale, 6) for name in ("direct", "tuned", "shadow") for scale in (0.5, 1.0))
     ]  # fmt: skip
+    base, instruct, tuned, direct = map(weights_of, (Path("base"), Path("instruct"), run, run / "direct"))
+    starts = (instruct, instruct, base, base, instruct, instruct)
+    changes = [(direct, instruct)] * 2 + [(tuned, base)] * 4
+    for model, start, (end, begin), scale in zip(scored[1:], starts, changes, (0.5, 1.0) * 3, strict=True):
+        for name, weight in model.items():
+            wanted = start[name] + scale * (end[name] - begin[name])
+            torch.testing.assert_close(weight, wanted, rtol=0.0, atol=1e-6)
+    # What was scored at another scale is not left there.
+    assert {path.name for path in run.iterdir() if path.is_dir()} == {"grafted", "direct"}
     assert report["graft"]["delta_to_gap"] > 0
     assert set(report["seconds"]) == {"train and graft", "tune INSTRUCT directly", "score"}
     assert {row["b"] for row in report["differences"]} == {"instruct", "direct", "tuned"}
@@ -109,6 +140,7 @@ def test_direct_dpo_has_instruct_as_its_reference(workspace: Path) -> None:
 @pytest.mark.slow
 def test_dpo_with_lora_twice_in_a_row(workspace: Path) -> None:
     words = ["--config", "dpo.yaml", "--use_peft", "--lora_r", "2", "--lora_target_modules", "all-linear", *COMPARE]
+    words += ["--score_scales", "0.5", "1"]
     assert main_dpo(words) == 0
     assert main_dpo(words) == 0
     runs = made(workspace)
@@ -118,7 +150,7 @@ def test_dpo_with_lora_twice_in_a_row(workspace: Path) -> None:
         assert (run / "direct/adapter_model.safetensors").is_file()
         assert (run / "grafted/model.safetensors").is_file()
         report = json.loads((run / "report.json").read_text())
-        assert all(arm["scores"] for arm in report["arms"])
+        assert [bool(arm["scores"]) for arm in report["arms"]] == [True] * 7
         assert report["graft"]["sigma"] > 0
 
 
