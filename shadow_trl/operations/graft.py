@@ -153,7 +153,7 @@ def _opened(
 
 def _write_dense_form(inputs: Inputs, part: Path, target: Path, options: GraftOptions, progress: bool) -> GraftReport:
     with importing_torch():
-        from ..grafting.stream import stream
+        from ..grafting.stream import on_disk, stream
 
     scratch = part / ".converted"
     jobs = inputs.tuned.jobs(inputs.instruct, options, scratch)
@@ -163,7 +163,7 @@ def _write_dense_form(inputs: Inputs, part: Path, target: Path, options: GraftOp
     check_space(target, sum(file.size for file in files) + sum(path.stat().st_size for path in small))
     read = {"instruct": small, **inputs.template.files}
     with Digests(inputs.sides, read, options) as digests, Progress(sum(f.size for f in files), progress) as bar:
-        outcome = stream(files, part, options, bar.add)
+        outcome = stream(files, on_disk(files, part), options, bar.add)
         check_finite(outcome)
         write_index(files, jobs.layout, part)
         shutil.rmtree(scratch, ignore_errors=True)

@@ -98,7 +98,8 @@ def test_the_number_of_rows_that_would_tell_does_tell(damage):
         moved = hits(rows, 0.1, seed=seed + 2) * (hits(rows, 0.5, seed=seed + 3) * 2 - 1)
         return np.clip(sound - (hits(rows, damage / 0.85, seed=seed + 1) > 0) + moved, 0, 1), sound
 
-    found = compare(dict(all=drawn(2000, 50)[0]), dict(all=drawn(2000, 50)[1]), bound=1.0)
+    a, b = drawn(2000, 50)
+    found = compare({"all": a}, {"all": b}, bound=1.0)
     small = Difference(
         found.value, tuple(found.value + (end - found.value) * 5 for end in found.interval), 0.5, 80, 1,
         found.row_error * 5,
