@@ -24,7 +24,9 @@ def load(source: Source | MemoryGraft, *, dtype: str, device: Any = "cpu") -> An
     """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     try:
         if not isinstance(source, MemoryGraft):
             found = AutoModelForCausalLM.from_pretrained(locate(source).path, dtype=dtype)

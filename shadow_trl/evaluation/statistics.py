@@ -21,7 +21,7 @@ Table = NDArray[np.float64]
 
 LEVEL = 0.95
 POWER = 0.8
-RESAMPLES = 4000
+RESAMPLES = 2000
 _BATCH = 200
 
 
@@ -119,7 +119,7 @@ def _swapped(tables: Sequence[Table], seed: int) -> float:
         return (x - y).sum(axis)
 
     found = permutation_test(
-        (moved, np.zeros_like(moved)), total, permutation_type="samples", vectorized=True, n_resamples=9999,
+        (moved, np.zeros_like(moved)), total, permutation_type="samples", vectorized=True, n_resamples=4999,
         batch=_BATCH, rng=np.random.default_rng(seed),
     )  # fmt: skip
     return float(found.pvalue)
@@ -142,7 +142,9 @@ def holm(values: Sequence[float]) -> list[float]:
     return adjusted
 
 
-def verdict(found: Difference, p_adjusted: float, *, margin: float | None, unit: str, digits: int = 1) -> str:
+def verdict(
+    found: Difference, p_adjusted: float, *, margin: float | None, unit: str, digits: int = 1, higher: bool = True
+) -> str:
     """Say what a difference shows.
 
     Args:
@@ -151,6 +153,7 @@ def verdict(found: Difference, p_adjusted: float, *, margin: float | None, unit:
         margin: differences up to this do not matter; None: every difference matters.
         unit: word behind a number, such as "points"; may be empty.
         digits: behind the decimal point.
+        higher: whether more is better. Default True.
 
     Returns:
         "no difference above ..." where the interval is inside the margin, "better by ..." or "worse by ..." where it
@@ -162,7 +165,8 @@ def verdict(found: Difference, p_adjusted: float, *, margin: float | None, unit:
     if margin is not None and -margin < low and high < margin:
         return f"no difference above {margin:g}{unit}"
     if (low > 0 or high < 0) and p_adjusted <= 1.0 - LEVEL + 1e-12:
-        word, ends = ("better", (low, high)) if low > 0 else ("worse", (-high, -low))
+        word = "better" if (low > 0) == higher else "worse"
+        ends = (low, high) if low > 0 else (-high, -low)
         return f"{word} by {abs(found.value):.{digits}f}{unit} ({ends[0]:.{digits}f} to {ends[1]:.{digits}f})"
     wanted = rows_that_tell(found, margin=margin)
     if wanted is None:

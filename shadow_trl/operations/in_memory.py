@@ -51,6 +51,18 @@ class OpenGrafts:
     instruct: Source
     scratch: Path
 
+    def check(self, options: GraftOptions) -> list[tuple[str, Path]]:
+        """Plan a graft without computing it; return role and folder of each side.
+
+        Raises:
+            InputError: bad input, as of `graft`.
+        """
+        inputs = open_tuned_inputs(self.single, self.instruct, options)
+        scratch = self.scratch / ".planned"
+        check_rounding(inputs.tuned.jobs(inputs.instruct, options, scratch), options)
+        shutil.rmtree(scratch, ignore_errors=True)
+        return inputs.folders
+
     def graft(self, options: GraftOptions) -> MemoryGraft:
         """Compute what `graft` would write with `options` in the form `model`, bit by bit, from the sources.
 

@@ -75,6 +75,6 @@ def test_bad_settings_and_values_are_those_of_graft(tmp_path: Path) -> None:
         pytest.raises(ConfigError, match="no weight"),
     ):
         grafts.graft(GraftOptions(modules="nowhere"))
-    files.write(sides["tuned"], {**weights, name: weights[name] * float("inf")})
+    sides["tuned"] = files.write(tmp_path / "infinite", {**weights, name: weights[name] * float("inf")})
     with open_grafts(**sides, beside=tmp_path / "kept") as grafts, pytest.raises(GraftError, match="not finite"):
         grafts.graft(GraftOptions())
