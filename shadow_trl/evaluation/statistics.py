@@ -35,6 +35,7 @@ class Difference:
         p: of the paired test over the rows, given these trainings.
         rows: compared rows.
         trainings: compared trainings.
+        error: standard error of `value`.
         row_error: standard error that the rows alone give `value`; more rows make it smaller.
     """
 
@@ -43,6 +44,7 @@ class Difference:
     p: float
     rows: int
     trainings: int
+    error: float
     row_error: float
 
 
@@ -78,7 +80,9 @@ def compare(a: Mapping[str, Table], b: Mapping[str, Table], *, bound: float | No
     both = _bootstrap(tables, seed)
     only_rows = both if trainings == 1 else _bootstrap([table.mean(0, keepdims=True) for table in tables], seed)
     low, high = (float(end) for end in both.confidence_interval)
-    return Difference(value, (low, high), p, rows, trainings, float(only_rows.standard_error))
+    return Difference(
+        value, (low, high), p, rows, trainings, float(both.standard_error), float(only_rows.standard_error)
+    )
 
 
 def _bootstrap(tables: Sequence[Table], seed: int) -> Any:
@@ -184,8 +188,7 @@ def rows_that_tell(found: Difference, *, margin: float | None) -> int | None:
 
     distance = max(abs(found.value), (margin or 0.0) - abs(found.value))
     allowed = distance / (norm.ppf((1.0 + LEVEL) / 2.0) + norm.ppf(POWER))
-    whole = ((found.interval[1] - found.interval[0]) / 2.0 / norm.ppf((1.0 + LEVEL) / 2.0)) ** 2
-    room = allowed**2 - max(0.0, whole - found.row_error**2)
+    room = allowed**2 - max(0.0, found.error**2 - found.row_error**2)
     if room <= 0.0:
         return None
     # Corrections for many comparisons and the errors' own errors can ask for more than there are though this does not.
