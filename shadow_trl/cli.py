@@ -156,7 +156,7 @@ def _add_compare(parser: argparse.ArgumentParser) -> None:
     add("--batch-size", metavar="N", type=int, default=64, help="rows at once (default 64)")
     add("--max-new-tokens", metavar="N", type=int, default=64, help="longest answer in tokens (default 64)")
     add("--score-dtype", choices=DTYPES, default="float32", help="in which all models answer (default float32)")
-    add("--device", metavar="D", default="cpu", help="such as cuda (default cpu)")
+    add("--device", metavar="D", help="such as cpu or cuda:1 (default: the accelerator, else cpu)")
     add("--quiet", action="store_true", help=_QUIET)
     parser.set_defaults(run=_compare)
 

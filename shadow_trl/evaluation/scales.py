@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import shlex
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
@@ -115,7 +115,7 @@ def compare_scales(
     within: float = 1.0,
     margin: float = 2.0,
     dtype: str = "float32",
-    device: Any = "cpu",
+    device: Any = None,
     progress: bool = True,
 ) -> Comparison:
     """Measure INSTRUCT, the graft and INSTRUCT tuned directly at each scale; choose on validation, compare on test.
@@ -134,7 +134,7 @@ def compare_scales(
         within: by how much it may. Default 1.
         margin: points up to which a difference does not matter. Default 2.
         dtype: in which all models answer, `auto` for that of their weights. Default float32.
-        device: where they answer. Default: the CPU.
+        device: where they answer. Default: the accelerator of this machine, else the CPU.
         progress: whether each model is named before it is measured. Default True.
 
     Returns:
@@ -150,61 +150,92 @@ def compare_scales(
     exams = data.exams()
     metrics = exams["test"].metrics
     chosen = choose_target(metrics, target, keep)
-    tried = [
-        (
-            Settings("shadow", scale=scale, modules=name),
-            GraftOptions(scale=scale, modules=name, format="model", dtype=graft_dtype),
-        )
-        for name in dict.fromkeys(modules)
-        for scale in dict.fromkeys(scales)
-    ]
-    if not tried or not (within >= 0.0 and margin > 0.0):
-        raise ConfigError("a comparison needs a scale, a choice of modules, within of at least 0 and a margin above 0.")
+    tried = _tried(scales, modules, graft_dtype)
+    if not (within >= 0.0 and margin > 0.0):
+        raise ConfigError("a comparison needs `within` of at least 0 and a margin above 0.")
+    state = PartialState()
+    if state.num_processes > 1:
+        raise ConfigError(f"compare works in one process, and {state.num_processes} were started. Start one.")
     tokenizer, ends = tokenizer_and_ends(sources.instruct)
     with ExitStack() as opened, OutputFolder(folder) as place:
-        shadow = opened.enter_context(
-            open_grafts(base=sources.base, instruct=sources.instruct, tuned=sources.tuned, beside=folder)
-        )
-        plan: list[tuple[Settings, OpenGrafts | None, GraftOptions]] = [
-            (Settings("instruct"), None, GraftOptions(scale=0.0))
-        ]
-        if sources.direct is not None:
-            direct = opened.enter_context(
-                open_grafts(base=sources.instruct, instruct=sources.instruct, tuned=sources.direct, beside=folder)
-            )
-            # What direct tuning wrote, in fp32: rounding it to INSTRUCT's dtype is no part of it.
-            plan += [(replace(one, arm="direct"), direct, replace(options, dtype="float32")) for one, options in tried]
-        plan += [(one, shadow, options) for one, options in tried]
-        for settings, grafts, options in plan:
-            if grafts is not None and settings.scale == scales[0]:
-                check_place(folder, grafts.check(options))
-        models = list(_measured(plan, exams, sources, tokenizer, ends, dtype, device, progress))
-        comparison = Comparison(
-            models, metrics, *chosen, within=within, margin=margin, notes=_notes(sources, data, exams)
-        )
+        plan = _plan(sources, tried, folder, opened)
+        warnings = _checked(plan, folder, scales[0])
+        measure = partial(_measure, exams=exams, sources=sources, tokenizer=tokenizer, ends=ends, dtype=dtype)
+        models = []
+        for number, step in enumerate(plan, start=1):
+            if progress:
+                say(f"{number} of {len(plan)}: {' '.join([step.settings.arm, step.settings.words()]).strip()}")
+            models.append(measure(step, device=device or state.device))
+        notes = [*_notes(sources, data, exams), *(f"Warning: {warning}" for warning in warnings)]
+        comparison = Comparison(models, metrics, *chosen, within=within, margin=margin, notes=notes)
         write_comparison(comparison, place.part, command=graft_command(comparison, sources, graft_dtype))
         place.commit()
     return comparison
 
 
-def _measured(
-    plan: Sequence[tuple[Settings, OpenGrafts | None, GraftOptions]], exams: dict[str, Exam], sources: Sources,
-    tokenizer: Any, ends: list[int], dtype: str, device: Any, progress: bool,
-) -> Iterator[Measured]:  # fmt: skip
-    """Make and measure one model after the other; only one is in memory at a time."""
-    for number, (settings, grafts, options) in enumerate(plan, start=1):
-        if progress:
-            say(f"{number} of {len(plan)}: {' '.join([settings.arm, settings.words()]).strip()}")
-        started = time.perf_counter()
-        source = sources.instruct if grafts is None else grafts.graft(options)
-        model = load(source, dtype=dtype, device=device)
-        del source
-        made = time.perf_counter()
-        values: dict[str, Values] = {split: one.take(model, tokenizer, ends) for split, one in exams.items()}
-        del model
-        gc.collect()
-        seconds = {"make": round(made - started, 2), "score": round(time.perf_counter() - made, 2)}
-        yield Measured(settings, values, PAIR, seconds=seconds)
+class _Step(NamedTuple):
+    """One model to make and to measure; without `grafts` it is INSTRUCT."""
+
+    settings: Settings
+    grafts: OpenGrafts | None = None
+    options: GraftOptions = GraftOptions()
+
+
+def _tried(scales: Sequence[float], modules: Sequence[str], dtype: str) -> list[tuple[Settings, GraftOptions]]:
+    """Return what is tried with each tuned model, checked."""
+    if not scales or not modules:
+        raise ConfigError("a comparison needs at least one scale and one choice of modules.")
+    return [
+        (
+            Settings("shadow", scale=scale, modules=name),
+            GraftOptions(scale=scale, modules=name, format="model", dtype=dtype),
+        )
+        for name in dict.fromkeys(modules)
+        for scale in dict.fromkeys(scales)
+    ]
+
+
+def _plan(
+    sources: Sources, tried: Sequence[tuple[Settings, GraftOptions]], folder: Path, opened: ExitStack
+) -> list[_Step]:
+    """Open the models; return all steps, INSTRUCT first."""
+    plan, instruct = [_Step(Settings("instruct"))], sources.instruct
+    if sources.direct is not None:
+        grafts = opened.enter_context(
+            open_grafts(base=instruct, instruct=instruct, tuned=sources.direct, beside=folder)
+        )
+        # What direct tuning wrote, in fp32: rounding it to INSTRUCT's dtype is no part of it.
+        plan += [_Step(replace(one, arm="direct"), grafts, replace(how, dtype="float32")) for one, how in tried]
+    grafts = opened.enter_context(open_grafts(base=sources.base, instruct=instruct, tuned=sources.tuned, beside=folder))
+    return [*plan, *(_Step(one, grafts, how) for one, how in tried)]
+
+
+def _checked(plan: Sequence[_Step], folder: Path, scale: float) -> list[str]:
+    """Check every graft of one scale, since the others differ in nothing that can be wrong; return the warnings."""
+    warnings: dict[str, None] = {}
+    for step in plan:
+        if step.grafts is not None and step.settings.scale == scale:
+            folders, found = step.grafts.check(step.options)
+            check_place(folder, folders)
+            # INSTRUCT is its own BASE where it was tuned directly.
+            warnings |= dict.fromkeys(found if step.settings.arm == "shadow" else ())
+    return list(warnings)
+
+
+def _measure(
+    step: _Step, *, exams: dict[str, Exam], sources: Sources, tokenizer: Any, ends: list[int], dtype: str, device: Any
+) -> Measured:
+    """Make and measure a model; only one is in memory at a time."""
+    started = time.perf_counter()
+    source = sources.instruct if step.grafts is None else step.grafts.graft(step.options)
+    model = load(source, dtype=dtype, device=device)
+    del source
+    made = time.perf_counter()
+    values: dict[str, Values] = {split: one.take(model, tokenizer, ends) for split, one in exams.items()}
+    del model
+    gc.collect()
+    seconds = {"make": round(made - started, 2), "score": round(time.perf_counter() - made, 2)}
+    return Measured(step.settings, values, PAIR, seconds=seconds)
 
 
 def _notes(sources: Sources, data: Data, exams: dict[str, Exam]) -> list[str]:

@@ -33,14 +33,10 @@ class MemoryGraft:
     Args:
         weights: name on the disk -> weight, in the dtype that `graft` would write.
         folder: with the other files of the graft: config, tokenizer, template. Gone when the grafts are closed.
-        grafted: number of weights that received a delta.
-        warnings: as in the report of `graft`.
     """
 
     weights: dict[str, Tensor]
     folder: Path
-    grafted: int
-    warnings: list[str]
 
 
 @dataclass(frozen=True)
@@ -51,17 +47,18 @@ class OpenGrafts:
     instruct: Source
     scratch: Path
 
-    def check(self, options: GraftOptions) -> list[tuple[str, Path]]:
-        """Plan a graft without computing it; return role and folder of each side.
+    def check(self, options: GraftOptions) -> tuple[list[tuple[str, Path]], list[str]]:
+        """Plan a graft without computing it; return role and folder of each side, and the warnings.
 
         Raises:
             InputError: bad input, as of `graft`.
         """
         inputs = open_tuned_inputs(self.single, self.instruct, options)
         scratch = self.scratch / ".planned"
-        check_rounding(inputs.tuned.jobs(inputs.instruct, options, scratch), options)
+        jobs = inputs.tuned.jobs(inputs.instruct, options, scratch)
+        check_rounding(jobs, options)
         shutil.rmtree(scratch, ignore_errors=True)
-        return inputs.folders
+        return inputs.folders, [*inputs.warnings, *jobs.warnings]
 
     def graft(self, options: GraftOptions) -> MemoryGraft:
         """Compute what `graft` would write with `options` in the form `model`, bit by bit, from the sources.
@@ -82,7 +79,7 @@ class OpenGrafts:
         check_finite(outcome)
         copy_files(copied_files(inputs.instruct), inputs.instruct, folder)
         write_config(folder, main_dtype(jobs.weights), jobs.config_edits)
-        return MemoryGraft(weights, folder, jobs.grafted, [*inputs.warnings, *jobs.warnings])
+        return MemoryGraft(weights, folder)
 
 
 @contextmanager

@@ -116,7 +116,7 @@ def test_scores_are_those_of_the_written_grafts(workspace, tmp_path, monkeypatch
         ([*DATA, "--direct", "nowhere"], "nowhere"),
         ([*DATA, "--metric", "json:nothing"], "cannot import the metric"),
         ([*DATA, "--batch-size", "0"], "at least 1"),
-        ([*DATA, "--margin", "0"], "margin above 0"),
+        ([*DATA, "--margin", "0"], "a margin above 0"),
         ([*DATA, "--instruct", "base"], "chat template"),
         ([*DATA, "--output", "base"], "exists"),
     ],
