@@ -26,6 +26,7 @@ POLICIES = ("init", "base", "instruct", "grafted")
 STARTS = ("base", "sft")
 KEPT = ("t_rule", "rule", "skill", "refuse")
 Record = dict[str, Any]
+_SCORED: dict[str, dict[str, float]] = {}
 
 
 def settings(folder: Path, seed: int, **changes: Any) -> dict[str, Any]:
@@ -97,7 +98,10 @@ def train_dpo(start: Path, folder: Path, seed: int, policy: str, learning_rate: 
 
 
 def score_graft(folder: Path) -> dict[str, float]:
-    """Return exact match in percent, kind by kind, on data/dpo-test.jsonl."""
+    """Return exact match in percent, kind by kind, on data/dpo-test.jsonl; equal bytes are scored once."""
+    digest = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+    if digest in _SCORED:
+        return _SCORED[digest]
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -106,7 +110,8 @@ def score_graft(folder: Path) -> dict[str, float]:
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     found = score(model, tokenizer, read_rows(ROOT / "data/dpo-test.jsonl"), batch_size=256, max_new_tokens=16)
-    return {kind: 100 * found.share(kind) for kind in found.kinds}
+    _SCORED[digest] = {kind: 100 * found.share(kind) for kind in found.kinds}
+    return _SCORED[digest]
 
 
 def cosine(one: dict[str, Any], other: dict[str, Any]) -> float:
