@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from rank_cases import hide
 from tiny import preference_data, sft_data
 
 LAUNCHED = {
@@ -18,6 +19,9 @@ LAUNCHED = {
     "FSDP_CPU_RAM_EFFICIENT_LOADING": "false",
 }
 """What `accelerate launch --use_fsdp --fsdp_version 2` puts into the environment."""
+
+
+_SPEED = ("runtime", "_per_second")
 
 
 def on_the_cpu() -> None:
@@ -49,24 +53,34 @@ def run(
     fsdp: dict[str, Any] | None = None,
     resume: str | None = None,
     rows: str | None = None,
+    environment: dict[str, str] | None = None,
+    machines: bool = False,
     **changes: Any,
 ) -> dict[str, Any]:
-    """Train under `engine` (ddp, fsdp2, or launched: FSDP2 by the environment); return what was seen.
+    """Train under `engine` (single, ddp, fsdp2, or launched: FSDP2 by the environment); return what was seen.
 
-    The trainer is ours or, if `plain`, TRL's; the data is that in the folder `rows`, if given.
+    The trainer is ours or, if `plain`, TRL's; the data is that in the folder `rows`, if given. With `machines`, each
+    process is on one of its own, where the folder above `out` is another one.
     """
     import datasets
     from peft import LoraConfig
     from runs import LORA, SETTINGS
 
+    if machines:
+        os.environ["LOCAL_WORLD_SIZE"] = "1"
+        if rank:
+            hide(str(Path(out).parent))
     # File-backed caches of one test must not be those of another.
     datasets.config.HF_DATASETS_CACHE = Path(out).parent / "cache"
     args = {"output_dir": out, **SETTINGS, "per_device_train_batch_size": 2, **changes}
-    if engine != "ddp":
+    if engine not in ("single", "ddp"):
         on_the_cpu()
         del args["use_cpu"]
+    if engine == "single":
+        for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+            del os.environ[name]
     if engine == "launched":
-        os.environ.update(LAUNCHED)
+        os.environ.update({**LAUNCHED, **(environment or {})})
     if engine == "fsdp2":
         args |= {
             "fsdp": True,
@@ -81,11 +95,14 @@ def run(
     }
     trainer = _trainer(kind, plain, pair[1], args, common)
     state = trainer.accelerator
-    assert state.num_processes == int(os.environ["WORLD_SIZE"]) > 1
-    wanted = {"ddp": "MULTI_CPU"}.get(engine, "FSDP")
+    assert state.num_processes == int(os.environ.get("WORLD_SIZE", "1"))
+    assert (state.num_processes == 1) == (engine == "single")
+    wanted = {"single": "NO", "ddp": "MULTI_CPU"}.get(engine, "FSDP")
     assert str(state.distributed_type) == f"DistributedType.{wanted}"
-    assert state.is_fsdp2 == (engine != "ddp")
+    assert state.is_fsdp2 == (wanted == "FSDP")
+    plugin = getattr(state.state, "fsdp_plugin", None)
     seen: dict[str, Any] = {
+        "read_by_one": plugin is not None and plugin.cpu_ram_efficient_loading,
         "references": _references(trainer),
         "reference": getattr(trainer, "ref_model", None) is not None,
     }
@@ -93,6 +110,11 @@ def run(
     if plain:
         trainer.save_model()
     seen["losses"] = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    seen["evaluated"] = [
+        {name: value for name, value in entry.items() if name.startswith("eval_") and not name.endswith(_SPEED)}
+        for entry in trainer.state.log_history
+        if "eval_loss" in entry
+    ]
     state.wait_for_everyone()
     return seen
 
