@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
+from accelerate.state import AcceleratorState
 from trl import DPOTrainer, SFTTrainer, get_peft_config, get_quantization_config
 
 from ..errors import ConfigError, InputError, OutputExistsError, ShadowError, ends_with
@@ -21,7 +22,7 @@ from ..evaluation.scoring import read_rows
 from ..results.parents import remove_empty
 from ..results.written import tells_what_is_written
 from ..runtime import endings
-from ..runtime.processes import run_on_main, say
+from ..runtime.processes import check_known, run_on_main, say
 from ..training.origins import Origins, require_instruct
 from ..training.preflight import GRAFTED_FOLDER
 from ..training.resuming import checkpoint_of
@@ -91,11 +92,23 @@ def run(kind: str, argv: Sequence[str], default_config: str | Path | None = None
 def prepare(options: Options) -> list[dict[str, Any]] | None:
     """Check the options of the training, set the threads of PyTorch, and return the rows to score, if there are any."""
     recipe, training = options.recipe, options.training
+    check_known(PartialState())
+    _check_precision(training)
     check_settings(training, get_quantization_config(options.model))
     training.resume_from_checkpoint = checkpoint_of(training.resume_from_checkpoint, training.output_dir)
     if recipe.torch_threads is not None:
         torch.set_num_threads(recipe.torch_threads)
     return read_rows(recipe.score_rows) if recipe.score_rows else None
+
+
+def _check_precision(training: Any) -> None:
+    """Refuse a mixed precision of the launcher that the options switch off: transformers would take the launcher's."""
+    asked = "fp16" if training.fp16 else "bf16" if training.bf16 else "no"
+    if training.mixed_precision != asked:
+        raise ConfigError(
+            f"the launcher's mixed precision is {training.mixed_precision}, and the options of the training have bf16 "
+            f"and fp16 off. Pass --{training.mixed_precision} true, or give the launcher --mixed_precision no."
+        )
 
 
 def train_stage(
@@ -238,8 +251,12 @@ def _trainer(trainer_class: Any, model: str | None, args: Any, options: Options,
 
 
 def _free(trainer: Any) -> None:
-    """Release the models and optimizer states that a trainer and its accelerator hold."""
+    """Release what a trainer and its accelerator hold: models, optimizer states, and the settings of the engine.
+
+    Without the last, the next trainer of this process would have the precision and the engine's batch size of this one.
+    """
     trainer.accelerator.free_memory()
+    AcceleratorState._reset_state()
     trainer.model = trainer.model_wrapped = trainer.optimizer = trainer.lr_scheduler = None
     gc.collect()
     if torch.cuda.is_available():
