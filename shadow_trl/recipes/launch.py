@@ -93,7 +93,8 @@ def _checked(name: str, words: Sequence[str], own: Sequence[str]) -> Any:
         raise ConfigError("DeepSpeed is not installed: pip install deepspeed.")
     cpu = bool(args.cpu or getattr(args, "use_cpu", False))
     # As the processes will find it.
-    with patch_environment(accelerate_mixed_precision=args.mixed_precision, accelerate_use_cpu=cpu):
+    found = {LAUNCHED: "1", "ACCELERATE_MIXED_PRECISION": args.mixed_precision, "ACCELERATE_USE_CPU": cpu}
+    with patch_environment(**found):
         on_cpu = [options.training.use_cpu for options in _own_options(name, own)]
     alone = "--num_processes" not in words and defaults is not None and str(defaults.distributed_type).endswith(".NO")
     _check_machines(args)

@@ -131,23 +131,24 @@ def train_stage(
     # Copied before the first trainer, so that its changes to the arguments do not leak into the second run.
     direct_args = copy.copy(training)
     direct_args.output_dir = str(Path(training.output_dir) / DIRECT_FOLDER)
-    trainer = _shadow_trainer(kind, options, Path(direct_args.output_dir), data)
-    origins: Origins = trainer.origins
     seconds: dict[str, float] = {}
-    say(f"Tuning BASE {origins.base}" + (f", then grafting onto {origins.instruct}" if training.graft else ""))
-    if record is not None:
-        run_on_main(
-            trainer.accelerator, lambda: write_record(Path(training.output_dir), record), what="recording the options"
-        )
-    with timed(seconds, "train and graft"):
-        trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
-    if not training.graft:
-        trainer.save_model()
-    _free(trainer)
+    with _engine_of_its_own():
+        trainer = _shadow_trainer(kind, options, Path(direct_args.output_dir), data)
+        origins: Origins = trainer.origins
+        say(f"Tuning BASE {origins.base}" + (f", then grafting onto {origins.instruct}" if training.graft else ""))
+        if record is not None:
+            folder = Path(training.output_dir)
+            run_on_main(trainer.accelerator, lambda: write_record(folder, record), what="recording the options")
+        with timed(seconds, "train and graft"):
+            trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
+        if not training.graft:
+            trainer.save_model()
+        precomputed = bool(getattr(trainer.args, "precompute_ref_log_probs", False))
+        _free(trainer)
     if compare:
         if kind == "dpo":
             # Its reference is its start, TRL's default, precomputed if that of the Shadow run is.
-            direct_args.precompute_ref_log_probs = bool(trainer.args.precompute_ref_log_probs)
+            direct_args.precompute_ref_log_probs = precomputed
         say(f"Tuning INSTRUCT {origins.instruct} directly, with the same data and settings")
         with timed(seconds, "tune INSTRUCT directly"):
             _train_direct(kind, options, origins, direct_args, data)
@@ -183,10 +184,11 @@ def _train_direct(kind: str, options: Options, origins: Origins, args: Any, data
     """Tune INSTRUCT itself with TRL's own trainer and save it; its revision takes the place of BASE's."""
     instruct = require_instruct(origins)
     args.model_init_kwargs = {**(args.model_init_kwargs or {}), "revision": instruct.revision or "main"}
-    trainer = _trainer(TRAINERS[kind][1], instruct.source, args, options, data)
-    trainer.train()
-    trainer.save_model()
-    _free(trainer)
+    with _engine_of_its_own():
+        trainer = _trainer(TRAINERS[kind][1], instruct.source, args, options, data)
+        trainer.train()
+        trainer.save_model()
+        _free(trainer)
 
 
 def _set_model_options(options: Options) -> None:
@@ -250,14 +252,23 @@ def _trainer(trainer_class: Any, model: str | None, args: Any, options: Options,
     return trainer
 
 
-def _free(trainer: Any) -> None:
-    """Release what a trainer and its accelerator hold: models, optimizer states, and the settings of the engine.
+@contextmanager
+def _engine_of_its_own() -> Iterator[None]:
+    """Let the trainer in the block set the precision and the engine, which accelerate has once for a process."""
+    state = PartialState()
+    before = state.distributed_type
+    try:
+        yield
+    finally:
+        AcceleratorState._reset_state()
+        state.distributed_type = before
 
-    Without the last, the next trainer of this process would have the precision and the engine's batch size of this one.
-    """
+
+def _free(trainer: Any) -> None:
+    """Release what a trainer and its accelerator hold: models, optimizer states, buffers."""
     trainer.accelerator.free_memory()
-    AcceleratorState._reset_state()
-    trainer.model = trainer.model_wrapped = trainer.optimizer = trainer.lr_scheduler = None
+    # All of it: the model is also in the handler of the callbacks, the optimizer in the scheduler.
+    vars(trainer).clear()
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
