@@ -16,6 +16,12 @@ from ..errors import ConfigError
 LAUNCHED = "SHADOW_TRL_LAUNCHED"
 """Variable in the environment of the processes that `shadow-trl` has launched."""
 
+LAUNCHING = (
+    "shadow-trl also takes the options of accelerate launch, such as --num_processes, and --accelerate_config FILE, or "
+    "the name of a config that TRL ships: fsdp2, zero1, zero2, zero3, multi_gpu, single_gpu."
+)
+"""What the help of a recipe says about launching."""
+
 _NOT_TAKEN = ("help", "module", "no_python", "main_training_function", "debug", "gradient_accumulation_steps")
 """Options of `accelerate launch` that say what to run, which is the recipe, and those that the recipes have as well."""
 

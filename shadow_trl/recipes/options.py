@@ -24,7 +24,7 @@ from trl import ModelConfig, ScriptArguments, TrlParser
 from ..errors import ConfigError, InputError, ShadowError, ends_with, list_names, one_of
 from ..grafting.options import DTYPES
 from ..training.config import ShadowDPOConfig, ShadowSFTConfig
-from .launch_options import without_launch_keys
+from .launch_options import LAUNCHING, without_launch_keys
 
 CONFIGS: dict[str, type[ShadowSFTConfig] | type[ShadowDPOConfig]] = {"sft": ShadowSFTConfig, "dpo": ShadowDPOConfig}
 
@@ -134,7 +134,7 @@ def parse_values(
     `unknown` ends the error about keys that the recipe does not have.
     """
     dataclass_types: Any = (ScriptArguments, CONFIGS[kind], ModelConfig, RecipeArguments)
-    parser = TrlParser(dataclass_types, allow_abbrev=False, exit_on_error=False)
+    parser = TrlParser(dataclass_types, allow_abbrev=False, exit_on_error=False, epilog=LAUNCHING)
     if config is not None:
         _check_values(parser, values, config, unknown)
         parser.set_defaults_with_config(**_resolve_paths(values, config))

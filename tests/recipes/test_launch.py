@@ -230,6 +230,23 @@ def test_the_code_is_that_of_the_process_that_failed_first(tmp_path: Path, code:
     assert launch._ended(fail) == expected
 
 
+@pytest.mark.parametrize("path", sorted((ROOT / "recipes/configs").rglob("*.yaml")), ids=lambda path: path.stem)
+def test_the_command_at_the_head_of_a_config_launches_it(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    accelerators(monkeypatch, 8)
+    monkeypatch.setattr("transformers.training_args.is_torch_bf16_gpu_available", lambda: True)
+    monkeypatch.chdir(ROOT)
+    command = next(
+        line for line in path.read_text().splitlines() if line.startswith(("#   shadow-trl", "#   accelerate"))
+    )
+    program, name, *words = command.removeprefix("#   ").split()
+    if program == "shadow-trl":
+        (args,) = launched(name, *words)
+        assert (args.num_processes, args.training_script_args[-1]) == (8, words[-1])
+    else:
+        args = launch_command_parser().parse_args(words)
+        assert (ROOT / args.training_script).is_file()
+
+
 def test_four_machines_of_eight_are_trls_fsdp2_but_for_their_number() -> None:
     import trl
 
