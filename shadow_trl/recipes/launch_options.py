@@ -44,7 +44,8 @@ def _switches() -> Switches:
     """Return the options of the launcher by name, without dashes, and whether they are switches without a value."""
     actions = [action for action in launch_parser()._actions if action.dest not in _NOT_TAKEN]
     names = {name: action.nargs == 0 for action in actions for name in action.option_strings if name.startswith("--")}
-    return {"accelerate_config": False, **{name.removeprefix("--"): switch for name, switch in names.items()}}
+    switches = {name.removeprefix("--").replace("-", "_"): switch for name, switch in names.items()}
+    return {"accelerate_config": False, **switches}
 
 
 def split_words(words: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -58,7 +59,8 @@ def split_words(words: Sequence[str]) -> tuple[list[str], list[str]]:
     waiting = list(words)
     while waiting:
         word = waiting.pop(0)
-        name, equals, value = word.removeprefix("--").partition("=")
+        given, equals, value = word.removeprefix("--").partition("=")
+        name = given.replace("-", "_")
         if not word.startswith("--") or name not in _switches():
             own.append(word)
             continue

@@ -82,7 +82,7 @@ def test_the_recipes_share_no_option_with_the_launcher_but_two() -> None:
 def test_words_are_sorted_whatever_their_order() -> None:
     words = ["--beta", "2", "--num_processes=2", "--use_fsdp", "--lora_target_modules", "a", "b", "--fsdp-version", "2"]
     assert split_words([*words, "--gradient_accumulation_steps", "4", "--accelerate_config", "zero2"]) == (
-        ["--num_processes", "2", "--use_fsdp", "--fsdp-version", "2", "--accelerate_config", "zero2"],
+        ["--num_processes", "2", "--use_fsdp", "--fsdp_version", "2", "--accelerate_config", "zero2"],
         ["--beta", "2", "--lora_target_modules", "a", "b", "--gradient_accumulation_steps", "4"],
     )
     with pytest.raises(ConfigError, match="--num_processes needs a value"):

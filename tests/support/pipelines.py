@@ -34,7 +34,10 @@ def fill(folder: Path, pair: tuple[Path, Path]) -> None:
 
 
 def run(rank: int, engine: str, folder: str, *words: str) -> dict[str, Any]:
-    """Run the pipeline in `folder` under `engine` (ddp or fsdp2); return what each stage ran with and left behind."""
+    """Run the pipeline in `folder` under `engine` (ddp, fsdp2, or alone: none).
+
+    Returns what each trainer ran with, the bytes of tensors before it was made, and the exit code.
+    """
     import datasets
     import engines
 

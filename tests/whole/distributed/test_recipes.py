@@ -90,10 +90,10 @@ def test_the_pipeline_under_accelerate_launch(workspace: Path) -> None:
     assert list(json.loads(Path("out/report.json").read_text())["arms"]) == ["instruct", "sft", "grafted", "tuned"]
 
 
-def test_processes_that_see_themselves_alone_do_not_train(workspace: Path) -> None:
-    """Without accelerators and without `use_cpu` accelerate starts two, each of which would train by itself."""
-    script = [str(ROOT / "recipes/shadow_sft_dpo.py"), "--config", "pipeline.yaml", "--output_dir", "out"]
-    done = start(*ACCELERATE, "--config_file", "two.yaml", *script, "--use_cpu", "false")
-    assert done.returncode != 0
-    assert "2 processes were launched (WORLD_SIZE), of which this one sees 1" in done.stderr
+def test_processes_that_see_themselves_alone_do_not_train(workspace: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """As accelerate starts two without accelerators and without `use_cpu`: each would train by itself."""
+    words = ["--output_dir", "out", "--use_cpu", "false"]
+    ends = in_processes(pipelines.run, "alone", str(workspace), *words)
+    assert [(end.error, end.value["code"], end.value["stages"]) for end in ends] == [("", 2, [])] * 2
+    assert capfd.readouterr().err.count("2 processes were launched (WORLD_SIZE), of which this one sees 1") == 2
     assert not Path("out").exists()
