@@ -1,9 +1,10 @@
-"""Runs of the trainers in several processes, under DDP or under FSDP2 with the CPU in the place of accelerators."""
+"""Runs of the trainers in several processes: DDP, or FSDP2 and DeepSpeed with the CPU in the place of accelerators."""
 
 from __future__ import annotations
 
 import hashlib
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,14 @@ LAUNCHED = {
     "FSDP_CPU_RAM_EFFICIENT_LOADING": "false",
 }
 """What `accelerate launch --use_fsdp --fsdp_version 2` puts into the environment."""
+
+LAUNCHED_ZERO3 = {
+    "ACCELERATE_USE_DEEPSPEED": "true",
+    "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3",
+    "ACCELERATE_DEEPSPEED_ZERO3_INIT": "true",
+    "ACCELERATE_DEEPSPEED_ZERO3_SAVE_16BIT_MODEL": "true",
+}
+"""What `accelerate launch` with TRL's zero3.yaml puts into the environment, but for its mixed precision."""
 
 
 def on_the_cpu() -> None:
@@ -37,6 +46,13 @@ def on_the_cpu() -> None:
     accelerate.accelerator.is_bf16_available = lambda *_, **__: True
 
 
+def deepspeed_on_the_cpu() -> None:
+    """Let DeepSpeed take the CPU for its accelerator, with torch's collectives in the place of those it would build."""
+    import deepspeed.comm.torch
+
+    sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None  # type: ignore[attr-defined]
+
+
 def run(
     rank: int,
     engine: str,
@@ -47,18 +63,21 @@ def run(
     plain: bool = False,
     lora: bool = False,
     fsdp: dict[str, Any] | None = None,
+    zero: dict[str, Any] | None = None,
     resume: str | None = None,
     rows: str | None = None,
     **changes: Any,
 ) -> dict[str, Any]:
-    """Train under `engine` (ddp, fsdp2, or launched: FSDP2 by the environment); return what was seen.
+    """Train under `engine` and return what was seen.
 
-    The trainer is ours or, if `plain`, TRL's; the data is that in the folder `rows`, if given.
+    Engines are ddp, fsdp2, launched (FSDP2 by the environment), zero1, zero2 and zero3, with settings of `zero`, and
+    launched_zero3. The trainer is ours or, if `plain`, TRL's; the data is that in the folder `rows`, if given.
     """
     import datasets
     from peft import LoraConfig
     from runs import LORA, SETTINGS
 
+    wanted = "DEEPSPEED" if "zero" in engine else {"ddp": "MULTI_CPU"}.get(engine, "FSDP")
     # File-backed caches of one test must not be those of another.
     datasets.config.HF_DATASETS_CACHE = Path(out).parent / "cache"
     args = {"output_dir": out, **SETTINGS, "per_device_train_batch_size": 2, **changes}
@@ -72,6 +91,17 @@ def run(
             "fsdp": True,
             "fsdp_config": {"version": 2, "transformer_layer_cls_to_wrap": ["Qwen3DecoderLayer"], **(fsdp or {})},
         }
+    if wanted == "DEEPSPEED":
+        deepspeed_on_the_cpu()
+    if engine == "launched_zero3":
+        os.environ.update(LAUNCHED_ZERO3)
+    elif wanted == "DEEPSPEED":
+        args["deepspeed"] = {
+            **dict.fromkeys(["train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"], "auto"),
+            "gradient_clipping": "auto",
+            "bf16": {"enabled": "auto"},
+            "zero_optimization": {"stage": int(engine[-1]), **(zero or {})},
+        }
     data = datasets.load_from_disk(rows) if rows else preference_data() if kind == "dpo" else sft_data()
     common = {
         "model": pair[0],
@@ -82,9 +112,10 @@ def run(
     trainer = _trainer(kind, plain, pair[1], args, common)
     state = trainer.accelerator
     assert state.num_processes == int(os.environ["WORLD_SIZE"]) > 1
-    wanted = {"ddp": "MULTI_CPU"}.get(engine, "FSDP")
     assert str(state.distributed_type) == f"DistributedType.{wanted}"
-    assert state.is_fsdp2 == (engine != "ddp")
+    assert state.is_fsdp2 == (wanted == "FSDP")
+    if wanted == "DEEPSPEED":
+        assert state.deepspeed_plugin.zero_stage == int(engine[-1])
     seen: dict[str, Any] = {
         "references": _references(trainer),
         "reference": getattr(trainer, "ref_model", None) is not None,
