@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 _FSDP2 = "Use FSDP2 (accelerate launch with fsdp_version: 2, or fsdp_config={'version': 2})"
-_ENGINE = "deepspeed_engine_wrapped"  # of an accelerator, once it has prepared the model
 _PLAIN = "plain data parallelism (accelerate launch --multi_gpu)"
 
 
@@ -176,7 +175,8 @@ def whole_weights(accelerator: Accelerator, *, wanted: bool) -> Iterator[None]:
 
     FSDP with SHARDED_STATE_DICT writes none and says nothing; nor does ZeRO-3 that was not told to gather.
     """
-    plugin, engine = getattr(accelerator.state, "fsdp_plugin", None), getattr(accelerator, _ENGINE, None)
+    plugin = getattr(accelerator.state, "fsdp_plugin", None)
+    engine: Any = getattr(accelerator, "deepspeed_engine_wrapped", None)  # once it has prepared the model
     if not wanted or (plugin is None and engine is None):
         yield
         return
@@ -229,6 +229,14 @@ def dtype_at_start(accelerator: Accelerator, model: Any) -> str:
 def uses_deepspeed(accelerator: Accelerator) -> bool:
     """Return whether the weights are in the hands of DeepSpeed, of whatever ZeRO stage."""
     return getattr(accelerator.state, "deepspeed_plugin", None) is not None
+
+
+def forget(engine: Any) -> None:
+    """Free the weights in an engine of DeepSpeed: ZeRO-3 keeps the model itself for good, in caches of its hooks."""
+    engine.destroy()
+    for parameter in engine.module.parameters():
+        for tensor in (parameter, getattr(parameter, "ds_tensor", parameter)):
+            tensor.data = tensor.new_empty(0)
 
 
 def _parallelism(config: Any) -> ParallelismConfig | None:

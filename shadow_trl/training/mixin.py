@@ -36,6 +36,7 @@ from .adapter import (
     announced,
     check_same_start,
     start_of,
+    trained_by_adapter,
     without_reference_adapter,
     without_second_start,
     write_start,
@@ -43,7 +44,7 @@ from .adapter import (
 from .config import ShadowArguments
 from .engines import dtype_at_start, gathered, refuse_engines, refuse_lifted, refuse_offloaded, whole_weights
 from .evaluation import GraftedEvaluation
-from .loading import bare_model, dtypes_before, is_adapted, load_adapter, reload_converted
+from .loading import bare_model, dtypes_before, load_adapter, reload_converted
 from .origins import Start
 from .preflight import GRAFTED_FOLDER, check_before_loading, is_conversational, refuse_unsupported
 from .resuming import checkpoint_of
@@ -120,8 +121,7 @@ class ShadowMixin(GraftedEvaluation):
                 self._pin_model(given)
             with without_second_start(given["model"]):
                 super().__init__(*call.args, **call.kwargs)
-            adapter = [one for one in self.model.parameters() if one.requires_grad and is_adapted(self.model)]
-            with gathered(adapter):
+            with gathered(trained_by_adapter(self.model)):  # ZeRO-3 has shared it out where a reference was computed
                 self._check_loaded(config)
                 # The adapter as it is before training: the delta of some is what it becomes less this.
                 self._adapter_start = start_of(self.model) if config.graft or config.eval_grafted else None

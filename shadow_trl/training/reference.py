@@ -24,7 +24,7 @@ from ..layouts.model_names import ModelNames
 from ..operations.graft import graft
 from ..results.folder import Scratch
 from ..runtime.processes import check_shared, run_on_main
-from .engines import gathered, uses_deepspeed
+from .engines import forget, gathered, uses_deepspeed
 from .loading import Loading, bare_model, dtypes_before, is_adapted
 from .origins import Start
 from .preflight import GRAFTED_FOLDER
@@ -205,6 +205,8 @@ def prepared(
     try:
         yield ready
     finally:
+        if uses_deepspeed(accelerator):
+            forget(ready)
         release(ready, accelerator)
         del model, ready
         clear_device_cache(garbage_collection=True)

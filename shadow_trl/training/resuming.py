@@ -34,14 +34,8 @@ def fault_of(checkpoint: Path) -> str | None:
     except (OSError, ValueError):
         return "trainer_state.json is missing or cut short"
     shards = _shards_of_deepspeed(checkpoint)
-    if shards is None:
-        for names in (_OPTIMIZER, ("scheduler.pt",)):
-            if not any((checkpoint / name).is_file() for name in names):
-                return f"{names[0]} is missing (save_only_model leaves it out)"
-    else:
-        for name in _DEEPSPEED:
-            if not any(shards.glob(f"*{name}")):
-                return f"{shards.name}/*{name}, which `latest` names, are missing"
+    if (missing := _missing_states(checkpoint, shards)) is not None:
+        return missing
     archives = [*checkpoint.glob("*.pt*"), *checkpoint.glob("*.bin"), *(shards.glob("*.pt") if shards else ())]
     for path in sorted(archives):  # *.pth: the random generators
         if not zipfile.is_zipfile(path):
@@ -52,6 +46,17 @@ def fault_of(checkpoint: Path) -> str | None:
         Checkpoint.open(checkpoint)
     except InputError as reason:
         return str(reason).splitlines()[0].rstrip(".")
+    return None
+
+
+def _missing_states(checkpoint: Path, shards: Path | None) -> str | None:
+    """Return what is missing of optimizer and scheduler, which DeepSpeed has in `shards`; None where all is there."""
+    if shards is not None:
+        absent = [name for name in _DEEPSPEED if not any(shards.glob(f"*{name}"))]
+        return f"{shards.name}/*{absent[0]}, which `latest` names, are missing" if absent else None
+    for names in (_OPTIMIZER, ("scheduler.pt",)):
+        if not any((checkpoint / name).is_file() for name in names):
+            return f"{names[0]} is missing (save_only_model leaves it out)"
     return None
 
 

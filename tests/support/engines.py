@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
+import importlib
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -48,9 +49,7 @@ def on_the_cpu() -> None:
 
 def deepspeed_on_the_cpu() -> None:
     """Let DeepSpeed take the CPU for its accelerator, with torch's collectives in the place of those it would build."""
-    import deepspeed.comm.torch
-
-    sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None  # type: ignore[attr-defined]
+    importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None  # type: ignore[attr-defined]
 
 
 def run(
@@ -61,7 +60,7 @@ def run(
     out: str,
     *,
     plain: bool = False,
-    lora: bool = False,
+    lora: bool | dict[str, Any] = False,
     fsdp: dict[str, Any] | None = None,
     zero: dict[str, Any] | None = None,
     resume: str | None = None,
@@ -97,7 +96,9 @@ def run(
         os.environ.update(LAUNCHED_ZERO3)
     elif wanted == "DEEPSPEED":
         args["deepspeed"] = {
-            **dict.fromkeys(["train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"], "auto"),
+            **dict.fromkeys(
+                ["train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"], "auto"
+            ),
             "gradient_clipping": "auto",
             "bf16": {"enabled": "auto"},
             "zero_optimization": {"stage": int(engine[-1]), **(zero or {})},
@@ -107,7 +108,7 @@ def run(
         "model": pair[0],
         "train_dataset": data,
         "eval_dataset": data if args.get("eval_strategy", "no") != "no" else None,
-        "peft_config": LoraConfig(**LORA) if lora else None,
+        "peft_config": LoraConfig(**LORA, **(lora if isinstance(lora, dict) else {})) if lora else None,
     }
     trainer = _trainer(kind, plain, pair[1], args, common)
     state = trainer.accelerator
@@ -120,10 +121,12 @@ def run(
         "references": _references(trainer),
         "reference": getattr(trainer, "ref_model", None) is not None,
     }
+    seen["kept"] = _elements_beside(trainer.accelerator.unwrap_model(trainer.model))
     trainer.train(resume_from_checkpoint=resume)
     if plain:
         trainer.save_model()
     seen["losses"] = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    seen["evaluations"] = [entry for entry in trainer.state.log_history if "eval_loss" in entry]
     state.wait_for_everyone()
     return seen
 
@@ -140,6 +143,16 @@ def _trainer(kind: str, plain: bool, instruct: str, args: dict[str, Any], common
         return trainer(args=config(**args), processing_class=AutoTokenizer.from_pretrained(instruct), **common)
     config, trainer = getattr(shadow_trl, f"Shadow{name}Config"), getattr(shadow_trl, f"Shadow{name}Trainer")
     return trainer(args=config(**args), instruct_model=instruct, **common)
+
+
+def _elements_beside(policy: Any) -> int:
+    """Return how many elements the weights of other models have in memory, in the shards of ZeRO-3 too."""
+    gc.collect()
+    own = {id(parameter) for parameter in policy.parameters()}
+    found = [item for item in gc.get_objects() if type(item).__name__ == "Qwen3ForCausalLM"]
+    weights = {id(weight): weight for model in found for weight in model.parameters() if id(weight) not in own}
+    shards = [getattr(weight, "ds_tensor", weight) for weight in weights.values()]
+    return sum(tensor.numel() for tensor in (*weights.values(), *shards))
 
 
 def _references(trainer: Any) -> list[float]:
