@@ -14,6 +14,7 @@ from . import __version__
 from .errors import ConfigError, ends_with
 from .grafting.options import DTYPES, declared
 from .runtime.endings import exit_code
+from .runtime.startup import import_torch_undisturbed
 
 _RECIPES = {
     "sft": "train BASE with SFT, then graft",
@@ -30,11 +31,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     SIGTERM.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
-    return exit_code(lambda: _run(arguments))
+    import_torch_undisturbed()
+    # A training leaves threads and uploads to end, which people may have to stop.
+    final = argv is None and not _is_recipe(arguments)
+    return exit_code(lambda: _run(arguments), final=final)
+
+
+def _is_recipe(arguments: list[str]) -> bool:
+    return bool(arguments) and arguments[0] in _RECIPES
 
 
 def _run(arguments: list[str]) -> int:
-    if arguments and arguments[0] in _RECIPES:
+    if _is_recipe(arguments):
         return _recipe(arguments[0], arguments[1:])
     with ends_with("Nothing was written."):
         options = _parser().parse_args(arguments)

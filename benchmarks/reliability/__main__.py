@@ -38,9 +38,9 @@ Trials = Callable[[Path, argparse.Namespace], Iterator[Tally]]
 
 
 def _kills(root: Path, options: argparse.Namespace) -> Iterator[Tally]:
-    yield kill_commands(root / "forked", options.kills, seed=options.seed)
-    if options.fresh_kills:
-        yield kill_commands(root / "fresh", options.fresh_kills, seed=options.seed, fresh=True)
+    for fresh, count in ((False, options.kills), (True, options.fresh_kills)):
+        if count:
+            yield kill_commands(root / str(fresh), count, seed=options.seed, fresh=fresh, only=options.only)
 
 
 KINDS: dict[str, Trials] = {
@@ -61,8 +61,9 @@ def main() -> int:
     parser.add_argument("kinds", nargs="*", choices=[*KINDS, []], metavar="KIND", help=f"of {', '.join(KINDS)}")
     parser.add_argument("--kills", type=int, default=300, help="of commands at work (default 300)")
     parser.add_argument(
-        "--fresh-kills", type=int, default=42, help="of commands from their first import on (default 42)"
+        "--fresh-kills", type=int, default=300, help="of commands from their first import on (default 300)"
     )
+    parser.add_argument("--only", metavar="COMMAND", help='one of those that are killed, as "graft --overwrite"')
     parser.add_argument("--trainings", type=int, default=60, help="killed trainings (default 60)")
     parser.add_argument("--changes", type=int, default=200, help="inputs changed while they are read (default 200)")
     parser.add_argument("--seconds", type=float, default=1200, help="of fuzzing (default 1200)")

@@ -86,10 +86,11 @@ def prepare(root: Path) -> list[Command]:
     return every
 
 
-def kill_commands(root: Path, count: int, *, seed: int = 0, fresh: bool = False) -> Tally:
-    """Kill `count` commands at work, each kind and each signal in turn, and run each again."""
-    tally, source = Tally("kills of a command" + (", fresh interpreters" if fresh else "")), random.Random(seed)
-    every = prepare(root)
+def kill_commands(root: Path, count: int, *, seed: int = 0, fresh: bool = False, only: str | None = None) -> Tally:
+    """Kill `count` commands at work, each kind (or `only` one) and each signal in turn, and run each again."""
+    name = "kills of " + (f"`{only}`" if only else "a command") + (", fresh interpreters" if fresh else "")
+    tally, source = Tally(name), random.Random(seed)
+    every = [command for command in prepare(root) if only in (None, command.name)]
     inputs = listing(root / "family")
     seconds = {command.name: _undisturbed(command, root, fresh) for command in every}
     for number in itertools.count():

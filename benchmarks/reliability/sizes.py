@@ -46,7 +46,8 @@ def many(root: Path, count: int) -> Iterator[Tally]:
 def large(root: Path, count: int) -> Iterator[Tally]:
     """Graft what has many files, `count` tensors or names of 4 KB, and measure sparse models.
 
-    A fiftieth of `count` is the number of files; the sparse pair has 400 KB for each of `count`, 20 GB for 50,000.
+    A fiftieth of `count` is the number of files; the sparse models have 400 KB for each of `count`, 20 GB for 50,000;
+    the graft takes that much on the disk.
     """
     yield _grafted(root, f"{count // 50:,} files", _tensors(count // 25), count // 50)[0]
     fifth, seconds = _grafted(root, f"{count // 5:,} tensors", _tensors(count // 5), 4)
@@ -57,7 +58,7 @@ def large(root: Path, count: int) -> Iterator[Tally]:
     yield whole
     yield _grafted(root, "names of 4 KB", _tensors(200, "x" * 4096), 2)[0]
     yield _sparse(root, count * 400_000, "gap")
-    yield _sparse(root, count * 40_000, "graft")
+    yield _sparse(root, count * 400_000, "graft")
 
 
 def _tensors(count: int, name: str = "weight") -> dict[str, tuple[int, ...]]:

@@ -18,14 +18,19 @@ class Terminated(BaseException):
     """SIGTERM came: what is half-done is removed on the way out, as at Ctrl-C."""
 
 
-def exit_code(work: Callable[[], int]) -> int:
+def exit_code(work: Callable[[], int], *, final: bool = False) -> int:
     """Do the work of a process and return its code; print what failed and return its code instead.
 
     2: bad input. 1: a failure at run time, among them what the machine lacks. 130: Ctrl-C. 143: SIGTERM. Faults of the
     program itself are raised.
+
+    Args:
+        work: returns the code of a good end.
+        final: whether nothing but the end of the interpreter comes after it, which ignores Ctrl-C and SIGTERM then: all
+            is done and said, and dying of them would tell a shell that it was not.
     """
     try:
-        with _terminable():
+        with _terminable(final):
             return work()
     except (Exception, KeyboardInterrupt, Terminated) as error:
         text, code = _told(error)
@@ -75,7 +80,7 @@ def _in_main_thread() -> bool:
 
 
 @contextmanager
-def _terminable() -> Iterator[None]:
+def _terminable(final: bool) -> Iterator[None]:
     """Raise Terminated in the main thread at SIGTERM, unless somebody else has a use for the signal."""
     if not _in_main_thread() or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
         yield
@@ -87,6 +92,34 @@ def _terminable() -> Iterator[None]:
 
     signal.signal(signal.SIGTERM, terminate)
     try:
+        with _heard(terminate):
+            yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN if final else signal.SIG_DFL)
+        if final:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+@contextmanager
+def _heard(terminate: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """Send a signal again whose exception Python dropped: it rose in a finalizer or in a weak reference's callback."""
+    before = sys.unraisablehook
+
+    def hook(dropped: sys.UnraisableHookArgs) -> None:
+        numbers = {KeyboardInterrupt: signal.SIGINT, Terminated: signal.SIGTERM}
+        number = numbers.get(dropped.exc_type)
+        if number is None:
+            before(dropped)
+            return
+        if number == signal.SIGTERM:
+            signal.signal(number, terminate)
+        # From another thread and later: what rises while this hook runs would be dropped as well.
+        again = threading.Timer(0.01, os.kill, [os.getpid(), number])
+        again.daemon = True
+        again.start()
+
+    sys.unraisablehook = hook
+    try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        sys.unraisablehook = before

@@ -7,6 +7,8 @@ import os
 import signal
 import sys
 import threading
+import time
+import weakref
 
 import pytest
 
@@ -80,6 +82,29 @@ def test_a_use_that_others_have_for_sigterm_is_left_to_them(capsys):
     thread.start()
     thread.join()
     assert codes == [0]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_is_not_lost_where_python_drops_its_exception(number, capsys):
+    def called(_: object) -> None:  # by a weak reference: what rises here is dropped
+        os.kill(os.getpid(), number)
+        dropped.append(sum(range(9)))
+
+    dropped: list[int] = []
+
+    def work() -> int:
+        held = threading.Event()
+        reference = weakref.ref(held, called)
+        del held
+        assert reference() is None
+        time.sleep(10)
+        return 0
+
+    hook = sys.unraisablehook
+    assert exit_code(work) == 128 + number
+    assert dropped == []
+    assert capsys.readouterr().err in ("Interrupted\n", "Terminated\n")
+    assert sys.unraisablehook is hook
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -59,6 +60,22 @@ def test_what_is_half_done_goes(tmp_path, monkeypatch, case):
     assert len(list(tmp_path.rglob("*"))) > len(before)
     assert run(words, 0, *place)[0] == 0
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+@pytest.mark.parametrize(("words", "code"), [(CASES["graft"][0], 0), ("graft --tuned x", 2)])
+def test_a_signal_while_python_closes_changes_nothing(tmp_path, monkeypatch, words, code):
+    monkeypatch.chdir(tmp_path)
+    family(tmp_path, dtypes=(torch.float32,) * 3)
+    said = set()
+    for number in (0, signal.SIGTERM, signal.SIGINT):
+        late = f"import atexit, os, sys; atexit.register(os.kill, os.getpid(), {int(number)}); "
+        program = late + "from shadow_trl.cli import main; sys.exit(main())"
+        done = subprocess.run([sys.executable, "-c", program, *words.split()], check=False, capture_output=True,
+                              text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})  # fmt: skip
+        shutil.rmtree("out", ignore_errors=True)
+        assert done.returncode == code
+        said.add(done.stderr)
+    assert len(said) == 1
 
 
 @pytest.mark.parametrize(
