@@ -5,7 +5,7 @@
 
 For every seed: Shadow-SFT on BASE, then Shadow-DPO with each `ref_policy`, from BASE and from the folder of SFT, at
 each learning rate; the graft of every run is scored on the test rows. The second form draws and prints what the first
-measured. About 10 minutes on one core; offline.
+measured. Some ten minutes on one core; offline.
 """
 
 from __future__ import annotations
@@ -242,8 +242,10 @@ def draw(records: list[Record], file: Path) -> None:
             panel.plot([place] * len(column), column, "o", color="tab:blue", alpha=0.5, markersize=5)
             panel.plot([place - 0.25, place + 0.25], [statistics.mean(column)] * 2, color="black", linewidth=1.5)
         panel.set(title=title, xticks=range(len(POLICIES)), xticklabels=POLICIES, xlim=(-0.5, len(POLICIES) - 0.5))
-    for panel in panels[::3]:
-        panel.axhline(0.0, color="grey", linewidth=0.8, linestyle=":")
+        if "%" in title:
+            panel.set_ylim(0, 100)
+        else:
+            panel.axhline(0.0, color="grey", linewidth=0.8, linestyle=":")
     figure.savefig(file, metadata={"Date": None} if file.suffix == ".svg" else None)
 
 
