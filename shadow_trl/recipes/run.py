@@ -23,9 +23,8 @@ from ..results.written import tells_what_is_written
 from ..runtime import endings
 from ..runtime.processes import run_on_main, say
 from ..training.origins import Origins, require_instruct
-from ..training.preflight import GRAFTED_FOLDER
+from ..training.preflight import GRAFTED_FOLDER, check_config
 from ..training.resuming import checkpoint_of
-from ..training.settings import check_settings
 from ..training.trainers import ShadowDPOTrainer, ShadowSFTTrainer
 from .compare import make_report, timed
 from .data import load_data
@@ -91,7 +90,11 @@ def run(kind: str, argv: Sequence[str], default_config: str | Path | None = None
 def prepare(options: Options) -> list[dict[str, Any]] | None:
     """Check the options of the training, set the threads of PyTorch, and return the rows to score, if there are any."""
     recipe, training = options.recipe, options.training
-    check_settings(training, get_quantization_config(options.model))
+    try:
+        of_model = get_quantization_config(options.model), get_peft_config(options.model)
+    except (ValueError, TypeError, ImportError) as reason:
+        raise ConfigError(f"the options of the model are not valid: {reason}") from reason
+    check_config(training, *of_model)
     training.resume_from_checkpoint = checkpoint_of(training.resume_from_checkpoint, training.output_dir)
     if recipe.torch_threads is not None:
         torch.set_num_threads(recipe.torch_threads)

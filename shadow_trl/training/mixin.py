@@ -41,14 +41,14 @@ from .adapter import (
     write_start,
 )
 from .config import ShadowArguments
-from .engines import refuse_engines, refuse_lifted, refuse_offloaded, whole_weights
+from .engines import refuse_lifted, refuse_offloaded, whole_weights
 from .evaluation import GraftedEvaluation
 from .loading import bare_model, dtypes_before, load_adapter, reload_converted
 from .origins import Start
-from .preflight import GRAFTED_FOLDER, check_before_loading, is_conversational, refuse_unsupported
+from .preflight import GRAFTED_FOLDER, check_before_loading, check_config, is_conversational
 from .resuming import checkpoint_of
 from .saved import check_as_saved
-from .settings import Forms, bound, check_columns, check_settings, removed_if_refused
+from .settings import Forms, bound, check_columns, removed_if_refused
 
 if TYPE_CHECKING:
     from transformers.trainer_utils import TrainOutput
@@ -100,9 +100,7 @@ class ShadowMixin(GraftedEvaluation):
     ) -> None:
         """Check everything that can be checked before training, and let TRL make its trainer."""
         given = call.arguments
-        refuse_unsupported(config)
-        refuse_engines(config)
-        check_settings(config, given.get("quantization_config"))
+        check_config(config, given.get("quantization_config"), given.get("peft_config"))
         if given.get("formatting_func") is None:
             for name in ("train_dataset", "eval_dataset"):
                 check_columns(name, given.get(name), self._data_forms(config))
