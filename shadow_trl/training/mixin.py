@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import inspect
 import os
+from collections.abc import Sized
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -21,7 +22,7 @@ from trl.trainer.utils import get_config_model_id
 from ..adapters.kinds import START_FOLDER
 from ..checkpoints.digests import weight_digests
 from ..checkpoints.manifest import write_manifest
-from ..errors import ends_with
+from ..errors import ConfigError, ends_with
 from ..grafting.options import BASE_DTYPES
 from ..grafting.reports import GraftReport
 from ..operations.checks import check_left_out
@@ -48,7 +49,7 @@ from .origins import Start
 from .preflight import GRAFTED_FOLDER, check_before_loading, check_config, is_conversational
 from .resuming import checkpoint_of
 from .saved import check_as_saved
-from .settings import Forms, bound, check_columns, removed_if_refused
+from .settings import Forms, bound, check_columns, check_first_row, removed_if_refused
 
 if TYPE_CHECKING:
     from transformers.trainer_utils import TrainOutput
@@ -104,6 +105,7 @@ class ShadowMixin(GraftedEvaluation):
         if given.get("formatting_func") is None:
             for name in ("train_dataset", "eval_dataset"):
                 check_columns(name, given.get(name), self._data_forms(config))
+                check_first_row(name, given.get(name), self._data_forms(config))
         self._start = start = Start.of(given, config, base_model=base_model, instruct_model=instruct_model)
         self.origins = start.origins
         self.graft_report: GraftReport | None = None
@@ -123,8 +125,13 @@ class ShadowMixin(GraftedEvaluation):
         self._adapter_start = start_of(self.model) if config.graft or config.eval_grafted else None
 
     def _check_loaded(self, config: Any) -> None:
-        """Find in the model that will be trained what would keep the run from ending in a graft."""
+        """Find in the model and the data that will be used what would keep the run from ending in a graft."""
         start = self._start
+        if isinstance(self.train_dataset, Sized) and not len(self.train_dataset):
+            raise ConfigError(
+                "train_dataset has no row left: TRL drops those without a token to learn from, such as those whose "
+                "prompt alone is as long as max_length. Raise max_length, or look at the rows."
+            )
         grafts = config.graft or config.eval_grafted
         if grafts:
             refuse_offloaded(self.model)

@@ -8,6 +8,7 @@ import inspect
 import math
 import os
 import re
+import reprlib
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import Any
 
 from ..adapters.kinds import peft_type
 from ..checkpoints.hub import output_folder
-from ..errors import ConfigError
+from ..errors import ConfigError, list_names
 from ..results.parents import remove_empty
 
 _WANTED: dict[str, tuple[str, Callable[[float], bool]]] = {
@@ -162,6 +163,8 @@ def _place(config: Any) -> Iterator[str]:
     if not config.output_dir:
         yield "output_dir is empty. Name a folder."
         return
+    if config.output_dir.startswith("~"):  # transformers has put in the home of a user who is known
+        yield f"output_dir={config.output_dir!r}: there is no such user. Write ./~ for a folder of that name."
     folder = Path(config.output_dir).absolute()
     above = next(path for path in (folder, *folder.parents) if os.path.exists(path))
     if not above.is_dir():
@@ -198,6 +201,60 @@ def check_columns(name: str, data: Any, forms: Forms) -> None:
         f"{name} has the columns {', '.join(columns)}. The trainer takes one of these forms:\n{wanted}\n"
         "Make these columns first, with `dataset.map` or `dataset.rename_columns`."
     )
+
+
+def check_first_row(name: str, data: Any, forms: Forms) -> None:
+    """Refuse data whose first row has other values in the columns of its form than TRL works with.
+
+    Args:
+        name: what the data is for.
+        data: a data set, or several by name; a stream is not checked.
+        forms: as for `check_columns`, which has found one of them.
+
+    Raises:
+        ConfigError: there is no row, or its values are neither texts nor messages; each is shown.
+    """
+    if isinstance(data, Mapping):
+        for key, one in data.items():
+            check_first_row(f"{name} {key!r}", one, forms)
+        return
+    columns = getattr(data, "column_names", None)
+    if not forms or not columns or not hasattr(data, "__len__"):
+        return
+    if not len(data):
+        raise ConfigError(f"{name} has no rows.")
+    row = data[0]
+    wrong = [_wrong_values({column: row[column] for column in form}) for form in forms if form <= set(columns)]
+    if wrong and all(wrong):
+        raise ConfigError(
+            f"the first row of {name} is of no form that the trainer takes.\n{list_names(wrong[0])}\n"
+            'Give texts, or messages like [{"role": "user", "content": "a text"}], the same kind in both columns.'
+        )
+
+
+def _wrong_values(row: Mapping[str, Any]) -> list[str]:
+    """Return the values that are neither text nor messages; or all, where one is text and the other is not."""
+    found = {name: _kind_of(name, value) for name, value in row.items()}
+    wrong = [name for name, kind in found.items() if not kind] or (list(found) if len(set(found.values())) > 1 else [])
+    return [f"{name}  {reprlib.repr(row[name])}" for name in wrong]
+
+
+def _kind_of(name: str, value: Any) -> str:
+    """Return what a value is: `text`, `messages` or `tokens`; "" for anything else."""
+    if name == "input_ids":
+        return "" if value is None or isinstance(value, str) else "tokens"
+    if isinstance(value, str):
+        return "" if name in ("messages", "conversations") else "text"
+    return "messages" if isinstance(value, list) and value and all(map(_is_turn, value)) else ""
+
+
+def _is_turn(turn: Any) -> bool:
+    if not isinstance(turn, Mapping):
+        return False
+    known = {key: value for key, value in turn.items() if value is not None}
+    speaker, text = ("from", "value") if "from" in known else ("role", "content")
+    # A call of a tool has no text.
+    return isinstance(known.get(speaker), str) and (isinstance(known.get(text), (str, list)) or len(known) > 1)
 
 
 def bound(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> inspect.BoundArguments:
