@@ -47,7 +47,7 @@ from .evaluation import GraftedEvaluation
 from .loading import bare_model, dtypes_before, load_adapter, reload_converted
 from .origins import Start
 from .preflight import GRAFTED_FOLDER, check_before_loading, check_config, is_conversational
-from .resuming import checkpoint_of
+from .resuming import checkpoint_of, of_another_run
 from .saved import check_as_saved
 from .settings import Forms, bound, check_columns, check_first_row, removed_if_refused
 
@@ -224,8 +224,17 @@ class ShadowMixin(GraftedEvaluation):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         check_same_start(resume_from_checkpoint, None if self.origins.adapter else self._adapter_start)
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        with of_another_run(resume_from_checkpoint):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
         self._reload_converted(resume_from_checkpoint)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with of_another_run(checkpoint):
+            super()._load_optimizer_and_scheduler(checkpoint)
+            # torch takes the settings of another optimizer as they are, and stops at the first step.
+            lacking = {name for group in self.optimizer.param_groups for name in self.optimizer.defaults.keys() - group}
+            if checkpoint is not None and lacking:
+                raise LookupError(f"the optimizer in it has no {', '.join(sorted(lacking))}")
 
     def _load_best_model(self) -> None:
         super()._load_best_model()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +13,14 @@ from accelerate.logging import get_logger
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..checkpoints.checkpoint import Checkpoint
-from ..errors import ConfigError, InputError, list_names
+from ..errors import ConfigError, InputError, ShadowError, list_names
+from ..runtime.machine import lack
 
 logger = get_logger(__name__)
 
 # Written by `Trainer`; by FSDP, whole and in shards, of which the metadata are written last.
 _OPTIMIZER = ("optimizer.pt", "optimizer.bin", "optimizer_0/.metadata")
+_STATE = ("global_step", "max_steps", "train_batch_size")
 _FSDP = ("pytorch_model_fsdp.bin", "pytorch_model_fsdp_0/.metadata")
 
 
@@ -26,11 +30,8 @@ def fault_of(checkpoint: Path) -> str | None:
     Files that a killed process left empty or cut short count as missing: headers are compared with sizes, and torch's
     files are archives whose directory is at their end.
     """
-    try:
-        # The state is what a trainer writes last.
-        json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return "trainer_state.json is missing or cut short"
+    if (fault := _fault_of_state(checkpoint)) is not None:
+        return fault
     for names in (_OPTIMIZER, ("scheduler.pt",)):
         if not any((checkpoint / name).is_file() for name in names):
             return f"{names[0]} is missing (save_only_model leaves it out)"
@@ -46,12 +47,23 @@ def fault_of(checkpoint: Path) -> str | None:
     return None
 
 
+def _fault_of_state(checkpoint: Path) -> str | None:
+    """Return what is wrong with the state, which a trainer writes last."""
+    try:
+        state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return "trainer_state.json is missing or cut short"
+    known = state if isinstance(state, dict) else {}
+    strange = [name for name in _STATE if not isinstance(known.get(name), int)]
+    return f"trainer_state.json has no number of {', '.join(strange)}" if strange else None
+
+
 def last_complete(folder: Path) -> str | None:
     """Return the last complete checkpoint in the folder of a run, None if there is none; later ones are named."""
     numbered = {
         int(number): path
         for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*")
-        if (number := path.name.rpartition("-")[2]).isdigit() and path.is_dir()
+        if (number := path.name.rpartition("-")[2]).isdecimal() and path.is_dir()
     }
     for _, path in sorted(numbered.items(), reverse=True):
         fault = fault_of(path)
@@ -59,6 +71,21 @@ def last_complete(folder: Path) -> str | None:
             return str(path)
         logger.warning("%s is not complete and is skipped: %s.", path, fault)
     return None
+
+
+@contextmanager
+def of_another_run(checkpoint: str | None) -> Iterator[None]:
+    """Let what torch raises on reading a complete checkpoint of another model or optimizer be a ConfigError."""
+    try:
+        yield
+    except (RuntimeError, ValueError, LookupError, TypeError, AttributeError) as error:
+        if checkpoint is None or isinstance(error, ShadowError) or lack(error) is not None:
+            raise
+        raise ConfigError(
+            f"cannot resume from {checkpoint}, which is not of a run with this model and optimizer: "
+            f"{type(error).__name__}: {str(error)[:500]}\nGive the options of the run that wrote it, or leave "
+            "resume_from_checkpoint out."
+        ) from error
 
 
 def checkpoint_of(given: Any, output_dir: str | Path) -> str | None:
