@@ -232,7 +232,8 @@ class ShadowMixin(GraftedEvaluation):
         with of_another_run(checkpoint):
             super()._load_optimizer_and_scheduler(checkpoint)
             # torch takes the settings of another optimizer as they are, and stops at the first step.
-            lacking = {name for group in self.optimizer.param_groups for name in self.optimizer.defaults.keys() - group}
+            optimizer: Any = self.optimizer
+            lacking = {name for group in optimizer.param_groups for name in optimizer.defaults.keys() - group}
             if checkpoint is not None and lacking:
                 raise LookupError(f"the optimizer in it has no {', '.join(sorted(lacking))}")
 

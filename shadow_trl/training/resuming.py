@@ -20,7 +20,6 @@ logger = get_logger(__name__)
 
 # Written by `Trainer`; by FSDP, whole and in shards, of which the metadata are written last.
 _OPTIMIZER = ("optimizer.pt", "optimizer.bin", "optimizer_0/.metadata")
-_STATE = ("global_step", "max_steps", "train_batch_size")
 _FSDP = ("pytorch_model_fsdp.bin", "pytorch_model_fsdp_0/.metadata")
 
 
@@ -53,9 +52,8 @@ def _fault_of_state(checkpoint: Path) -> str | None:
         state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return "trainer_state.json is missing or cut short"
-    known = state if isinstance(state, dict) else {}
-    strange = [name for name in _STATE if not isinstance(known.get(name), int)]
-    return f"trainer_state.json has no number of {', '.join(strange)}" if strange else None
+    step = state.get("global_step") if isinstance(state, dict) else None
+    return None if isinstance(step, int) else "trainer_state.json has no number of steps"
 
 
 def last_complete(folder: Path) -> str | None:

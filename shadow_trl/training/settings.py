@@ -140,7 +140,7 @@ def _adapter(peft_config: Any) -> Iterator[str]:
     if peft_config is None:
         return
     rank, dropout = getattr(peft_config, "r", 1), getattr(peft_config, "lora_dropout", 0)
-    if peft_type({"peft_type": peft_config.peft_type}) == "LORA" and rank < 1:
+    if peft_type({"peft_type": getattr(peft_config, "peft_type", None)}) == "LORA" and rank < 1:
         yield f"r (lora_r) of the adapter is {rank}; it must be at least 1."
     if not 0 <= dropout <= 1:
         yield f"lora_dropout of the adapter is {dropout}; it must be from 0 to 1."
@@ -219,7 +219,7 @@ def check_first_row(name: str, data: Any, forms: Forms) -> None:
             check_first_row(f"{name} {key!r}", one, forms)
         return
     columns = getattr(data, "column_names", None)
-    if not forms or not columns or not hasattr(data, "__len__"):
+    if not forms or columns is None or not hasattr(data, "__len__"):
         return
     if not len(data):
         raise ConfigError(f"{name} has no rows.")
@@ -254,7 +254,8 @@ def _is_turn(turn: Any) -> bool:
     known = {key: value for key, value in turn.items() if value is not None}
     speaker, text = ("from", "value") if "from" in known else ("role", "content")
     # A call of a tool has no text.
-    return isinstance(known.get(speaker), str) and (isinstance(known.get(text), (str, list)) or len(known) > 1)
+    said = isinstance(known[text], (str, list)) if text in known else len(known) > 1
+    return isinstance(known.get(speaker), str) and said
 
 
 def bound(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> inspect.BoundArguments:
