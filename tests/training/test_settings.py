@@ -349,13 +349,9 @@ def test_a_checkpoint_of_another_model_or_optimizer_is_refused(tmp_path: Path) -
     trainer.create_optimizer_and_scheduler(1)
     made = checkpoint(tmp_path / "out", 1, tmp_path / "base")
     torch.save(trainer.lr_scheduler.state_dict(), made / "scheduler.pt")
-    for name, group in (("momentum", {"lr": 1.0}), ("param_groups", None)):
-        groups = (
-            [{**group, "params": one["params"]} for one in trainer.optimizer.state_dict()["param_groups"]]
-            if group
-            else []
-        )
-        torch.save({"state": {}, "param_groups": groups} if group else {}, made / "optimizer.pt")
+    groups = [{"lr": 1.0, "params": group["params"]} for group in trainer.optimizer.state_dict()["param_groups"]]
+    for name, state in (("momentum", {"state": {}, "param_groups": groups}), ("param_groups", {})):
+        torch.save(state, made / "optimizer.pt")
         with pytest.raises(ConfigError, match=rf"cannot resume from {made}, which is not of a run (.|\n)*{name}"):
             trainer._load_optimizer_and_scheduler(str(made))
     weights = load_file(made / "model.safetensors")
