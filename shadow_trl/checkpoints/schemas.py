@@ -102,6 +102,7 @@ class Run(Manifest, total=False):
 
     weights: Digests | None
     loaded_in: list[Dtype]
+    lifted: bool
     quantised: str | None
 
 

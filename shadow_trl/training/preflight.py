@@ -15,10 +15,8 @@ from ..errors import AdapterError, ConfigError, OutputExistsError, list_names
 from ..operations.checks import check_graft
 from ..pair.pairs import ModelPair
 from .adapter import rescaled_modules
-from .engines import refuse_engines
 from .loading import bare_model, is_adapted
 from .origins import Start, check_unchanged
-from .settings import check_settings
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -47,13 +45,6 @@ def refuse_unsupported(config: Any) -> None:
             f"chat_template_path={template!r} would resize the embeddings of BASE, which then no longer fit INSTRUCT. "
             "Leave it out (INSTRUCT's template is used) or give a .jinja file."
         )
-
-
-def check_config(config: Any, quantization_config: Any = None, peft_config: Any = None) -> None:
-    """Refuse with ConfigError what the options of a run alone show: see the functions that are called here."""
-    refuse_unsupported(config)
-    check_settings(config, quantization_config, peft_config)
-    refuse_engines(config)
 
 
 def check_before_loading(start: Start, config: Any, given: Mapping[str, Any]) -> None:
