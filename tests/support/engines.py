@@ -49,20 +49,27 @@ def run(
     fsdp: dict[str, Any] | None = None,
     resume: str | None = None,
     rows: str | None = None,
+    reference: str | None = None,
+    callbacks: list[Any] | None = None,
     **changes: Any,
 ) -> dict[str, Any]:
-    """Train under `engine` (ddp, fsdp2, or launched: FSDP2 by the environment); return what was seen.
+    """Train under `engine` (single, ddp, fsdp2, or launched: FSDP2 by the environment); return what was seen.
 
-    The trainer is ours or, if `plain`, TRL's; the data is that in the folder `rows`, if given.
+    The trainer is ours or, if `plain`, TRL's, with the model in `reference` for its reference, if given; the data is
+    that in the folder `rows`, if given.
     """
     import datasets
     from peft import LoraConfig
     from runs import LORA, SETTINGS
+    from transformers import AutoModelForCausalLM
 
     # File-backed caches of one test must not be those of another.
     datasets.config.HF_DATASETS_CACHE = Path(out).parent / "cache"
     args = {"output_dir": out, **SETTINGS, "per_device_train_batch_size": 2, **changes}
-    if engine != "ddp":
+    if engine == "single":
+        for name in ("RANK", "LOCAL_RANK"):
+            del os.environ[name]
+    elif engine != "ddp":
         on_the_cpu()
         del args["use_cpu"]
     if engine == "launched":
@@ -78,13 +85,17 @@ def run(
         "train_dataset": data,
         "eval_dataset": data if args.get("eval_strategy", "no") != "no" else None,
         "peft_config": LoraConfig(**LORA) if lora else None,
+        "callbacks": callbacks,
     }
+    if reference is not None:
+        common["ref_model"] = AutoModelForCausalLM.from_pretrained(reference, dtype="float32")
     trainer = _trainer(kind, plain, pair[1], args, common)
     state = trainer.accelerator
-    assert state.num_processes == int(os.environ["WORLD_SIZE"]) > 1
-    wanted = {"ddp": "MULTI_CPU"}.get(engine, "FSDP")
+    assert state.num_processes == int(os.environ["WORLD_SIZE"])
+    assert (state.num_processes == 1) == (engine == "single")
+    wanted = {"single": "NO", "ddp": "MULTI_CPU"}.get(engine, "FSDP")
     assert str(state.distributed_type) == f"DistributedType.{wanted}"
-    assert state.is_fsdp2 == (engine != "ddp")
+    assert state.is_fsdp2 == (wanted == "FSDP")
     seen: dict[str, Any] = {
         "references": _references(trainer),
         "reference": getattr(trainer, "ref_model", None) is not None,
@@ -93,6 +104,11 @@ def run(
     if plain:
         trainer.save_model()
     seen["losses"] = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    seen["evaluations"] = [
+        {name: value for name, value in entry.items() if not name.endswith(("runtime", "per_second"))}
+        for entry in trainer.state.log_history
+        if any(name.startswith("eval_") for name in entry)
+    ]
     state.wait_for_everyone()
     return seen
 
