@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -93,7 +94,7 @@ class Bench:
                 difference(ours["references"], one["references"]),
                 difference(_evaluated(ours), _evaluated(one)) if self._evaluates[engine] else "refused",
                 self.like_plain(engine, case, out),
-                _same(weights(out / "grafted"), weights(self.graft_of(out))),
+                same(weights(out / "grafted"), weights(self.graft_of(out))),
                 *(f"{ours['peaks'][part]:.0f}" if part in ours["peaks"] else "" for part in ("reference", "training")),
             ]
         except RuntimeError as error:
@@ -123,7 +124,7 @@ class Bench:
         if case.continues and case.lora:
             return ""
         # To TRL, BASE is the policy as it starts.
-        return _same(weights(ours), self.plain(engine, replace(case, policy="init") if case.policy == "base" else case))
+        return same(weights(ours), self.plain(engine, replace(case, policy="init") if case.policy == "base" else case))
 
     @cache  # noqa: B019
     def plain(self, engine: str, case: Case) -> dict[str, str]:
@@ -189,6 +190,6 @@ def _evaluated(seen: dict[str, Any]) -> list[float]:
     return [one[name] for one in entries for name in sorted(one) if name.startswith("eval_grafted_")]
 
 
-def _same(found: dict[str, str], expected: dict[str, str]) -> str:
+def same(found: dict[str, str], expected: dict[str, str]) -> str:
     """Return whether two folders have the same weight files, of which there are some."""
     return "yes" if found and found == expected else "**no**"
