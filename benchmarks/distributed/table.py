@@ -56,7 +56,7 @@ CASES = [
     *(Case("dpo", lora, policy, True) for policy in ("instruct", "grafted") for lora in (False, True)),
     *(Case("dpo", lora, "instruct") for lora in (False, True)),
 ]
-STEPS = 5
+STEPS, GRAFTED = 5, "eval_grafted_"
 
 
 def compare(folder: Path, options: argparse.Namespace) -> Iterator[str]:
@@ -92,7 +92,7 @@ class Bench:
             cells = [
                 difference(ours["losses"], one["losses"]),
                 difference(ours["references"], one["references"]),
-                difference(_evaluated(ours), _evaluated(one)) if self._evaluates[engine] else "refused",
+                evaluated(ours, one) if self._evaluates[engine] else "refused",
                 self.like_plain(engine, case, out),
                 same(weights(out / "grafted"), weights(self.graft_of(out))),
                 *(f"{ours['peaks'][part]:.0f}" if part in ours["peaks"] else "" for part in ("reference", "training")),
@@ -177,17 +177,30 @@ def difference(found: list[float], expected: list[float]) -> str:
     """Return the largest relative difference; "" where both have nothing."""
     if len(found) != len(expected):
         return f"{len(found)} values, not {len(expected)}"
-    if not found:
+    shares = [abs(one - other) / abs(other) if other else abs(one) for one, other in zip(found, expected, strict=True)]
+    if not shares:
         return ""
-    largest = max(
-        abs(one - other) / abs(other) if other else abs(one) for one, other in zip(found, expected, strict=True)
-    )
+    largest = max(shares, key=_size)
     return f"{largest:.1e}" if largest else "0"
 
 
-def _evaluated(seen: dict[str, Any]) -> list[float]:
-    entries = [one for one in seen["evaluations"] if "eval_grafted_loss" in one]
-    return [one[name] for one in entries for name in sorted(one) if name.startswith("eval_grafted_")]
+def evaluated(ours: dict[str, Any], one: dict[str, Any]) -> str:
+    """Return the difference of `eval_grafted_loss` and the largest of the other figures of the graft, with its name."""
+    found, expected = (
+        [{key.removeprefix(GRAFTED): value for key, value in entry.items() if GRAFTED in key} for entry in entries]
+        for entries in (ours["evaluations"], one["evaluations"])
+    )
+    shown = {
+        name: difference([entry[name] for entry in found], [entry[name] for entry in expected])
+        for name in {**found[-1], **expected[-1]}
+    }
+    loss = shown.pop("loss")
+    name = max(shown, key=lambda key: _size(float(shown[key])))
+    return f"{loss}; {name} {shown[name]}"
+
+
+def _size(share: float) -> tuple[bool, float]:
+    return math.isnan(share), share  # NaN is the largest
 
 
 def same(found: dict[str, str], expected: dict[str, str]) -> str:

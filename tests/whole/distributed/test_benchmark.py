@@ -38,6 +38,15 @@ def test_the_largest_difference_is_shown(table, found, expected, shown):
     assert table.difference(found, expected) == shown
 
 
+def test_the_figures_of_the_graft_are_those_that_are_compared(table):
+    def seen(**figures):
+        return {"evaluations": [{"eval_loss": 1.0, **{f"eval_grafted_{name}": figures[name] for name in figures}}]}
+
+    expected = seen(loss=2.0, entropy=4.0, margins=0.5)
+    assert table.evaluated(seen(loss=2.0, entropy=4.0, margins=0.5), expected) == "0; entropy 0"
+    assert table.evaluated(seen(loss=2.5, entropy=4.0, margins=0.25), expected) == "2.5e-01; margins 5.0e-01"
+
+
 @pytest.mark.parametrize(
     ("found", "expected", "shown"),
     [
@@ -66,7 +75,9 @@ def test_two_processes_are_compared_with_one_and_with_trl():
     ((*_, losses, references, grafted, tuned, graft, _, training),) = run("table", "--only", "SFT, LoRA")
     assert (references, tuned, graft) == ("", "yes", "yes")
     assert float(losses) < 1e-6
-    assert float(grafted) < 1e-6
+    loss, _, other = grafted.partition("; ")
+    assert float(loss) < 1e-6
+    assert float(other.split()[-1]) < 1e-6
     assert float(training) > 0
 
 
