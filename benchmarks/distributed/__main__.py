@@ -37,7 +37,7 @@ def main() -> int:
     memory.set_defaults(work=measure)
     table = kinds.add_parser("table")
     table.set_defaults(work=compare)
-    for kind, hidden, layers, rows, length in ((memory, 1024, 15, 10, 128), (table, 256, 4, 20, 16)):
+    for kind, hidden, layers, rows, length in ((memory, 1024, 15, 6, 128), (table, 256, 4, 20, 16)):
         kind.add_argument("--engines", nargs="+", choices=ENGINES, help=f"default: {' '.join(_available())}")
         kind.add_argument("--processes", type=int, default=2)
         kind.add_argument("--limit", type=float, default=3600, help="seconds that a run may take (default 3600)")
