@@ -10,6 +10,7 @@ CPU in the place of an accelerator), zero2 and zero3 (where DeepSpeed is install
 from __future__ import annotations
 
 import argparse
+import multiprocessing
 import os
 import sys
 import tempfile
@@ -25,6 +26,10 @@ sys.path += [str(HERE), str(HERE.parent), str(HERE.parent.parent / "tests" / "su
 
 from memory import measure  # noqa: E402
 from table import compare  # noqa: E402
+
+# Imported once, before the processes are forked.
+PRELOADED = ("trl.trainer.dpo_trainer", "trl.trainer.sft_trainer", "shadow_trl.training.trainers")
+multiprocessing.set_forkserver_preload(["transformers.models.qwen3.modeling_qwen3", *PRELOADED])
 
 ENGINES = ("ddp", "fsdp2", "zero2", "zero3")
 
