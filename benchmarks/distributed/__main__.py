@@ -49,7 +49,7 @@ def main() -> int:
         kind.add_argument("--hidden", type=int, default=hidden, help=f"width of the model (default {hidden})")
         kind.add_argument("--layers", type=int, default=layers, help=f"default {layers}")
         kind.add_argument("--rows", type=int, default=rows, help=f"rows of one pass over the data (default {rows})")
-        kind.add_argument("--length", type=int, default=length, help=f"tokens of an answer or row (default {length})")
+        kind.add_argument("--length", type=int, default=length, help=f"tokens of a row, about (default {length})")
     memory.add_argument("--rounds", type=int, default=1, help="runs of each arm, in turns (default 1)")
     table.add_argument("--only", nargs="+", default=[], help='rows to make, as "SFT, full" or "DPO, LoRA, instruct"')
     options = parser.parse_args()

@@ -1,4 +1,4 @@
-"""A random pair and rows of equal length, on the disk."""
+"""A random pair and rows, on the disk."""
 
 from __future__ import annotations
 
@@ -28,15 +28,16 @@ class Inputs:
         return str(self.base), str(self.instruct)
 
 
-def make(folder: Path, *, hidden: int, layers: int, rows: int, answer: int) -> Inputs:
-    """Write a pair of `layers` layers of width `hidden` and `rows` rows with answers of `answer` characters."""
+def make(folder: Path, *, hidden: int, layers: int, rows: int, answers: range) -> Inputs:
+    """Write a pair of `layers` layers of width `hidden` and `rows` rows, each answer of a random length of `answers`."""
     from datasets import Dataset
     from training import make_inputs
 
     make_inputs(folder, hidden=hidden, layers=layers, rows=0)
     source, asked = random.Random(0), []
     for _ in range(rows):
-        texts = ["".join(source.choices(CHARACTERS, k=count)) for count in (8, answer, answer)]
+        counts = (8, source.choice(answers), source.choice(answers))
+        texts = ["".join(source.choices(CHARACTERS, k=count)) for count in counts]
         roles = zip(("user", "assistant", "assistant"), texts, strict=True)
         asked.append([[{"role": role, "content": text}] for role, text in roles])
     found = {

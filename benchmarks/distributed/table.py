@@ -61,7 +61,9 @@ STEPS, GRAFTED = 5, "eval_grafted_"
 
 def compare(folder: Path, options: argparse.Namespace) -> Iterator[str]:
     """Make every row under each engine; yield the lines of the table."""
-    made = inputs.make(folder, hidden=options.hidden, layers=options.layers, rows=options.rows, answer=options.length)
+    # Of several lengths, so that a process has fewer tokens than another.
+    lengths = range(options.length // 2, 2 * options.length + 1)
+    made = inputs.make(folder, hidden=options.hidden, layers=options.layers, rows=options.rows, answers=lengths)
     bench = Bench(made, folder / "runs", options.processes, options.limit)
     yield f"A model of {made.bytes / 1e6:.0f} MB in {options.processes} processes.\n"
     yield (
