@@ -29,7 +29,7 @@ class Inputs:
 
 
 def make(folder: Path, *, hidden: int, layers: int, rows: int, answers: range) -> Inputs:
-    """Write a pair of `layers` layers of width `hidden` and `rows` rows, with answers of random lengths of `answers`."""
+    """Write a pair of `layers` layers of width `hidden` and `rows` rows, with answers of lengths in `answers`."""
     from datasets import Dataset
     from training import make_inputs
 

@@ -112,8 +112,11 @@ class GraftedEvaluation(_Trainer):
             folder = way_back.enter_context(self._grafted_for_evaluation())
             way_back.enter_context(in_host_memory(trained))
             # No name here for what is loaded: the device needs its room before the weights in training come back.
-            self.model = way_back.enter_context(
-                prepared(self._load_shipped(folder, trained), self.accelerator, outputs=_OUTPUTS)
+            # TRL asks the model whether it is in training, which an engine of DeepSpeed round it does not know.
+            self.model = self.accelerator.unwrap_model(
+                way_back.enter_context(
+                    prepared(self._load_shipped(folder, trained), self.accelerator, outputs=_OUTPUTS)
+                )
             )
             way_back.callback(setattr, self, "model", trained)
             yield

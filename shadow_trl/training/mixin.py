@@ -36,12 +36,13 @@ from .adapter import (
     announced,
     check_same_start,
     start_of,
+    trained_by_adapter,
     without_reference_adapter,
     without_second_start,
     write_start,
 )
 from .config import ShadowArguments
-from .engines import refuse_engines, refuse_lifted, refuse_offloaded, whole_weights
+from .engines import dtype_at_start, gathered, refuse_engines, refuse_lifted, refuse_offloaded, whole_weights
 from .evaluation import GraftedEvaluation
 from .loading import bare_model, dtypes_before, load_adapter, reload_converted
 from .origins import Start
@@ -70,7 +71,7 @@ class ShadowMixin(GraftedEvaluation):
 
     Raises:
         ConfigError: options that contradict each other, no INSTRUCT, or an engine that cannot end in a graft
-            (DeepSpeed, FSDP1).
+            (FSDP1).
         PairMismatchError: BASE and INSTRUCT do not belong together.
         OutputExistsError: `output_dir` already holds a graft, or is an input of the run.
     """
@@ -101,7 +102,7 @@ class ShadowMixin(GraftedEvaluation):
         """Check everything that can be checked before training, and let TRL make its trainer."""
         given = call.arguments
         refuse_unsupported(config)
-        refuse_engines(config)
+        refuse_engines(config, given["model"])
         check_settings(config, given.get("quantization_config"))
         if given.get("formatting_func") is None:
             for name in ("train_dataset", "eval_dataset"):
@@ -120,9 +121,10 @@ class ShadowMixin(GraftedEvaluation):
                 self._pin_model(given)
             with without_second_start(given["model"]):
                 super().__init__(*call.args, **call.kwargs)
-            self._check_loaded(config)
-        # The adapter as it is before training: the delta of some is what it becomes less this.
-        self._adapter_start = start_of(self.model) if config.graft or config.eval_grafted else None
+            with gathered(trained_by_adapter(self.model)):  # ZeRO-3 has shared it out where a reference was computed
+                self._check_loaded(config)
+                # The adapter as it is before training: the delta of some is what it becomes less this.
+                self._adapter_start = start_of(self.model) if config.graft or config.eval_grafted else None
 
     def _check_loaded(self, config: Any) -> None:
         """Find in the model that will be trained what would keep the run from ending in a graft."""
@@ -154,7 +156,9 @@ class ShadowMixin(GraftedEvaluation):
             try:
                 in_search, resume = given.get("trial") is not None, given.get("resume_from_checkpoint")
                 with removed_if_refused(self._made, self.args):
-                    given["resume_from_checkpoint"] = checkpoint_of(resume, self.args.output_dir)
+                    given["resume_from_checkpoint"] = checkpoint = checkpoint_of(resume, self.args.output_dir)
+                    if checkpoint is not None:
+                        check_same_start(checkpoint, None if self.origins.adapter else self._adapter_start)
                     if self.args.graft and not in_search:
                         check_free(self._grafted_folder, self.args.graft_overwrite)
                 if in_search:
@@ -218,7 +222,6 @@ class ShadowMixin(GraftedEvaluation):
             self._write_graft(str(folder), folder / "shadow" / GRAFTED_FOLDER, overwrite=True)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        check_same_start(resume_from_checkpoint, None if self.origins.adapter else self._adapter_start)
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         self._reload_converted(resume_from_checkpoint)
 
@@ -227,8 +230,8 @@ class ShadowMixin(GraftedEvaluation):
         self._reload_converted(str(self.state.best_model_checkpoint))
 
     def _reload_converted(self, folder: str) -> None:
-        # FSDP has files of its own, by the names in memory.
-        if not self.is_fsdp_enabled:
+        # The engines have files of their own, by the names in memory.
+        if not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             reload_converted(self.model, folder)
 
     # What belongs together passes through here, at the end and in every checkpoint: a run that dies leaves the files of
@@ -236,7 +239,7 @@ class ShadowMixin(GraftedEvaluation):
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         with without_reference_adapter(self.model):
             super()._save(output_dir, state_dict)
-        if self.args.should_save:
+        if self.args.should_save and state_dict != {}:  # which ZeRO-3 gives where it saves its shards alone
             folder = Path(output_dir or self.args.output_dir)
             write_start(folder, self.model, self._adapter_start, self.origins.adapter)
             write_manifest(folder, {**self._manifest, "weights": weight_digests(folder, START_FOLDER)})
@@ -306,7 +309,7 @@ class ShadowMixin(GraftedEvaluation):
         start, origins = self._start, self.origins
         base = origins.base and origins.base.recorded()
         method = getattr(bare_model(self.model), "quantization_method", None)
-        dtypes = [*dtypes_before(start.stage), str(bare_model(self.model).dtype).removeprefix("torch.")]
+        dtypes = [*dtypes_before(start.stage), dtype_at_start(self.accelerator, bare_model(self.model))]
         return {
             "kind": "run",
             "trainer": type(self).__name__,

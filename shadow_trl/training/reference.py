@@ -24,6 +24,7 @@ from ..layouts.model_names import ModelNames
 from ..operations.graft import graft
 from ..results.folder import Scratch
 from ..runtime.processes import check_shared, run_on_main
+from .engines import forget, gathered, uses_deepspeed
 from .loading import Loading, bare_model, dtypes_before, is_adapted
 from .origins import Start
 from .preflight import GRAFTED_FOLDER
@@ -170,12 +171,13 @@ def _graft_in_memory(start: Start) -> PreTrainedModel | None:
             if lora.transposed:
                 left, right = right.T, left.T
             weight = model.get_parameter(f"{lora.module}.weight")
-            weight.copy_(
-                graft_low_rank(
-                    weight.cpu(), left, right, factor=lora.factor, scale=options.scale, rounding=options.rounding,
-                    seed=options.seed, name=name,
-                )
-            )  # fmt: skip
+            with gathered([weight], changed=True):
+                weight.copy_(
+                    graft_low_rank(
+                        weight.cpu(), left, right, factor=lora.factor, scale=options.scale, rounding=options.rounding,
+                        seed=options.seed, name=name,
+                    )
+                )  # fmt: skip
     return model
 
 
@@ -194,11 +196,17 @@ def prepared(
         from trl.models.utils import prepare_fsdp
 
         ready: Any = prepare_fsdp(model, accelerator)
+    elif uses_deepspeed(accelerator):
+        from trl.models.utils import prepare_deepspeed
+
+        ready = prepare_deepspeed(model, accelerator)
     else:
         ready = accelerator.prepare_model(model, evaluation_mode=True)
     try:
         yield ready
     finally:
+        if uses_deepspeed(accelerator):
+            forget(ready)
         release(ready, accelerator)
         del model, ready
         clear_device_cache(garbage_collection=True)
@@ -235,6 +243,17 @@ def decide_precompute(config: Any, given: Mapping[str, Any], *, preferred: bool)
             "The reference policy stays in memory during training: its log probabilities can be computed before "
             "training for map-style text data only, and not all of the data is that."
         )
+
+
+def weights_hash(model: Any) -> str:
+    """Return a hash of the weights and stored buffers of `model`, whole; where they are shared out, all call it."""
+    from datasets.fingerprint import Hasher
+
+    found = []
+    for name, tensor in sorted(model.state_dict(keep_vars=True).items()):
+        with gathered([tensor]):
+            found.append((name, tuple(tensor.shape), Hasher.hash(_bits(tensor))))
+    return Hasher.hash(found)
 
 
 def reference_key(model_hash: str, model: Any, args: DPOConfig, collator: Any, precision: str) -> str:
