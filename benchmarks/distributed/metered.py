@@ -26,6 +26,7 @@ def run(rank: int, *given: Any, **named: Any) -> dict[str, Any]:
 
     import shadow_trl.training.trainers  # noqa: F401
 
+    gc.freeze()  # to look through all that was imported takes longer than the runs, and copies its pages
     meter = Meter()
     steps: list[tuple[float, float]] = []
 
