@@ -26,6 +26,7 @@ def run(rank: int, *given: Any, **named: Any) -> dict[str, Any]:
 
     import shadow_trl.training.trainers  # noqa: F401
 
+    _warm_up()
     gc.freeze()  # to look through all that was imported takes longer than the runs, and copies its pages
     meter = Meter()
     steps: list[tuple[float, float]] = []
@@ -55,6 +56,18 @@ def run(rank: int, *given: Any, **named: Any) -> dict[str, Any]:
     DPOTrainer._precompute_ref_logps = metered  # type: ignore[method-assign]
     seen = engines.run(rank, *given, callbacks=[Watch()], **named)
     return {**seen, "peaks": meter.peaks, "steps": steps}
+
+
+def _warm_up() -> None:
+    """Train a very small model for a step, so that the pages of the libraries are in memory before the start."""
+    import torch
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    size = {"vocab_size": 8, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
+    model = Qwen3ForCausalLM(Qwen3Config(**size, num_attention_heads=1, num_key_value_heads=1, head_dim=8))
+    rows = torch.ones(1, 4, dtype=torch.long)
+    model(rows, labels=rows).loss.backward()
+    torch.optim.AdamW(model.parameters()).step()
 
 
 class Meter:

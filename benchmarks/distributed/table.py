@@ -56,7 +56,7 @@ CASES = [
     *(Case("dpo", lora, policy, True) for policy in ("instruct", "grafted") for lora in (False, True)),
     *(Case("dpo", lora, "instruct") for lora in (False, True)),
 ]
-STEPS, GRAFTED = 5, "eval_grafted_"
+STEPS, GRAFTED, TRL_DIFFERS = 5, "eval_grafted_", 1e-5
 
 
 def compare(folder: Path, options: argparse.Namespace) -> Iterator[str]:
@@ -187,18 +187,20 @@ def difference(found: list[float], expected: list[float]) -> str:
 
 
 def evaluated(ours: dict[str, Any], one: dict[str, Any]) -> str:
-    """Return the difference of `eval_grafted_loss` and the largest of the other figures of the graft, with its name."""
-    found, expected = (
-        [{key.removeprefix(GRAFTED): value for key, value in entry.items() if GRAFTED in key} for entry in entries]
-        for entries in (ours["evaluations"], one["evaluations"])
-    )
-    shown = {
-        name: difference([entry[name] for entry in found], [entry[name] for entry in expected])
-        for name in {**found[-1], **expected[-1]}
-    }
-    loss = shown.pop("loss")
-    name = max(shown, key=lambda key: _size(float(shown[key])))
-    return f"{loss}; {name} {shown[name]}"
+    """Return the difference of `eval_grafted_loss` and the largest of the other figures of the graft, with its name.
+
+    Figures of which TRL's own, of the model in training, differ as well are left out: TRL weighs some by the tokens
+    of a batch of all processes, and those batches are others.
+    """
+    found, expected = ours["evaluations"], one["evaluations"]
+
+    def shown(name: str) -> str:
+        return difference([entry[name] for entry in found], [entry[name] for entry in expected])
+
+    names = {name.removeprefix(GRAFTED) for entry in (*found, *expected) for name in entry if name.startswith(GRAFTED)}
+    alike = [name for name in sorted(names - {"loss"}) if float(shown(f"eval_{name}")) < TRL_DIFFERS]
+    worst = max(alike, key=lambda name: _size(float(shown(GRAFTED + name))))
+    return f"{shown(GRAFTED + 'loss')}; {worst} {shown(GRAFTED + worst)}"
 
 
 def _size(share: float) -> tuple[bool, float]:

@@ -39,12 +39,16 @@ def test_the_largest_difference_is_shown(table, found, expected, shown):
 
 
 def test_the_figures_of_the_graft_are_those_that_are_compared(table):
-    def seen(**figures):
-        return {"evaluations": [{"eval_loss": 1.0, **{f"eval_grafted_{name}": figures[name] for name in figures}}]}
+    def seen(loss, entropy, margins, *, plain=1.0):
+        figures = {"loss": loss, "entropy": entropy, "margins": margins, "accuracy": plain / 2}
+        trained = {"eval_loss": 3.0, "eval_entropy": 1.0, "eval_margins": 1.0, "eval_accuracy": plain}
+        return {"evaluations": [{**trained, **{f"eval_grafted_{name}": figures[name] for name in figures}}]}
 
-    expected = seen(loss=2.0, entropy=4.0, margins=0.5)
-    assert table.evaluated(seen(loss=2.0, entropy=4.0, margins=0.5), expected) == "0; entropy 0"
-    assert table.evaluated(seen(loss=2.5, entropy=4.0, margins=0.25), expected) == "2.5e-01; margins 5.0e-01"
+    expected = seen(2.0, 4.0, 0.5)
+    assert table.evaluated(seen(2.0, 4.0, 0.5), expected) == "0; accuracy 0"
+    assert table.evaluated(seen(2.5, 4.0, 0.25), expected) == "2.5e-01; margins 5.0e-01"
+    # TRL's own figure is another one as well.
+    assert table.evaluated(seen(2.0, 4.5, 0.5, plain=2.0), expected) == "0; entropy 1.2e-01"
 
 
 @pytest.mark.parametrize(
