@@ -30,9 +30,8 @@ def refuse_engines(config: Any, model: Any) -> None:
         model: as given to the trainer, a name or a loaded model.
 
     Raises:
-        ConfigError: FSDP1, FSDP or DeepSpeed where accelerate would not use it, `cpu_ram_efficient_loading` or
-            `eval_grafted` under FSDP, `eval_grafted`, a loaded model or weights on NVMe under ZeRO-3, context,
-            sequence or tensor parallelism, or weights offloaded to the disk.
+        ConfigError: FSDP1, FSDP or DeepSpeed where accelerate would not use it, `eval_grafted`, a loaded model or
+            weights on NVMe under ZeRO-3, context, sequence or tensor parallelism, or weights offloaded to the disk.
     """
     if config.deepspeed_plugin is not None:
         _check_zero(config, model)
@@ -67,17 +66,6 @@ def _check_fsdp(config: Any) -> None:
         raise ConfigError(
             f"FSDP was asked for, and accelerate would not use it here ({kind}): every process would train the whole "
             f"model. Launch it on accelerators with accelerate launch, or leave fsdp out for {_PLAIN}."
-        )
-    if parse_flag_from_env("FSDP_CPU_RAM_EFFICIENT_LOADING"):
-        raise ConfigError(
-            "cpu_ram_efficient_loading loads weights on the first process of a machine only; the others get those of "
-            "the policy from FSDP2, not those of a reference. Set it to false (accelerate launch takes it for true: "
-            "--fsdp_cpu_ram_efficient_loading false); each process then holds the whole model while it is loaded."
-        )
-    if config.eval_grafted:
-        raise ConfigError(
-            "eval_grafted=True is not possible under FSDP yet: the weights in training are shared out over the "
-            f"processes. Pass eval_grafted=False and score the grafted folder after training, or use {_PLAIN}."
         )
 
 
@@ -152,21 +140,23 @@ def refuse_offloaded(model: Any) -> None:
         )
 
 
-def refuse_lifted(accelerator: Accelerator, model: Any) -> None:
-    """Refuse 16-bit weights to train that FSDP2 would lift to fp32: a graft could not tell in which dtype they started.
+def lifts_weights(accelerator: Accelerator, model: Any) -> bool:
+    """Return whether FSDP2 will train, and save, weights in fp32 that were loaded in 16 bits.
 
     Raises:
-        ConfigError: FSDP with mixed precision and a model loaded in 16 bits.
+        ConfigError: it would do so with some of them only, after which nothing shows which.
     """
     if getattr(accelerator.state, "fsdp_plugin", None) is None or accelerator.mixed_precision == "no":
-        return
-    narrow = [name for name, weight in model.named_parameters() if weight.requires_grad and weight.dtype.itemsize < 4]
-    if narrow:
+        return False
+    trained = {name: weight.dtype for name, weight in model.named_parameters() if weight.requires_grad}
+    narrow = [name for name, dtype in trained.items() if dtype.itemsize < 4]
+    if narrow and len(narrow) < len(trained):
         raise ConfigError(
-            f"FSDP2 with mixed precision trains {len(narrow)} weights in fp32 that were loaded in 16 bits, so TUNED "
-            "would not show where the delta starts. Load the model in float32 (dtype: float32, TRL's default), which "
-            "needs no more memory in training, or set mixed precision to no."
+            f"FSDP2 with mixed precision trains all weights in fp32, {len(narrow)} of {len(trained)} were loaded in 16 "
+            f"bits, and TUNED would not show which.\n{list_names(narrow)}\nLoad the model in one dtype (dtype: "
+            "float32, TRL's default, which needs no more memory in training), or set mixed precision to no."
         )
+    return bool(narrow)
 
 
 @contextmanager

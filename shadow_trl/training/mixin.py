@@ -42,7 +42,7 @@ from .adapter import (
     write_start,
 )
 from .config import ShadowArguments
-from .engines import dtype_at_start, gathered, refuse_engines, refuse_lifted, refuse_offloaded, whole_weights
+from .engines import dtype_at_start, gathered, lifts_weights, refuse_engines, refuse_offloaded, whole_weights
 from .evaluation import GraftedEvaluation
 from .loading import bare_model, dtypes_before, load_adapter, reload_converted
 from .origins import Start
@@ -132,7 +132,7 @@ class ShadowMixin(GraftedEvaluation):
         grafts = config.graft or config.eval_grafted
         if grafts:
             refuse_offloaded(self.model)
-            refuse_lifted(self.accelerator, self.model)
+            lifts_weights(self.accelerator, self.model)
             check_as_saved(start, self.model, self.processing_class, config.graft_options())
         if grafts and start.adapter_on_base:
             check_left_out(
@@ -320,5 +320,6 @@ class ShadowMixin(GraftedEvaluation):
             "ref_policy": getattr(self.args, "ref_policy", None),
             "loaded_in": [dtype for dtype in dtypes if dtype in BASE_DTYPES],  # not that of a quantised model
             "options": self.args.graft_options(),
+            **({"lifted": True} if lifts_weights(self.accelerator, self.model) else {}),
             **({"quantised": str(getattr(method, "value", method))} if method is not None else {}),
         }

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.logging import get_logger
+from accelerate.utils import fsdp2_prepare_model
 from accelerate.utils.memory import clear_device_cache
 
 from ..adapters.kinds import is_subtracted, start_setting
@@ -193,9 +194,7 @@ def prepared(
 
     add_fused_lm_head(bare_model(model), outputs=outputs)
     if getattr(accelerator.state, "fsdp_plugin", None) is not None:
-        from trl.models.utils import prepare_fsdp
-
-        ready: Any = prepare_fsdp(model, accelerator)
+        ready: Any = shard_reference(model, accelerator)
     elif uses_deepspeed(accelerator):
         from trl.models.utils import prepare_deepspeed
 
@@ -210,6 +209,15 @@ def prepared(
         release(ready, accelerator)
         del model, ready
         clear_device_cache(garbage_collection=True)
+
+
+def shard_reference(model: PreTrainedModel, accelerator: Accelerator) -> PreTrainedModel:
+    """Share a reference out over the processes of FSDP2 as accelerate does it with the policy, layer by layer.
+
+    TRL's `prepare_fsdp` makes one block of it, which every pass gathers whole; and where only the first process has
+    read the weights (`cpu_ram_efficient_loading`) it does not give them to the others.
+    """
+    return fsdp2_prepare_model(accelerator, model.requires_grad_(False)).eval()
 
 
 def release(model: Any, accelerator: Accelerator) -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any, ClassVar
+from unittest.mock import patch
 
 from trl import DPOTrainer, SFTTrainer
+from trl.trainer import dpo_trainer
 
 from ..errors import ConfigError
 from .adapter import drop_reference_adapter
@@ -23,6 +25,7 @@ from .reference import (
     prepared,
     reference_key,
     release,
+    shard_reference,
     shared_on_disk,
     weights_hash,
 )
@@ -59,6 +62,7 @@ class ShadowDPOTrainer(ShadowMixin, DPOTrainer):
         # What is opened here is held until TRL's __init__ has computed the reference log probabilities of all its data.
         with ExitStack() as scope:
             self._initialising: ExitStack | None = scope
+            scope.enter_context(patch.object(dpo_trainer, "prepare_fsdp", shard_reference))
             super().__init__(*args, **kwargs)
         self._initialising = None
         self._of_object = None

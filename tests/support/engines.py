@@ -9,6 +9,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from rank_cases import hide
 from tiny import preference_data, sft_data
 
 LAUNCHED = {
@@ -28,6 +29,9 @@ LAUNCHED_ZERO3 = {
     "ACCELERATE_DEEPSPEED_ZERO3_SAVE_16BIT_MODEL": "true",
 }
 """What `accelerate launch` with TRL's zero3.yaml puts into the environment, but for its mixed precision."""
+
+
+_SPEED = ("runtime", "_per_second")
 
 
 def on_the_cpu() -> None:
@@ -67,31 +71,38 @@ def run(
     rows: str | None = None,
     reference: str | None = None,
     callbacks: list[Any] | None = None,
+    environment: dict[str, str] | None = None,
+    machines: bool = False,
     **changes: Any,
 ) -> dict[str, Any]:
     """Train under `engine` and return what was seen.
 
-    Engines are single (one process), ddp, fsdp2, launched (FSDP2 by the environment), zero1, zero2 and zero3, with
-    settings of `zero`, and launched_zero3. The trainer is ours or, if `plain`, TRL's, with the model in `reference`
-    for its reference, if given; the data is that in the folder `rows`, if given.
+    Engines are single, ddp, fsdp2, launched (FSDP2 by the environment), zero1, zero2, zero3 (with settings of `zero`)
+    and launched_zero3. The trainer is ours or, if `plain`, TRL's, with the model in `reference` for its reference, if
+    given; the data is that in the folder `rows`, if given. With `machines`, each process is on one of its own, where
+    the folder above `out` is another one.
     """
     import datasets
     from peft import LoraConfig
     from runs import LORA, SETTINGS
     from transformers import AutoModelForCausalLM
 
+    if machines:
+        os.environ["LOCAL_WORLD_SIZE"] = "1"
+        if rank:
+            hide(str(Path(out).parent))
     wanted = "DEEPSPEED" if "zero" in engine else {"single": "NO", "ddp": "MULTI_CPU"}.get(engine, "FSDP")
     # File-backed caches of one test must not be those of another.
     datasets.config.HF_DATASETS_CACHE = Path(out).parent / "cache"
     args = {"output_dir": out, **SETTINGS, "per_device_train_batch_size": 2, **changes}
-    if engine == "single":
-        for name in ("RANK", "LOCAL_RANK"):
-            del os.environ[name]
-    elif engine != "ddp":
+    if engine not in ("single", "ddp"):
         on_the_cpu()
         del args["use_cpu"]
+    if engine == "single":
+        for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+            del os.environ[name]
     if engine == "launched":
-        os.environ.update(LAUNCHED)
+        os.environ.update({**LAUNCHED, **(environment or {})})
     if engine == "fsdp2":
         args |= {
             "fsdp": True,
@@ -122,13 +133,15 @@ def run(
         common["ref_model"] = AutoModelForCausalLM.from_pretrained(reference, dtype="float32")
     trainer = _trainer(kind, plain, pair[1], args, common)
     state = trainer.accelerator
-    assert state.num_processes == int(os.environ["WORLD_SIZE"])
+    assert state.num_processes == int(os.environ.get("WORLD_SIZE", "1"))
     assert (state.num_processes == 1) == (engine == "single")
     assert str(state.distributed_type) == f"DistributedType.{wanted}"
     assert state.is_fsdp2 == (wanted == "FSDP")
     if wanted == "DEEPSPEED":
         assert state.deepspeed_plugin.zero_stage == int(engine[-1])
+    plugin = getattr(state.state, "fsdp_plugin", None)
     seen: dict[str, Any] = {
+        "read_by_one": plugin is not None and plugin.cpu_ram_efficient_loading,
         "references": _references(trainer),
         "reference": getattr(trainer, "ref_model", None) is not None,
     }
@@ -137,7 +150,11 @@ def run(
     if plain:
         trainer.save_model()
     seen["losses"] = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    seen["evaluations"] = [entry for entry in trainer.state.log_history if "eval_loss" in entry]
+    seen["evaluated"] = [
+        {name: value for name, value in entry.items() if name.startswith("eval_") and not name.endswith(_SPEED)}
+        for entry in trainer.state.log_history
+        if "eval_loss" in entry
+    ]
     state.wait_for_everyone()
     return seen
 

@@ -18,8 +18,8 @@ from shadow_trl.errors import ConfigError
 from shadow_trl.runtime.processes import run_on_main
 from shadow_trl.training.engines import (
     dtype_at_start,
+    lifts_weights,
     refuse_engines,
-    refuse_lifted,
     refuse_offloaded,
     refuse_tensor_parallel,
 )
@@ -51,17 +51,11 @@ def test_engines_that_are_refused(tmp_path, monkeypatch, given, environment, mes
         refuse_engines(config, "model")
 
 
-def test_fsdp2_on_accelerators_is_refused_with_an_evaluation_of_the_graft_only(tmp_path, monkeypatch):
-    config = ShadowSFTConfig(**settings(tmp_path, fsdp=True))
+def test_fsdp2_on_accelerators_is_not_refused(tmp_path, monkeypatch):
+    config = ShadowSFTConfig(**settings(tmp_path, fsdp=True, eval_grafted=True))
     monkeypatch.setattr(config.distributed_state, "distributed_type", "DistributedType.MULTI_GPU")
-    refuse_engines(config, "model")
     monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "true")  # as accelerate launch sets it unless told otherwise
-    with pytest.raises(ConfigError, match="fsdp_cpu_ram_efficient_loading false"):
-        refuse_engines(config, "model")
-    monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "false")
-    config.eval_grafted = True
-    with pytest.raises(ConfigError, match="eval_grafted=True is not possible under FSDP"):
-        refuse_engines(config, "model")
+    refuse_engines(config, "model")
 
 
 def deepspeed_config(folder, *, kind: str = "DEEPSPEED", zero: dict | None = None, **given):
@@ -144,23 +138,25 @@ def test_processes_that_do_not_know_each_other_are_refused(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("plugin", "precision", "dtype", "refused"),
+    ("plugin", "precision", "dtypes", "lifted"),
     [
-        (object(), "bf16", torch.bfloat16, True),
-        (object(), "bf16", torch.float32, False),
-        (object(), "no", torch.bfloat16, False),
-        (None, "bf16", torch.bfloat16, False),
+        (object(), "bf16", (torch.bfloat16, torch.bfloat16), True),
+        (object(), "bf16", (torch.float32, torch.float32), False),
+        (object(), "no", (torch.bfloat16, torch.float32), False),
+        (None, "bf16", (torch.bfloat16, torch.float32), False),
+        (object(), "bf16", (torch.bfloat16, torch.float32), None),
     ],
 )
-def test_16_bits_that_fsdp2_would_lift_are_refused(plugin, precision, dtype, refused):
+def test_whether_fsdp2_lifts_weights(plugin, precision, dtypes, lifted):
     accelerator = SimpleNamespace(state=SimpleNamespace(fsdp_plugin=plugin), mixed_precision=precision)
-    model = nn.Linear(2, 2, dtype=dtype)
-    if refused:
-        with pytest.raises(ConfigError, match="2 weights in fp32 that were loaded in 16 bits"):
-            refuse_lifted(accelerator, model)
-    else:
-        refuse_lifted(accelerator, model)
-    refuse_lifted(accelerator, model.requires_grad_(False))
+    model = nn.Sequential(*(nn.Linear(2, 2, bias=False, dtype=dtype) for dtype in dtypes))
+    if lifted is None:
+        with pytest.raises(ConfigError, match=r"1 of 2 were loaded in 16 bits(.|\n)*0\.weight"):
+            lifts_weights(accelerator, model)
+        model[1].requires_grad_(False)
+        lifted = True  # what is frozen is saved as it was loaded
+    assert lifts_weights(accelerator, model) == lifted
+    assert not lifts_weights(accelerator, model.requires_grad_(False))
 
 
 @pytest.mark.parametrize(

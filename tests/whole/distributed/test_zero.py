@@ -140,7 +140,7 @@ def test_the_graft_is_evaluated_as_on_one_process(pair, tmp_path):
     assert figures["eval_grafted_loss"] != figures["eval_loss"]
     grafted = {name: value for name, value in figures.items() if "grafted" in name and "num_tokens" not in name}
     assert len(grafted) > 8
-    assert {name: seen["evaluations"][-1][name] for name in grafted} == pytest.approx(grafted, rel=1e-6, abs=1e-6)
+    assert {name: seen["evaluated"][-1][name] for name in grafted} == pytest.approx(grafted, rel=1e-6, abs=1e-6)
 
 
 def test_a_second_stage_has_the_graft_of_the_first_as_its_reference(pair, tmp_path):
