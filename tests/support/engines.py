@@ -128,9 +128,8 @@ def run(
         "eval_dataset": data if args.get("eval_strategy", "no") != "no" else None,
         "peft_config": LoraConfig(**LORA, **(lora if isinstance(lora, dict) else {})) if lora else None,
         "callbacks": callbacks,
+        **({"ref_model": AutoModelForCausalLM.from_pretrained(reference, dtype="float32")} if reference else {}),
     }
-    if reference is not None:
-        common["ref_model"] = AutoModelForCausalLM.from_pretrained(reference, dtype="float32")
     trainer = _trainer(kind, plain, pair[1], args, common)
     state = trainer.accelerator
     assert state.num_processes == int(os.environ.get("WORLD_SIZE", "1"))
