@@ -144,7 +144,7 @@ def _score(folder: Path, tokenizer: Any, rows: list[Any]) -> float:
 def _print(found: dict[tuple[float, str], Figures], trained: list[float], rows: int, untouched: float) -> None:
     print(f"`python benchmarks/precision.py {shlex.join(sys.argv[1:])}`".replace(" `", "`") + "\n")
     stds = ", ".join(f"{std:.3g}" for std in trained)
-    print(f"{len(trained)} trainings (seeds 0 to {len(trained) - 1}); std of their deltas before scaling: {stds}.")
+    print(f"Trainings: {len(trained)}, seeds from 0; std of their deltas before scaling: {stds}.")
     print(f"{rows} rows of data/sft-validation.jsonl; INSTRUCT untouched scores {untouched:.1f}.\n")
     print("| std of the delta | graft | realised | noise | RMS of logits | largest | of the delta's effect "
           "| KL | other top token, % | exact match, % |")  # fmt: skip

@@ -5,7 +5,7 @@
 
 For every seed: Shadow-SFT on BASE, then Shadow-DPO with each `ref_policy`, from BASE and from the folder of SFT, at
 each learning rate; the graft of every run is scored on the test rows. The second form draws and prints what the first
-measured. About 17 minutes on one core; offline.
+measured. Some ten minutes on one core; offline.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ POLICIES = ("init", "base", "instruct", "grafted")
 STARTS = ("base", "sft")
 KEPT = ("t_rule", "rule", "skill", "refuse")
 Record = dict[str, Any]
+_SCORED: dict[str, dict[str, float]] = {}
 
 
 def settings(folder: Path, seed: int, **changes: Any) -> dict[str, Any]:
@@ -97,7 +98,10 @@ def train_dpo(start: Path, folder: Path, seed: int, policy: str, learning_rate: 
 
 
 def score_graft(folder: Path) -> dict[str, float]:
-    """Return exact match in percent, kind by kind, on data/dpo-test.jsonl."""
+    """Return exact match in percent, kind by kind, on data/dpo-test.jsonl; equal bytes are scored once."""
+    digest = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+    if digest in _SCORED:
+        return _SCORED[digest]
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -106,7 +110,8 @@ def score_graft(folder: Path) -> dict[str, float]:
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     found = score(model, tokenizer, read_rows(ROOT / "data/dpo-test.jsonl"), batch_size=256, max_new_tokens=16)
-    return {kind: 100 * found.share(kind) for kind in found.kinds}
+    _SCORED[digest] = {kind: 100 * found.share(kind) for kind in found.kinds}
+    return _SCORED[digest]
 
 
 def cosine(one: dict[str, Any], other: dict[str, Any]) -> float:
@@ -237,8 +242,10 @@ def draw(records: list[Record], file: Path) -> None:
             panel.plot([place] * len(column), column, "o", color="tab:blue", alpha=0.5, markersize=5)
             panel.plot([place - 0.25, place + 0.25], [statistics.mean(column)] * 2, color="black", linewidth=1.5)
         panel.set(title=title, xticks=range(len(POLICIES)), xticklabels=POLICIES, xlim=(-0.5, len(POLICIES) - 0.5))
-    for panel in panels[::3]:
-        panel.axhline(0.0, color="grey", linewidth=0.8, linestyle=":")
+        if "%" in title:
+            panel.set_ylim(0, 100)
+        else:
+            panel.axhline(0.0, color="grey", linewidth=0.8, linestyle=":")
     figure.savefig(file, metadata={"Date": None} if file.suffix == ".svg" else None)
 
 

@@ -14,6 +14,7 @@ from . import __version__
 from .errors import ConfigError, ends_with
 from .grafting.options import DTYPES, declared
 from .runtime.endings import exit_code
+from .runtime.startup import import_torch_undisturbed
 
 _RECIPES = {
     "sft": "train BASE with SFT, then graft",
@@ -30,6 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     SIGTERM.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
+    import_torch_undisturbed()
     # A training leaves threads and uploads to end, which people may have to stop.
     final = argv is None and not _is_recipe(arguments)
     return exit_code(lambda: _run(arguments), final=final)
@@ -299,13 +301,9 @@ def _verify(options: argparse.Namespace) -> int:
 
 
 def _recipe(name: str, argv: list[str]) -> int:
-    if name == "sft-dpo":
-        from .recipes.pipeline import main_sft_dpo
+    from .recipes import launch
 
-        return main_sft_dpo(argv)
-    from .recipes.run import main_dpo, main_sft
-
-    return main_sft(argv) if name == "sft" else main_dpo(argv)
+    return launch.main(name, argv)
 
 
 def _named(options: argparse.Namespace) -> dict[str, Any]:

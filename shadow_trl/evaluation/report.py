@@ -23,6 +23,9 @@ TITLES = {
 }
 """What is compared, in the order of the table."""
 
+RIVALS = {"direct": "direct tuning", "instruct": "INSTRUCT"}
+"""What the graft is measured against in words: direct tuning, or INSTRUCT where nothing was tuned directly."""
+
 TIE = 2.0
 """Standard errors below which a difference is called a tie."""
 
@@ -163,33 +166,38 @@ class RunReport:
         return [*_aligned(cells, rules=(1,)), "(percentage points ± standard error over the same rows)"]
 
     def _verdict(self) -> list[str]:
-        """Return where the graft is ahead of direct tuning at the same scale, where it is not, and what to do next."""
+        """Return where the graft is ahead of direct tuning, without that of INSTRUCT, and where it is not."""
+        rival = "direct" if any(arm.name == "direct" for arm, _ in self.scored) else "instruct"
+        said = self._standings(rival)
+        if not any(said.values()):
+            return self._other_scales()
+        who = RIVALS[rival]
+        same = "at the same scale " if rival == "direct" else ""
+        shown = (
+            f"{same}the graft is ahead of {who} on {said['ahead']}."
+            if said["ahead"]
+            else f"nothing in favour of the graft, which is ahead of {who} on no metric."
+        )
+        parts = [f"{who} is ahead on {said['behind']}"] if said["behind"] else []
+        parts += [f"it is a tie on {said['tie']}"] if said["tie"] else []
+        lines = [f"What this run shows: {shown}"]
+        lines += [f"What it does not show: {'; '.join(parts)}."] if parts else []
+        return [textwrap.fill(line, 100, subsequent_indent="  ", break_on_hyphens=False) for line in lines]
+
+    def _standings(self, rival: str) -> dict[str, str]:
+        """Return the metrics on which the graft is `ahead` of an arm, `behind` it, or in a `tie`, with the figures."""
         groups: dict[str, dict[str, list[str]]] = {"ahead": {}, "behind": {}, "tie": {}}
         for graft, other, found in self.differences():
-            if other.name != "direct":
-                continue
-            for name, (points, error) in found.items():
+            for name, (points, error) in found.items() if other.name == rival else ():
                 if name in self.kept:  # part of a mean that is shown
                     continue
                 group = "tie" if abs(points) <= TIE * error else "ahead" if points > 0 else "behind"
                 figure = f"{100 * points:+.1f}" if group == "tie" else f"{100 * abs(points):.1f}"
                 groups[group].setdefault(name, []).append(f"{figure} points at scale {graft.scale:g}")
-        if not any(groups.values()):
-            return self._other_scales()
-        said = {
+        return {
             group: " and ".join(f"`{name}` ({', '.join(figures)})" for name, figures in names.items())
             for group, names in groups.items()
         }
-        shown = (
-            f"at the same scale the graft is ahead of direct tuning on {said['ahead']}."
-            if said["ahead"]
-            else "nothing in favour of the graft, which is ahead of direct tuning on no metric."
-        )
-        parts = [f"direct tuning is ahead on {said['behind']}"] if said["behind"] else []
-        parts += [f"it is a tie on {said['tie']}"] if said["tie"] else []
-        lines = [f"What this run shows: {shown}"]
-        lines += [f"What it does not show: {'; '.join(parts)}."] if parts else []
-        return [textwrap.fill(line, 100, subsequent_indent="  ", break_on_hyphens=False) for line in lines]
 
     def _other_scales(self) -> list[str]:
         """Return how to compare the graft with direct tuning where that was scored at other scales alone."""

@@ -8,7 +8,11 @@ import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from typing import Any
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from accelerate import PartialState
 
 from ..checkpoints.hub import Source, output_folder
 from ..errors import ConfigError, ends_with, list_names

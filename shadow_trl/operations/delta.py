@@ -34,7 +34,6 @@ from ..results.folder import OutputFolder, check_free, check_place, files_in, re
 from ..results.written import tells_what_is_written
 from ..runtime.machine import check_space
 from ..runtime.progress import Progress
-from ..runtime.startup import importing_torch
 from .graft import check_finite
 
 
@@ -119,8 +118,7 @@ def _opened(base: Source | None, tuned: Source, target: Path, options: GraftOpti
 
 
 def _write_dense(inputs: Inputs, part: Path, target: Path, options: GraftOptions, progress: bool) -> DeltaReport:
-    with importing_torch():
-        from ..grafting.stream import on_disk, stream
+    from ..grafting.stream import on_disk, stream
 
     scratch = part / ".converted"
     jobs = inputs.tuned.jobs(inputs.instruct, options, scratch)
@@ -171,8 +169,7 @@ def _write_index(files: list[OutputFile], part: Path) -> None:
 def _write_adapter(
     inputs: Inputs, part: Path, target: Path, options: GraftOptions, rank: int, progress: bool
 ) -> DeltaReport:
-    with importing_torch():
-        from .truncate import truncated
+    from .truncate import truncated
 
     scratch = part / ".converted"
     jobs = inputs.tuned.jobs(inputs.instruct, options, scratch)

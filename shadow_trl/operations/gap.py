@@ -14,7 +14,6 @@ from ..layouts.plan import resolve
 from ..pair.architectures import compare_architectures
 from ..results.folder import Scratch
 from ..runtime.progress import Progress
-from ..runtime.startup import importing_torch
 
 
 @ends_with("Nothing was written.")
@@ -53,8 +52,7 @@ def gap(base: Source, instruct: Source, tuned: Source | None = None, *, progress
 
 def _measure(base: Checkpoint, instruct: Checkpoint, tuned: Checkpoint | None, progress: bool) -> GapReport:
     """Measure every weight of INSTRUCT against BASE and, with TUNED, TUNED against BASE under the same names."""
-    with importing_torch():
-        from ..checkpoints.distance import measure_gap
+    from ..checkpoints.distance import measure_gap
 
     with Scratch(Path(tempfile.gettempdir(), "shadow-trl-gap")) as scratch:
         # A head that only one side has of its own is measured as one. Without TUNED, BASE takes its place in the plan.

@@ -33,7 +33,6 @@ from ..results.folder import OutputFolder, check_free, check_place, files_in, re
 from ..results.written import tells_what_is_written
 from ..runtime.machine import check_space
 from ..runtime.progress import Progress
-from ..runtime.startup import importing_torch
 
 if TYPE_CHECKING:
     from ..grafting.stream import Outcome
@@ -152,8 +151,7 @@ def _opened(
 
 
 def _write_dense_form(inputs: Inputs, part: Path, target: Path, options: GraftOptions, progress: bool) -> GraftReport:
-    with importing_torch():
-        from ..grafting.stream import on_disk, stream
+    from ..grafting.stream import on_disk, stream
 
     scratch = part / ".converted"
     jobs = inputs.tuned.jobs(inputs.instruct, options, scratch)

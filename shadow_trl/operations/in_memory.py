@@ -19,7 +19,6 @@ from ..grafting.options import GraftOptions
 from ..grafting.tuned import SingleTuned, one_tuned
 from ..results.copied import copied_files, copy_files, write_config
 from ..results.folder import Scratch
-from ..runtime.startup import importing_torch
 from .graft import check_finite
 
 if TYPE_CHECKING:
@@ -67,8 +66,7 @@ class OpenGrafts:
             InputError: bad input, as of `graft`.
             GraftError: values that are not finite.
         """
-        with importing_torch():
-            from ..grafting.in_memory import in_memory
+        from ..grafting.in_memory import in_memory
 
         inputs = open_tuned_inputs(self.single, self.instruct, options)
         folder = Path(mkdtemp(dir=self.scratch))

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 from ..arithmetic.sums import Sums
 from ..checkpoints.checkpoint import Checkpoint, Place
 from ..errors import Findings, PairMismatchError, both_sides, list_names, one_of
-from ..runtime.startup import importing_torch
 from .architectures import compare_architectures, compare_processors, compare_trained
 from .special_tokens import check_special_ids
 from .templates import read_templates
@@ -99,8 +98,7 @@ class ModelPair:
         findings.add(compare_processors(self.base.path, self.instruct.path))
         # The rest compares numbers, which says nothing about two different networks.
         if not findings.errors and level != "configs":
-            with importing_torch():  # torch: nothing above needs it
-                from .untrained_rows import check_template_rows
+            from .untrained_rows import check_template_rows  # torch: nothing above needs it
 
             findings.add(check_template_rows(self.base, self.instruct, template))
             findings.add(self._check_gap(allow_wide_gap) if level == "weights" else self._check_sample())

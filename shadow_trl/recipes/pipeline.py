@@ -25,7 +25,7 @@ from .compare import make_report, timed
 from .data import load_data
 from .options import Options
 from .pipeline_options import STAGES, Plan, read_plan
-from .run import exit_code, main_remains, prepare, run_folder, train_stage
+from .run import exit_code, find_models, main_remains, prepare, run_folder, train_stage
 
 HELP = """\
 usage: shadow-trl sft-dpo --config FILE.yaml [--stages sft,dpo] [--output_dir DIR] [--KEY VALUE ...]
@@ -37,6 +37,8 @@ Shadow-SFT on BASE, then Shadow-DPO from its folder: grafted = instruct + scale 
   --output_dir DIR      the stages go into DIR/sft and DIR/dpo (default: a new folder below outputs/); the same command
                         again resumes with the unfinished stage
   --KEY VALUE           overrides a key for both stages, --sft.KEY or --dpo.KEY for one of them
+  --accelerate_config NAME|FILE, --num_processes N, ...
+                        both stages in several processes: all options of accelerate launch (shadow-trl sft --help)
 
 Keys: shadow-trl sft --help, shadow-trl dpo --help."""
 
@@ -69,6 +71,8 @@ def run_pipeline(argv: Sequence[str], default_config: str | Path | None = None) 
     plan = read_plan(argv, default_config)
     for stage in plan.stages:
         rows = prepare(plan.options[stage])
+    if STAGES[0] in plan.left:  # what starts from its folder names no other models
+        find_models(plan.options[STAGES[0]])
     # All of it before the first stage starts: faults in the data of DPO must not show up hours later.
     data = {stage: load_data(plan.options[stage]) for stage in plan.left}
     state = PartialState()

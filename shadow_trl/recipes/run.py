@@ -13,17 +13,21 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
+from accelerate.state import AcceleratorState
+from jinja2 import TemplateError
 from trl import DPOTrainer, SFTTrainer, get_peft_config, get_quantization_config
 
+from ..checkpoints.hub import locate
 from ..errors import ConfigError, InputError, OutputExistsError, ShadowError, ends_with, list_names
 from ..evaluation.report import RunReport
 from ..evaluation.scoring import read_rows
 from ..results.parents import remove_empty
 from ..results.written import tells_what_is_written
 from ..runtime import endings
-from ..runtime.processes import run_on_main, say
+from ..runtime.machine import lack
+from ..runtime.processes import check_known, run_on_main, say
 from ..training.origins import Origins, require_instruct
-from ..training.preflight import GRAFTED_FOLDER
+from ..training.preflight import GRAFTED_FOLDER, refuse_unsupported
 from ..training.resuming import checkpoint_of
 from ..training.settings import check_settings
 from ..training.trainers import ShadowDPOTrainer, ShadowSFTTrainer
@@ -77,6 +81,7 @@ def run(kind: str, argv: Sequence[str], default_config: str | Path | None = None
     """
     options = parse(kind, argv, default_config)
     rows = prepare(options)
+    find_models(options)
     data = load_data(options)
     state = PartialState()
     with run_folder(f"shadow_{kind}", options.output, state) as output:
@@ -91,7 +96,14 @@ def run(kind: str, argv: Sequence[str], default_config: str | Path | None = None
 def prepare(options: Options) -> list[dict[str, Any]] | None:
     """Check the options of the training, set the threads of PyTorch, and return the rows to score, if there are any."""
     recipe, training = options.recipe, options.training
-    check_settings(training, get_quantization_config(options.model))
+    check_known(PartialState())
+    _check_precision(training)
+    try:
+        of_model = get_quantization_config(options.model), get_peft_config(options.model)
+    except (ValueError, TypeError, ImportError) as reason:
+        raise ConfigError(f"the options of the model are not valid: {reason}") from reason
+    refuse_unsupported(training)
+    check_settings(training, *of_model)
     training.resume_from_checkpoint = checkpoint_of(training.resume_from_checkpoint, training.output_dir)
     if recipe.torch_threads is not None:
         torch.set_num_threads(recipe.torch_threads)
@@ -105,6 +117,29 @@ def prepare(options: Options) -> list[dict[str, Any]] | None:
             f"Its kinds are: {', '.join(sorted(kinds))}."
         )
     return rows
+
+
+@ends_with("Nothing was written.")
+def find_models(options: Options) -> None:
+    """Check that the models which the options name are there, before data are loaded for them."""
+    training = options.training
+    for name, revision in (
+        (options.model.model_name_or_path, None),
+        (training.instruct_model, training.instruct_revision),
+        (training.base_model, training.base_revision),
+    ):
+        if name is not None:
+            locate(name, revision, weights=False)
+
+
+def _check_precision(training: Any) -> None:
+    """Refuse a mixed precision of the launcher that the options switch off: transformers would take the launcher's."""
+    asked = "fp16" if training.fp16 else "bf16" if training.bf16 else "no"
+    if training.mixed_precision != asked:
+        raise ConfigError(
+            f"the launcher's mixed precision is {training.mixed_precision}, and the options of the training have bf16 "
+            f"and fp16 off. Pass --{training.mixed_precision} true, or give the launcher --mixed_precision no."
+        )
 
 
 def train_stage(
@@ -127,23 +162,24 @@ def train_stage(
     # Copied before the first trainer, so that its changes to the arguments do not leak into the second run.
     direct_args = copy.copy(training)
     direct_args.output_dir = str(Path(training.output_dir) / DIRECT_FOLDER)
-    trainer = _shadow_trainer(kind, options, Path(direct_args.output_dir), data)
-    origins: Origins = trainer.origins
     seconds: dict[str, float] = {}
-    say(f"Tuning BASE {origins.base}" + (f", then grafting onto {origins.instruct}" if training.graft else ""))
-    if record is not None:
-        run_on_main(
-            trainer.accelerator, lambda: write_record(Path(training.output_dir), record), what="recording the options"
-        )
-    with timed(seconds, "train and graft"):
-        trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
-    if not training.graft:
-        trainer.save_model()
-    _free(trainer)
+    with _engine_of_its_own():
+        trainer = _shadow_trainer(kind, options, Path(direct_args.output_dir), data)
+        origins: Origins = trainer.origins
+        say(f"Tuning BASE {origins.base}" + (f", then grafting onto {origins.instruct}" if training.graft else ""))
+        if record is not None:
+            folder = Path(training.output_dir)
+            run_on_main(trainer.accelerator, lambda: write_record(folder, record), what="recording the options")
+        with timed(seconds, "train and graft"):
+            trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
+        if not training.graft:
+            trainer.save_model()
+        precomputed = bool(getattr(trainer.args, "precompute_ref_log_probs", False))
+        _free(trainer)
     if compare:
         if kind == "dpo":
             # Its reference is its start, TRL's default, precomputed if that of the Shadow run is.
-            direct_args.precompute_ref_log_probs = bool(trainer.args.precompute_ref_log_probs)
+            direct_args.precompute_ref_log_probs = precomputed
         say(f"Tuning INSTRUCT {origins.instruct} directly, with the same data and settings")
         with timed(seconds, "tune INSTRUCT directly"):
             _train_direct(kind, options, origins, direct_args, data)
@@ -167,8 +203,12 @@ def _shadow_trainer(kind: str, options: Options, direct: Path, data: dict[str, A
         trainer = _trainer(TRAINERS[kind][0], options.model.model_name_or_path, training, options, data)
     except ShadowError:
         raise
-    # What TRL and transformers raise for options, data and models that do not fit together.
-    except (ValueError, TypeError, KeyError, ImportError, RuntimeError, OSError) as reason:
+    # What TRL, transformers and chat templates raise for options, data and models that do not fit together.
+    except (
+        ValueError, TypeError, LookupError, AttributeError, ImportError, RuntimeError, OSError, TemplateError
+    ) as reason:  # fmt: skip
+        if lack(reason) is not None:
+            raise
         raise ConfigError(f"the trainer rejected this run: {type(reason).__name__}: {reason}") from reason
     if trainer.origins.instruct is None and (recipe.compare_direct or recipe.score_rows):
         raise ConfigError("compare_direct and score_rows need an instruct_model.")
@@ -179,10 +219,11 @@ def _train_direct(kind: str, options: Options, origins: Origins, args: Any, data
     """Tune INSTRUCT itself with TRL's own trainer and save it; its revision takes the place of BASE's."""
     instruct = require_instruct(origins)
     args.model_init_kwargs = {**(args.model_init_kwargs or {}), "revision": instruct.revision or "main"}
-    trainer = _trainer(TRAINERS[kind][1], instruct.source, args, options, data)
-    trainer.train()
-    trainer.save_model()
-    _free(trainer)
+    with _engine_of_its_own():
+        trainer = _trainer(TRAINERS[kind][1], instruct.source, args, options, data)
+        trainer.train()
+        trainer.save_model()
+        _free(trainer)
 
 
 def _set_model_options(options: Options) -> None:
@@ -246,10 +287,23 @@ def _trainer(trainer_class: Any, model: str | None, args: Any, options: Options,
     return trainer
 
 
+@contextmanager
+def _engine_of_its_own() -> Iterator[None]:
+    """Let the trainer in the block set the precision and the engine, which accelerate has once for a process."""
+    state = PartialState()
+    before = state.distributed_type
+    try:
+        yield
+    finally:
+        AcceleratorState._reset_state()
+        state.distributed_type = before
+
+
 def _free(trainer: Any) -> None:
-    """Release the models and optimizer states that a trainer and its accelerator hold."""
+    """Release what a trainer and its accelerator hold: models, optimizer states, buffers."""
     trainer.accelerator.free_memory()
-    trainer.model = trainer.model_wrapped = trainer.optimizer = trainer.lr_scheduler = None
+    # All of it: the model is also in the handler of the callbacks, the optimizer in the scheduler.
+    vars(trainer).clear()
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

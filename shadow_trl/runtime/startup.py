@@ -1,34 +1,56 @@
-"""The start of a process: importing torch without the garbage collector or a signal in the way."""
+"""The start of a command: importing torch without a signal or the garbage collector in the way."""
 
 from __future__ import annotations
 
 import gc
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Sequence
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec, PathFinder
+from types import ModuleType
 
 from .endings import undisturbed
 
 
-@contextmanager
-def importing_torch() -> Iterator[None]:
-    """Import torch while the context lasts, with the collector off; what was imported is left out of later collections.
+def import_torch_undisturbed() -> None:
+    """Let signals and the garbage collector wait while torch is imported, whenever that will be, in this process.
 
-    The collector would walk again and again over modules that live as long as the process, at the import and once more
-    at the exit: about a third of what `import torch` costs a short command. A signal waits: an exception that rises in
-    torch's own start, in C++, aborts the process before it can clean up. Where torch is there already, nothing is done:
-    the process is somebody else's.
+    An exception that rises in torch's own start is lost in its C++ or aborts the process before it can clean up. The
+    collector would walk again and again over modules that live as long as the process, at the import and once more at
+    the exit: about a third of what `import torch` costs a short command.
     """
-    if "torch" in sys.modules:
-        yield
-        return
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        with undisturbed():
-            yield
-        if enabled:
-            gc.freeze()
-    finally:
-        if enabled:
-            gc.enable()
+    if "torch" not in sys.modules:
+        sys.meta_path.insert(0, _Finder())
+
+
+class _Finder(MetaPathFinder):
+    def find_spec(
+        self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        spec = PathFinder.find_spec(name, path, target) if name == "torch" else None
+        if spec is not None and spec.loader is not None:
+            spec.loader = _Undisturbed(spec.loader)
+        return spec
+
+
+class _Undisturbed(Loader):
+    def __init__(self, loader: Loader) -> None:
+        self._loader = loader
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
+        return self._loader.create_module(spec)
+
+    def exec_module(self, module: ModuleType) -> None:
+        sys.meta_path[:] = [finder for finder in sys.meta_path if not isinstance(finder, _Finder)]
+        assert module.__spec__ is not None
+        module.__loader__ = module.__spec__.loader = self._loader
+        enabled = gc.isenabled()
+        gc.disable()
+        try:
+            with undisturbed():
+                self._loader.exec_module(module)
+            if enabled:
+                gc.freeze()  # what was imported is left out of later collections
+        finally:
+            if enabled:
+                gc.enable()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import inspect
 import os
+from collections.abc import Sized
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -21,7 +22,7 @@ from trl.trainer.utils import get_config_model_id
 from ..adapters.kinds import START_FOLDER
 from ..checkpoints.digests import weight_digests
 from ..checkpoints.manifest import write_manifest
-from ..errors import ends_with
+from ..errors import ConfigError, ends_with
 from ..grafting.options import BASE_DTYPES
 from ..grafting.reports import GraftReport
 from ..operations.checks import check_left_out
@@ -36,19 +37,20 @@ from .adapter import (
     announced,
     check_same_start,
     start_of,
+    trained_by_adapter,
     without_reference_adapter,
     without_second_start,
     write_start,
 )
 from .config import ShadowArguments
-from .engines import refuse_engines, refuse_lifted, refuse_offloaded, whole_weights
+from .engines import dtype_at_start, gathered, lifts_weights, refuse_engines, refuse_offloaded, whole_weights
 from .evaluation import GraftedEvaluation
 from .loading import bare_model, dtypes_before, load_adapter, reload_converted
 from .origins import Start
 from .preflight import GRAFTED_FOLDER, check_before_loading, is_conversational, refuse_unsupported
-from .resuming import checkpoint_of
+from .resuming import checkpoint_of, of_another_run
 from .saved import check_as_saved
-from .settings import Forms, bound, check_columns, check_settings, removed_if_refused
+from .settings import Forms, bound, check_columns, check_first_row, check_settings, removed_if_refused
 
 if TYPE_CHECKING:
     from transformers.trainer_utils import TrainOutput
@@ -70,7 +72,7 @@ class ShadowMixin(GraftedEvaluation):
 
     Raises:
         ConfigError: options that contradict each other, no INSTRUCT, or an engine that cannot end in a graft
-            (DeepSpeed, FSDP1).
+            (FSDP1).
         PairMismatchError: BASE and INSTRUCT do not belong together.
         OutputExistsError: `output_dir` already holds a graft, or is an input of the run.
     """
@@ -101,11 +103,12 @@ class ShadowMixin(GraftedEvaluation):
         """Check everything that can be checked before training, and let TRL make its trainer."""
         given = call.arguments
         refuse_unsupported(config)
-        refuse_engines(config)
-        check_settings(config, given.get("quantization_config"))
+        check_settings(config, given.get("quantization_config"), given.get("peft_config"))
+        refuse_engines(config, given["model"])
         if given.get("formatting_func") is None:
             for name in ("train_dataset", "eval_dataset"):
                 check_columns(name, given.get(name), self._data_forms(config))
+                check_first_row(name, given.get(name), self._data_forms(config))
         self._start = start = Start.of(given, config, base_model=base_model, instruct_model=instruct_model)
         self.origins = start.origins
         self.graft_report: GraftReport | None = None
@@ -120,17 +123,23 @@ class ShadowMixin(GraftedEvaluation):
                 self._pin_model(given)
             with without_second_start(given["model"]):
                 super().__init__(*call.args, **call.kwargs)
-            self._check_loaded(config)
-        # The adapter as it is before training: the delta of some is what it becomes less this.
-        self._adapter_start = start_of(self.model) if config.graft or config.eval_grafted else None
+            with gathered(trained_by_adapter(self.model)):  # ZeRO-3 has shared it out where a reference was computed
+                self._check_loaded(config)
+                # The adapter as it is before training: the delta of some is what it becomes less this.
+                self._adapter_start = start_of(self.model) if config.graft or config.eval_grafted else None
 
     def _check_loaded(self, config: Any) -> None:
-        """Find in the model that will be trained what would keep the run from ending in a graft."""
+        """Find in the model and the data that will be used what would keep the run from ending in a graft."""
         start = self._start
+        if isinstance(self.train_dataset, Sized) and not len(self.train_dataset):
+            raise ConfigError(
+                "train_dataset has no row left: TRL drops those without a token to learn from, such as those whose "
+                "prompt alone is as long as max_length. Raise max_length, or look at the rows."
+            )
         grafts = config.graft or config.eval_grafted
         if grafts:
             refuse_offloaded(self.model)
-            refuse_lifted(self.accelerator, self.model)
+            lifts_weights(self.accelerator, self.model)
             check_as_saved(start, self.model, self.processing_class, config.graft_options())
         if grafts and start.adapter_on_base:
             check_left_out(
@@ -154,7 +163,9 @@ class ShadowMixin(GraftedEvaluation):
             try:
                 in_search, resume = given.get("trial") is not None, given.get("resume_from_checkpoint")
                 with removed_if_refused(self._made, self.args):
-                    given["resume_from_checkpoint"] = checkpoint_of(resume, self.args.output_dir)
+                    given["resume_from_checkpoint"] = checkpoint = checkpoint_of(resume, self.args.output_dir)
+                    if checkpoint is not None:
+                        check_same_start(checkpoint, None if self.origins.adapter else self._adapter_start)
                     if self.args.graft and not in_search:
                         check_free(self._grafted_folder, self.args.graft_overwrite)
                 if in_search:
@@ -218,17 +229,28 @@ class ShadowMixin(GraftedEvaluation):
             self._write_graft(str(folder), folder / "shadow" / GRAFTED_FOLDER, overwrite=True)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        check_same_start(resume_from_checkpoint, None if self.origins.adapter else self._adapter_start)
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        with of_another_run(resume_from_checkpoint):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
         self._reload_converted(resume_from_checkpoint)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with of_another_run(checkpoint):
+            super()._load_optimizer_and_scheduler(checkpoint)
+            if checkpoint is None or self.is_deepspeed_enabled:  # which has states of its own
+                return
+            # torch takes the settings of another optimizer as they are, and stops at the first step.
+            optimizer: Any = self.optimizer
+            lacking = {name for group in optimizer.param_groups for name in optimizer.defaults.keys() - group}
+            if lacking:
+                raise LookupError(f"the optimizer in it has no {', '.join(sorted(lacking))}")
 
     def _load_best_model(self) -> None:
         super()._load_best_model()
         self._reload_converted(str(self.state.best_model_checkpoint))
 
     def _reload_converted(self, folder: str) -> None:
-        # FSDP has files of its own, by the names in memory.
-        if not self.is_fsdp_enabled:
+        # The engines have files of their own, by the names in memory.
+        if not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             reload_converted(self.model, folder)
 
     # What belongs together passes through here, at the end and in every checkpoint: a run that dies leaves the files of
@@ -236,7 +258,7 @@ class ShadowMixin(GraftedEvaluation):
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         with without_reference_adapter(self.model):
             super()._save(output_dir, state_dict)
-        if self.args.should_save:
+        if self.args.should_save and state_dict != {}:  # which ZeRO-3 gives where it saves its shards alone
             folder = Path(output_dir or self.args.output_dir)
             write_start(folder, self.model, self._adapter_start, self.origins.adapter)
             write_manifest(folder, {**self._manifest, "weights": weight_digests(folder, START_FOLDER)})
@@ -306,7 +328,7 @@ class ShadowMixin(GraftedEvaluation):
         start, origins = self._start, self.origins
         base = origins.base and origins.base.recorded()
         method = getattr(bare_model(self.model), "quantization_method", None)
-        dtypes = [*dtypes_before(start.stage), str(bare_model(self.model).dtype).removeprefix("torch.")]
+        dtypes = [*dtypes_before(start.stage), dtype_at_start(self.accelerator, bare_model(self.model))]
         return {
             "kind": "run",
             "trainer": type(self).__name__,
@@ -317,5 +339,6 @@ class ShadowMixin(GraftedEvaluation):
             "ref_policy": getattr(self.args, "ref_policy", None),
             "loaded_in": [dtype for dtype in dtypes if dtype in BASE_DTYPES],  # not that of a quantised model
             "options": self.args.graft_options(),
+            **({"lifted": True} if lifts_weights(self.accelerator, self.model) else {}),
             **({"quantised": str(getattr(method, "value", method))} if method is not None else {}),
         }

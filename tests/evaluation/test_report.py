@@ -109,6 +109,14 @@ def test_what_a_run_shows(shadow: tuple[int, ...], direct: tuple[int, ...], word
     assert all(word in text for word in words), text
 
 
+def test_without_direct_tuning_the_graft_is_set_against_instruct() -> None:
+    gained = Arm("shadow", "out/grafted", 1.0, scores(20, 8, 18))
+    text = " ".join(report(INSTRUCT, gained, kept=("t_rule",)).text().split())
+    # rule is neither the target nor counted as kept.
+    assert "What this run shows: the graft is ahead of INSTRUCT on `target` (20.0 points at scale 1)." in text
+    assert "What it does not show: INSTRUCT is ahead on `kept` (35.0 points at scale 1); it is a tie on `rule`" in text
+
+
 def test_a_graft_of_another_scale_is_not_compared_with_direct_tuning() -> None:
     half = Arm("shadow", "out/grafted", 0.5, SHADOW.scores)
     text = report(INSTRUCT, DIRECT, half).text()
