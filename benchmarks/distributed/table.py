@@ -192,7 +192,7 @@ def evaluated(ours: dict[str, Any], one: dict[str, Any]) -> str:
     Figures of which TRL's own, of the model in training, differ as well are left out: TRL weighs some by the tokens
     of a batch of all processes, and those batches are others.
     """
-    found, expected = ours["evaluations"], one["evaluations"]
+    found, expected = ours["evaluated"], one["evaluated"]
 
     def shown(name: str) -> str:
         return difference([entry[name] for entry in found], [entry[name] for entry in expected])
