@@ -130,6 +130,12 @@ def refuse_lifted(accelerator: Accelerator, model: Any) -> None:
         )
 
 
+def in_shards(accelerator: Accelerator) -> bool:
+    """Whether FSDP writes the model of a checkpoint in shards."""
+    plugin = getattr(accelerator.state, "fsdp_plugin", None)
+    return plugin is not None and plugin.state_dict_type is type(plugin.state_dict_type).SHARDED_STATE_DICT
+
+
 @contextmanager
 def whole_weights(accelerator: Accelerator, *, wanted: bool) -> Iterator[None]:
     """Let FSDP save whole weights, if `wanted`: with SHARDED_STATE_DICT, `save_model` writes none and says nothing."""
