@@ -35,7 +35,7 @@ def cut(shape: tuple[int, ...], parts: int, along: Iterable[int] = (0,)) -> list
                 (*size[:dimension], high - low, *size[dimension + 1 :]),
             )
             for begin, size in boxes
-            for low, high in zip(edges, edges[1:], strict=False)
+            for low, high in pairwise(edges)
         ]
     return boxes
 
