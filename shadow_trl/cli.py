@@ -219,13 +219,9 @@ def _verify(options: argparse.Namespace) -> int:
 
 
 def _recipe(name: str, argv: list[str]) -> int:
-    if name == "sft-dpo":
-        from .recipes.pipeline import main_sft_dpo
+    from .recipes import launch
 
-        return main_sft_dpo(argv)
-    from .recipes.run import main_dpo, main_sft
-
-    return main_sft(argv) if name == "sft" else main_dpo(argv)
+    return launch.main(name, argv)
 
 
 def _named(options: argparse.Namespace) -> dict[str, Any]:

@@ -100,6 +100,7 @@ class Run(Manifest, total=False):
 
     weights: Digests | None
     loaded_in: list[str]
+    lifted: bool
     quantised: str | None
 
 

@@ -87,8 +87,9 @@ def one_tuned(base: Source | None, tuned: Any, target: Path, base_dtype: Dtypes 
 def loaded_in(tuned: Checkpoint, given: Dtypes = None) -> tuple[str, ...]:
     """Return the dtypes that BASE went through to become `tuned`: those `given`, else those that its run recorded.
 
-    Runs of version 0.1.0 recorded none: they loaded BASE in the dtype of each weight of TUNED. Of an adapter the stages
-    that trained it are meant, not those of the full model under it.
+    Runs of version 0.1.0 recorded none: they loaded BASE in the dtype of each weight of TUNED. That dtype tells which
+    weights were loaded in another one than the rest, unless the run lifted all of them to fp32. Of an adapter the
+    stages that trained it are meant, not those of the full model under it.
     """
     if given is not None:
         return (given,) if isinstance(given, str) else tuple(given)
@@ -96,7 +97,7 @@ def loaded_in(tuned: Checkpoint, given: Dtypes = None) -> tuple[str, ...]:
     if manifest is None or manifest["kind"] != "run":
         return ()
     recorded = GraftOptions(base_dtype=manifest.get("loaded_in", [])).base_dtype
-    return (*(recorded or ()), "tuned")
+    return (*(recorded or ()), *(() if manifest.get("lifted") else ("tuned",)))
 
 
 def loaded_like(tuned: Checkpoint, dtypes: tuple[str, ...]) -> tuple[str, ...]:

@@ -24,6 +24,7 @@ from trl import ModelConfig, ScriptArguments, TrlParser
 from ..errors import ConfigError, InputError, ShadowError, ends_with, list_names, one_of
 from ..grafting.options import DTYPES
 from ..training.config import ShadowDPOConfig, ShadowSFTConfig
+from .launch_options import LAUNCHING, without_launch_keys
 
 CONFIGS: dict[str, type[ShadowSFTConfig] | type[ShadowDPOConfig]] = {"sft": ShadowSFTConfig, "dpo": ShadowDPOConfig}
 
@@ -115,7 +116,8 @@ def parse(kind: str, argv: Sequence[str], default_config: str | Path | None = No
         ConfigError: an unknown, abbreviated, repeated or wrong key or value.
     """
     config, words = find_config(argv, default_config)
-    options = parse_values(kind, words, read_yaml(config) if config else {}, config)
+    values = without_launch_keys(read_yaml(config), config) if config else {}
+    options = parse_values(kind, words, values, config)
     if options.recipe.merge_adapter:
         raise ConfigError(
             "merge_adapter belongs to the DPO stage of recipes/shadow_sft_dpo.py. Here, merge the adapter yourself "
@@ -132,7 +134,7 @@ def parse_values(
     `unknown` ends the error about keys that the recipe does not have.
     """
     dataclass_types: Any = (ScriptArguments, CONFIGS[kind], ModelConfig, RecipeArguments)
-    parser = TrlParser(dataclass_types, allow_abbrev=False, exit_on_error=False)
+    parser = TrlParser(dataclass_types, allow_abbrev=False, exit_on_error=False, epilog=LAUNCHING)
     if config is not None:
         _check_values(parser, values, config, unknown)
         parser.set_defaults_with_config(**_resolve_paths(values, config))

@@ -37,6 +37,8 @@ Shadow-SFT on BASE, then Shadow-DPO from its folder: grafted = instruct + scale 
   --output_dir DIR      the stages go into DIR/sft and DIR/dpo (default: a new folder below outputs/); the same command
                         again resumes with the unfinished stage
   --KEY VALUE           overrides a key for both stages, --sft.KEY or --dpo.KEY for one of them
+  --accelerate_config NAME|FILE, --num_processes N, ...
+                        both stages in several processes: all options of accelerate launch (shadow-trl sft --help)
 
 Keys: shadow-trl sft --help, shadow-trl dpo --help."""
 

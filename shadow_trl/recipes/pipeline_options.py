@@ -13,6 +13,7 @@ from ..checkpoints.manifest import Entry, read_manifest
 from ..errors import ConfigError, InputError, OutputExistsError, ends_with, list_names, one_of
 from ..training.preflight import GRAFTED_FOLDER
 from ..training.resuming import last_complete
+from .launch_options import without_launch_keys
 from .options import Options, find_config, parse_values, read_yaml, take_option
 from .record import check_record, record_of
 
@@ -75,7 +76,7 @@ def read_plan(argv: Sequence[str], default_config: str | Path | None = None) -> 
     named = given.split(",") if given is not None else STAGES
     selected = {one_of("each of --stages", name.strip(), STAGES) for name in named}
     stages = tuple(stage for stage in STAGES if stage in selected)
-    routed, content = _route(words), read_yaml(config) if config is not None else {}
+    routed, content = _route(words), without_launch_keys(read_yaml(config), config) if config is not None else {}
     wanted = [stage for stage in STAGES if stage in stages or stage in content]
     options = {stage: _parse(stage, routed[stage], content, config) for stage in wanted}
     _check_together(stages, options)
@@ -171,12 +172,12 @@ def _check_together(stages: Sequence[str], options: Mapping[str, Options]) -> No
             "--dpo.merge_adapter."
         )
     if sft is not None and dpo is not None:
-        faults += [
-            f"{name} differs: {before} in sft, {after} in dpo. One process has only one; give it at the top level "
-            "(bf16, fp16, use_cpu), or run the stages one by one with --stages."
-            for name in ("mixed_precision", "use_cpu")
-            if (before := getattr(sft.training, name)) != (after := getattr(dpo.training, name)) and len(stages) > 1
-        ]
+        before, after = sft.training.use_cpu, dpo.training.use_cpu
+        if before != after and len(stages) > 1:
+            faults.append(
+                f"use_cpu differs: {before} in sft, {after} in dpo. One process has only one; give it at the top "
+                "level, or run the stages one by one with --stages."
+            )
         faults += _adapter_faults(sft, dpo)
     if faults:
         raise ConfigError("\n".join(faults))

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
+from accelerate.state import AcceleratorState
 from trl import DPOTrainer, SFTTrainer, get_peft_config, get_quantization_config
 
 from ..errors import ConfigError, InputError, OutputExistsError, ShadowError, ends_with
@@ -21,7 +22,7 @@ from ..evaluation.scoring import read_rows
 from ..results.parents import remove_empty
 from ..results.written import tells_what_is_written
 from ..runtime import endings
-from ..runtime.processes import run_on_main, say
+from ..runtime.processes import check_known, run_on_main, say
 from ..training.origins import Origins, require_instruct
 from ..training.preflight import GRAFTED_FOLDER
 from ..training.resuming import checkpoint_of
@@ -91,11 +92,23 @@ def run(kind: str, argv: Sequence[str], default_config: str | Path | None = None
 def prepare(options: Options) -> list[dict[str, Any]] | None:
     """Check the options of the training, set the threads of PyTorch, and return the rows to score, if there are any."""
     recipe, training = options.recipe, options.training
+    check_known(PartialState())
+    _check_precision(training)
     check_settings(training, get_quantization_config(options.model))
     training.resume_from_checkpoint = checkpoint_of(training.resume_from_checkpoint, training.output_dir)
     if recipe.torch_threads is not None:
         torch.set_num_threads(recipe.torch_threads)
     return read_rows(recipe.score_rows) if recipe.score_rows else None
+
+
+def _check_precision(training: Any) -> None:
+    """Refuse a mixed precision of the launcher that the options switch off: transformers would take the launcher's."""
+    asked = "fp16" if training.fp16 else "bf16" if training.bf16 else "no"
+    if training.mixed_precision != asked:
+        raise ConfigError(
+            f"the launcher's mixed precision is {training.mixed_precision}, and the options of the training have bf16 "
+            f"and fp16 off. Pass --{training.mixed_precision} true, or give the launcher --mixed_precision no."
+        )
 
 
 def train_stage(
@@ -118,23 +131,24 @@ def train_stage(
     # Copied before the first trainer, so that its changes to the arguments do not leak into the second run.
     direct_args = copy.copy(training)
     direct_args.output_dir = str(Path(training.output_dir) / DIRECT_FOLDER)
-    trainer = _shadow_trainer(kind, options, Path(direct_args.output_dir), data)
-    origins: Origins = trainer.origins
     seconds: dict[str, float] = {}
-    say(f"Tuning BASE {origins.base}" + (f", then grafting onto {origins.instruct}" if training.graft else ""))
-    if record is not None:
-        run_on_main(
-            trainer.accelerator, lambda: write_record(Path(training.output_dir), record), what="recording the options"
-        )
-    with timed(seconds, "train and graft"):
-        trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
-    if not training.graft:
-        trainer.save_model()
-    _free(trainer)
+    with _engine_of_its_own():
+        trainer = _shadow_trainer(kind, options, Path(direct_args.output_dir), data)
+        origins: Origins = trainer.origins
+        say(f"Tuning BASE {origins.base}" + (f", then grafting onto {origins.instruct}" if training.graft else ""))
+        if record is not None:
+            folder = Path(training.output_dir)
+            run_on_main(trainer.accelerator, lambda: write_record(folder, record), what="recording the options")
+        with timed(seconds, "train and graft"):
+            trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
+        if not training.graft:
+            trainer.save_model()
+        precomputed = bool(getattr(trainer.args, "precompute_ref_log_probs", False))
+        _free(trainer)
     if compare:
         if kind == "dpo":
             # Its reference is its start, TRL's default, precomputed if that of the Shadow run is.
-            direct_args.precompute_ref_log_probs = bool(trainer.args.precompute_ref_log_probs)
+            direct_args.precompute_ref_log_probs = precomputed
         say(f"Tuning INSTRUCT {origins.instruct} directly, with the same data and settings")
         with timed(seconds, "tune INSTRUCT directly"):
             _train_direct(kind, options, origins, direct_args, data)
@@ -170,10 +184,11 @@ def _train_direct(kind: str, options: Options, origins: Origins, args: Any, data
     """Tune INSTRUCT itself with TRL's own trainer and save it; its revision takes the place of BASE's."""
     instruct = require_instruct(origins)
     args.model_init_kwargs = {**(args.model_init_kwargs or {}), "revision": instruct.revision or "main"}
-    trainer = _trainer(TRAINERS[kind][1], instruct.source, args, options, data)
-    trainer.train()
-    trainer.save_model()
-    _free(trainer)
+    with _engine_of_its_own():
+        trainer = _trainer(TRAINERS[kind][1], instruct.source, args, options, data)
+        trainer.train()
+        trainer.save_model()
+        _free(trainer)
 
 
 def _set_model_options(options: Options) -> None:
@@ -237,10 +252,23 @@ def _trainer(trainer_class: Any, model: str | None, args: Any, options: Options,
     return trainer
 
 
+@contextmanager
+def _engine_of_its_own() -> Iterator[None]:
+    """Let the trainer in the block set the precision and the engine, which accelerate has once for a process."""
+    state = PartialState()
+    before = state.distributed_type
+    try:
+        yield
+    finally:
+        AcceleratorState._reset_state()
+        state.distributed_type = before
+
+
 def _free(trainer: Any) -> None:
-    """Release the models and optimizer states that a trainer and its accelerator hold."""
+    """Release what a trainer and its accelerator hold: models, optimizer states, buffers."""
     trainer.accelerator.free_memory()
-    trainer.model = trainer.model_wrapped = trainer.optimizer = trainer.lr_scheduler = None
+    # All of it: the model is also in the handler of the callbacks, the optimizer in the scheduler.
+    vars(trainer).clear()
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

@@ -48,7 +48,7 @@ def together(accelerator: Accelerator | PartialState, *, what: str) -> Iterator[
         GraftError: another process failed, or has given no sign of life for five minutes. What was raised on this
             process meanwhile, such as a lost connection, is its cause.
     """
-    _check_known(accelerator)
+    check_known(accelerator)
     if accelerator.num_processes == 1:
         yield
         return
@@ -124,15 +124,12 @@ def check_shared(accelerator: Accelerator | PartialState, folder: Path, *, what:
             token.unlink(missing_ok=True)
 
 
-def say(text: str) -> None:
-    """Print a headline of the run, once for all processes."""
-    from accelerate import PartialState
+def check_known(accelerator: Accelerator | PartialState) -> None:
+    """Check that the processes that were launched know of each other.
 
-    if PartialState().is_main_process:
-        print(f"\n== {text}", flush=True)
-
-
-def _check_known(accelerator: Accelerator | PartialState) -> None:
+    Raises:
+        ConfigError: fewer of them run together than were launched.
+    """
     launched = int(os.environ.get("WORLD_SIZE") or 1)
     if launched > accelerator.num_processes:
         raise ConfigError(
@@ -140,6 +137,14 @@ def _check_known(accelerator: Accelerator | PartialState) -> None:
             "each would train by itself and write to the same folders. Without GPUs, launch with torchrun and "
             "use_cpu=True; for one process, unset WORLD_SIZE."
         )
+
+
+def say(text: str) -> None:
+    """Print a headline of the run, once for all processes."""
+    from accelerate import PartialState
+
+    if PartialState().is_main_process:
+        print(f"\n== {text}", flush=True)
 
 
 class _Block:

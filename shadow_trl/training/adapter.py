@@ -52,6 +52,11 @@ def start_of(model: Any) -> dict[str, Tensor] | None:
     return {key: value.detach().to("cpu", copy=True) for key, value in tensors.items()}
 
 
+def trained_by_adapter(model: Any) -> list[Tensor]:
+    """Return the parameters that the adapter of `model` trains; [] where it has none."""
+    return [parameter for parameter in model.parameters() if parameter.requires_grad] if is_adapted(model) else []
+
+
 def rescaled_modules(model: Any) -> list[str]:
     """Return a row for each LoRA module whose scaling was changed since it was made, with both numbers."""
     from peft.tuners.lora import LoraLayer

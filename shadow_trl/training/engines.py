@@ -1,12 +1,13 @@
 """Engines that share one model out over several processes: which of them can end in a graft, and what they must write.
 
-Of torch's FSDP2 the weights are gathered when a graft is to read them. The others are refused before a model is loaded.
+Of torch's FSDP2 and DeepSpeed's ZeRO the weights are gathered when a graft is to read them. The others are refused
+before a model is loaded.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -21,18 +22,19 @@ _FSDP2 = "Use FSDP2 (accelerate launch with fsdp_version: 2, or fsdp_config={'ve
 _PLAIN = "plain data parallelism (accelerate launch --multi_gpu)"
 
 
-def refuse_engines(config: Any) -> None:
+def refuse_engines(config: Any, model: Any) -> None:
     """Refuse the engines and offloads of a training config that cannot end in a graft.
 
+    Args:
+        config: of the run.
+        model: as given to the trainer, a name or a loaded model.
+
     Raises:
-        ConfigError: DeepSpeed, FSDP1, FSDP where accelerate would not use it, `cpu_ram_efficient_loading` or
-            `eval_grafted` under FSDP, context or sequence parallelism, or weights offloaded to the disk.
+        ConfigError: FSDP1, FSDP or DeepSpeed where accelerate would not use it, `eval_grafted`, a loaded model or
+            weights on NVMe under ZeRO-3, context, sequence or tensor parallelism, or weights offloaded to the disk.
     """
-    if config.deepspeed or parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
-        raise ConfigError(
-            "DeepSpeed is not supported: ZeRO-3 would compute wrong reference values, and no stage of it was tested "
-            f"with a graft. {_FSDP2}, or {_PLAIN}."
-        )
+    if config.deepspeed_plugin is not None:
+        _check_zero(config, model)
     if uses_fsdp(config):
         _check_fsdp(config)
     parallelism = _parallelism(config)
@@ -65,16 +67,41 @@ def _check_fsdp(config: Any) -> None:
             f"FSDP was asked for, and accelerate would not use it here ({kind}): every process would train the whole "
             f"model. Launch it on accelerators with accelerate launch, or leave fsdp out for {_PLAIN}."
         )
-    if parse_flag_from_env("FSDP_CPU_RAM_EFFICIENT_LOADING"):
+
+
+def _check_zero(config: Any, model: Any) -> None:
+    kind, settings = str(config.distributed_state.distributed_type), config.deepspeed_plugin.deepspeed_config
+    zero = settings.get("zero_optimization", {})
+    if not kind.endswith(".DEEPSPEED"):
         raise ConfigError(
-            "cpu_ram_efficient_loading loads weights on the first process of a machine only; the others get those of "
-            "the policy from FSDP2, not those of a reference. Set it to false (accelerate launch takes it for true: "
-            "--fsdp_cpu_ram_efficient_loading false); each process then holds the whole model while it is loaded."
+            f"DeepSpeed was asked for, and accelerate would not use it here ({kind}). Launch the run with accelerate "
+            "launch --use_deepspeed or torchrun, without use_cpu, or leave deepspeed out."
         )
+    if settings.get("tensor_parallel", {}).get("autotp_size", 1) > 1:
+        raise ConfigError(
+            "tensor_parallel.autotp_size shares single weights out over the processes, with which no graft was tested. "
+            "Leave it out: ZeRO-3 shares the weights out as well."
+        )
+    if zero.get("zero_quantized_weights") or zero.get("zero_quantized_nontrainable_weights"):
+        raise ConfigError(
+            "ZeRO++ gathers weights quantised, so TUNED would be saved with an error that is no delta. Set "
+            "zero_quantized_weights and zero_quantized_nontrainable_weights to false."
+        )
+    if zero.get("stage") != 3:
+        return
     if config.eval_grafted:
         raise ConfigError(
-            "eval_grafted=True is not possible under FSDP yet: the weights in training are shared out over the "
+            "eval_grafted=True is not possible under ZeRO-3: the weights in training are shared out over the "
             f"processes. Pass eval_grafted=False and score the grafted folder after training, or use {_PLAIN}."
+        )
+    if zero.get("offload_param", {}).get("device") == "nvme":
+        raise ConfigError(
+            "offload_param.device=nvme keeps the weights on the disk, with which no graft was tested. Set it to cpu."
+        )
+    if not isinstance(model, str):
+        raise ConfigError(
+            "the model was given as an object, and ZeRO-3 shares weights out while they are loaded, so it could not be "
+            "compared with BASE on the disk. Pass the name or the folder of the model."
         )
 
 
@@ -113,21 +140,23 @@ def refuse_offloaded(model: Any) -> None:
         )
 
 
-def refuse_lifted(accelerator: Accelerator, model: Any) -> None:
-    """Refuse 16-bit weights to train that FSDP2 would lift to fp32: a graft could not tell in which dtype they started.
+def lifts_weights(accelerator: Accelerator, model: Any) -> bool:
+    """Return whether FSDP2 will train, and save, weights in fp32 that were loaded in 16 bits.
 
     Raises:
-        ConfigError: FSDP with mixed precision and a model loaded in 16 bits.
+        ConfigError: it would do so with some of them only, after which nothing shows which.
     """
     if getattr(accelerator.state, "fsdp_plugin", None) is None or accelerator.mixed_precision == "no":
-        return
-    narrow = [name for name, weight in model.named_parameters() if weight.requires_grad and weight.dtype.itemsize < 4]
-    if narrow:
+        return False
+    trained = {name: weight.dtype for name, weight in model.named_parameters() if weight.requires_grad}
+    narrow = [name for name, dtype in trained.items() if dtype.itemsize < 4]
+    if narrow and len(narrow) < len(trained):
         raise ConfigError(
-            f"FSDP2 with mixed precision trains {len(narrow)} weights in fp32 that were loaded in 16 bits, so TUNED "
-            "would not show where the delta starts. Load the model in float32 (dtype: float32, TRL's default), which "
-            "needs no more memory in training, or set mixed precision to no."
+            f"FSDP2 with mixed precision trains all weights in fp32, {len(narrow)} of {len(trained)} were loaded in 16 "
+            f"bits, and TUNED would not show which.\n{list_names(narrow)}\nLoad the model in one dtype (dtype: "
+            "float32, TRL's default, which needs no more memory in training), or set mixed precision to no."
         )
+    return bool(narrow)
 
 
 def in_shards(accelerator: Accelerator) -> bool:
@@ -138,17 +167,72 @@ def in_shards(accelerator: Accelerator) -> bool:
 
 @contextmanager
 def whole_weights(accelerator: Accelerator, *, wanted: bool) -> Iterator[None]:
-    """Let FSDP save whole weights, if `wanted`: with SHARDED_STATE_DICT, `save_model` writes none and says nothing."""
+    """Let the engine save whole weights, if `wanted`.
+
+    FSDP with SHARDED_STATE_DICT writes none and says nothing; nor does ZeRO-3 that was not told to gather.
+    """
     plugin = getattr(accelerator.state, "fsdp_plugin", None)
-    if plugin is None or not wanted:
+    engine: Any = getattr(accelerator, "deepspeed_engine_wrapped", None)  # once it has prepared the model
+    if not wanted or (plugin is None and engine is None):
         yield
         return
-    before = plugin.state_dict_type
-    plugin.state_dict_type = type(before).FULL_STATE_DICT
+    if plugin is not None:
+        settings, name, whole = plugin, "state_dict_type", type(plugin.state_dict_type).FULL_STATE_DICT
+    else:
+        settings, name, whole = engine.engine._config.zero_config, "gather_16bit_weights_on_model_save", True
+    before = getattr(settings, name)
+    setattr(settings, name, whole)
     try:
         yield
     finally:
-        plugin.state_dict_type = before
+        setattr(settings, name, before)
+
+
+@contextmanager
+def gathered(parameters: Iterable[Any], *, changed: bool = False) -> Iterator[None]:
+    """Give parameters that ZeRO-3 has shared out their whole values while the context lasts; others have them anyway.
+
+    Args:
+        parameters: of any number; all processes give the same.
+        changed: whether the values are changed in the context, to the same on all processes.
+    """
+    shared = [parameter for parameter in parameters if is_shared_out(parameter)]
+    if not shared:
+        yield
+        return
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(shared, modifier_rank=0 if changed else None):
+        yield
+
+
+def is_shared_out(parameter: Any) -> bool:
+    """Return whether ZeRO-3 has shared a parameter out, which leaves an empty tensor in its place."""
+    return hasattr(parameter, "ds_id")
+
+
+def dtype_at_start(accelerator: Accelerator, model: Any) -> str:
+    """Return the dtype of the weights that training of a loaded `model` starts from.
+
+    DeepSpeed casts them to that of its mixed precision, but for those that ZeRO-3 has shared out on loading.
+    """
+    loaded = str(model.dtype).removeprefix("torch.")
+    if not uses_deepspeed(accelerator) or any(map(is_shared_out, model.parameters())):
+        return loaded
+    return {"bf16": "bfloat16", "fp16": "float16"}.get(str(accelerator.mixed_precision), loaded)
+
+
+def uses_deepspeed(accelerator: Accelerator) -> bool:
+    """Return whether the weights are in the hands of DeepSpeed, of whatever ZeRO stage."""
+    return getattr(accelerator.state, "deepspeed_plugin", None) is not None
+
+
+def forget(engine: Any) -> None:
+    """Free the weights in an engine of DeepSpeed: ZeRO-3 keeps the model itself for good, in caches of its hooks."""
+    engine.destroy()
+    for parameter in engine.module.parameters():
+        for tensor in (parameter, getattr(parameter, "ds_tensor", parameter)):
+            tensor.data = tensor.new_empty(0)
 
 
 def _parallelism(config: Any) -> ParallelismConfig | None:

@@ -16,10 +16,13 @@ from typing import TYPE_CHECKING, Any
 import numpy
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 
 from ..checkpoints.manifest import Entry
 from ..errors import GraftError, ends_with
 from ..grafting.reports import GraftReport
+from .engines import whole_weights
 from .loading import load_adapter
 from .origins import Start
 from .reference import prepared, shared_scratch
@@ -112,8 +115,11 @@ class GraftedEvaluation(_Trainer):
             folder = way_back.enter_context(self._grafted_for_evaluation())
             way_back.enter_context(in_host_memory(trained))
             # No name here for what is loaded: the device needs its room before the weights in training come back.
-            self.model = way_back.enter_context(
-                prepared(self._load_shipped(folder, trained), self.accelerator, outputs=_OUTPUTS)
+            # TRL asks the model whether it is in training, which an engine of DeepSpeed round it does not know.
+            self.model = self.accelerator.unwrap_model(
+                way_back.enter_context(
+                    prepared(self._load_shipped(folder, trained), self.accelerator, outputs=_OUTPUTS)
+                )
             )
             way_back.callback(setattr, self, "model", trained)
             yield
@@ -125,7 +131,8 @@ class GraftedEvaluation(_Trainer):
             ends_with("The graft was to be evaluated; nothing of it was kept.", instead=True),
             shared_scratch(self.accelerator, self.args.output_dir) as folder,
         ):
-            self.save_model(str(folder / "tuned"), _internal_call=True)
+            with whole_weights(self.accelerator, wanted=True):
+                self.save_model(str(folder / "tuned"), _internal_call=True)
             self._write_graft(str(folder / "tuned"), folder / "grafted", digest="none", stats=False)
             yield folder / "grafted"
 
@@ -142,9 +149,12 @@ def in_host_memory(model: nn.Module) -> Iterator[None]:
 
     Every tensor stays the same object, with its ties: only its storage is emptied, and filled again bit for bit.
     """
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()  # of some layers the whole weights are kept after a pass
     storages = {
         tensor.untyped_storage().data_ptr(): tensor.untyped_storage()
-        for tensor in (*model.parameters(), *model.buffers())
+        for tensor in map(_of_this_process, (*model.parameters(), *model.buffers()))
         if tensor.device.type not in ("cpu", "meta")
     }
     kept = [(storage, storage.cpu()) for storage in storages.values()]
@@ -156,3 +166,7 @@ def in_host_memory(model: nn.Module) -> Iterator[None]:
         for storage, values in kept:
             storage.resize_(values.nbytes())
             storage.copy_(values)
+
+
+def _of_this_process(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -14,6 +14,7 @@ from accelerate.utils import is_peft_model
 from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.manifest import Entry
 from ..grafting.tuned import loaded_in, loaded_like
+from .engines import is_shared_out
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -92,11 +93,15 @@ def dtypes_before(source: str | None) -> list[str]:
 
 
 def load_adapter(adapter: str, model: PreTrainedModel, *, trainable: bool) -> PeftModel:
-    """Put the PEFT adapter in the folder `adapter` on `model`, in fp32 as PEFT trains it; return the wrapped model."""
+    """Put the PEFT adapter in the folder `adapter` on `model`; return the wrapped model.
+
+    It is in fp32, as PEFT trains it; on weights that ZeRO-3 has shared out in theirs, as TRL makes a new one there.
+    """
     from peft import PeftModel
 
+    wide = not any(map(is_shared_out, model.parameters()))
     with torch.random.fork_rng():
-        return PeftModel.from_pretrained(model, adapter, is_trainable=trainable)
+        return PeftModel.from_pretrained(model, adapter, is_trainable=trainable, autocast_adapter_dtype=wide)
 
 
 def is_adapted(model: Any) -> bool:

@@ -36,13 +36,22 @@ from .adapter import (
     announced,
     check_same_start,
     start_of,
+    trained_by_adapter,
     without_reference_adapter,
     without_second_start,
     write_configs,
     write_start,
 )
 from .config import ShadowArguments
-from .engines import in_shards, refuse_engines, refuse_lifted, refuse_offloaded, whole_weights
+from .engines import (
+    dtype_at_start,
+    gathered,
+    in_shards,
+    lifts_weights,
+    refuse_engines,
+    refuse_offloaded,
+    whole_weights,
+)
 from .evaluation import GraftedEvaluation
 from .loading import bare_model, dtypes_before, load_adapter, reload_converted
 from .origins import Start
@@ -71,7 +80,7 @@ class ShadowMixin(GraftedEvaluation):
 
     Raises:
         ConfigError: options that contradict each other, no INSTRUCT, or an engine that cannot end in a graft
-            (DeepSpeed, FSDP1).
+            (FSDP1).
         PairMismatchError: BASE and INSTRUCT do not belong together.
         OutputExistsError: `output_dir` already holds a graft, or is an input of the run.
     """
@@ -102,7 +111,7 @@ class ShadowMixin(GraftedEvaluation):
         """Check everything that can be checked before training, and let TRL make its trainer."""
         given = call.arguments
         refuse_unsupported(config)
-        refuse_engines(config)
+        refuse_engines(config, given["model"])
         check_settings(config, given.get("quantization_config"))
         if given.get("formatting_func") is None:
             for name in ("train_dataset", "eval_dataset"):
@@ -121,9 +130,10 @@ class ShadowMixin(GraftedEvaluation):
                 self._pin_model(given)
             with without_second_start(given["model"]):
                 super().__init__(*call.args, **call.kwargs)
-            self._check_loaded(config)
-        # The adapter as it is before training: the delta of some is what it becomes less this.
-        self._adapter_start = start_of(self.model) if config.graft or config.eval_grafted else None
+            with gathered(trained_by_adapter(self.model)):  # ZeRO-3 has shared it out where a reference was computed
+                self._check_loaded(config)
+                # The adapter as it is before training: the delta of some is what it becomes less this.
+                self._adapter_start = start_of(self.model) if config.graft or config.eval_grafted else None
 
     def _check_loaded(self, config: Any) -> None:
         """Find in the model that will be trained what would keep the run from ending in a graft."""
@@ -131,7 +141,7 @@ class ShadowMixin(GraftedEvaluation):
         grafts = config.graft or config.eval_grafted
         if grafts:
             refuse_offloaded(self.model)
-            refuse_lifted(self.accelerator, self.model)
+            lifts_weights(self.accelerator, self.model)
             check_as_saved(start, self.model, self.processing_class, config.graft_options())
         if grafts and start.adapter_on_base:
             check_left_out(
@@ -155,7 +165,9 @@ class ShadowMixin(GraftedEvaluation):
             try:
                 in_search, resume = given.get("trial") is not None, given.get("resume_from_checkpoint")
                 with removed_if_refused(self._made, self.args):
-                    given["resume_from_checkpoint"] = checkpoint_of(resume, self.args.output_dir)
+                    given["resume_from_checkpoint"] = checkpoint = checkpoint_of(resume, self.args.output_dir)
+                    if checkpoint is not None:
+                        check_same_start(checkpoint, None if self.origins.adapter else self._adapter_start)
                     if self.args.graft and not in_search:
                         check_free(self._grafted_folder, self.args.graft_overwrite)
                 if in_search:
@@ -207,7 +219,8 @@ class ShadowMixin(GraftedEvaluation):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As in `Trainer`; whole weights where a graft will read them and the engine would leave none, nor shards."""
-        read = not _internal_call or (self.args.graft_every_save and self.args.save_only_model)
+        shards = in_shards(self.accelerator) and not self.args.save_only_model
+        read = not _internal_call or (self.args.graft_every_save and not shards)
         with whole_weights(self.accelerator, wanted=self.args.graft and read):
             super().save_model(output_dir, _internal_call)
 
@@ -229,7 +242,6 @@ class ShadowMixin(GraftedEvaluation):
             self._write_graft(str(folder), folder / "shadow" / GRAFTED_FOLDER, overwrite=True)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        check_same_start(resume_from_checkpoint, None if self.origins.adapter else self._adapter_start)
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         self._reload_converted(resume_from_checkpoint)
 
@@ -238,8 +250,8 @@ class ShadowMixin(GraftedEvaluation):
         self._reload_converted(str(self.state.best_model_checkpoint))
 
     def _reload_converted(self, folder: str) -> None:
-        # FSDP has files of its own, by the names in memory.
-        if not self.is_fsdp_enabled:
+        # The engines have files of their own, by the names in memory.
+        if not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             reload_converted(self.model, folder)
 
     # What belongs together passes through here, at the end and in every checkpoint: a run that dies leaves the files of
@@ -247,7 +259,7 @@ class ShadowMixin(GraftedEvaluation):
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         with without_reference_adapter(self.model):
             super()._save(output_dir, state_dict)
-        if self.args.should_save:
+        if self.args.should_save and state_dict != {}:  # which ZeRO-3 gives where it saves its shards alone
             self._describe(Path(output_dir or self.args.output_dir))
 
     def _describe(self, folder: Path) -> None:
@@ -320,7 +332,7 @@ class ShadowMixin(GraftedEvaluation):
         start, origins = self._start, self.origins
         base = origins.base and origins.base.recorded()
         method = getattr(bare_model(self.model), "quantization_method", None)
-        dtypes = [*dtypes_before(start.stage), str(bare_model(self.model).dtype).removeprefix("torch.")]
+        dtypes = [*dtypes_before(start.stage), dtype_at_start(self.accelerator, bare_model(self.model))]
         return {
             "kind": "run",
             "trainer": type(self).__name__,
@@ -331,5 +343,6 @@ class ShadowMixin(GraftedEvaluation):
             "ref_policy": getattr(self.args, "ref_policy", None),
             "loaded_in": [dtype for dtype in dtypes if dtype in BASE_DTYPES],  # not that of a quantised model
             "options": self.args.graft_options(),
+            **({"lifted": True} if lifts_weights(self.accelerator, self.model) else {}),
             **({"quantised": str(getattr(method, "value", method))} if method is not None else {}),
         }

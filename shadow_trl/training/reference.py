@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.logging import get_logger
+from accelerate.utils import fsdp2_prepare_model
 from accelerate.utils.memory import clear_device_cache
 
 from ..adapters.kinds import is_subtracted, start_setting
@@ -24,6 +25,7 @@ from ..layouts.model_names import ModelNames
 from ..operations.graft import graft
 from ..results.folder import Scratch
 from ..runtime.processes import check_shared, run_on_main
+from .engines import forget, gathered, uses_deepspeed
 from .loading import Loading, bare_model, dtypes_before, is_adapted
 from .origins import Start
 from .preflight import GRAFTED_FOLDER
@@ -170,12 +172,13 @@ def _graft_in_memory(start: Start) -> PreTrainedModel | None:
             if lora.transposed:
                 left, right = right.T, left.T
             weight = model.get_parameter(f"{lora.module}.weight")
-            weight.copy_(
-                graft_low_rank(
-                    weight.cpu(), left, right, factor=lora.factor, scale=options.scale, rounding=options.rounding,
-                    seed=options.seed, name=name,
-                )
-            )  # fmt: skip
+            with gathered([weight], changed=True):
+                weight.copy_(
+                    graft_low_rank(
+                        weight.cpu(), left, right, factor=lora.factor, scale=options.scale, rounding=options.rounding,
+                        seed=options.seed, name=name,
+                    )
+                )  # fmt: skip
     return model
 
 
@@ -191,17 +194,30 @@ def prepared(
 
     add_fused_lm_head(bare_model(model), outputs=outputs)
     if getattr(accelerator.state, "fsdp_plugin", None) is not None:
-        from trl.models.utils import prepare_fsdp
+        ready: Any = shard_reference(model, accelerator)
+    elif uses_deepspeed(accelerator):
+        from trl.models.utils import prepare_deepspeed
 
-        ready: Any = prepare_fsdp(model, accelerator)
+        ready = prepare_deepspeed(model, accelerator)
     else:
         ready = accelerator.prepare_model(model, evaluation_mode=True)
     try:
         yield ready
     finally:
+        if uses_deepspeed(accelerator):
+            forget(ready)
         release(ready, accelerator)
         del model, ready
         clear_device_cache(garbage_collection=True)
+
+
+def shard_reference(model: PreTrainedModel, accelerator: Accelerator) -> PreTrainedModel:
+    """Share a reference out over the processes of FSDP2 as accelerate does it with the policy, layer by layer.
+
+    TRL's `prepare_fsdp` makes one block of it, which every pass gathers whole; and where only the first process has
+    read the weights (`cpu_ram_efficient_loading`) it does not give them to the others.
+    """
+    return fsdp2_prepare_model(accelerator, model.requires_grad_(False)).eval()
 
 
 def release(model: Any, accelerator: Accelerator) -> None:
@@ -235,6 +251,17 @@ def decide_precompute(config: Any, given: Mapping[str, Any], *, preferred: bool)
             "The reference policy stays in memory during training: its log probabilities can be computed before "
             "training for map-style text data only, and not all of the data is that."
         )
+
+
+def weights_hash(model: Any) -> str:
+    """Return a hash of the weights and stored buffers of `model`, whole; where they are shared out, all call it."""
+    from datasets.fingerprint import Hasher
+
+    found = []
+    for name, tensor in sorted(model.state_dict(keep_vars=True).items()):
+        with gathered([tensor]):
+            found.append((name, tuple(tensor.shape), Hasher.hash(_bits(tensor))))
+    return Hasher.hash(found)
 
 
 def reference_key(model_hash: str, model: Any, args: DPOConfig, collator: Any, precision: str) -> str:

@@ -18,6 +18,8 @@ logger = get_logger(__name__)
 # Written by `Trainer`; by FSDP, whole and in shards, of which the metadata are written last.
 _OPTIMIZER = ("optimizer.pt", "optimizer.bin", "optimizer_0/.metadata")
 _FSDP = ("pytorch_model_fsdp.bin", "pytorch_model_fsdp_0/.metadata")
+# Written by DeepSpeed in the folder that `latest` names, with its own optimizer and scheduler.
+_DEEPSPEED = ("model_states.pt", "optim_states.pt")
 
 
 def fault_of(checkpoint: Path) -> str | None:
@@ -31,19 +33,39 @@ def fault_of(checkpoint: Path) -> str | None:
         json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return "trainer_state.json is missing or cut short"
-    for names in (_OPTIMIZER, ("scheduler.pt",)):
-        if not any((checkpoint / name).is_file() for name in names):
-            return f"{names[0]} is missing (save_only_model leaves it out)"
-    for path in sorted([*checkpoint.glob("*.pt*"), *checkpoint.glob("*.bin")]):  # *.pth: the random generators
+    shards = _shards_of_deepspeed(checkpoint)
+    if (missing := _missing_states(checkpoint, shards)) is not None:
+        return missing
+    archives = [*checkpoint.glob("*.pt*"), *checkpoint.glob("*.bin"), *(shards.glob("*.pt") if shards else ())]
+    for path in sorted(archives):  # *.pth: the random generators
         if not zipfile.is_zipfile(path):
-            return f"{path.name} is empty or cut short"
-    if any((checkpoint / name).is_file() for name in _FSDP):
+            return f"{path.relative_to(checkpoint)} is empty or cut short"
+    if shards is not None or any((checkpoint / name).is_file() for name in _FSDP):
         return None  # beside it there are whole weights only where a graft was to read them
     try:
         Checkpoint.open(checkpoint)
     except InputError as reason:
         return str(reason).splitlines()[0].rstrip(".")
     return None
+
+
+def _missing_states(checkpoint: Path, shards: Path | None) -> str | None:
+    """Return what is missing of optimizer and scheduler, which DeepSpeed has in `shards`; None where all is there."""
+    if shards is not None:
+        absent = [name for name in _DEEPSPEED if not any(shards.glob(f"*{name}"))]
+        return f"{shards.name}/*{absent[0]}, which `latest` names, are missing" if absent else None
+    for names in (_OPTIMIZER, ("scheduler.pt",)):
+        if not any((checkpoint / name).is_file() for name in names):
+            return f"{names[0]} is missing (save_only_model leaves it out)"
+    return None
+
+
+def _shards_of_deepspeed(checkpoint: Path) -> Path | None:
+    """Return the folder in which DeepSpeed saved its states, None where it saved none."""
+    latest = checkpoint / "latest"
+    if not latest.is_file():
+        return None
+    return checkpoint / Path(latest.read_text(encoding="utf-8", errors="replace").strip()).name
 
 
 def last_complete(folder: Path) -> str | None:

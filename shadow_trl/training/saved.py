@@ -118,7 +118,8 @@ def _in_memory(bare: Any) -> dict[str, tuple[torch.Tensor, bool]]:
         if one in seen or ignored:
             continue
         seen.add(one)
-        found[plain] = (tensor.detach().to("meta"), bool(added) or tensor.requires_grad)
+        shape = getattr(tensor, "ds_shape", tensor.shape)  # of a weight that ZeRO-3 has shared out
+        found[plain] = (torch.empty(shape, dtype=tensor.dtype, device="meta"), bool(added) or tensor.requires_grad)
     return found
 
 

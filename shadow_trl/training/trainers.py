@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any, ClassVar
+from unittest.mock import patch
 
 from trl import DPOTrainer, SFTTrainer
-from trl.trainer.utils import hash_module
+from trl.trainer import dpo_trainer
 
 from ..errors import ConfigError
 from .adapter import drop_reference_adapter
 from .config import ShadowDPOConfig, ShadowSFTConfig
-from .engines import refuse_tensor_parallel, uses_fsdp
+from .engines import dtype_at_start, is_shared_out, refuse_tensor_parallel, uses_fsdp
 from .loading import is_adapted
 from .mixin import ShadowMixin
 from .preflight import check_reference_options
@@ -24,7 +25,9 @@ from .reference import (
     prepared,
     reference_key,
     release,
+    shard_reference,
     shared_on_disk,
+    weights_hash,
 )
 from .settings import Forms
 
@@ -59,6 +62,7 @@ class ShadowDPOTrainer(ShadowMixin, DPOTrainer):
         # What is opened here is held until TRL's __init__ has computed the reference log probabilities of all its data.
         with ExitStack() as scope:
             self._initialising: ExitStack | None = scope
+            scope.enter_context(patch.object(dpo_trainer, "prepare_fsdp", shard_reference))
             super().__init__(*args, **kwargs)
         self._initialising = None
         self._of_object = None
@@ -140,11 +144,12 @@ class ShadowDPOTrainer(ShadowMixin, DPOTrainer):
                 self._hold_reference(self._initialising or here)
             here.callback(setattr, self, "_precompute_model_hash", self._precompute_model_hash)
             model = self.accelerator.unwrap_model(self.ref_model or self.model)
-            # TRL's is of the policy as it starts, whatever it has become, or of the reference it was given, before any
-            # engine shares it out.
+            # TRL's is of the policy as it starts, whatever it has become, or of the reference it was given, before FSDP
+            # shares it out. ZeRO-3 has done so by then, and TRL's would be the same for all models.
             known = self._reference is None or uses_fsdp(self.args)
-            weights = str(self._precompute_model_hash) if known else hash_module(model)
-            precision = self.accelerator.mixed_precision
+            shared = any(map(is_shared_out, model.parameters()))
+            weights = str(self._precompute_model_hash) if known and not shared else weights_hash(model)
+            precision = f"{self.accelerator.mixed_precision} {dtype_at_start(self.accelerator, model)}"
             self._precompute_model_hash = reference_key(weights, model, self.args, self.data_collator, precision)
             return super()._precompute_ref_logps(dataset, name, batch_size)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -46,7 +47,9 @@ def test_shipped_config_parses_and_opens_with_its_command(path: Path) -> None:
     kind = kind_of(path)
     options = parse(kind, ["--config", str(path), "--use_cpu"])
     head = path.read_text().splitlines()[:2]
-    assert f"accelerate launch recipes/shadow_{kind}.py" in head[1]
+    gpus = 8 if path.parent.name in ("llama-3.1-8b", "qwen2.5-7b") and "full" in path.name else 1
+    eight = f"shadow-trl {kind} --accelerate_config fsdp2 --num_processes 8 "
+    assert (f"accelerate launch recipes/shadow_{kind}.py" if gpus == 1 else eight) in head[1]
     if (path.parent.name, path.stem) not in (("nano", "shadow_sft"), ("nano", "shadow_dpo")):
         assert f"--config {path.relative_to(ROOT).as_posix()}" in head[1]
     assert options.training.instruct_model
@@ -57,7 +60,7 @@ def test_shipped_config_parses_and_opens_with_its_command(path: Path) -> None:
     if path.parent.name == "nano":
         return
     assert options.model.dtype == ("bfloat16" if lora else "float32")
-    rows_a_step = options.training.per_device_train_batch_size * options.training.gradient_accumulation_steps
+    rows_a_step = gpus * options.training.per_device_train_batch_size * options.training.gradient_accumulation_steps
     if kind == "sft":  # the paper's settings
         assert options.training.learning_rate == (2e-4 if lora else 1e-5)
         assert rows_a_step == 32
@@ -67,6 +70,19 @@ def test_shipped_config_parses_and_opens_with_its_command(path: Path) -> None:
         assert options.training.learning_rate == (5e-6 if lora else 5e-7)
         assert rows_a_step == (32 if lora else 128)
         assert options.training.ref_policy == "grafted"
+
+
+@pytest.mark.parametrize("path", sorted({*CONFIGS, *PIPELINES}), ids=lambda path: f"{path.parent.name}-{path.stem}")
+def test_the_rows_of_a_step_are_those_of_the_comment(path: Path) -> None:
+    """GPUs x rows of each x accumulation, as the comment beside the two values multiplies them."""
+    text = path.read_text()
+    comment = r"# (?:(\d+) GPUs x )?(\d+) x (\d+) = (\d+) \w+ a step"
+    pattern = rf"batch_size: (\d+).*\n *gradient_accumulation_steps: (\d+) {comment}"
+    found = [[int(number or 1) for number in match] for match in re.findall(pattern, text)]
+    assert len(found) == text.count("gradient_accumulation_steps")
+    for rows, steps, gpus, same_rows, same_steps, product in found:
+        assert (rows, steps) == (same_rows, same_steps)
+        assert gpus * rows * steps == product
 
 
 def test_unknown_keys_of_a_config_are_listed_with_what_was_meant(tmp_path: Path) -> None:

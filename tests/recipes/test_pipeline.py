@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from pipelines import LORA, SHARED, fill, write_config
 from repository import ROOT
-from rows import SETTINGS, write_rows
+from rows import write_rows
 from stages import tuned_weights, weights
-from tiny import preference_data, sft_data
 from trl import ScriptArguments
 
 from shadow_trl.checkpoints.manifest import write_manifest
@@ -30,26 +30,6 @@ from shadow_trl.recipes.record import check_record, write_record
 from shadow_trl.training.resuming import last_complete
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning:transformers")
-
-LORA = {"use_peft": True, "lora_r": 4, "lora_alpha": 8, "lora_target_modules": ["q_proj", "v_proj"]}
-SHARED = {"model_name_or_path": "base", "instruct_model": "instruct", **SETTINGS, "max_steps": 2}
-
-
-def write_config(**changes: object) -> None:
-    """Write `pipeline.yaml`; a change of the name of a stage is added to its section."""
-    sections = {stage: {"dataset_name": f"{stage}.jsonl", **changes.pop(stage, {})} for stage in ("sft", "dpo")}
-    Path("pipeline.yaml").write_text(yaml.safe_dump({**SHARED, **sections, **changes}))
-
-
-def fill(folder: Path, pair: tuple[Path, Path]) -> None:
-    """Make `folder`, the current one, hold links to the pair, data, rows to score and a configuration."""
-    for name, model in zip(("base", "instruct"), pair, strict=True):
-        (folder / name).symlink_to(model)
-    write_rows(folder / "sft.jsonl", list(sft_data()))
-    write_rows(folder / "dpo.jsonl", list(preference_data()))
-    row = {"prompt": [{"role": "user", "content": "1"}], "answer": "1", "kind": "target"}
-    write_rows(folder / "rows.jsonl", [row, row])
-    write_config()
 
 
 @pytest.fixture
@@ -308,9 +288,9 @@ def test_full_or_a_new_adapter_after_a_merged_one(workspace: Path, pair: tuple[P
 
 
 def test_a_stage_has_its_own_overrides(workspace: Path) -> None:
-    with pytest.raises(ConfigError, match="mixed_precision differs"):
-        pipeline.read_plan(["--config", "pipeline.yaml", "--dpo.bf16", "true"])
-    pipeline.read_plan(["--config", "pipeline.yaml", "--dpo.bf16", "true", "--stages", "sft"])
+    with pytest.raises(ConfigError, match="use_cpu differs"):
+        pipeline.read_plan(["--config", "pipeline.yaml", "--dpo.use_cpu", "false"])
+    pipeline.read_plan(["--config", "pipeline.yaml", "--dpo.use_cpu", "false", "--stages", "sft"])
     words = ["--output_dir", "out", "--config", "pipeline.yaml", "--learning_rate", "2e-3", "--dpo.learning-rate=1e-4"]
     plan = pipeline.read_plan([*words, "--sft.max_steps", "1", "--graft_overwrite"])
     sft, dpo = (plan.options[stage].training for stage in ("sft", "dpo"))
@@ -340,7 +320,7 @@ def test_a_stage_has_its_own_overrides(workspace: Path) -> None:
         (["--compare_direct"], {}, "compare_direct in sft"),
         (["--dpo.graft", "false"], {}, "graft: false in dpo"),
         (["--resume_from_checkpoint", "x"], {}, "resumes by itself"),
-        (["--dpo.bf16", "true"], {}, "mixed_precision differs: no in sft, bf16 in dpo"),
+        (["--dpo.use_cpu", "false"], {}, "use_cpu differs: True in sft, False in dpo"),
         ([], {"sft": LORA, "dpo": {**LORA, "lora_r": 8}}, "r: 4 in sft, 8 in dpo"),
         (["--dpo.dataset_name", "nothing.jsonl"], {}, "nothing.jsonl does not exist"),
         (["--sft.merge_adapter"], {"sft": LORA}, "merge_adapter in sft"),

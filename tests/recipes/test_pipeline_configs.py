@@ -100,6 +100,10 @@ def make_models(folder: Path, kind: str) -> tuple[Path, Path]:
     return folder / "base", folder / "instruct"
 
 
+GPUS = {"zephyr-7b": 8, "smollm2-1.7b": 1, "tulu-3-8b": 8, "qwen3-0.6b": 1}
+"""On how many GPUs the command of a configuration runs."""
+
+
 def test_the_shipped_pipelines_are_these() -> None:
     assert {path.stem for path in FOLDER.iterdir()} == set(KINDS)
 
@@ -107,8 +111,9 @@ def test_the_shipped_pipelines_are_these() -> None:
 @pytest.mark.parametrize("name", KINDS)
 def test_a_pipeline_opens_with_its_command_and_its_source(name: str) -> None:
     head = (FOLDER / f"{name}.yaml").read_text().splitlines()[:20]
-    command = f"accelerate launch recipes/shadow_sft_dpo.py --config recipes/configs/pipelines/{name}.yaml"
-    assert any(command in line for line in head)
+    engine = f"shadow-trl sft-dpo --accelerate_config fsdp2 --num_processes {GPUS[name]}"
+    command = engine if GPUS[name] > 1 else "accelerate launch recipes/shadow_sft_dpo.py"
+    assert any(f"{command} --config recipes/configs/pipelines/{name}.yaml" in line for line in head)
     assert any(line.startswith("# Numbers: ") for line in head)
     assert any("What differs" in line for line in head)
 
@@ -127,7 +132,7 @@ def test_the_published_numbers(name: str) -> None:
     plan = read_plan(["--config", str(FOLDER / f"{name}.yaml"), "--use_cpu"])
     for stage, expected in zip(("sft", "dpo"), PUBLISHED[name], strict=True):
         training = plan.options[stage].training
-        rows = training.per_device_train_batch_size * training.gradient_accumulation_steps
+        rows = GPUS[name] * training.per_device_train_batch_size * training.gradient_accumulation_steps
         length = training.max_steps if training.max_steps > 0 else training.num_train_epochs
         found = (training.learning_rate, rows, length, training.max_length)
         assert found == expected[:4]

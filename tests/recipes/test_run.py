@@ -220,15 +220,6 @@ def test_two_processes_make_one_run(workspace: Path) -> None:
         assert (run / name).is_file()
 
 
-@pytest.mark.distributed
-@pytest.mark.slow
-def test_bad_input_ends_both_processes(workspace: Path) -> None:
-    done = launch_two("--instruct_model", "nothing")
-    assert done.returncode != 0
-    assert "CheckpointError: " in done.stderr
-    assert made(workspace) == []
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["sft", "dpo"])
 def test_the_embedded_run_needs_no_argument(kind: str, tmp_path: Path) -> None:

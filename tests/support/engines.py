@@ -1,12 +1,15 @@
-"""Runs of the trainers in several processes, under DDP or under FSDP2 with the CPU in the place of accelerators."""
+"""Runs of the trainers in several processes: DDP, or FSDP2 and DeepSpeed with the CPU in the place of accelerators."""
 
 from __future__ import annotations
 
+import gc
 import hashlib
+import importlib
 import os
 from pathlib import Path
 from typing import Any
 
+from rank_cases import hide
 from tiny import preference_data, sft_data
 
 LAUNCHED = {
@@ -18,6 +21,17 @@ LAUNCHED = {
     "FSDP_CPU_RAM_EFFICIENT_LOADING": "false",
 }
 """What `accelerate launch --use_fsdp --fsdp_version 2` puts into the environment."""
+
+LAUNCHED_ZERO3 = {
+    "ACCELERATE_USE_DEEPSPEED": "true",
+    "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3",
+    "ACCELERATE_DEEPSPEED_ZERO3_INIT": "true",
+    "ACCELERATE_DEEPSPEED_ZERO3_SAVE_16BIT_MODEL": "true",
+}
+"""What `accelerate launch` with TRL's zero3.yaml puts into the environment, but for its mixed precision."""
+
+
+_SPEED = ("runtime", "_per_second")
 
 
 def on_the_cpu() -> None:
@@ -37,6 +51,11 @@ def on_the_cpu() -> None:
     accelerate.accelerator.is_bf16_available = lambda *_, **__: True
 
 
+def deepspeed_on_the_cpu() -> None:
+    """Let DeepSpeed take the CPU for its accelerator, with torch's collectives in the place of those it would build."""
+    importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None  # type: ignore[attr-defined]
+
+
 def run(
     rank: int,
     engine: str,
@@ -45,54 +64,90 @@ def run(
     out: str,
     *,
     plain: bool = False,
-    lora: bool = False,
+    lora: bool | dict[str, Any] = False,
     fsdp: dict[str, Any] | None = None,
+    zero: dict[str, Any] | None = None,
     resume: str | None = None,
     rows: str | None = None,
+    environment: dict[str, str] | None = None,
+    machines: bool = False,
     **changes: Any,
 ) -> dict[str, Any]:
-    """Train under `engine` (ddp, fsdp2, or launched: FSDP2 by the environment); return what was seen.
+    """Train under `engine` and return what was seen.
 
-    The trainer is ours or, if `plain`, TRL's; the data is that in the folder `rows`, if given.
+    Engines are single, ddp, fsdp2, launched (FSDP2 by the environment), zero1, zero2, zero3 (with settings of `zero`)
+    and launched_zero3. The trainer is ours or, if `plain`, TRL's; the data is that in the folder `rows`, if given. With
+    `machines`, each process is on one of its own, where the folder above `out` is another one.
     """
     import datasets
     from peft import LoraConfig
     from runs import LORA, SETTINGS
 
+    if machines:
+        os.environ["LOCAL_WORLD_SIZE"] = "1"
+        if rank:
+            hide(str(Path(out).parent))
+    wanted = "DEEPSPEED" if "zero" in engine else {"single": "NO", "ddp": "MULTI_CPU"}.get(engine, "FSDP")
     # File-backed caches of one test must not be those of another.
     datasets.config.HF_DATASETS_CACHE = Path(out).parent / "cache"
     args = {"output_dir": out, **SETTINGS, "per_device_train_batch_size": 2, **changes}
-    if engine != "ddp":
+    if engine not in ("single", "ddp"):
         on_the_cpu()
         del args["use_cpu"]
+    if engine == "single":
+        for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+            del os.environ[name]
     if engine == "launched":
-        os.environ.update(LAUNCHED)
+        os.environ.update({**LAUNCHED, **(environment or {})})
     if engine == "fsdp2":
         args |= {
             "fsdp": True,
             "fsdp_config": {"version": 2, "transformer_layer_cls_to_wrap": ["Qwen3DecoderLayer"], **(fsdp or {})},
+        }
+    if wanted == "DEEPSPEED":
+        deepspeed_on_the_cpu()
+    if engine == "launched_zero3":
+        os.environ.update(LAUNCHED_ZERO3)
+    elif wanted == "DEEPSPEED":
+        args["deepspeed"] = {
+            **dict.fromkeys(
+                ["train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"], "auto"
+            ),
+            "gradient_clipping": "auto",
+            "bf16": {"enabled": "auto"},
+            "zero_optimization": {"stage": int(engine[-1]), **(zero or {})},
         }
     data = datasets.load_from_disk(rows) if rows else preference_data() if kind == "dpo" else sft_data()
     common = {
         "model": pair[0],
         "train_dataset": data,
         "eval_dataset": data if args.get("eval_strategy", "no") != "no" else None,
-        "peft_config": LoraConfig(**LORA) if lora else None,
+        "peft_config": LoraConfig(**LORA, **(lora if isinstance(lora, dict) else {})) if lora else None,
     }
     trainer = _trainer(kind, plain, pair[1], args, common)
     state = trainer.accelerator
-    assert state.num_processes == int(os.environ["WORLD_SIZE"]) > 1
-    wanted = {"ddp": "MULTI_CPU"}.get(engine, "FSDP")
+    assert state.num_processes == int(os.environ.get("WORLD_SIZE", "1"))
+    assert (state.num_processes == 1) == (engine == "single")
     assert str(state.distributed_type) == f"DistributedType.{wanted}"
-    assert state.is_fsdp2 == (engine != "ddp")
+    assert state.is_fsdp2 == (wanted == "FSDP")
+    if wanted == "DEEPSPEED":
+        assert state.deepspeed_plugin.zero_stage == int(engine[-1])
+    plugin = getattr(state.state, "fsdp_plugin", None)
     seen: dict[str, Any] = {
+        "read_by_one": plugin is not None and plugin.cpu_ram_efficient_loading,
         "references": _references(trainer),
         "reference": getattr(trainer, "ref_model", None) is not None,
     }
+    seen["kept"] = _elements_beside(trainer.accelerator.unwrap_model(trainer.model))
     trainer.train(resume_from_checkpoint=resume)
     if plain:
         trainer.save_model()
     seen["losses"] = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    seen["evaluated"] = [
+        {name: value for name, value in entry.items() if name.startswith("eval_") and not name.endswith(_SPEED)}
+        for entry in trainer.state.log_history
+        if "eval_loss" in entry
+    ]
     state.wait_for_everyone()
     return seen
 
@@ -125,6 +180,16 @@ def _trainer(kind: str, plain: bool, instruct: str, args: dict[str, Any], common
         return trainer(args=config(**args), processing_class=AutoTokenizer.from_pretrained(instruct), **common)
     config, trainer = getattr(shadow_trl, f"Shadow{name}Config"), getattr(shadow_trl, f"Shadow{name}Trainer")
     return trainer(args=config(**args), instruct_model=instruct, **common)
+
+
+def _elements_beside(policy: Any) -> int:
+    """Return how many elements the weights of other models have in memory, in the shards of ZeRO-3 too."""
+    gc.collect()
+    own = {id(parameter) for parameter in policy.parameters()}
+    found = [item for item in gc.get_objects() if type(item).__name__ == "Qwen3ForCausalLM"]
+    weights = {id(weight): weight for model in found for weight in model.parameters() if id(weight) not in own}
+    shards = [getattr(weight, "ds_tensor", weight) for weight in weights.values()]
+    return sum(tensor.numel() for tensor in (*weights.values(), *shards))
 
 
 def _references(trainer: Any) -> list[float]:

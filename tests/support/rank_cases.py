@@ -78,15 +78,20 @@ def is_killed(rank: int, silence: float) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
 
 
+def hide(folder: str) -> None:
+    """Put an empty file system of this process alone in the place of `folder`; needs root."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    new_mounts, private_below, below = 0x20000, 0x40000, 0x4000
+    assert libc.unshare(new_mounts) == 0, os.strerror(ctypes.get_errno())
+    assert libc.mount(b"none", b"/", None, private_below | below, None) == 0, os.strerror(ctypes.get_errno())
+    assert libc.mount(b"tmpfs", folder.encode(), b"tmpfs", 0, b"size=9m") == 0, os.strerror(ctypes.get_errno())
+
+
 def in_a_folder_of_its_own(rank: int, folder: str, *, private: bool, data: bool = False) -> list[Any]:
     """Look for a shared folder, or share `data` in it; if `private`, only the main process has that file system."""
     Path(folder).mkdir(exist_ok=True)
     if private and rank:
-        libc = ctypes.CDLL(None, use_errno=True)
-        new_mounts, private_below, below = 0x20000, 0x40000, 0x4000
-        assert libc.unshare(new_mounts) == 0, os.strerror(ctypes.get_errno())
-        assert libc.mount(b"none", b"/", None, private_below | below, None) == 0, os.strerror(ctypes.get_errno())
-        assert libc.mount(b"tmpfs", folder.encode(), b"tmpfs", 0, b"size=1m") == 0, os.strerror(ctypes.get_errno())
+        hide(folder)
     os.environ["LOCAL_WORLD_SIZE"] = "1"  # each on a machine of its own
     state = state_of_all()
     if data:

@@ -14,7 +14,13 @@ from typing import Any
 
 _SERVER = multiprocessing.get_context("forkserver")
 # What is slow to import; the test's own code is imported in each process anew.
-_SERVER.set_forkserver_preload(["torch", "trl", "peft", "transformers.models.qwen3.modeling_qwen3"])
+_PRELOADED = ["torch", "trl", "peft", "transformers.models.qwen3.modeling_qwen3"]
+_SERVER.set_forkserver_preload(_PRELOADED)
+
+
+def preload(module: str) -> None:
+    """Let the server import `module` too, if it is not running yet; the processes import it themselves otherwise."""
+    _SERVER.set_forkserver_preload([*_PRELOADED, module])
 
 
 @dataclass

@@ -29,8 +29,8 @@ SETTINGS = {
 LORA = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
 
 
-def lora() -> LoraConfig:
-    return LoraConfig(**LORA)
+def lora(**changes) -> LoraConfig:
+    return LoraConfig(**LORA, **changes)
 
 
 def settings(folder: Path, **changes) -> dict:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -250,11 +251,11 @@ def test_every_choice_is_accepted(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["DeepSpeed", "FSDP"])
-def test_sharded_training_is_refused_by_name(pair, tmp_path, name, monkeypatch):
+def test_sharded_training_that_would_not_be_is_refused_by_name(pair, tmp_path, name, monkeypatch):
     args = ShadowSFTConfig(**settings(tmp_path / "out"))
     if name == "DeepSpeed":
-        # The config's own set-up needs the package; a launcher's plugin arrives in this attribute.
-        args.deepspeed = {"zero_optimization": {"stage": 2}}
+        # The config's own set-up needs the package; the plugin arrives in this attribute.
+        args.deepspeed_plugin = SimpleNamespace(deepspeed_config={"zero_optimization": {"stage": 2}})
     else:
         monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(ConfigError, match=name):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import engines
@@ -11,19 +12,20 @@ from accelerate.utils import merge_fsdp_weights
 from architectures import make_family
 from ranks import in_processes
 from runs import log_probability
-from tiny import preference_data
+from safetensors.torch import load_file
+from tiny import make_pair, preference_data
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from shadow_trl import graft
+from shadow_trl import graft, verify
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 SHARDED = {"state_dict_type": "SHARDED_STATE_DICT"}
 
 
-def run(pair, out: Path, kind: str, engine: str = "fsdp2", **changes):
+def run(pair, out: Path, kind: str, engine: str = "fsdp2", count: int = 2, **changes):
     """Run in two processes under FSDP2; return what the first one saw."""
-    ends = in_processes(engines.run, engine, kind, tuple(map(str, pair)), str(out), **changes)
-    assert [end.error for end in ends] == ["", ""]
+    ends = in_processes(engines.run, engine, kind, tuple(map(str, pair)), str(out), count=count, **changes)
+    assert [(end.kind, end.error) for end in ends] == [("", "")] * count
     return ends[0].value
 
 
@@ -99,3 +101,79 @@ def test_the_best_model_is_the_one_that_is_grafted(pair, tmp_path):
         graft_every_save=True, max_steps=2, lr_scheduler_type="constant")  # fmt: skip
     kept = {path.name: engines.weights(path / "shadow/grafted") for path in (tmp_path / "out").glob("checkpoint-*")}
     assert engines.weights(tmp_path / "out/grafted") == kept["checkpoint-1"] != kept["checkpoint-2"]
+
+
+@pytest.mark.parametrize(("kind", "lora"), [("sft", False), ("dpo", True)], ids=["sft-full", "dpo-lora"])
+def test_the_graft_is_evaluated_as_in_one_process(pair, tmp_path, kind, lora):
+    changes = {"lora": lora, "eval_grafted": True, "eval_strategy": "steps", "eval_steps": 1}
+    changes["per_device_eval_batch_size"] = 2
+    alone = run(pair, tmp_path / "alone", kind, "single", 1, per_device_train_batch_size=4, **changes)
+    shared = run(pair, tmp_path / "shared", kind, fsdp=SHARDED, **changes)
+    replicated = run(pair, tmp_path / "replicated", kind, "ddp", **changes)
+    for got, wanted in zip(shared["evaluated"], replicated["evaluated"], strict=True):
+        assert got == pytest.approx(wanted, rel=1e-6, abs=1e-6)
+    for seen in (shared, replicated):
+        assert seen["losses"] == pytest.approx(alone["losses"], rel=1e-6)
+        for got, wanted in zip(seen["evaluated"], alone["evaluated"], strict=True):
+            # TRL's other means depend on which rows share a batch.
+            for name in ("eval_loss", "eval_grafted_loss"):
+                assert got[name] == pytest.approx(wanted[name], rel=1e-6)
+            assert got["eval_grafted_loss"] != pytest.approx(got["eval_loss"], rel=1e-6)
+
+
+@pytest.mark.parametrize("policy", ["base", "grafted"])
+def test_a_second_stage_has_the_reference_values_of_one_process(pair, tmp_path, policy):
+    run(pair, tmp_path / "first", "sft", fsdp=SHARDED)
+    second = (tmp_path / "first", pair[1])
+    alone = run(second, tmp_path / "alone", "dpo", "single", 1, per_device_train_batch_size=4, ref_policy=policy)
+    shared = run(second, tmp_path / "shared", "dpo", fsdp=SHARDED, ref_policy=policy)
+    kept = run(second, tmp_path / "kept", "dpo", fsdp=SHARDED, ref_policy=policy, precompute_ref_log_probs=False)
+    assert shared["references"] == pytest.approx(alone["references"], rel=1e-6)
+    assert shared["losses"] == pytest.approx(alone["losses"], rel=1e-6)
+    assert kept["losses"] == pytest.approx(alone["losses"], rel=1e-6)
+    assert (kept["reference"], shared["reference"]) == (True, False)
+    base, instruct, first = (load_file(folder / "model.safetensors") for folder in (*pair, second[0]))
+    added = {name: instruct[name].double() + (first[name].double() - base[name].double()) for name in instruct}
+    model = AutoModelForCausalLM.from_pretrained(pair[0], dtype=torch.float64)
+    model.load_state_dict(base if policy == "base" else added, strict=False)
+    tokenizer = AutoTokenizer.from_pretrained(pair[1])
+    expected = [log_probability(model, tokenizer, row, "chosen") for row in preference_data()]
+    assert shared["references"] == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("reference", ["init", "instruct"])
+def test_weights_that_one_process_reads_for_all_give_the_same_bits(pair, tmp_path, reference):
+    seen = {}
+    for read in ("false", "true"):
+        seen[read] = run(
+            pair, tmp_path / read, "dpo", "launched", ref_policy=reference, precompute_ref_log_probs=True,
+            environment={"FSDP_CPU_RAM_EFFICIENT_LOADING": read},
+        )  # fmt: skip
+        assert seen[read].pop("read_by_one") == (read == "true")
+    assert seen["true"] == seen["false"]
+    for place in ("", "grafted"):
+        assert engines.weights(tmp_path / "true" / place) == engines.weights(tmp_path / "false" / place) != {}
+
+
+def test_16_bits_that_are_lifted_to_fp32_have_no_delta_of_the_cast(tmp_path):
+    pair = make_pair(tmp_path, dtype=torch.float32)
+    run(pair, tmp_path / "out", "sft", fsdp=SHARDED, bf16=True, model_init_kwargs={"dtype": "bfloat16"},
+        learning_rate=1e-12, graft_every_save=True, save_strategy="steps", save_steps=1)  # fmt: skip
+    base, instruct = (load_file(folder / "model.safetensors") for folder in pair)
+    tuned = load_file(tmp_path / "out/model.safetensors")
+    assert max(float((tuned[name] - base[name]).abs().max()) for name in base) > 1e-5
+    for place in ("grafted", "checkpoint-1/shadow/grafted"):
+        grafted = load_file(tmp_path / "out" / place / "model.safetensors")
+        assert max(float((grafted[name] - instruct[name]).abs().max()) for name in base) < 1e-10
+    assert verify(tmp_path / "out/grafted").same
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a file system needs root")
+def test_machines_need_a_shared_folder_for_reference_values_alone(pair, tmp_path):
+    (tmp_path / "runs").mkdir()
+    run(pair, tmp_path / "runs/out", "sft", "ddp", machines=True)
+    check_graft(pair, tmp_path / "runs/out", tmp_path / "runs/out/grafted", tmp_path / "again")
+    given = ("ddp", "dpo", tuple(map(str, pair)), str(tmp_path / "runs/dpo"))
+    ends = in_processes(engines.run, *given, machines=True, ref_policy="instruct", save_steps=1)
+    assert all("process 1 does not see the reference log probabilities" in end.error for end in ends)
+    assert not list((tmp_path / "runs/dpo").rglob("*.safetensors"))
