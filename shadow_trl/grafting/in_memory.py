@@ -11,7 +11,7 @@ from ..checkpoints.header import dtype_of, nbytes_of
 from .files import plan_files
 from .jobs import Jobs
 from .options import GraftOptions
-from .stream import Outcome, stream
+from .stream import Outcome, stream_to
 
 
 class MemoryFile:
@@ -41,7 +41,7 @@ def in_memory(jobs: Jobs, options: GraftOptions) -> tuple[dict[str, Tensor], Out
     """
     files = plan_files(jobs.weights, jobs.layout, options.max_shard_size)  # type: ignore[arg-type]
     memory = [MemoryFile(file.size) for file in files]
-    outcome = stream(files, memory, options)
+    outcome = stream_to(files, memory, options)
     weights = {}
     while files:
         file, whole = files.pop(), memory.pop().bytes

@@ -118,7 +118,7 @@ def _opened(base: Source | None, tuned: Source, target: Path, options: GraftOpti
 
 
 def _write_dense(inputs: Inputs, part: Path, target: Path, options: GraftOptions, progress: bool) -> DeltaReport:
-    from ..grafting.stream import on_disk, stream
+    from ..grafting.stream import stream
 
     scratch = part / ".converted"
     jobs = inputs.tuned.jobs(inputs.instruct, options, scratch)
@@ -129,7 +129,7 @@ def _write_dense(inputs: Inputs, part: Path, target: Path, options: GraftOptions
     small = copied_files(inputs.instruct, adapter=True)
     check_space(target, sum(file.size for file in files) + sum(path.stat().st_size for path in small))
     with Digests(inputs.tuned.sides, {}, options) as digests, Progress(sum(f.size for f in files), progress) as bar:
-        outcome = stream(files, on_disk(files, part), options, bar.add)
+        outcome = stream(files, part, options, bar.add)
         check_finite(outcome)
         shutil.rmtree(scratch, ignore_errors=True)
         figures = graft_figures(outcome.sums, options.stats, sigma=False)
