@@ -18,9 +18,8 @@ from jinja2 import TemplateError
 from trl import DPOTrainer, SFTTrainer, get_peft_config, get_quantization_config
 
 from ..checkpoints.hub import locate
-from ..errors import ConfigError, InputError, OutputExistsError, ShadowError, ends_with, list_names
+from ..errors import ConfigError, InputError, OutputExistsError, ShadowError, ends_with
 from ..evaluation.report import RunReport
-from ..evaluation.scoring import read_rows
 from ..results.parents import remove_empty
 from ..results.written import tells_what_is_written
 from ..runtime import endings
@@ -32,7 +31,7 @@ from ..training.resuming import checkpoint_of
 from ..training.settings import check_settings
 from ..training.trainers import ShadowDPOTrainer, ShadowSFTTrainer
 from .compare import make_report, timed
-from .data import load_data
+from .data import load_data, load_scored
 from .options import Options, parse
 from .record import write_record
 
@@ -107,16 +106,7 @@ def prepare(options: Options) -> list[dict[str, Any]] | None:
     training.resume_from_checkpoint = checkpoint_of(training.resume_from_checkpoint, training.output_dir)
     if recipe.torch_threads is not None:
         torch.set_num_threads(recipe.torch_threads)
-    if not recipe.score_rows:
-        return None
-    rows = read_rows(recipe.score_rows)
-    kinds = {row["kind"] for row in rows}
-    if missing := [kind for kind in recipe.score_kept or () if kind not in kinds]:
-        raise ConfigError(
-            f"score_kept names {len(missing)} kinds of which {recipe.score_rows} has no row:\n{list_names(missing)}\n"
-            f"Its kinds are: {', '.join(sorted(kinds))}."
-        )
-    return rows
+    return load_scored(recipe) if recipe.score_rows else None
 
 
 @ends_with("Nothing was written.")
