@@ -222,11 +222,13 @@ def uses_deepspeed(accelerator: Accelerator) -> bool:
 
 
 def forget(engine: Any) -> None:
-    """Free the weights in an engine of DeepSpeed: ZeRO-3 keeps the model itself for good, in caches of its hooks."""
+    """Free what an engine of DeepSpeed holds: ZeRO-3 keeps the model for good, in caches, whose hooks keep the rest."""
     engine.destroy()
-    for parameter in engine.module.parameters():
-        for tensor in (parameter, getattr(parameter, "ds_tensor", parameter)):
-            tensor.data = tensor.new_empty(0)
+    weights, modules = list(engine.module.parameters()), list(engine.module.modules())
+    for weight in weights:
+        weight.data = weight.new_empty(0)
+    for part in (*weights, *modules):
+        vars(part).clear()
 
 
 def _parallelism(config: Any) -> ParallelismConfig | None:

@@ -34,7 +34,7 @@ def fill(folder: Path, pair: tuple[Path, Path]) -> None:
 
 
 def run(rank: int, engine: str, folder: str, *words: str) -> dict[str, Any]:
-    """Run the pipeline in `folder` under `engine` (ddp, fsdp2, or alone: none).
+    """Run the pipeline in `folder` under `engine` (ddp, fsdp2, zero3, or alone: none).
 
     Returns what each trainer ran with, the bytes of tensors before it was made, and the exit code.
     """
@@ -49,6 +49,11 @@ def run(rank: int, engine: str, folder: str, *words: str) -> dict[str, Any]:
     if engine == "fsdp2":
         engines.on_the_cpu()
         os.environ.update(engines.LAUNCHED)
+        words = (*words, "--use_cpu", "false")
+    if engine == "zero3":
+        os.environ.update(engines.LAUNCHED_ZERO3, DS_ACCELERATOR="cpu")
+        engines.on_the_cpu()
+        engines.deepspeed_on_the_cpu()
         words = (*words, "--use_cpu", "false")
     seen: dict[str, Any] = {"stages": [], "before": []}
     made = recipes._trainer
