@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from accelerate.utils import ParallelismConfig, parse_flag_from_env
+from torch import nn
 
 from ..errors import ConfigError, list_names
 
@@ -227,8 +228,10 @@ def forget(engine: Any) -> None:
     weights, modules = list(engine.module.parameters()), list(engine.module.modules())
     for weight in weights:
         weight.data = weight.new_empty(0)
-    for part in (*weights, *modules):
-        vars(part).clear()
+        vars(weight).clear()
+    for module in modules:
+        vars(module).clear()
+        nn.Module.__init__(module)
 
 
 def _parallelism(config: Any) -> ParallelismConfig | None:
