@@ -15,6 +15,7 @@ import torch
 from accelerate import PartialState
 from accelerate.state import AcceleratorState
 from jinja2 import TemplateError
+from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 from trl import DPOTrainer, SFTTrainer, get_peft_config, get_quantization_config
 
 from ..checkpoints.hub import locate
@@ -26,6 +27,7 @@ from ..results.written import tells_what_is_written
 from ..runtime import endings
 from ..runtime.machine import lack
 from ..runtime.processes import check_known, run_on_main, say
+from ..training.engines import forget
 from ..training.origins import Origins, require_instruct
 from ..training.preflight import GRAFTED_FOLDER, refuse_unsupported
 from ..training.resuming import checkpoint_of
@@ -97,6 +99,8 @@ def prepare(options: Options) -> list[dict[str, Any]] | None:
     """Check the options of the training, set the threads of PyTorch, and return the rows to score, if there are any."""
     recipe, training = options.recipe, options.training
     check_known(PartialState())
+    # Until its trainer is built: what is loaded before is whole.
+    unset_hf_deepspeed_config()
     _check_precision(training)
     try:
         of_model = get_quantization_config(options.model), get_peft_config(options.model)
@@ -154,7 +158,7 @@ def train_stage(
     direct_args = copy.copy(training)
     direct_args.output_dir = str(Path(training.output_dir) / DIRECT_FOLDER)
     seconds: dict[str, float] = {}
-    with _engine_of_its_own():
+    with _engine_of_its_own(training):
         trainer = _shadow_trainer(kind, options, Path(direct_args.output_dir), data)
         origins: Origins = trainer.origins
         say(f"Tuning BASE {origins.base}" + (f", then grafting onto {origins.instruct}" if training.graft else ""))
@@ -210,7 +214,7 @@ def _train_direct(kind: str, options: Options, origins: Origins, args: Any, data
     """Tune INSTRUCT itself with TRL's own trainer and save it; its revision takes the place of BASE's."""
     instruct = require_instruct(origins)
     args.model_init_kwargs = {**(args.model_init_kwargs or {}), "revision": instruct.revision or "main"}
-    with _engine_of_its_own():
+    with _engine_of_its_own(args):
         trainer = _trainer(TRAINERS[kind][1], instruct.source, args, options, data)
         trainer.train()
         trainer.save_model()
@@ -279,19 +283,32 @@ def _trainer(trainer_class: Any, model: str | None, args: Any, options: Options,
 
 
 @contextmanager
-def _engine_of_its_own() -> Iterator[None]:
-    """Let the trainer in the block set the precision and the engine, which accelerate has once for a process."""
+def _engine_of_its_own(training: Any) -> Iterator[None]:
+    """Let the trainer in the block set precision and engine, which accelerate and transformers have once for a process.
+
+    The arguments of both stages are made before the first begins, and those made last would be the engine's of both.
+    """
     state = PartialState()
     before = state.distributed_type
+    if training.deepspeed:
+        set_hf_deepspeed_config(training.hf_deepspeed_config)
+    elif training.deepspeed_plugin is not None:
+        training.deepspeed_plugin.set_deepspeed_weakref()
     try:
         yield
     finally:
         AcceleratorState._reset_state()
         state.distributed_type = before
+        unset_hf_deepspeed_config()
 
 
 def _free(trainer: Any) -> None:
     """Release what a trainer and its accelerator hold: models, optimizer states, buffers."""
+    engine = getattr(trainer.accelerator, "deepspeed_engine_wrapped", None)
+    if engine is not None:
+        forget(engine.engine)
+        trainer.accelerator.deepspeed_engine_wrapped = None
+    del engine
     trainer.accelerator.free_memory()
     # All of it: the model is also in the handler of the callbacks, the optimizer in the scheduler.
     vars(trainer).clear()

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from accelerate.utils import ParallelismConfig, parse_flag_from_env
+from torch import nn
 
 from ..errors import ConfigError, list_names
 
@@ -229,11 +230,15 @@ def uses_deepspeed(accelerator: Accelerator) -> bool:
 
 
 def forget(engine: Any) -> None:
-    """Free the weights in an engine of DeepSpeed: ZeRO-3 keeps the model itself for good, in caches of its hooks."""
+    """Free what an engine of DeepSpeed holds: ZeRO-3 keeps the model for good, in caches, whose hooks keep the rest."""
     engine.destroy()
-    for parameter in engine.module.parameters():
-        for tensor in (parameter, getattr(parameter, "ds_tensor", parameter)):
-            tensor.data = tensor.new_empty(0)
+    weights, modules = list(engine.module.parameters()), list(engine.module.modules())
+    for weight in weights:
+        weight.data = weight.new_empty(0)
+        vars(weight).clear()
+    for module in modules:
+        vars(module).clear()
+        nn.Module.__init__(module)
 
 
 def _parallelism(config: Any) -> ParallelismConfig | None:
