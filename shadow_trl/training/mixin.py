@@ -42,7 +42,15 @@ from .adapter import (
     write_start,
 )
 from .config import ShadowArguments
-from .engines import dtype_at_start, gathered, lifts_weights, refuse_engines, refuse_offloaded, whole_weights
+from .engines import (
+    dtype_at_start,
+    gathered,
+    lifts_weights,
+    load_for,
+    refuse_engines,
+    refuse_offloaded,
+    whole_weights,
+)
 from .evaluation import GraftedEvaluation
 from .loading import bare_model, dtypes_before, load_adapter, reload_converted
 from .origins import Start
@@ -103,6 +111,7 @@ class ShadowMixin(GraftedEvaluation):
         given = call.arguments
         refuse_unsupported(config)
         refuse_engines(config, given["model"])
+        load_for(config)
         check_settings(config, given.get("quantization_config"))
         if given.get("formatting_func") is None:
             for name in ("train_dataset", "eval_dataset"):
