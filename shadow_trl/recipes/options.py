@@ -150,7 +150,8 @@ def parse_values(
         script, training, model, recipe = parser.parse_dict(vars(namespace))
     except ShadowError:
         raise
-    except (ArgumentError, ValueError, TypeError) as reason:
+    # The dataclasses of TRL and transformers open files and look for libraries.
+    except (ArgumentError, ValueError, TypeError, ImportError, OSError, LookupError, AttributeError) as reason:
         raise ConfigError(f"the configuration is not valid: {reason}") from reason
     load_for(None)  # a trainer's models are for its engine, what is merged or scored beside it is not
     options = Options(script, training, model, recipe, output_given=namespace.output_dir is not None)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import inspect
 import os
+from collections.abc import Sized
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -21,7 +22,7 @@ from trl.trainer.utils import get_config_model_id
 from ..adapters.kinds import START_FOLDER
 from ..checkpoints.digests import weight_digests
 from ..checkpoints.manifest import write_manifest
-from ..errors import ends_with
+from ..errors import ConfigError, ends_with
 from ..grafting.options import BASE_DTYPES
 from ..grafting.reports import GraftReport
 from ..operations.checks import check_left_out
@@ -39,12 +40,14 @@ from .adapter import (
     trained_by_adapter,
     without_reference_adapter,
     without_second_start,
+    write_configs,
     write_start,
 )
 from .config import ShadowArguments
 from .engines import (
     dtype_at_start,
     gathered,
+    in_shards,
     lifts_weights,
     load_for,
     refuse_engines,
@@ -55,9 +58,9 @@ from .evaluation import GraftedEvaluation
 from .loading import bare_model, dtypes_before, load_adapter, reload_converted
 from .origins import Start
 from .preflight import GRAFTED_FOLDER, check_before_loading, is_conversational, refuse_unsupported
-from .resuming import checkpoint_of
+from .resuming import checkpoint_of, of_another_run
 from .saved import check_as_saved
-from .settings import Forms, bound, check_columns, check_settings, removed_if_refused
+from .settings import Forms, bound, check_columns, check_first_row, check_settings, removed_if_refused
 
 if TYPE_CHECKING:
     from transformers.trainer_utils import TrainOutput
@@ -110,12 +113,13 @@ class ShadowMixin(GraftedEvaluation):
         """Check everything that can be checked before training, and let TRL make its trainer."""
         given = call.arguments
         refuse_unsupported(config)
+        check_settings(config, given.get("quantization_config"), given.get("peft_config"))
         refuse_engines(config, given["model"])
         load_for(config)
-        check_settings(config, given.get("quantization_config"))
         if given.get("formatting_func") is None:
             for name in ("train_dataset", "eval_dataset"):
                 check_columns(name, given.get(name), self._data_forms(config))
+                check_first_row(name, given.get(name), self._data_forms(config))
         self._start = start = Start.of(given, config, base_model=base_model, instruct_model=instruct_model)
         self.origins = start.origins
         self.graft_report: GraftReport | None = None
@@ -136,8 +140,13 @@ class ShadowMixin(GraftedEvaluation):
                 self._adapter_start = start_of(self.model) if config.graft or config.eval_grafted else None
 
     def _check_loaded(self, config: Any) -> None:
-        """Find in the model that will be trained what would keep the run from ending in a graft."""
+        """Find in the model and the data that will be used what would keep the run from ending in a graft."""
         start = self._start
+        if isinstance(self.train_dataset, Sized) and not len(self.train_dataset):
+            raise ConfigError(
+                "train_dataset has no row left: TRL drops those without a token to learn from, such as those whose "
+                "prompt alone is as long as max_length. Raise max_length, or look at the rows."
+            )
         grafts = config.graft or config.eval_grafted
         if grafts:
             refuse_offloaded(self.model)
@@ -218,10 +227,21 @@ class ShadowMixin(GraftedEvaluation):
         return run_on_main(self.accelerator, write, what="the graft")
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """As in `Trainer`; whole weights where a graft will read them, whatever the engine keeps for itself."""
-        read = self.args.graft and (not _internal_call or self.args.graft_every_save)
-        with whole_weights(self.accelerator, wanted=read):
+        """As in `Trainer`; whole weights where a graft will read them and the engine would leave none, nor shards."""
+        shards = in_shards(self.accelerator) and not self.args.save_only_model
+        read = not _internal_call or (self.args.graft_every_save and not shards)
+        with whole_weights(self.accelerator, wanted=self.args.graft and read):
             super().save_model(output_dir, _internal_call)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        folder = Path(output_dir)
+        if in_shards(self.accelerator):  # which are written with the state of the optimiser, and alone
+            run_on_main(self.accelerator, lambda: self._describe_shards(folder), what="describing a checkpoint")
+
+    def _describe_shards(self, folder: Path) -> None:
+        write_configs(folder, self.model)
+        self._describe(folder)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         super()._save_checkpoint(model, trial)
@@ -231,8 +251,20 @@ class ShadowMixin(GraftedEvaluation):
             self._write_graft(str(folder), folder / "shadow" / GRAFTED_FOLDER, overwrite=True)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        with of_another_run(resume_from_checkpoint):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
         self._reload_converted(resume_from_checkpoint)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with of_another_run(checkpoint):
+            super()._load_optimizer_and_scheduler(checkpoint)
+            if checkpoint is None or self.is_deepspeed_enabled:  # which has states of its own
+                return
+            # torch takes the settings of another optimizer as they are, and stops at the first step.
+            optimizer: Any = self.optimizer
+            lacking = {name for group in optimizer.param_groups for name in optimizer.defaults.keys() - group}
+            if lacking:
+                raise LookupError(f"the optimizer in it has no {', '.join(sorted(lacking))}")
 
     def _load_best_model(self) -> None:
         super()._load_best_model()
@@ -249,9 +281,12 @@ class ShadowMixin(GraftedEvaluation):
         with without_reference_adapter(self.model):
             super()._save(output_dir, state_dict)
         if self.args.should_save and state_dict != {}:  # which ZeRO-3 gives where it saves its shards alone
-            folder = Path(output_dir or self.args.output_dir)
-            write_start(folder, self.model, self._adapter_start, self.origins.adapter)
-            write_manifest(folder, {**self._manifest, "weights": weight_digests(folder, START_FOLDER)})
+            self._describe(Path(output_dir or self.args.output_dir))
+
+    def _describe(self, folder: Path) -> None:
+        """Write what tells a graft of the weights in `folder` where their delta starts."""
+        write_start(folder, self.model, self._adapter_start, self.origins.adapter)
+        write_manifest(folder, {**self._manifest, "weights": weight_digests(folder, START_FOLDER)})
 
     @property
     def _grafted_folder(self) -> Path:

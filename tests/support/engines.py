@@ -74,19 +74,23 @@ def run(
     zero: dict[str, Any] | None = None,
     resume: str | None = None,
     rows: str | None = None,
+    reference: str | None = None,
+    callbacks: list[Any] | None = None,
     environment: dict[str, str] | None = None,
     machines: bool = False,
     **changes: Any,
 ) -> dict[str, Any]:
     """Train under `engine` and return what was seen.
 
-    Engines are single, ddp, fsdp2, zero1, zero2 and zero3; launched and launched_zero3 are FSDP2 and ZeRO-3 by the
-    environment. The trainer is ours or, if `plain`, TRL's; the data is that in the folder `rows`, if given. With
-    `machines`, each process is on one of its own, where the folder above `out` is another one.
+    Engines are single, ddp, fsdp2, launched (FSDP2 by the environment), zero1, zero2, zero3 (with settings of `zero`)
+    and launched_zero3. The trainer is ours or, if `plain`, TRL's, with the model in `reference` for its reference, if
+    given; the data is that in the folder `rows`, if given. With `machines`, each process is on one of its own, where
+    the folder above `out` is another one.
     """
     import datasets
     from peft import LoraConfig
     from runs import LORA, SETTINGS
+    from transformers import AutoModelForCausalLM
 
     if machines:
         os.environ["LOCAL_WORLD_SIZE"] = "1"
@@ -120,6 +124,8 @@ def run(
         "train_dataset": data,
         "eval_dataset": data if args.get("eval_strategy", "no") != "no" else None,
         "peft_config": LoraConfig(**LORA, **(lora if isinstance(lora, dict) else {})) if lora else None,
+        "callbacks": callbacks,
+        **({"ref_model": AutoModelForCausalLM.from_pretrained(reference, dtype="float32")} if reference else {}),
     }
     trainer = _trainer(kind, plain, pair[1], args, common)
     state = trainer.accelerator
@@ -148,6 +154,22 @@ def run(
     ]
     state.wait_for_everyone()
     return seen
+
+
+def save_shards(rank: int, model: str, out: str, name: str) -> None:
+    """Save the model of a folder in shards, as FSDP2 and accelerate do, without training it."""
+    import torch
+    import torch.distributed
+    import torch.distributed.checkpoint as dcp
+    from architectures import model_class
+    from torch.distributed.checkpoint.state_dict import get_model_state_dict
+    from torch.distributed.fsdp import fully_shard
+
+    torch.distributed.init_process_group("gloo")
+    loaded = model_class(name).from_pretrained(model)
+    fully_shard(loaded)
+    dcp.save({"model": get_model_state_dict(loaded)}, checkpoint_id=out)
+    torch.distributed.destroy_process_group()
 
 
 def _trainer(kind: str, plain: bool, instruct: str, args: dict[str, Any], common: dict[str, Any]) -> Any:
