@@ -53,6 +53,15 @@ def refuse_engines(config: Any, model: Any) -> None:
         )
 
 
+def load_for(config: Any | None) -> None:
+    """Let models be loaded for the engine of `config`, whole for None: transformers asks the last config instead."""
+    from transformers.integrations import unset_hf_deepspeed_config
+
+    unset_hf_deepspeed_config()
+    if config is not None and config.deepspeed_plugin is not None:
+        config.deepspeed_plugin.set_deepspeed_weakref()
+
+
 def uses_fsdp(config: Any) -> bool:
     """Return whether a training config, or the launcher, asks for FSDP."""
     return bool(config.fsdp or parse_flag_from_env("ACCELERATE_USE_FSDP"))
