@@ -60,6 +60,7 @@ def test_the_reference_is_instruct_and_is_gone_after_its_values_are_known(pair, 
     assert seen["references"] == pytest.approx(expected["instruct"], rel=1e-6)
     assert seen["references"] != pytest.approx(expected["base"], rel=1e-5)
     assert not seen["reference"]
+    assert not seen["kept"]
 
 
 def test_a_resumed_run_and_every_save_give_the_bits_of_one_run(pair, tmp_path):
@@ -75,8 +76,8 @@ def test_a_resumed_run_and_every_save_give_the_bits_of_one_run(pair, tmp_path):
 def test_the_best_model_is_the_one_that_is_grafted(pair, tmp_path):
     """A learning rate that makes each step worse: the best checkpoint is the first."""
     run(pair, tmp_path / "out", "sft", fsdp=SHARDED, save_strategy="steps", save_steps=1, eval_strategy="steps",
-        eval_steps=1, load_best_model_at_end=True, metric_for_best_model="loss", learning_rate=5.0,
-        graft_every_save=True, max_steps=2, lr_scheduler_type="constant")  # fmt: skip
+        eval_steps=1, load_best_model_at_end=True, metric_for_best_model="grafted_loss", learning_rate=5.0,
+        eval_grafted=True, graft_every_save=True, max_steps=2, lr_scheduler_type="constant")  # fmt: skip
     kept = {path.name: engines.weights(path / "shadow/grafted") for path in (tmp_path / "out").glob("checkpoint-*")}
     assert engines.weights(tmp_path / "out/grafted") == kept["checkpoint-1"] != kept["checkpoint-2"]
 
@@ -88,6 +89,12 @@ def test_the_graft_is_evaluated_as_in_one_process(pair, tmp_path, kind, lora):
     alone = run(pair, tmp_path / "alone", kind, "single", 1, per_device_train_batch_size=4, **changes)
     shared = run(pair, tmp_path / "shared", kind, fsdp=SHARDED, **changes)
     replicated = run(pair, tmp_path / "replicated", kind, "ddp", **changes)
+    # While the graft is evaluated, the shards of the policy take no room on the accelerator.
+    passes, steps = 2 * len(shared["evaluated"]), len(shared["room"])
+    assert [room > 0 for room in shared["room"]] == [
+        number % 2 == 0 for number in range(passes) for _ in range(steps // passes)
+    ]
+    assert all(alone["room"])
     for got, wanted in zip(shared["evaluated"], replicated["evaluated"], strict=True):
         assert got == pytest.approx(wanted, rel=1e-6, abs=1e-6)
     for seen in (shared, replicated):
