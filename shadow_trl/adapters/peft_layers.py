@@ -10,7 +10,7 @@ import ctypes
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from copy import deepcopy
 from dataclasses import fields
 from pathlib import Path
@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..checkpoints.checkpoint import Checkpoint
+from ..checkpoints.checkpoint import ADAPTER_CONFIG, Checkpoint
 from ..checkpoints.overlay import Overlay
 from ..errors import AdapterError, list_names
 from ..layouts.model_names import ModelNames
@@ -100,7 +100,8 @@ def _peft_config(adapter: Checkpoint) -> Any:
     """Return PEFT's config of an adapter without full values, which are handled here."""
     from peft import PeftConfig
 
-    config = PeftConfig.from_pretrained(str(adapter.path))
+    with _refused_by_peft(adapter):
+        config = PeftConfig.from_pretrained(str(adapter.path))
     known = {item.name for item in fields(config)} | {"peft_version"}
     strange = [
         f"{name} = {value}"
@@ -117,6 +118,18 @@ def _peft_config(adapter: Checkpoint) -> Any:
         settings["init_lora_weights"] = True  # the factors are in the file: none is made from the weights or at random
     _set(config, settings)
     return config
+
+
+@contextmanager
+def _refused_by_peft(adapter: Checkpoint) -> Iterator[None]:
+    """Let what PEFT raises about the settings of an adapter, of many kinds, be an error that names the adapter."""
+    try:
+        yield
+    except (ImportError, LookupError, TypeError, ValueError, AttributeError, NotImplementedError) as error:
+        raise AdapterError(
+            f"PEFT cannot use the settings of adapter {adapter}: {type(error).__name__}: {error}. Correct "
+            f"{ADAPTER_CONFIG}, or merge the adapter with the version of PEFT that trained it."
+        ) from error
 
 
 def _set(config: Any, settings: dict[str, Any]) -> None:
@@ -191,7 +204,7 @@ def _merged(
     from peft import get_peft_model
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(), _refused_by_peft(adapter):
         wrapped = get_peft_model(model, config)
     _load(wrapped, tensors, adapter)
     _give_back()

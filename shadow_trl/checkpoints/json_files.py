@@ -48,14 +48,15 @@ def is_there(path: Path) -> bool:
     """Whether there is a file at `path`.
 
     Raises:
-        CheckpointError: it may not be read, that cannot be told, as in a folder that may not be entered, or it is a
-            link to nothing.
+        CheckpointError: what is there is no file, such as a folder or a pipe, or may not be read; that cannot be told,
+            as in a folder that may not be entered; or it is a link to nothing.
     """
     try:
-        found = stat.S_ISREG(path.stat().st_mode)
-        if found and not os.access(path, os.R_OK):
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise ValueError("it is not a file")
+        if not os.access(path, os.R_OK):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
-        return found
+        return True
     except (FileNotFoundError, NotADirectoryError) as error:
         if path.is_symlink():
             raise CheckpointError(f"{path} is a link to a file that is not there. Restore it or remove it.") from error

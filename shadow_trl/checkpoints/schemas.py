@@ -16,6 +16,8 @@ Count = Annotated[int, Rule("a whole number from 0 on", lambda value: 0 <= value
 Positive = Annotated[int, Rule("a whole number above 0", lambda value: 0 < value < _MAX)]
 Id = Annotated[int, Rule("a whole number", lambda value: -_MAX <= value < _MAX)]
 Names = str | list[str] | None
+Dtype = Literal["tuned", "float64", "float32", "bfloat16", "float16"]
+"""In which BASE was loaded for training; `tuned`: that of TUNED."""
 Path = Annotated[str, Rule("the path of a file or folder", lambda name: bool(name) and "\0" not in name)]
 Digests = Annotated[
     dict[str, str],
@@ -99,7 +101,7 @@ class Run(Manifest, total=False):
     """The manifest of a run or of one of its checkpoints."""
 
     weights: Digests | None
-    loaded_in: list[str]
+    loaded_in: list[Dtype]
     lifted: bool
     quantised: str | None
 
@@ -110,7 +112,7 @@ class Graft(Manifest, total=False):
     form: Required[Literal["model", "adapter"]]
     options: Required[dict[str, Any]]
     tuned_weights: list[float] | None
-    loaded_in: list[str] | None
+    loaded_in: list[Dtype] | None
     files: list[str]
     card: str
     warnings: list[str]

@@ -51,6 +51,8 @@ class Option:
         if self.choices is not None:
             # A torch dtype prints as torch.bfloat16; torch is not imported here.
             return one_of(name, str(value).removeprefix("torch."), self.choices)
+        if isinstance(self.default, bool) and not isinstance(value, bool):
+            raise ConfigError(f"{name} must be true or false, got {value!r}.")
         return value if self.check is None else self.check(name, value)
 
 
@@ -70,7 +72,7 @@ def parse_size(name: str, value: int | str) -> int:
 def _finite(name: str, value: Any) -> float:
     try:
         number = float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         number = math.nan
     if isinstance(value, bool) or not math.isfinite(number):
         raise ConfigError(f"{name} must be a finite number, got {value!r}.")
@@ -92,7 +94,7 @@ def _modules(name: str, value: str | Sequence[str]) -> str | list[str]:
     for expression in given:
         try:
             re.compile(expression)
-        except (re.error, TypeError) as error:
+        except (re.error, TypeError, RecursionError, OverflowError) as error:
             raise ConfigError(
                 f"{name}: {expression!r} is not a regular expression ({error}). Pass 'all', 'linear' or regular "
                 "expressions that are searched in the names of weights."

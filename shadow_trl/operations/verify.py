@@ -189,7 +189,9 @@ def _found(role: str, manifest: Mapping[str, Any], folder: Path) -> Source:
     """Return the source that the manifest of `folder` names: from the current folder, else from `folder`."""
     entry = Entry.read(manifest, role)
     if entry is None:
-        raise ConfigError(f"{MANIFEST_NAME} of {folder} names no {role}. Give it with --{role}.")
+        option, _, number = role.partition("_")
+        way_out = f"all of them, each with --{option} {option[0].upper()}:WEIGHT" if number else f"it with --{option}"
+        raise ConfigError(f"{MANIFEST_NAME} of {folder} names no {role}. Give {way_out}.")
     return str(entry.find(folder, role))
 
 

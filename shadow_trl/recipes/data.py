@@ -28,13 +28,16 @@ def load_data(options: Options) -> dict[str, Any]:
         InputError: a data set or split cannot be loaded.
     """
     script, training, train_rows = options.script, options.training, options.recipe.train_rows
+    evaluates = training.eval_strategy != "no"
+    for split in (script.dataset_train_split, *([script.dataset_test_split] if evaluates else [])):
+        _check_file(script.dataset_name, split)
     train = load_split(script, script.dataset_train_split)
     if train_rows is not None and train_rows > len(train):
         raise ConfigError(f"train_rows is {train_rows:,}, and {script.dataset_name} has {len(train):,} rows.")
     if train_rows is not None:
         train = train.shuffle(seed=training.seed).select(range(train_rows))
     data = {"train_dataset": train}
-    if training.eval_strategy != "no":
+    if evaluates:
         data["eval_dataset"] = load_split(script, script.dataset_test_split)
     return data
 
@@ -53,13 +56,6 @@ def load_split(script: ScriptArguments, split: str) -> Dataset | IterableDataset
     builder = BUILDERS.get(Path(name).suffix)
     source: dict[str, Any] = {"path": name, "name": script.dataset_config}
     if builder is not None:
-        if not Path(name).is_file():
-            raise InputError(f"the data file {name} does not exist.")
-        if split.partition("[")[0] != "train":
-            raise InputError(
-                f"{name} is one file, which has the split train only, not {split}. Put train.jsonl and test.jsonl into "
-                "a folder and pass that folder, or set eval_strategy to 'no'."
-            )
         source = {"path": builder, "data_files": {"train": name}}
     try:
         data = load_dataset(**source, split=split, streaming=script.dataset_streaming)
@@ -73,6 +69,19 @@ def load_split(script: ScriptArguments, split: str) -> Dataset | IterableDataset
     if is_conversational_from_value(first):
         return _as_messages(data)
     return data.remove_columns("prompt") if _repeats_prompt(first) else data
+
+
+def _check_file(name: str | None, split: str) -> None:
+    """Refuse a data file that is not there, or of which another split than train is asked for."""
+    if name is None or Path(name).suffix not in BUILDERS:
+        return
+    if not Path(name).is_file():
+        raise InputError(f"the data file {name} does not exist.")
+    if split.partition("[")[0] != "train":
+        raise InputError(
+            f"{name} is one file, which has the split train only, not {split}. Put train.jsonl and test.jsonl into a "
+            "folder and pass that folder, or set eval_strategy to 'no'."
+        )
 
 
 def _repeats_prompt(row: dict[str, Any]) -> bool:

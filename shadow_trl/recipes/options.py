@@ -149,7 +149,8 @@ def parse_values(
         script, training, model, recipe = parser.parse_dict(vars(namespace))
     except ShadowError:
         raise
-    except (ArgumentError, ValueError, TypeError) as reason:
+    # The dataclasses of TRL and transformers open files and look for libraries.
+    except (ArgumentError, ValueError, TypeError, ImportError, OSError, LookupError, AttributeError) as reason:
         raise ConfigError(f"the configuration is not valid: {reason}") from reason
     options = Options(script, training, model, recipe, output_given=namespace.output_dir is not None)
     _check_together(options)

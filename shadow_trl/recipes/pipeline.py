@@ -25,7 +25,7 @@ from .compare import make_report, timed
 from .data import load_data
 from .options import Options
 from .pipeline_options import STAGES, Plan, read_plan
-from .run import exit_code, main_remains, prepare, run_folder, train_stage
+from .run import exit_code, find_models, main_remains, prepare, run_folder, train_stage
 
 HELP = """\
 usage: shadow-trl sft-dpo --config FILE.yaml [--stages sft,dpo] [--output_dir DIR] [--KEY VALUE ...]
@@ -71,6 +71,8 @@ def run_pipeline(argv: Sequence[str], default_config: str | Path | None = None) 
     plan = read_plan(argv, default_config)
     for stage in plan.stages:
         rows = prepare(plan.options[stage])
+    if STAGES[0] in plan.left:  # what starts from its folder names no other models
+        find_models(plan.options[STAGES[0]])
     # All of it before the first stage starts: faults in the data of DPO must not show up hours later.
     data = {stage: load_data(plan.options[stage]) for stage in plan.left}
     state = PartialState()

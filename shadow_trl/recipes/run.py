@@ -14,17 +14,20 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from accelerate.state import AcceleratorState
+from jinja2 import TemplateError
 from trl import DPOTrainer, SFTTrainer, get_peft_config, get_quantization_config
 
+from ..checkpoints.hub import locate
 from ..errors import ConfigError, InputError, OutputExistsError, ShadowError, ends_with
 from ..evaluation.report import RunReport
 from ..evaluation.scoring import read_rows
 from ..results.parents import remove_empty
 from ..results.written import tells_what_is_written
 from ..runtime import endings
+from ..runtime.machine import lack
 from ..runtime.processes import check_known, run_on_main, say
 from ..training.origins import Origins, require_instruct
-from ..training.preflight import GRAFTED_FOLDER
+from ..training.preflight import GRAFTED_FOLDER, refuse_unsupported
 from ..training.resuming import checkpoint_of
 from ..training.settings import check_settings
 from ..training.trainers import ShadowDPOTrainer, ShadowSFTTrainer
@@ -78,6 +81,7 @@ def run(kind: str, argv: Sequence[str], default_config: str | Path | None = None
     """
     options = parse(kind, argv, default_config)
     rows = prepare(options)
+    find_models(options)
     data = load_data(options)
     state = PartialState()
     with run_folder(f"shadow_{kind}", options.output, state) as output:
@@ -94,11 +98,29 @@ def prepare(options: Options) -> list[dict[str, Any]] | None:
     recipe, training = options.recipe, options.training
     check_known(PartialState())
     _check_precision(training)
-    check_settings(training, get_quantization_config(options.model))
+    try:
+        of_model = get_quantization_config(options.model), get_peft_config(options.model)
+    except (ValueError, TypeError, ImportError) as reason:
+        raise ConfigError(f"the options of the model are not valid: {reason}") from reason
+    refuse_unsupported(training)
+    check_settings(training, *of_model)
     training.resume_from_checkpoint = checkpoint_of(training.resume_from_checkpoint, training.output_dir)
     if recipe.torch_threads is not None:
         torch.set_num_threads(recipe.torch_threads)
     return read_rows(recipe.score_rows) if recipe.score_rows else None
+
+
+@ends_with("Nothing was written.")
+def find_models(options: Options) -> None:
+    """Check that the models which the options name are there, before data are loaded for them."""
+    training = options.training
+    for name, revision in (
+        (options.model.model_name_or_path, None),
+        (training.instruct_model, training.instruct_revision),
+        (training.base_model, training.base_revision),
+    ):
+        if name is not None:
+            locate(name, revision, weights=False)
 
 
 def _check_precision(training: Any) -> None:
@@ -172,8 +194,12 @@ def _shadow_trainer(kind: str, options: Options, direct: Path, data: dict[str, A
         trainer = _trainer(TRAINERS[kind][0], options.model.model_name_or_path, training, options, data)
     except ShadowError:
         raise
-    # What TRL and transformers raise for options, data and models that do not fit together.
-    except (ValueError, TypeError, KeyError, ImportError, RuntimeError, OSError) as reason:
+    # What TRL, transformers and chat templates raise for options, data and models that do not fit together.
+    except (
+        ValueError, TypeError, LookupError, AttributeError, ImportError, RuntimeError, OSError, TemplateError
+    ) as reason:  # fmt: skip
+        if lack(reason) is not None:
+            raise
         raise ConfigError(f"the trainer rejected this run: {type(reason).__name__}: {reason}") from reason
     if trainer.origins.instruct is None and (recipe.compare_direct or recipe.score_rows):
         raise ConfigError("compare_direct and score_rows need an instruct_model.")

@@ -19,6 +19,8 @@ DPO_LOSSES = (
     "apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm",
 )  # fmt: skip
 """TRL's, which names them only when the loss of the first batch is computed."""
+DIVERGENCES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")
+"""The same."""
 REF_POLICIES = ("init", "base", "instruct", "grafted")
 
 
@@ -134,6 +136,10 @@ class ShadowDPOConfig(ShadowArguments, DPOConfig):
 
     def __post_init__(self) -> None:
         one_of("ref_policy", self.ref_policy, REF_POLICIES)
-        for loss in [self.loss_type] if isinstance(self.loss_type, str) else self.loss_type:
+        losses = [self.loss_type] if isinstance(self.loss_type, str) else self.loss_type
+        for loss in losses:
             one_of("loss_type", loss, DPO_LOSSES)
+        if self.beta == 0 and (divided := [loss for loss in losses if loss in ("ipo", "sppo_hard")]):
+            raise ConfigError(f"beta is 0, by which loss_type={divided[0]} divides. Give a larger one.")
+        one_of("f_divergence_type", self.f_divergence_type, DIVERGENCES)
         super().__post_init__()

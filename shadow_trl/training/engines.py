@@ -31,7 +31,8 @@ def refuse_engines(config: Any, model: Any) -> None:
 
     Raises:
         ConfigError: FSDP1, FSDP or DeepSpeed where accelerate would not use it, `eval_grafted`, a loaded model or
-            weights on NVMe under ZeRO-3, context, sequence or tensor parallelism, or weights offloaded to the disk.
+            weights on NVMe under ZeRO-3, weights that DeepSpeed quantises, context or sequence parallelism or
+            DeepSpeed's tensor parallelism, or weights offloaded to the disk.
     """
     if config.deepspeed_plugin is not None:
         _check_zero(config, model)

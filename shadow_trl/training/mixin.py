@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import inspect
 import os
+from collections.abc import Sized
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -21,7 +22,7 @@ from trl.trainer.utils import get_config_model_id
 from ..adapters.kinds import START_FOLDER
 from ..checkpoints.digests import weight_digests
 from ..checkpoints.manifest import write_manifest
-from ..errors import ends_with
+from ..errors import ConfigError, ends_with
 from ..grafting.options import BASE_DTYPES
 from ..grafting.reports import GraftReport
 from ..operations.checks import check_left_out
@@ -47,9 +48,9 @@ from .evaluation import GraftedEvaluation
 from .loading import bare_model, dtypes_before, load_adapter, reload_converted
 from .origins import Start
 from .preflight import GRAFTED_FOLDER, check_before_loading, is_conversational, refuse_unsupported
-from .resuming import checkpoint_of
+from .resuming import checkpoint_of, of_another_run
 from .saved import check_as_saved
-from .settings import Forms, bound, check_columns, check_settings, removed_if_refused
+from .settings import Forms, bound, check_columns, check_first_row, check_settings, removed_if_refused
 
 if TYPE_CHECKING:
     from transformers.trainer_utils import TrainOutput
@@ -102,11 +103,12 @@ class ShadowMixin(GraftedEvaluation):
         """Check everything that can be checked before training, and let TRL make its trainer."""
         given = call.arguments
         refuse_unsupported(config)
+        check_settings(config, given.get("quantization_config"), given.get("peft_config"))
         refuse_engines(config, given["model"])
-        check_settings(config, given.get("quantization_config"))
         if given.get("formatting_func") is None:
             for name in ("train_dataset", "eval_dataset"):
                 check_columns(name, given.get(name), self._data_forms(config))
+                check_first_row(name, given.get(name), self._data_forms(config))
         self._start = start = Start.of(given, config, base_model=base_model, instruct_model=instruct_model)
         self.origins = start.origins
         self.graft_report: GraftReport | None = None
@@ -127,8 +129,13 @@ class ShadowMixin(GraftedEvaluation):
                 self._adapter_start = start_of(self.model) if config.graft or config.eval_grafted else None
 
     def _check_loaded(self, config: Any) -> None:
-        """Find in the model that will be trained what would keep the run from ending in a graft."""
+        """Find in the model and the data that will be used what would keep the run from ending in a graft."""
         start = self._start
+        if isinstance(self.train_dataset, Sized) and not len(self.train_dataset):
+            raise ConfigError(
+                "train_dataset has no row left: TRL drops those without a token to learn from, such as those whose "
+                "prompt alone is as long as max_length. Raise max_length, or look at the rows."
+            )
         grafts = config.graft or config.eval_grafted
         if grafts:
             refuse_offloaded(self.model)
@@ -222,8 +229,20 @@ class ShadowMixin(GraftedEvaluation):
             self._write_graft(str(folder), folder / "shadow" / GRAFTED_FOLDER, overwrite=True)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        with of_another_run(resume_from_checkpoint):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
         self._reload_converted(resume_from_checkpoint)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with of_another_run(checkpoint):
+            super()._load_optimizer_and_scheduler(checkpoint)
+            if checkpoint is None or self.is_deepspeed_enabled:  # which has states of its own
+                return
+            # torch takes the settings of another optimizer as they are, and stops at the first step.
+            optimizer: Any = self.optimizer
+            lacking = {name for group in optimizer.param_groups for name in optimizer.defaults.keys() - group}
+            if lacking:
+                raise LookupError(f"the optimizer in it has no {', '.join(sorted(lacking))}")
 
     def _load_best_model(self) -> None:
         super()._load_best_model()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,8 @@ from accelerate.logging import get_logger
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..checkpoints.checkpoint import Checkpoint
-from ..errors import ConfigError, InputError, list_names
+from ..errors import ConfigError, InputError, ShadowError, list_names
+from ..runtime.machine import lack
 
 logger = get_logger(__name__)
 
@@ -28,11 +31,8 @@ def fault_of(checkpoint: Path) -> str | None:
     Files that a killed process left empty or cut short count as missing: headers are compared with sizes, and torch's
     files are archives whose directory is at their end.
     """
-    try:
-        # The state is what a trainer writes last.
-        json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return "trainer_state.json is missing or cut short"
+    if (fault := _fault_of_state(checkpoint)) is not None:
+        return fault
     shards = _shards_of_deepspeed(checkpoint)
     if (missing := _missing_states(checkpoint, shards)) is not None:
         return missing
@@ -47,6 +47,16 @@ def fault_of(checkpoint: Path) -> str | None:
     except InputError as reason:
         return str(reason).splitlines()[0].rstrip(".")
     return None
+
+
+def _fault_of_state(checkpoint: Path) -> str | None:
+    """Return what is wrong with the state, which a trainer writes last."""
+    try:
+        state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return "trainer_state.json is missing or cut short"
+    step = state.get("global_step") if isinstance(state, dict) else None
+    return None if isinstance(step, int) else "trainer_state.json has no number of steps"
 
 
 def _missing_states(checkpoint: Path, shards: Path | None) -> str | None:
@@ -73,7 +83,7 @@ def last_complete(folder: Path) -> str | None:
     numbered = {
         int(number): path
         for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*")
-        if (number := path.name.rpartition("-")[2]).isdigit() and path.is_dir()
+        if (number := path.name.rpartition("-")[2]).isdecimal() and path.is_dir()
     }
     for _, path in sorted(numbered.items(), reverse=True):
         fault = fault_of(path)
@@ -81,6 +91,21 @@ def last_complete(folder: Path) -> str | None:
             return str(path)
         logger.warning("%s is not complete and is skipped: %s.", path, fault)
     return None
+
+
+@contextmanager
+def of_another_run(checkpoint: str | None) -> Iterator[None]:
+    """Let what torch raises on reading a complete checkpoint of another model or optimizer be a ConfigError."""
+    try:
+        yield
+    except (RuntimeError, ValueError, LookupError, TypeError, AttributeError) as error:
+        if checkpoint is None or isinstance(error, ShadowError) or lack(error) is not None:
+            raise
+        raise ConfigError(
+            f"cannot resume from {checkpoint}, which is not of a run with this model and optimizer: "
+            f"{type(error).__name__}: {str(error)[:500]}\nGive the options of the run that wrote it, or leave "
+            "resume_from_checkpoint out."
+        ) from error
 
 
 def checkpoint_of(given: Any, output_dir: str | Path) -> str | None:

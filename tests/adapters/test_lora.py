@@ -359,3 +359,14 @@ def test_every_type_of_peft_that_learns_a_prompt_has_no_delta():
     for name in prompts:
         with pytest.raises(AdapterError, match="it learns a prompt, not weights"):
             check_has_delta({"peft_type": str(name.value)})
+
+
+@pytest.mark.parametrize(
+    "config", [{"peft_type": "lora"}, {"megatron_config": 3}, {"peft_type": "OFT", "oft_block_size": 2}]
+)
+def test_settings_that_peft_cannot_use_are_one_error(sides, tmp_path, config):
+    """PEFT raises a KeyError, a ModuleNotFoundError and a ValueError."""
+    adapter = lora(tmp_path / "strange", **config)
+    with pytest.raises(AdapterError, match="PEFT cannot use the settings of adapter"):
+        graft(base=sides["base"], instruct=sides["instruct"], tuned=adapter, output=tmp_path / "out")
+    assert not (tmp_path / "out").exists()

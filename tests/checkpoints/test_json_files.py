@@ -93,7 +93,15 @@ def test_what_may_not_be_read_is_called_unreadable_not_missing(tmp_path, monkeyp
 
 def test_a_pipe_is_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "config.json")
-    assert read_json(tmp_path / "config.json") == {}
+    with pytest.raises(CheckpointError, match=r"config\.json: it is not a file"):
+        read_json(tmp_path / "config.json")
+
+
+def test_a_folder_in_the_place_of_a_file_is_not_called_missing(tmp_path):
+    (tmp_path / "config.json").mkdir()
+    with pytest.raises(CheckpointError, match=r"config\.json: it is not a file"):
+        read_json(tmp_path / "config.json")
+    assert not is_there(tmp_path / "tokenizer.json")
 
 
 @pytest.mark.parametrize(

@@ -87,9 +87,9 @@ def test_a_graft_of_0_1_0_that_subtracted_base_as_stored_is_still_that_graft(sid
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        (["int8"], "base_dtype must be one of"),
+        (["int8"], r'loaded_in\[0\]  "int8", must be one of tuned'),
         ("bfloat8", 'loaded_in  "bfloat8", must be a list'),
-        ([1], r"loaded_in\[0\]  1, must be text"),
+        ([1], r"loaded_in\[0\]  1, must be one of tuned"),
     ],
 )
 def test_a_record_that_names_no_dtype_is_refused(sides, tmp_path, value, message):

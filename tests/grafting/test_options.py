@@ -102,3 +102,17 @@ def test_the_manifest_has_what_changes_the_numbers(tmp_path):
         "scale": 1.0, "instruct_scale": 1.0, "modules": "all", "dtype": "auto", "rounding": "nearest", "seed": 0,
         "vocab": "strict", "chat_template": "instruct", "untie": False, "base_dtype": None, "max_shard_size": None,
     }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("scale", 10**400, "scale must be a finite number"),
+        ("untie", "no", "untie must be true or false, got 'no'"),
+        ("modules", "(" * 5000 + ")" * 5000, "is not a regular expression"),
+        ("modules", "a{99999999999}", "is not a regular expression"),
+    ],
+)
+def test_values_that_a_manifest_or_a_caller_can_have_are_refused(name: str, value: Any, words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        GraftOptions(**{name: value})

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -161,6 +162,44 @@ def test_bad_input_ends_with_one_error_and_nothing_written(
     assert "\n".join(error).endswith("Nothing was written.")
     assert "Traceback" not in "\n".join(error)
     assert sorted(path.name for path in workspace.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--model_name_or_path", "nothing/at/all"], "there is no folder nothing/at/all"),
+        (["--instruct_model", "/nothing"], "there is no folder /nothing"),
+        (["--base_model", "/nothing"], "there is no folder /nothing"),
+        (["--eval_strategy", "steps"], "split train only"),
+        (["--push_to_hub"], "push_to_hub"),
+        (["--chat_template_path", "nothing.jinja"], "chat_template_path"),
+        (["--use_peft", "--lora_r", "0"], "lora_r"),
+        (["--use_peft", "--lora_task_type", "ZZZ"], "the options of the model are not valid"),
+        (["--deepspeed", "nothing.json"], "the configuration is not valid"),
+        (["--accelerator_config", "nothing.json"], "the configuration is not valid"),
+    ],
+)
+def test_what_options_and_paths_show_is_found_before_data_are_loaded(
+    workspace: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, words: list[str], message: str
+) -> None:
+    def load(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("data were loaded")
+
+    monkeypatch.setattr("datasets.load_dataset", load)
+    assert main_sft(["--config", "sft.yaml", "--output_dir", "out", *words]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.strip().endswith("Nothing was written.")
+    assert not (workspace / "out").exists()
+
+
+def test_an_error_of_the_rows_is_no_traceback(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """One that comes up when TRL looks at all rows, here in the chat template."""
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    rows = [{"messages": turns}, {"messages": [{"role": "user", "content": None}]}]
+    (workspace / "odd.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    assert main_sft(["--config", "sft.yaml", "--output_dir", "out", "--dataset_name", "odd.jsonl"]) == 2
+    assert "the trainer rejected this run" in capsys.readouterr().err
 
 
 def test_an_existing_result_is_not_overwritten(workspace: Path) -> None:

@@ -30,7 +30,6 @@ LAUNCHED_ZERO3 = {
 }
 """What `accelerate launch` with TRL's zero3.yaml puts into the environment, but for its mixed precision."""
 
-
 _SPEED = ("runtime", "_per_second")
 
 
@@ -56,8 +55,14 @@ def on_the_cpu() -> None:
 
 
 def deepspeed_on_the_cpu() -> None:
-    """Let DeepSpeed take the CPU for its accelerator, with torch's collectives in the place of those it would build."""
+    """Let DeepSpeed take torch's collectives for the CPU, in the place of those that it would build."""
     importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None  # type: ignore[attr-defined]
+
+
+def deepspeed_settings(stage: int, **zero: Any) -> dict[str, Any]:
+    batches = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+    left_to_the_trainer = dict.fromkeys([*batches, "gradient_clipping"], "auto")
+    return {**left_to_the_trainer, "bf16": {"enabled": "auto"}, "zero_optimization": {"stage": stage, **zero}}
 
 
 def run(
@@ -73,6 +78,8 @@ def run(
     zero: dict[str, Any] | None = None,
     resume: str | None = None,
     rows: str | None = None,
+    reference: str | None = None,
+    callbacks: list[Any] | None = None,
     environment: dict[str, str] | None = None,
     machines: bool = False,
     **changes: Any,
@@ -80,18 +87,19 @@ def run(
     """Train under `engine` and return what was seen.
 
     Engines are single, ddp, fsdp2, launched (FSDP2 by the environment), zero1, zero2, zero3 (with settings of `zero`)
-    and launched_zero3. The trainer is ours or, if `plain`, TRL's; the data is that in the folder `rows`, if given. With
-    `machines`, each process is on one of its own, where the folder above `out` is another one.
+    and launched_zero3. The trainer is ours or, if `plain`, TRL's, with the model in `reference` for its reference, if
+    given; the data is that in the folder `rows`, if given. With `machines`, each process is on one of its own, where
+    the folder above `out` is another one.
     """
     import datasets
     from peft import LoraConfig
     from runs import LORA, SETTINGS
+    from transformers import AutoModelForCausalLM
 
     if machines:
         os.environ["LOCAL_WORLD_SIZE"] = "1"
         if rank:
             hide(str(Path(out).parent))
-    wanted = "DEEPSPEED" if "zero" in engine else {"single": "NO", "ddp": "MULTI_CPU"}.get(engine, "FSDP")
     # File-backed caches of one test must not be those of another.
     datasets.config.HF_DATASETS_CACHE = Path(out).parent / "cache"
     args = {"output_dir": out, **SETTINGS, "per_device_train_batch_size": 2, **changes}
@@ -108,30 +116,26 @@ def run(
             "fsdp": True,
             "fsdp_config": {"version": 2, "transformer_layer_cls_to_wrap": ["Qwen3DecoderLayer"], **(fsdp or {})},
         }
-    if wanted == "DEEPSPEED":
+    if "zero" in engine:
         deepspeed_on_the_cpu()
     if engine == "launched_zero3":
         os.environ.update(LAUNCHED_ZERO3)
-    elif wanted == "DEEPSPEED":
-        args["deepspeed"] = {
-            **dict.fromkeys(
-                ["train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"], "auto"
-            ),
-            "gradient_clipping": "auto",
-            "bf16": {"enabled": "auto"},
-            "zero_optimization": {"stage": int(engine[-1]), **(zero or {})},
-        }
+    elif "zero" in engine:
+        args["deepspeed"] = deepspeed_settings(int(engine[-1]), **(zero or {}))
     data = datasets.load_from_disk(rows) if rows else preference_data() if kind == "dpo" else sft_data()
     common = {
         "model": pair[0],
         "train_dataset": data,
         "eval_dataset": data if args.get("eval_strategy", "no") != "no" else None,
         "peft_config": LoraConfig(**LORA, **(lora if isinstance(lora, dict) else {})) if lora else None,
+        "callbacks": callbacks,
+        **({"ref_model": AutoModelForCausalLM.from_pretrained(reference, dtype="float32")} if reference else {}),
     }
     trainer = _trainer(kind, plain, pair[1], args, common)
     state = trainer.accelerator
     assert state.num_processes == int(os.environ.get("WORLD_SIZE", "1"))
     assert (state.num_processes == 1) == (engine == "single")
+    wanted = {"single": "NO", "ddp": "MULTI_CPU"}.get(engine, "DEEPSPEED" if "zero" in engine else "FSDP")
     assert str(state.distributed_type) == f"DistributedType.{wanted}"
     assert state.is_fsdp2 == (wanted == "FSDP")
     if wanted == "DEEPSPEED":
@@ -141,9 +145,9 @@ def run(
         "read_by_one": plugin is not None and plugin.cpu_ram_efficient_loading,
         "references": _references(trainer),
         "reference": getattr(trainer, "ref_model", None) is not None,
+        "kept": _elements_beside(trainer.model),
+        "room": _room_in_evaluation(trainer),
     }
-    seen["kept"] = _elements_beside(trainer.accelerator.unwrap_model(trainer.model))
-    seen["room"] = _room_in_evaluation(trainer)
     trainer.train(resume_from_checkpoint=resume)
     if plain:
         trainer.save_model()

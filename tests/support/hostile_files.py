@@ -118,8 +118,10 @@ def _values(sound: Sound) -> Iterator[Case]:
                 {"model.safetensors": "md4:0"},
             ],
             "tuned/folder": ["yes", 1],
-            "tuned_weights": ["x", ["1"], 3],
-            "options/scale": ["x", None, [], True],
+            "tuned_weights": ["x", ["1"], 3, [1.0, 2.0]],
+            "options/scale": ["x", None, [], True, 10**400],
+            "options/untie": ["no"],
+            "loaded_in": [["int3"]],
             "options/modules": [3, "(", ["("], [3]],
             "options/seed": ["x", 1.5],
             "options/dtype": ["int4", 3],
@@ -136,6 +138,7 @@ def _values(sound: Sound) -> Iterator[Case]:
     elsewhere = {
         "~nobody-of-this-name": "cannot look for",
         "x" * 300: "cannot look for",
+        str([1.0, 2.0]): "each with --tuned T:WEIGHT",
         str({"model.safetensors": "md4:0"}): "unknown kind",
     }
     for (side, file), keys in wrong.items():

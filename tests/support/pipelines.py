@@ -34,7 +34,7 @@ def fill(folder: Path, pair: tuple[Path, Path]) -> None:
 
 
 def run(rank: int, engine: str, folder: str, *words: str) -> dict[str, Any]:
-    """Run the pipeline in `folder` under `engine` (ddp, fsdp2, or alone: none).
+    """Run the pipeline in `folder` under `engine` (ddp, fsdp2, zero3, or alone: none).
 
     Returns what each trainer ran with, the bytes of tensors before it was made, and the exit code.
     """
@@ -46,9 +46,11 @@ def run(rank: int, engine: str, folder: str, *words: str) -> dict[str, Any]:
 
     os.chdir(folder)
     datasets.config.HF_DATASETS_CACHE = Path(folder, "cache")
-    if engine == "fsdp2":
+    if engine in ("fsdp2", "zero3"):
         engines.on_the_cpu()
-        os.environ.update(engines.LAUNCHED)
+        if engine == "zero3":
+            engines.deepspeed_on_the_cpu()
+        os.environ.update(engines.LAUNCHED if engine == "fsdp2" else engines.LAUNCHED_ZERO3)
         words = (*words, "--use_cpu", "false")
     seen: dict[str, Any] = {"stages": [], "before": []}
     made = recipes._trainer

@@ -170,14 +170,14 @@ def test_a_checkpoint_of_fsdp_is_complete_with_the_files_of_its_own(tmp_path, na
         if path.suffix in (".pt", ".bin"):
             torch.save({}, path)
         else:
-            path.write_text("{}")
+            path.write_text('{"global_step": 1}')
     assert fault_of(tmp_path) is None
     (tmp_path / names[0]).unlink()
     assert "optimizer.pt is missing" in str(fault_of(tmp_path))
 
 
 def test_a_checkpoint_of_deepspeed_is_complete_with_the_states_that_latest_names(tmp_path):
-    (tmp_path / "trainer_state.json").write_text("{}")
+    (tmp_path / "trainer_state.json").write_text('{"global_step": 1}')
     (tmp_path / "latest").write_text("global_step7\n")
     shards = [tmp_path / f"global_step7/zero_pp_rank_{rank}_mp_rank_00_{name}_states.pt"
               for rank in range(2) for name in ("model", "optim")]  # fmt: skip

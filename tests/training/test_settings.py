@@ -13,6 +13,7 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig
 from runs import dpo, settings
+from safetensors.torch import load_file, save_file
 from tiny import make_pair, preference_data, sft_data
 from transformers import AutoModelForSequenceClassification, BitsAndBytesConfig
 
@@ -20,7 +21,7 @@ from shadow_trl import ShadowDPOConfig, ShadowDPOTrainer, ShadowSFTConfig, Shado
 from shadow_trl.errors import ConfigError
 from shadow_trl.training.config import DPO_LOSSES
 from shadow_trl.training.resuming import checkpoint_of, fault_of, last_complete
-from shadow_trl.training.settings import check_columns, check_settings
+from shadow_trl.training.settings import check_columns, check_first_row, check_settings
 
 NAN, INFINITE = float("nan"), float("inf")
 
@@ -53,6 +54,23 @@ def check(folder: Path, **changes: Any) -> None:
         ({"num_train_epochs": -1.0}, "num_train_epochs is -1.0; it must be at least 0"),
         ({"neftune_noise_alpha": -1.0}, "neftune_noise_alpha is -1.0; it must be at least 0"),
         ({"output_dir": ""}, "output_dir is empty"),
+        ({"output_dir": "x" * 300}, "output_dir: cannot write to (.|\n)*too long"),
+        ({"output_dir": "a\0b"}, "output_dir: cannot write to (.|\n)*NUL"),
+        ({"output_dir": "~nobody-of-this-name/out"}, "there is no such user"),
+        ({"seed": -1}, r"seed is -1; it must be from 0 to 2\^32 - 1"),
+        ({"seed": 2**32}, "seed is 4294967296; it must be from 0"),
+        ({"dataloader_num_workers": -1}, "dataloader_num_workers is -1; it must be at least 0"),
+        ({"precompute_ref_batch_size": -1}, "precompute_ref_batch_size is -1; it must be at least 1"),
+        ({"loss_weights": [1.0, NAN]}, r"loss_weights is \[1.0, nan\], not a finite number"),
+        ({"label_smoothing": 0.5}, "label_smoothing is 0.5; it must be at least 0 and below 0.5"),
+        ({"label_smoothing_factor": 2.0}, "label_smoothing_factor is 2.0; it must be from 0 to 1"),
+        ({"ld_alpha": 7.0}, "ld_alpha is 7.0; it must be from 0 to 1"),
+        ({"discopop_tau": 0.0}, "discopop_tau is 0.0; it must be above 0"),
+        ({"model_init_kwargs": [1]}, r"model_init_kwargs is \[1\], not a mapping"),
+        ({"lr_scheduler_kwargs": {"nope": 3}}, "lr_scheduler_type='linear' with (.|\n)*nope"),
+        ({"lr_scheduler_kwargs": {"min_lr": NAN}}, "lr_scheduler_kwargs is (.|\n)*not a finite number"),
+        ({"lr_scheduler_type": "cosine_with_min_lr"}, "lr_scheduler_type='cosine_with_min_lr' (.|\n)*min_lr_rate"),
+        ({"report_to": ["zzz"]}, "report_to names 'zzz', which transformers does not know"),
         ({"learning_rate": NAN, "beta": NAN}, "learning_rate is nan(.|\n)*beta is nan"),
     ],
 )  # fmt: skip
@@ -65,7 +83,19 @@ def test_options_that_would_fail_or_spoil_the_weights_are_refused(
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"max_grad_norm": INFINITE}, {"max_length": None}, {"learning_rate": 0.0}, {"optim": "sgd"}, {"beta": 0.0}],
+    [
+        {"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min_lr": 1e-7}},
+        {"ld_alpha": 1.0},
+        {"lr_scheduler_type": "warmup_stable_decay", "lr_scheduler_kwargs": {"num_decay_steps": 5000}},
+        {"lr_scheduler_type": "reduce_lr_on_plateau"},
+        {"lr_scheduler_type": "constant"},
+        {},
+        {"max_grad_norm": INFINITE},
+        {"max_length": None},
+        {"learning_rate": 0.0},
+        {"optim": "sgd"},
+        {"beta": 0.0},
+    ],
 )
 def test_options_that_work_pass(tmp_path: Path, changes: dict[str, Any]) -> None:
     check(tmp_path, **changes)
@@ -82,6 +112,9 @@ def test_what_is_not_installed_is_named(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     with pytest.raises(ConfigError, match="bitsandbytes"):
         check(tmp_path, optim="adamw_bnb_8bit")
+    monkeypatch.setattr("transformers.utils.is_liger_kernel_available", lambda: False)
+    with pytest.raises(ConfigError, match="pip install liger-kernel"):
+        check(tmp_path, use_liger_kernel=True)
     with pytest.raises(ConfigError, match="pip install bitsandbytes"):
         check(tmp_path, model_init_kwargs={"quantization_config": BitsAndBytesConfig(load_in_4bit=True)})
 
@@ -90,6 +123,64 @@ def test_an_output_folder_below_a_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(ConfigError, match=r"out' cannot be a folder: .*/file is a file"):
         check(tmp_path, output_dir=str(tmp_path / "file/out"))
+
+
+@pytest.mark.parametrize(
+    ("adapter", "message"),
+    [
+        ({"r": 0}, r"r \(lora_r\) of the adapter is 0; it must be at least 1"),
+        ({"lora_dropout": 2.0}, "lora_dropout of the adapter is 2.0; it must be from 0 to 1"),
+        ({"target_modules": "("}, "target_modules of the adapter is no regular expression"),
+    ],
+)
+def test_settings_of_an_adapter_that_peft_looks_at_late(tmp_path: Path, adapter: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        check_settings(ShadowDPOConfig(**settings(tmp_path / "out")), None, LoraConfig(**adapter))
+    check_settings(ShadowDPOConfig(**settings(tmp_path / "out")), None, LoraConfig(target_modules="all-linear"))
+
+
+TURN = {"role": "user", "content": "a"}
+
+
+@pytest.mark.parametrize(
+    ("row", "fits"),
+    [
+        ({"messages": [TURN]}, True),
+        ({"messages": [{"role": "assistant", "content": None, "tool_calls": [{"name": "f"}]}]}, True),
+        ({"conversations": [{"from": "human", "value": "a"}]}, True),
+        ({"text": "a"}, True),
+        ({"messages": None, "text": "a"}, True),
+        ({"prompt": [TURN], "completion": [TURN]}, True),
+        ({"messages": "a"}, False),
+        ({"messages": []}, False),
+        ({"messages": [{"content": "a"}]}, False),
+        ({"messages": [{"role": "user", "content": None}]}, False),
+        ({"messages": [{"role": "user", "content": 3}]}, False),
+        ({"text": None}, False),
+        ({"text": 3}, False),
+        ({"prompt": "a", "completion": [TURN]}, False),
+        ({"prompt": [TURN], "completion": []}, False),
+    ],
+)
+def test_values_of_another_kind_are_refused(row: dict[str, Any], fits: bool) -> None:
+    data, forms = Dataset.from_list([row]), [*SFT_FORMS, {"conversations"}]
+    if fits:
+        check_first_row("train_dataset", {"one": data}, forms)
+        return
+    with pytest.raises(ConfigError, match=r"the first row of train_dataset is of no form(.|\n)*  \w+  "):
+        check_first_row("train_dataset", data, forms)
+
+
+def test_data_without_a_row_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="train_dataset has no rows"):
+        check_first_row("train_dataset", Dataset.from_list([]), SFT_FORMS)
+    pair = make_pair(tmp_path)
+    with pytest.raises(ConfigError, match=r"train_dataset has no row left(.|\n)*Nothing was written"):
+        ShadowSFTTrainer(
+            str(pair[0]), instruct_model=str(pair[1]), train_dataset=sft_data(),
+            args=ShadowSFTConfig(**{**settings(tmp_path / "out"), "max_length": 1}),
+        )  # fmt: skip
+    assert not (tmp_path / "out").exists()
 
 
 SFT_FORMS = [{"messages"}, {"prompt", "completion"}, {"text"}]
@@ -180,6 +271,10 @@ def test_the_losses_of_dpo_are_those_that_trl_names(tmp_path: Path) -> None:
         ShadowDPOConfig(**settings(tmp_path), loss_type="nonsense")
     with pytest.raises(ConfigError, match=r"^loss_type must be one of .*nonsense"):
         ShadowDPOConfig(**settings(tmp_path), loss_type=["sft", "nonsense"])
+    with pytest.raises(ConfigError, match=r"^f_divergence_type must be one of .*nonsense"):
+        ShadowDPOConfig(**settings(tmp_path), f_divergence_type="nonsense")
+    with pytest.raises(ConfigError, match="beta is 0, by which loss_type=ipo divides"):
+        ShadowDPOConfig(**settings(tmp_path), loss_type=["sft", "ipo"], beta=0.0)
     trainer = dpo(make_pair(tmp_path), tmp_path / "out")
     trainer.loss_types = ["nonsense"]
     batch = next(iter(trainer.get_train_dataloader()))
@@ -210,6 +305,8 @@ def cut(path: Path) -> None:
     [
         (lambda made: (made / "trainer_state.json").unlink(), "trainer_state.json"),
         (lambda made: cut(made / "trainer_state.json"), "trainer_state.json"),
+        (lambda made: (made / "trainer_state.json").write_text("[1]"), "trainer_state.json has no number of steps"),
+        (lambda made: (made / "trainer_state.json").write_text("{}"), "trainer_state.json has no number of steps"),
         (lambda made: (made / "optimizer.pt").write_bytes(b""), "optimizer.pt"),
         (lambda made: (made / "scheduler.pt").unlink(), "scheduler.pt"),
         (lambda made: cut(made / "optimizer.pt"), "optimizer.pt is empty or cut short"),
@@ -224,6 +321,7 @@ def test_the_last_complete_checkpoint_is_taken_and_the_others_named(
     pair = make_pair(tmp_path)
     whole = [checkpoint(tmp_path / "out", step, pair[0]) for step in (9, 10)]
     (tmp_path / "out/checkpoint-x").mkdir()
+    (tmp_path / "out/checkpoint-\u00b2").mkdir()
     assert fault_of(whole[1]) is None
     assert last_complete(tmp_path / "out") == checkpoint_of(True, tmp_path / "out") == str(whole[1])  # 10, not "9"
     damage(whole[1])
@@ -243,3 +341,22 @@ def test_without_a_checkpoint_there_is_nothing_to_resume_from(tmp_path: Path) ->
         checkpoint_of(True, tmp_path)
     with pytest.raises(ConfigError, match="cannot resume from nowhere: there is no such folder"):
         checkpoint_of("nowhere", tmp_path)
+
+
+def test_a_checkpoint_of_another_model_or_optimizer_is_refused(tmp_path: Path) -> None:
+    """torch stops in the middle of loading the first, and at the first step with the second."""
+    trainer = dpo(make_pair(tmp_path), tmp_path / "out", optim="sgd")
+    trainer.create_optimizer_and_scheduler(1)
+    made = checkpoint(tmp_path / "out", 1, tmp_path / "base")
+    torch.save(trainer.lr_scheduler.state_dict(), made / "scheduler.pt")
+    groups = [{"lr": 1.0, "params": group["params"]} for group in trainer.optimizer.state_dict()["param_groups"]]
+    for name, state in (("momentum", {"state": {}, "param_groups": groups}), ("param_groups", {})):
+        torch.save(state, made / "optimizer.pt")
+        with pytest.raises(ConfigError, match=rf"cannot resume from {made}, which is not of a run (.|\n)*{name}"):
+            trainer._load_optimizer_and_scheduler(str(made))
+    weights = load_file(made / "model.safetensors")
+    save_file(
+        {name: value[:1].clone() for name, value in weights.items()}, made / "model.safetensors", {"format": "pt"}
+    )
+    with pytest.raises(ConfigError, match=rf"cannot resume from {made}, which is not of a run (.|\n)*size mismatch"):
+        trainer._load_from_checkpoint(str(made))

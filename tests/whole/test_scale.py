@@ -1,0 +1,71 @@
+"""docs/scale.md: that it is what its script prints, and that the script counts right."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from types import ModuleType
+
+import pytest
+from repository import ROOT
+
+
+@pytest.fixture(scope="module")
+def script() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("scale", ROOT / "benchmarks/scale.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "scale", module)
+        spec.loader.exec_module(module)
+    return module
+
+
+def test_the_page_is_what_the_script_prints(script):
+    assert (ROOT / "docs/scale.md").read_text(encoding="utf-8") == script.page()
+
+
+def by_hand(*, rows, h, inner, layers, q, kv, width, experts=0, tied=False, norms=False):
+    """Weights of a model: attention and norms, one MLP or the experts with their router, embeddings and head."""
+    attention = h * width * (q + 2 * kv) + q * width * h + 2 * h + (2 * width if norms else 0)
+    mlp = experts * 3 * h * inner + h * experts if experts else 3 * h * inner
+    return layers * (attention + mlp) + rows * h * (1 if tied else 2) + h
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("0.6B", by_hand(rows=151936, h=1024, inner=3072, layers=28, q=16, kv=8, width=128, tied=True,
+                         norms=True)),
+        ("70B", by_hand(rows=128256, h=8192, inner=28672, layers=80, q=64, kv=8, width=128)),
+        ("235B-A22B", by_hand(rows=151936, h=4096, inner=1536, layers=94, q=64, kv=4, width=128, experts=128,
+                              norms=True)),
+    ],
+)  # fmt: skip
+def test_the_weights_of_a_model_are_counted(script, name, expected):
+    model = next(one for one in script.MODELS if one.name == name)
+    assert model.weights == expected
+
+
+def test_a_row_by_hand(script):
+    """Llama-3.1-8B, DPO: 8,030,261,248 weights, of which 2 x 128256 x 4096 + 4096 are outside 32 layers."""
+    weights, outside = 8_030_261_248, 2 * 128256 * 4096 + 4096
+    block = (weights - outside) // 32
+    model = next(one for one in script.MODELS if one.name == "8B")
+    full, lora = script.Run(model, "dpo", "full"), script.Run(model, "dpo", "lora")
+    # fp32 weights and gradients, two moments; in bf16 the weights outside and of two layers, gradients of one.
+    assert full.state(4) == 16 * weights / 4
+    assert full.gathered(4, trains=True) == 2 * (outside + 2 * block) + 2 * (outside + block)
+    # 2 x 1024 tokens; 8 key and 32 query heads of width 128.
+    assert full.activations() == 2048 * (2 * 4096 * 32 + 16 * 4096 + 4 * 40 * 128 + 8 * 14336)
+    # Not two: 64.2 GB of state and 5.5 GB gathered leave less than a fifth of 80 GB.
+    assert full.gpus == 4
+    # Rank 16 on q, k, v, o, gate, up, down: the sum of both sides of each.
+    sides = 2 * (4096 + 4096) + 2 * (4096 + 1024) + 3 * (4096 + 14336)
+    assert lora.trained == 32 * 16 * sides
+    assert lora.state(1) == 2 * weights + 16 * lora.trained
+    assert sum(full.disk().values()) == (2 + 2 + 4 + 12 + 2) * weights
+    # Measured: 13.98 s, of which 1.29 to start, for 3 x 2.5 GB read and 2.5 written; here 2 + 2 + 4 + 2 bytes a weight.
+    per_gigabyte, moved = (13.98 - 1.29) / 10, 10 * weights / 1e9
+    assert full.seconds == pytest.approx(1.29 + per_gigabyte * moved)
