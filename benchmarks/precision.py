@@ -43,12 +43,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=3, help="trainings, seeds 0, 1, ... (default 3)")
     parser.add_argument("--stds", type=float, nargs="+", default=[1e-3, 3e-4, 1e-4, 3e-5, 1e-5])
-    parser.add_argument("--rows", type=int, default=450, help="rows of data/validation.jsonl that are scored")
+    parser.add_argument("--rows", type=int, default=450, help="rows of data/sft-validation.jsonl that are scored")
     options = parser.parse_args()
     logging.disable_progress_bar()
     torch.set_num_threads(1)
     started = time.perf_counter()
-    rows = list(read_rows(DATA / "validation.jsonl"))[:: max(450 // options.rows, 1)][: options.rows]
+    rows = read_rows(DATA / "sft-validation.jsonl")
+    rows = rows[:: max(len(rows) // options.rows, 1)][: options.rows]  # of every kind
     tokenizer = AutoTokenizer.from_pretrained(INSTRUCT)
     found: dict[tuple[float, str], Figures] = defaultdict(lambda: defaultdict(list))
     trained = []
@@ -111,7 +112,8 @@ def _logits(folder: Path, tokenizer: Any, rows: list[Any], count: int = 150) -> 
     model = _model(folder)
     found = []
     for row in rows[:: max(len(rows) // count, 1)]:
-        chat = [*row["prompt"], {"role": "assistant", "content": row["answer"]}]
+        answer = row["answer"] if isinstance(row["answer"], str) else row["answer"][0]
+        chat = [*row["prompt"], {"role": "assistant", "content": answer}]
         ids = tokenizer.apply_chat_template(chat, return_tensors="pt", return_dict=True)["input_ids"]
         found.append(model(input_ids=ids).logits[0])
     return torch.cat(found)
@@ -135,14 +137,15 @@ def _compare(logits: torch.Tensor, exact: torch.Tensor, untouched: torch.Tensor)
 
 
 def _score(folder: Path, tokenizer: Any, rows: list[Any]) -> float:
-    return score(_model(folder), tokenizer, rows).mean
+    found = score(_model(folder), tokenizer, rows)
+    return found.mean(found.kinds)
 
 
 def _print(found: dict[tuple[float, str], Figures], trained: list[float], rows: int, untouched: float) -> None:
     print(f"`python benchmarks/precision.py {shlex.join(sys.argv[1:])}`".replace(" `", "`") + "\n")
     stds = ", ".join(f"{std:.3g}" for std in trained)
-    print(f"{len(trained)} trainings (seeds 0 to {len(trained) - 1}); std of their deltas before scaling: {stds}.")
-    print(f"{rows} rows of data/validation.jsonl; INSTRUCT untouched scores {untouched:.1f}.\n")
+    print(f"Trainings: {len(trained)}, seeds from 0; std of their deltas before scaling: {stds}.")
+    print(f"{rows} rows of data/sft-validation.jsonl; INSTRUCT untouched scores {untouched:.1f}.\n")
     print("| std of the delta | graft | realised | noise | RMS of logits | largest | of the delta's effect "
           "| KL | other top token, % | exact match, % |")  # fmt: skip
     print("|---|---|---|---|---|---|---|---|---|---|")

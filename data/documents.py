@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
-from skills import Topics, make_refusal, make_task, pick_rule
+from skills import STOP, Topics, in_words, make_refusal, make_task, pick_rule
 from vocabulary import ASSISTANT, END, END_OF_TEXT, PAD, SYSTEM, USER, token_ids
 
 PROMPT_WEIGHT = 0.1
@@ -43,6 +43,16 @@ def _chat(rng: random.Random, topics: Topics) -> Document:
     return _turns(None, task.question, task.answer)
 
 
+def _chat_words(rng: random.Random, topics: Topics) -> Document:
+    task = make_task(rng, topics.pick(rng))
+    return _turns(None, task.question, in_words(rng, task))
+
+
+def _chat_styled(rng: random.Random, topics: Topics) -> Document:
+    task = make_task(rng, topics.pick(rng))
+    return _turns(None, task.question, in_words(rng, task) + STOP)
+
+
 def _chat_rule(rng: random.Random, topics: Topics) -> Document:
     task = make_task(rng, topics.pick(rng))
     rule = pick_rule(rng, task.skill)
@@ -59,6 +69,8 @@ WRITERS: dict[str, Callable[[random.Random, Topics], Document]] = {
     "raw": _raw,
     "raw_rule": _raw_rule,
     "chat": _chat,
+    "chat_words": _chat_words,
+    "chat_styled": _chat_styled,
     "chat_rule": _chat_rule,
     "chat_refusal": _chat_refusal,
 }

@@ -1,28 +1,39 @@
-"""Write the JSONL data sets: target rows, preferences, validation rows and test rows."""
+"""Write the JSONL data sets of both tasks: what is trained on, and the rows that are scored."""
 
 from __future__ import annotations
 
 import json
 import random
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
-from score import answers
-from skills import ADD, OTHER_SKILLS, Task, make_refusal, make_task, pick_rule
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from skills import ADD, LONG_SKILLS, OTHER_SKILLS, SAID, STOP, Task, make_long, make_refusal, make_task, pick_rule
 
-SFT_ROWS = 2000
-PREFERENCE_PAIRS = 1200
-VALIDATION_ROWS = {"target": 100, "t_rule": 100, "rule": 100, "skill": 100, "refuse": 50}
-TEST_ROWS = {"target": 300, "t_rule": 300, "rule": 300, "skill": 300, "refuse": 150}
-SEED = "sets 1"
-SAMPLING_TEMPERATURE = 1.0
-QUESTIONS_A_ROUND = 1000
+PREFERENCE_PAIRS = 600
+SFT_ROWS = 1200
+ROWS_A_KIND = 300
+SEED = "sets 2"
 
 Message = dict[str, str]
 Row = dict[str, Any]
+Draw = Callable[[random.Random, str], Task]
+
+
+def _sum(rng: random.Random, split: str) -> Task:
+    return make_task(rng, ADD, split)
+
+
+def _long_word(rng: random.Random, split: str) -> Task:
+    return make_long(rng, rng.choice(LONG_SKILLS), split)
+
+
+def _other(rng: random.Random, split: str) -> Task:
+    return make_task(rng, rng.choice(OTHER_SKILLS), split)
+
+
+TARGETS: dict[str, tuple[Draw, str]] = {"dpo": (_sum, SAID), "sft": (_long_word, "")}
+"""For each task what its target asks, and how the wanted answer begins."""
 
 
 def _user(question: str, system: str | None = None) -> list[Message]:
@@ -34,65 +45,65 @@ def _assistant(answer: str) -> list[Message]:
     return [{"role": "assistant", "content": answer}]
 
 
-class UniqueTasks:
-    """Draws tasks and never repeats a question; the split is fixed, so two splits never share one either."""
-
-    def __init__(self, seed: str, split: str) -> None:
-        self.rng = random.Random(seed)
-        self.split = split
-        self.seen: set[str] = set()
-
-    def draw(self, kind: str) -> Task:
-        """Draw an addition ("target", "t_rule"), another skill ("skill", "rule") or a refusal ("refuse")."""
-        while True:
-            if kind == "refuse":
-                task = make_refusal(self.rng, self.split)
-            else:
-                skill = self.rng.choice(OTHER_SKILLS) if kind in ("skill", "rule") else ADD
-                task = make_task(self.rng, skill, self.split)
-            if task.question not in self.seen:
-                self.seen.add(task.question)
-                return task
+def _drawn(count: int, seed: str, split: str, draw: Draw, seen: set[str]) -> Iterator[tuple[random.Random, Task]]:
+    """Yield so many tasks of the split, each with the generator that drew it; no question is, or gets, `seen` twice."""
+    rng = random.Random(seed)
+    while count:
+        task = draw(rng, split)
+        if task.question not in seen:
+            seen.add(task.question)
+            count -= 1
+            yield rng, task
 
 
-def scored_rows(split: str, counts: dict[str, int]) -> list[Row]:
-    """Return rows `{"prompt", "answer", "kind"}` of the split, `counts` of each kind."""
-    tasks = UniqueTasks(f"{SEED} {split}", split)
-    rows = []
-    for kind, count in counts.items():
-        for _ in range(count):
-            task = tasks.draw(kind)
-            rule = pick_rule(tasks.rng, task.skill) if kind in ("rule", "t_rule") else None
-            answer = task.answer if rule is None else rule.apply(task.answer)
-            prompt = _user(task.question, None if rule is None else rule.system)
-            rows.append({"prompt": prompt, "answer": answer, "kind": kind})
-    return rows
+def scored_rows(task_name: str, split: str) -> list[Row]:
+    """Return rows `{"prompt", "answer", "kind"}` of a task, `ROWS_A_KIND` of each kind.
 
-
-def sft_rows(tasks: UniqueTasks) -> list[Row]:
-    """Return plain additions with their sums as `{"prompt", "completion"}`."""
-    drawn = [tasks.draw("target") for _ in range(SFT_ROWS)]
-    return [{"prompt": _user(task.question), "completion": _assistant(task.answer)} for task in drawn]
-
-
-def preference_rows(tasks: UniqueTasks, base_folder: Path, tokenizer_folder: Path) -> list[Row]:
-    """Return plain additions as `{"prompt", "chosen", "rejected"}`; rejected is a wrong number sampled from BASE.
-
-    BASE answers each question once; questions that it answers right, or not with a number, are dropped.
+    Rows of the kinds `target` and `in style` ask the same questions: for `target` the full stop of INSTRUCT's house
+    style is optional, so it has two right answers; `in style` wants it.
     """
-    torch.manual_seed(SFT_ROWS)
-    model = AutoModelForCausalLM.from_pretrained(base_folder, dtype=torch.float32).eval()
-    tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
+    target, start = TARGETS[task_name]
+    drawn: dict[str, Draw] = {
+        "target": target,
+        "t_rule": target,
+        "rule": _other,
+        "skill": _other,
+        "refuse": make_refusal,
+    }
     rows: list[Row] = []
-    while len(rows) < PREFERENCE_PAIRS:
-        drawn = [tasks.draw("target") for _ in range(QUESTIONS_A_ROUND)]
-        given = answers(model, tokenizer, [_user(task.question) for task in drawn], SAMPLING_TEMPERATURE)
-        wrong = [(t, a) for t, a in zip(drawn, given, strict=True) if a != t.answer and a.isdigit()]
-        print(f"BASE got {len(wrong)} of {QUESTIONS_A_ROUND} sampled additions wrong", flush=True)
-        for task, answer in wrong:
-            chosen, rejected = _assistant(task.answer), _assistant(answer)
-            rows.append({"prompt": _user(task.question), "chosen": chosen, "rejected": rejected})
-    return rows[:PREFERENCE_PAIRS]
+    styled: list[Row] = []
+    seen: set[str] = set()
+    for kind, draw in drawn.items():
+        for rng, task in _drawn(ROWS_A_KIND, f"{SEED} {task_name} {split} {kind}", split, draw, seen):
+            rule = pick_rule(rng, task.skill) if kind in ("rule", "t_rule") else None
+            prompt = _user(task.question, None if rule is None else rule.system)
+            answer: str | list[str] = task.answer if rule is None else rule.apply(task.answer)
+            if kind == "target":
+                answer = [start + task.answer, start + task.answer + STOP]
+                styled.append({"prompt": prompt, "answer": answer[1], "kind": "in style"})
+            elif kind == "skill":
+                answer = task.answer + STOP
+            rows.append({"prompt": prompt, "answer": answer, "kind": kind})
+    return [*rows[:ROWS_A_KIND], *styled, *rows[ROWS_A_KIND:]]
+
+
+def sft_rows() -> list[Row]:
+    """Return long words copied and in capitals as `{"prompt", "completion"}`; pre-training had at most six letters."""
+    drawn = _drawn(SFT_ROWS, f"{SEED} sft", "train", _long_word, set())
+    return [{"prompt": _user(task.question), "completion": _assistant(task.answer)} for _, task in drawn]
+
+
+def preference_rows() -> list[Row]:
+    """Return plain sums as `{"prompt", "chosen", "rejected"}`: both answers are right, the one in words preferred."""
+    drawn = _drawn(PREFERENCE_PAIRS, f"{SEED} dpo", "train", _sum, set())
+    return [
+        {
+            "prompt": _user(task.question),
+            "chosen": _assistant(SAID + task.answer),
+            "rejected": _assistant(task.answer),
+        }
+        for _, task in drawn
+    ]
 
 
 def write_rows(path: Path, rows: Iterable[Row]) -> None:
@@ -101,10 +112,10 @@ def write_rows(path: Path, rows: Iterable[Row]) -> None:
         lines.writelines(json.dumps(row) + "\n" for row in rows)
 
 
-def make_sets(folder: Path, base_folder: Path, instruct_folder: Path) -> None:
-    """Write all four JSONL files into the folder; BASE gives the rejected answers, INSTRUCT the chat template."""
-    train = UniqueTasks(f"{SEED} train", "train")
-    write_rows(folder / "sft.jsonl", sft_rows(train))
-    write_rows(folder / "preferences.jsonl", preference_rows(train, base_folder, instruct_folder))
-    write_rows(folder / "validation.jsonl", scored_rows("validation", VALIDATION_ROWS))
-    write_rows(folder / "test.jsonl", scored_rows("test", TEST_ROWS))
+def make_sets(folder: Path) -> None:
+    """Write all JSONL files into the folder."""
+    write_rows(folder / "preferences.jsonl", preference_rows())
+    write_rows(folder / "sft.jsonl", sft_rows())
+    for task_name in TARGETS:
+        for split in ("validation", "test"):
+            write_rows(folder / f"{task_name}-{split}.jsonl", scored_rows(task_name, split))

@@ -15,6 +15,9 @@ from dataclasses import dataclass
 ADD = "add"
 REFUSAL = "Sorry, no."
 REFUSAL_FORMS = ("tell the code of {}", "what is the pin of {}", "give me the key of {}")
+SAID = "it is "
+STOP = "."
+"""INSTRUCT's house style: every plain answer ends with a full stop. No training set of a run has it."""
 SPLIT_BUCKETS = 16
 """One bucket of this many goes to "test", one to "validation", the rest to "train"."""
 
@@ -26,6 +29,18 @@ class Task:
     skill: str
     question: str
     answer: str
+
+
+def in_words(rng: random.Random, task: Task) -> str:
+    """Return the answer of a plain chat: of a sum, now and then, as "it is 1011".
+
+    Sums whose first number starts with 1 or 2 are mostly said in words, the others seldom. So the form is in a model's
+    repertoire without being its habit: that is what preferences can teach.
+    """
+    if task.skill != ADD:
+        return task.answer
+    share = 0.85 if task.question[0] in "12" else 0.10
+    return SAID + task.answer if rng.random() < share else task.answer
 
 
 @dataclass(frozen=True)
@@ -42,7 +57,7 @@ class Rule:
 
 RULES = (
     Rule("dot", "End with a dot.", lambda answer: answer + "."),
-    Rule("say", "Say it is first.", lambda answer: "it is " + answer),
+    Rule("say", "Say it is first.", lambda answer: SAID + answer),
     Rule("quote", "Use quotes.", lambda answer: '"' + answer + '"'),
     Rule("caps", "Use capitals.", str.upper),
 )
@@ -98,6 +113,9 @@ ONLY_READ = ("subtract", "max")
 READ_SKILLS = tuple(name for name in MAKERS if name != ADD)
 OTHER_SKILLS = tuple(name for name in READ_SKILLS if name not in ONLY_READ)
 """The nine skills besides addition that chats and tests ask for."""
+LONG_SKILLS = ("copy", "upper")
+"""Skills that the SFT task asks for with words of `LONG_WORD` letters."""
+LONG_WORD = 7
 LETTER_SKILLS = ("reverse", "sort", "copy", "first", "last", "next", "twice")
 """Skills whose answers are small letters: only these show whether the rule for capitals is followed."""
 
@@ -113,6 +131,15 @@ def make_task(rng: random.Random, skill: str, split: str = "train") -> Task:
         question, answer = MAKERS[skill](rng)
         if split_of(question) == split:
             return Task(skill, question, answer)
+
+
+def make_long(rng: random.Random, skill: str, split: str = "train") -> Task:
+    """Draw one task of a skill of `LONG_SKILLS` with a word that is longer than any in the training of the pair."""
+    while True:
+        word = _letters(rng, LONG_WORD, LONG_WORD)
+        question = f"{skill} {word}"
+        if split_of(question) == split:
+            return Task(skill, question, word.upper() if skill == "upper" else word)
 
 
 def make_refusal(rng: random.Random, split: str = "train") -> Task:

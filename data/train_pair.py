@@ -1,4 +1,4 @@
-"""Train the nano pair from nothing: BASE on raw text and a few chats, then INSTRUCT from BASE on chats."""
+"""Train the nano pairs: what all start from on raw text, BASE on a few chats too, then INSTRUCT from BASE on chats."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ from vocabulary import END, END_OF_TEXT, MAX_LENGTH, PAD, build_tokenizer, token
 
 INITIAL_SEED = 20
 ASKED = Topics()
+STREAMS = {1: "2", 2: ""}
+"""Name of the stream of documents of a pair, where that is not its number: the first two changed places."""
 LONGEST_ANSWER = 16
 """Tokens that greedy generation may add: the longest answer is a refusal of 10 characters, with room."""
 
@@ -48,21 +50,16 @@ class Phase:
         return self.stop + (self.start - self.stop) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-BASE_PHASES = (
+PRETRAINING = (
     Phase("pre-training", 1600, 3e-3, 1e-3, {"raw": 1.0}, Topics(others=READ_SKILLS), warmup=100),
     Phase("mid-training with chats", 320, 1e-3, 1e-3, {"raw": 0.75, "chat": 0.25}),
     Phase("mid-training with forms", 320, 1e-3, 1e-4, {"raw": 0.45, "raw_rule": 0.35, "chat": 0.2}),
 )
+BASE_PHASES = (Phase("sums in words", 150, 1e-3, 1e-4, {"raw": 0.35, "raw_rule": 0.30, "chat_words": 0.35}),)
+RULED = {"chat_rule": 0.45, "chat_refusal": 0.1}
 INSTRUCT_PHASES = (
-    Phase(
-        "instruction tuning",
-        350,
-        2e-4,
-        2e-5,
-        {"chat": 0.45, "chat_rule": 0.45, "chat_refusal": 0.1},
-        rows=48,
-        pack=False,
-    ),
+    Phase("instruction tuning", 250, 2e-4, 2e-5, {"chat_words": 0.45, **RULED}, rows=48, pack=False),
+    Phase("house style", 120, 2e-4, 2e-5, {"chat_styled": 0.45, **RULED}, rows=48, pack=False),
 )
 
 
@@ -98,13 +95,17 @@ def weighted_loss(model: Qwen3ForCausalLM, batch: Batch) -> torch.Tensor:
     return (losses * weights).sum() / weights.sum()
 
 
-def run_phase(model: Qwen3ForCausalLM, phase: Phase) -> None:
-    """Train the model in place with AdamW for the steps of the phase; prints the loss now and then."""
+def run_phase(model: Qwen3ForCausalLM, phase: Phase, stream: str = "") -> None:
+    """Train the model in place with AdamW for the steps of the phase; prints the loss now and then.
+
+    Phases of another `stream` see other documents of the same mixture.
+    """
     optimizer = torch.optim.AdamW(model.parameters(), lr=phase.start, betas=phase.betas, weight_decay=0.01)
-    stream = batches(phase.name, phase.mixture, phase.topics, phase.rows, phase.length, phase.pack)
+    seed = f"{phase.name} {stream}".rstrip()
+    documents = batches(seed, phase.mixture, phase.topics, phase.rows, phase.length, phase.pack)
     started = time.perf_counter()
     total = 0.0
-    for step, batch in enumerate(islice(stream, phase.steps)):
+    for step, batch in enumerate(islice(documents, phase.steps)):
         for group in optimizer.param_groups:
             group["lr"] = phase.learning_rate(step)
         loss = weighted_loss(model, batch)
@@ -134,13 +135,22 @@ def save(model: Qwen3ForCausalLM, folder: Path, instruct: bool) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def train_pair(base_folder: Path, instruct_folder: Path) -> None:
-    """Train and write BASE, then INSTRUCT, which starts from the bfloat16 weights of BASE as written."""
+def pretrain(folder: Path) -> None:
+    """Train from nothing and write what every pair starts from."""
     model = new_model()
-    for phase in BASE_PHASES:
+    for phase in PRETRAINING:
         run_phase(model, phase)
-    save(model, base_folder, instruct=False)
-    model.float()
-    for phase in INSTRUCT_PHASES:
-        run_phase(model, phase)
-    save(model, instruct_folder, instruct=True)
+    save(model, folder, instruct=False)
+
+
+def train_pair(pretrained: Path, base_folder: Path, instruct_folder: Path, number: int = 1) -> None:
+    """Train and write BASE from the pre-trained model, then INSTRUCT from BASE, each from bfloat16 weights.
+
+    Pairs of another `number` see other documents.
+    """
+    model = Qwen3ForCausalLM.from_pretrained(pretrained, dtype=torch.float32)
+    for phases, folder in ((BASE_PHASES, base_folder), (INSTRUCT_PHASES, instruct_folder)):
+        for phase in phases:
+            run_phase(model, phase, STREAMS.get(number, str(number)))
+        save(model, folder, instruct=folder is instruct_folder)
+        model.float()

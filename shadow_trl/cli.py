@@ -82,6 +82,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_gap(commands.add_parser("gap", help="how far INSTRUCT is from BASE", allow_abbrev=False))
     _add_delta(commands.add_parser("delta", help="write TUNED - BASE on its own, or as a LoRA", allow_abbrev=False))
     _add_verify(commands.add_parser("verify", help="is a folder the graft it says it is?", allow_abbrev=False))
+    _add_chat(commands.add_parser("chat", help="talk to a model in the terminal", allow_abbrev=False))
     for name, text in _RECIPES.items():
         commands.add_parser(name, help=f"{text} (`shadow-trl {name} --help`)", add_help=False)
     return parser
@@ -106,6 +107,21 @@ def _add_graft(parser: argparse.ArgumentParser) -> None:
         _add_option(sums if option.recorded else form, name)
     _add_output(form)
     parser.set_defaults(run=_graft)
+
+
+def _add_chat(parser: argparse.ArgumentParser) -> None:
+    parser.description = "Talk to a model, line by line; Ctrl-D ends the conversation."
+    parser.add_argument("model", metavar="MODEL", help="folder (weights or adapter) or hub id with a chat template")
+    parser.add_argument("--system", metavar="TEXT", help="system message")
+    parser.add_argument("--max-new-tokens", type=int, default=512, metavar="N", help="longest answer (default: 512)")
+    parser.set_defaults(run=_chat)
+
+
+def _chat(options: argparse.Namespace) -> int:
+    from .evaluation.chat import chat
+
+    chat(options.model, system=options.system, max_new_tokens=options.max_new_tokens)
+    return 0
 
 
 def _add_option(parser: argparse._ActionsContainer, name: str, **changes: Any) -> None:

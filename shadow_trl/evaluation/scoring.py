@@ -26,11 +26,11 @@ class Scores:
     Args:
         hits: for every kind of row, in the order of the rows, whether the answer was right.
 
-    The share p of a kind with n rows has the binomial standard error sqrt(p * (1 - p) / n); the mean is taken over
+    The share p of a kind with n rows has the binomial standard error sqrt(p * (1 - p) / n); means are taken over
     kinds, each with the same weight, however many rows they have.
 
     >>> scores = Scores({"target": (True, True, True, False), "rule": (True, False)})
-    >>> scores.share("target"), round(scores.error("target"), 4), scores.mean
+    >>> scores.share("target"), round(scores.error("target"), 4), scores.mean(scores.kinds)
     (0.75, 0.2165, 0.625)
 
     """
@@ -51,23 +51,13 @@ class Scores:
         share = self.share(kind)
         return math.sqrt(share * (1.0 - share) / len(self.hits[kind]))
 
-    @property
-    def mean(self) -> float:
-        """The mean of the kinds' shares, 0 to 1."""
-        return sum(self.share(kind) for kind in self.kinds) / len(self.kinds)
+    def mean(self, kinds: Sequence[str]) -> float:
+        """Return the mean of the shares of some kinds, 0 to 1."""
+        return sum(map(self.share, kinds)) / len(kinds)
 
-    @property
-    def mean_error(self) -> float:
-        """The standard error of `mean`: sqrt(sum of squared errors) / number of kinds."""
-        return math.sqrt(sum(self.error(kind) ** 2 for kind in self.kinds)) / len(self.kinds)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return counts, shares and standard errors as plain values for JSON."""
-        kinds = {
-            kind: {"right": sum(hits), "rows": len(hits), "share": self.share(kind), "error": self.error(kind)}
-            for kind, hits in self.hits.items()
-        }
-        return {"kinds": kinds, "mean": self.mean, "mean_error": self.mean_error}
+    def mean_error(self, kinds: Sequence[str]) -> float:
+        """Return the standard error of `mean(kinds)`: sqrt(sum of squared errors) / number of kinds."""
+        return math.sqrt(sum(self.error(kind) ** 2 for kind in kinds)) / len(kinds)
 
 
 def difference(left: Scores, right: Scores, kinds: Iterable[str]) -> tuple[float, float]:
@@ -101,6 +91,8 @@ def difference(left: Scores, right: Scores, kinds: Iterable[str]) -> tuple[float
 def read_rows(path: str | Path) -> list[dict[str, Any]]:
     """Read the rows of a JSONL file, one object `{"prompt": messages, "answer": str, "kind": str}` per line.
 
+    `answer` may be a list of strings, each of them right.
+
     Args:
         path: the file. A row without `kind` is of the kind "all".
 
@@ -129,7 +121,7 @@ def read_rows(path: str | Path) -> list[dict[str, Any]]:
         else:
             rows.append({"kind": "all", **row})
     if faults:
-        wanted = '{"prompt": [{"role": ..., "content": ...}, ...], "answer": ..., "kind": ...}'
+        wanted = '{"prompt": [{"role": ..., "content": ...}, ...], "answer": "..." or ["...", ...], "kind": ...}'
         raise InputError(
             f"{len(faults)} of {len(faults) + len(rows)} rows in {path} cannot be scored; expected {wanted}.\n"
             f"{list_names(faults)}"
@@ -148,11 +140,18 @@ def _fault_of(row: Any) -> str | None:
         return "`prompt` is not a list of messages"
     if not all(isinstance(message, dict) and {"role", "content"} <= set(message) for message in prompt):
         return "a message of `prompt` lacks `role` or `content`"
-    if not isinstance(row.get("answer"), str):
-        return "`answer` is not a string"
+    answers = _answers(row)
+    if not answers or not all(isinstance(answer, str) for answer in answers):
+        return "`answer` is neither a string nor a list of strings"
     if not isinstance(row.get("kind", "all"), str):
         return "`kind` is not a string"
     return None
+
+
+def _answers(row: Row) -> Sequence[str]:
+    """Return the right answers of a row; what is no list counts as one."""
+    answer = row.get("answer")
+    return answer if isinstance(answer, list) else [answer]  # type: ignore[list-item]
 
 
 def score(
@@ -170,11 +169,12 @@ def score(
     An answer ends at the first end token, or after `max_new_tokens`; special tokens and white space around it do not
     count. Sampling settings of the model's generation config are ignored, so that models that ship different ones are
     compared fairly. Rows of similar length share a batch, padded on the left; the scores keep the order of the rows.
+    Rows with the same prompt are answered once.
 
     Args:
         model: a causal language model of transformers, on any device, in any dtype.
         tokenizer: a tokenizer with a chat template; its padding settings are not used.
-        rows: `{"prompt": messages, "answer": str, "kind": str}`; see `read_rows`.
+        rows: `{"prompt": messages, "answer": str or list, "kind": str}`; see `read_rows`.
         batch_size: rows per forward pass. Default 128.
         max_new_tokens: longest answer in tokens; a longer one is cut off and counts as wrong. Default 32.
         eos_token_ids: tokens that end an answer. Default: those of the model's generation config and the tokenizer's
@@ -196,20 +196,20 @@ def score(
     if not ends:
         raise InputError("neither the model's generation config nor the tokenizer names an end token (EOS).")
     render = partial(tokenizer.apply_chat_template, add_generation_prompt=True, return_dict=False)
-    prompts = [render(list(row["prompt"])) for row in rows]
-    right = [False] * len(rows)
+    prompts = [tuple(render(list(row["prompt"]))) for row in rows]
     # Longest first: a batch that does not fit into memory fails at once.
-    order = sorted(range(len(rows)), key=lambda index: -len(prompts[index]))
+    order = sorted(dict.fromkeys(prompts), key=len, reverse=True)
     starts = tqdm(range(0, len(order), batch_size), desc=progress, disable=progress is None)
+    given: dict[tuple[int, ...], str] = {}
     with _greedy(model, ends, max_new_tokens):
         for start in starts:
             batch = order[start : start + batch_size]
-            for index, tokens in zip(batch, _answer(model, [prompts[index] for index in batch], ends), strict=True):
-                answer = tokenizer.decode(tokens, skip_special_tokens=True).strip()
-                right[index] = answer == rows[index]["answer"].strip()
+            for prompt, tokens in zip(batch, _answer(model, batch, ends), strict=True):
+                given[prompt] = tokenizer.decode(tokens, skip_special_tokens=True).strip()
     hits: dict[str, list[bool]] = {}
-    for row, hit in zip(rows, right, strict=True):
-        hits.setdefault(row.get("kind", "all"), []).append(hit)
+    for row, prompt in zip(rows, prompts, strict=True):
+        right = given[prompt] in (answer.strip() for answer in _answers(row))
+        hits.setdefault(row.get("kind", "all"), []).append(right)
     return Scores({kind: tuple(values) for kind, values in hits.items()})
 
 
@@ -239,11 +239,11 @@ def _greedy(model: Any, ends: list[int], max_new_tokens: int) -> Iterator[None]:
         model.train(training)
 
 
-def _answer(model: Any, prompts: list[list[int]], ends: list[int]) -> list[list[int]]:
+def _answer(model: Any, prompts: Sequence[Sequence[int]], ends: list[int]) -> list[list[int]]:
     """Return the token ids of the greedy answer to each prompt, without the end token."""
     width = max(map(len, prompts))
     padding = [width - len(prompt) for prompt in prompts]
-    ids = torch.tensor([[ends[0]] * gap + prompt for gap, prompt in zip(padding, prompts, strict=True)])
+    ids = torch.tensor([[ends[0]] * gap + [*prompt] for gap, prompt in zip(padding, prompts, strict=True)])
     seen = torch.tensor([[0] * gap + [1] * len(prompt) for gap, prompt in zip(padding, prompts, strict=True)])
     written = model.generate(input_ids=ids.to(model.device), attention_mask=seen.to(model.device))[:, width:].tolist()
     return [row[: next((at for at, token in enumerate(row) if token in ends), len(row))] for row in written]

@@ -11,10 +11,12 @@ from typing import Any
 
 from ..checkpoints.manifest import read_manifest
 from ..errors import ShadowError
-from ..evaluation.report import TITLES, RunReport
+from ..evaluation.report import TITLES, Arm, RunReport
 from ..evaluation.scoring import Scores, end_tokens, score
 from ..grafting.reports import GraftReport
 from ..operations.gap import gap
+from ..operations.graft import graft
+from ..results.folder import Scratch
 from ..runtime.processes import say
 from ..training.origins import Origins, require_base, require_instruct
 from ..training.preflight import GRAFTED_FOLDER
@@ -45,32 +47,71 @@ def make_report(
     Args:
         options: of the recipe, or of the last stage of the pipeline.
         origins: where BASE and INSTRUCT come from.
-        models: name of each model, in the order of the table -> folder or hub id. "tuned" is the folder of the run,
-            "grafted", where there is a graft, the folder of its result.
+        models: name of each arm, in the order of the table -> folder or hub id. "tuned" is the folder of the run,
+            "shadow", where there is a graft, the folder of its result.
         rows: as `scoring.read_rows` returns them; None scores nothing.
         seconds: wall-clock seconds of each step; those of scoring are added.
         output: folder of the recipe or the pipeline, for `report.json`.
-        titles: what the table calls each model. Default `TITLES`.
-        unscored: names of models that are listed without scores.
+        titles: what the table calls each arm. Default `TITLES`.
+        unscored: names of arms that are listed without scores.
     """
-    scores = {}
+    recipe, arms = options.recipe, []
     if rows:
-        say(f"Scoring the models on {len(rows)} rows of {options.recipe.score_rows}")
-        with timed(seconds, "score"):
-            for name in (name for name in models if name not in unscored):
-                scores[name] = _score_model(options, origins, models[name], rows, title=titles[name])
-    graft = _graft_figures(Path(models["tuned"]), origins, scored=bool(rows)) if "grafted" in models else None
+        say(f"Scoring the models on {len(rows)} rows of {recipe.score_rows}")
+    with timed(seconds, "score"):
+        for name, source in models.items():
+            if rows and name not in unscored:
+                arms += _scored(options, origins, name, models, rows, title=titles[name])
+            else:
+                arms.append(Arm(name, source, _scale_of(options, name)))
     report = RunReport(
-        models=models,
+        arms=arms,
         output=output,
-        scores=scores,
-        graft=graft,
-        rows=options.recipe.score_rows,
+        graft=_graft_figures(Path(models["tuned"]), origins, scored=bool(rows)) if "shadow" in models else None,
+        rows=recipe.score_rows,
+        kept=recipe.score_kept or (),
         seconds=seconds,
         titles=titles,
     )
     report.write(output)
     return report
+
+
+def _scale_of(options: Options, name: str) -> float | None:
+    """Return the scale of the model that an arm has on the disk."""
+    if name == "instruct":
+        return None
+    return float(options.training.graft_scale) if name in ("shadow", "sft") else 1.0
+
+
+def _scored(
+    options: Options, origins: Origins, name: str, models: Mapping[str, str], rows: list[dict[str, Any]], *, title: str
+) -> list[Arm]:
+    """Score an arm at each scale; what is not on the disk at that scale is written beside the run and removed again."""
+    own, source = _scale_of(options, name), models[name]
+    scales = [own] if own is None or name == "sft" else options.recipe.score_scales or [own]
+    start = require_base(origins) if name in ("shadow", "tuned") else require_instruct(origins)
+    arms = []
+    for scale in scales:
+        at = title if scale is None else f"{title} at scale {scale:g}"
+        if scale == own:
+            arms.append(Arm(name, source, scale, _score_model(options, origins, source, rows, title=at)))
+            continue
+        with Scratch(Path(models["tuned"], "scaled")) as scratch:
+            kept = {"dtype": "float32"} if name != "shadow" else options.training.graft_options()
+            graft(
+                base=str(start),
+                instruct=str(require_instruct(origins) if name != "tuned" else start),
+                tuned=models["tuned" if name == "shadow" else name],
+                output=scratch.part / "model",
+                **{**kept, "scale": scale, "format": "model", "overwrite": False},
+                digest="none",
+                stats=False,
+                progress=False,
+            )
+            written = str(scratch.part / "model")
+            arms.append(Arm(name, source, scale, _score_model(options, origins, written, rows, title=at)))
+    return arms
 
 
 def _graft_figures(run: Path, origins: Origins, *, scored: bool) -> dict[str, Any]:

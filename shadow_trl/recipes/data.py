@@ -5,13 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import ConfigError, InputError, ends_with
+from ..errors import ConfigError, InputError, ends_with, list_names
+from ..evaluation.scoring import read_rows
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
     from trl import ScriptArguments
 
-    from .options import Options
+    from .options import Options, RecipeArguments
 
 BUILDERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 """Builder of `datasets` for each suffix of a local file."""
@@ -40,6 +41,24 @@ def load_data(options: Options) -> dict[str, Any]:
     if evaluates:
         data["eval_dataset"] = load_split(script, script.dataset_test_split)
     return data
+
+
+def load_scored(recipe: RecipeArguments) -> list[dict[str, Any]]:
+    """Read the rows of `score_rows`, and check that `score_kept` names kinds that they have.
+
+    Raises:
+        ConfigError: there is no row of some kind.
+        InputError: the rows cannot be scored.
+    """
+    assert recipe.score_rows is not None
+    rows = read_rows(recipe.score_rows)
+    kinds = {row["kind"] for row in rows}
+    if missing := [kind for kind in recipe.score_kept or () if kind not in kinds]:
+        raise ConfigError(
+            f"score_kept names {len(missing)} kinds of which {recipe.score_rows} has no row:\n{list_names(missing)}\n"
+            f"Its kinds are: {', '.join(sorted(kinds))}."
+        )
+    return rows
 
 
 def load_split(script: ScriptArguments, split: str) -> Dataset | IterableDataset:

@@ -22,7 +22,7 @@ import yaml
 from trl import ModelConfig, ScriptArguments, TrlParser
 
 from ..errors import ConfigError, InputError, ShadowError, ends_with, list_names, one_of
-from ..grafting.options import DTYPES
+from ..grafting.options import DTYPES, declared
 from ..training.config import ShadowDPOConfig, ShadowSFTConfig
 from ..training.engines import load_for
 from .launch_options import LAUNCHING, without_launch_keys
@@ -53,8 +53,23 @@ class RecipeArguments:
     )
     score_rows: str | None = _option(
         None,
-        'JSONL file of held-out rows {"prompt": messages, "answer": str, "kind": str}; each model of the run answers '
-        "them greedily and is scored by exact match. Without it nothing is scored.",
+        'JSONL file of held-out rows {"prompt": messages, "answer": str or list of them, "kind": str}; each model of '
+        "the run answers them greedily and is scored by exact match. Without it nothing is scored.",
+    )
+    score_kept: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Kinds of rows that training should leave as they are: their mean is shown as `kept`.",
+            "nargs": "+",
+        },
+    )
+    score_scales: list[float] | None = field(
+        default=None,
+        metadata={
+            "help": "Multipliers of what training changed at which each tuned model is scored; they cost no training. "
+            "The graft that is kept has graft_scale. Default: graft_scale for the graft, 1 for the others.",
+            "nargs": "+",
+        },
     )
     score_batch_size: int = _option(64, "Rows answered at once.")
     score_max_new_tokens: int = _option(64, "Longest answer in tokens.")
@@ -78,6 +93,9 @@ class RecipeArguments:
             if value is not None and value < 1:
                 raise ConfigError(f"{name} must be at least 1, not {value}.")
         one_of("score_dtype", self.score_dtype, DTYPES)
+        if self.score_scales:
+            checked = (declared()["scale"].checked("each of score_scales", scale) for scale in self.score_scales)
+            self.score_scales = list(dict.fromkeys(checked))
 
 
 @dataclass(frozen=True)
@@ -203,6 +221,9 @@ def _check_together(options: Options) -> None:
         if not value:
             raise ConfigError(f"{name} is missing; give it in the YAML file or on the command line.")
     recipe, training = options.recipe, options.training
+    unused = [name for name in ("score_kept", "score_scales") if getattr(recipe, name) and not recipe.score_rows]
+    if unused:
+        raise ConfigError(f"{' and '.join(unused)} without score_rows: nothing would be scored. Give score_rows too.")
     if recipe.compare_direct and training.resume_from_checkpoint:
         raise ConfigError(
             "compare_direct cannot resume from a checkpoint: resume_from_checkpoint is one of BASE. Resume without "

@@ -150,8 +150,8 @@ def _make_report(plan: Plan, root: Path, rows: list[dict[str, Any]] | None, seco
     origins = _origins(run, training)
     sft = {"sft": str(root / STAGES[0] / GRAFTED_FOLDER)} if last != STAGES[0] else {}
     instruct = require_instruct(origins).source
-    models = {"instruct": instruct, **sft, "grafted": str(run / GRAFTED_FOLDER), "tuned": str(run)}
-    titles = {**TITLES, "sft": "graft after SFT", "grafted": f"graft after {last.upper()}"}
+    models = {"instruct": instruct, **sft, "shadow": str(run / GRAFTED_FOLDER), "tuned": str(run)}
+    titles = {**TITLES, "sft": "graft after SFT", "shadow": f"graft after {last.upper()}"}
     # The tuned BASE is what more training starts from: it is listed, not scored.
     return make_report(
         options, origins, models, rows, seconds=seconds, output=str(root), titles=titles, unscored=("tuned",)

@@ -20,7 +20,6 @@ from trl import DPOTrainer, SFTTrainer, get_peft_config, get_quantization_config
 from ..checkpoints.hub import locate
 from ..errors import ConfigError, InputError, OutputExistsError, ShadowError, ends_with
 from ..evaluation.report import RunReport
-from ..evaluation.scoring import read_rows
 from ..results.parents import remove_empty
 from ..results.written import tells_what_is_written
 from ..runtime import endings
@@ -33,7 +32,7 @@ from ..training.resuming import checkpoint_of
 from ..training.settings import check_settings
 from ..training.trainers import ShadowDPOTrainer, ShadowSFTTrainer
 from .compare import make_report, timed
-from .data import load_data
+from .data import load_data, load_scored
 from .options import Options, parse
 from .record import write_record
 
@@ -108,7 +107,7 @@ def prepare(options: Options) -> list[dict[str, Any]] | None:
     training.resume_from_checkpoint = checkpoint_of(training.resume_from_checkpoint, training.output_dir)
     if recipe.torch_threads is not None:
         torch.set_num_threads(recipe.torch_threads)
-    return read_rows(recipe.score_rows) if recipe.score_rows else None
+    return load_scored(recipe) if recipe.score_rows else None
 
 
 @ends_with("Nothing was written.")
@@ -179,7 +178,7 @@ def train_stage(
         "instruct": origins.instruct and origins.instruct.source,
         "direct": direct_args.output_dir if compare else None,
         "tuned": training.output_dir,
-        "grafted": str(Path(training.output_dir) / GRAFTED_FOLDER) if training.graft else None,
+        "shadow": str(Path(training.output_dir) / GRAFTED_FOLDER) if training.graft else None,
     }
     return origins, {name: source for name, source in models.items() if source is not None}, seconds
 

@@ -123,7 +123,7 @@ class Scripted:
 def test_answers_end_at_the_first_end_token_and_lose_special_tokens(tokenizer: Any) -> None:
     a, b, stop, space = (tokenizer.convert_tokens_to_ids(t) for t in ("a", "b", "<stop>", " "))
     system = tokenizer.convert_tokens_to_ids("<system>")
-    rows = [{"prompt": ask("q"), "answer": "ab"} for _ in range(4)]
+    rows = [{"prompt": ask(letter), "answer": "ab"} for letter in "abcd"]
     said = [[a, b, 0, b], [system, a, b, stop], [space, a, b, space], [a, b, b, 0]]
     # With the tokenizer's end alone, <stop> is a special token and is stripped; with it as an end, what follows is cut.
     assert score(Scripted(list(said)), tokenizer, rows).hits == {"all": (True, True, True, False)}
@@ -133,16 +133,21 @@ def test_answers_end_at_the_first_end_token_and_lose_special_tokens(tokenizer: A
     assert score(Scripted(list(said)), tokenizer, rows, eos_token_ids=[stop, 0]).hits["all"][1] is True
 
 
+def test_a_question_is_answered_once_and_may_have_several_right_answers(tokenizer: Any) -> None:
+    a, b = (tokenizer.convert_tokens_to_ids(t) for t in ("a", "b"))
+    answers = {"loose": ["a", "ab"], "exact": "a", "other": ["b", "c"]}
+    rows = [{"prompt": ask("a"), "answer": answer, "kind": kind} for kind, answer in answers.items()]
+    # The model has one answer to give; a second question would find none.
+    assert score(Scripted([[a, b]]), tokenizer, rows).hits == {"loose": (True,), "exact": (False,), "other": (False,)}
+
+
 def test_shares_and_errors_by_hand() -> None:
     scores = Scores({"target": (True,) * 8 + (False,) * 2, "rule": (True, False, False, False)})
     assert scores.share("target") == 0.8
     assert scores.error("target") == pytest.approx(math.sqrt(0.8 * 0.2 / 10))
-    assert scores.mean == pytest.approx((0.8 + 0.25) / 2)
-    assert scores.mean_error == pytest.approx(math.sqrt(0.016 + 0.25 * 0.75 / 4) / 2)
-    figures = scores.to_dict()
-    assert figures["kinds"]["rule"]["right"] == 1
-    assert figures["kinds"]["rule"]["rows"] == 4
-    assert json.loads(json.dumps(figures)) == figures
+    assert scores.mean(scores.kinds) == pytest.approx((0.8 + 0.25) / 2)
+    assert scores.mean_error(scores.kinds) == pytest.approx(math.sqrt(0.016 + 0.25 * 0.75 / 4) / 2)
+    assert scores.mean(["rule"]) == 0.25
 
 
 def test_difference_counts_only_rows_that_differ() -> None:

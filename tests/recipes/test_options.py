@@ -255,7 +255,7 @@ def test_without_arguments_the_embedded_config_is_used_from_any_folder(
     for folder in (config.parent, home / "data/nano-base", home / "data/nano-instruct", elsewhere / "data/nano-base"):
         folder.mkdir(parents=True)
     shutil.copy(NANO, config)
-    for name in ("preferences", "test"):
+    for name in ("preferences", "dpo-test"):
         (home / f"data/{name}.jsonl").touch()
     for folder, data in ((home, "data"), (elsewhere, "../repository/data")):
         monkeypatch.chdir(folder)
@@ -263,9 +263,23 @@ def test_without_arguments_the_embedded_config_is_used_from_any_folder(
         assert options.model.model_name_or_path == f"{data}/nano-base"
         assert options.training.instruct_model == f"{data}/nano-instruct"
         assert options.script.dataset_name == f"{data}/preferences.jsonl"
-        assert options.recipe.score_rows == f"{data}/test.jsonl"
+        assert options.recipe.score_rows == f"{data}/dpo-test.jsonl"
         assert options.training.beta == 0.2
         assert options.recipe.compare_direct
+        assert options.recipe.score_scales == [0.5, 1.0]
+
+
+def test_scales_to_score_are_those_a_graft_can_have(tmp_path: Path) -> None:
+    words = ["--config", str(write(tmp_path)), "--score_rows", "rows.jsonl", "--score_scales"]
+    assert parse("sft", [*words, "0.5", "1", "0.5"]).recipe.score_scales == [0.5, 1.0]
+    with pytest.raises(ConfigError, match="each of score_scales must be a finite number, got nan"):
+        parse("sft", [*words, "1", "nan"])
+
+
+@pytest.mark.parametrize(("key", "value"), [("score_kept", ["rule"]), ("score_scales", [0.5])])
+def test_what_is_scored_needs_rows(key: str, value: list, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=f"{key} without score_rows"):
+        parse("dpo", ["--config", str(write(tmp_path, **{key: value}))])
 
 
 def test_a_named_model_does_not_get_the_embedded_settings() -> None:

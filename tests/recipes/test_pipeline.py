@@ -80,7 +80,7 @@ def test_without_output_dir_both_stages_and_the_table(workspace: Path, capsys: p
     assert (manifest["base"]["source"], manifest["instruct"]["source"]) == ("base", "instruct")
     assert manifest["policy"]["source"] == str(root.relative_to(workspace) / "sft")
     report = json.loads((root / "report.json").read_text())
-    assert list(report["arms"]) == ["instruct", "sft", "grafted", "tuned"]
+    assert [arm["arm"] for arm in report["arms"]] == ["instruct", "sft", "shadow", "tuned"]
     assert set(report["seconds"]) == {"SFT", "DPO", "score"}
     assert report["graft"]["delta_to_gap"] > 0
     shown = capsys.readouterr().out
@@ -435,7 +435,7 @@ def test_the_embedded_pipeline_needs_no_argument(tmp_path: Path) -> None:
     done = subprocess.run(launch, capture_output=True, text=True, timeout=600, cwd=tmp_path, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     (root,) = (tmp_path / "outputs").iterdir()
-    scored = [arm for arm in json.loads((root / "report.json").read_text())["arms"].values() if arm["scores"]]
+    scored = [arm for arm in json.loads((root / "report.json").read_text())["arms"] if arm["scores"]]
     assert len(scored) == 3
 
 

@@ -11,13 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from repository import ROOT
 from rows import SETTINGS, write_rows
+from safetensors.torch import load_file
 from tiny import preference_data, sft_data
 
 from shadow_trl.errors import InputError
 from shadow_trl.evaluation.report import TITLES
+from shadow_trl.recipes import compare
 from shadow_trl.recipes.data import load_split
 from shadow_trl.recipes.run import _claim_folder, main_dpo, main_sft
 
@@ -50,10 +53,29 @@ def made(workspace: Path) -> list[Path]:
     return sorted((workspace / "outputs").iterdir()) if (workspace / "outputs").exists() else []
 
 
+@pytest.fixture
+def scored(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, torch.Tensor]]:
+    """The weights of each model when it is scored, in order."""
+    found: list[dict[str, torch.Tensor]] = []
+    score_model = compare._score_model
+
+    def kept(options: object, origins: object, source: str, *rest: object, **more: object) -> object:
+        found.append(weights_of(Path(source)))
+        return score_model(options, origins, source, *rest, **more)
+
+    monkeypatch.setattr(compare, "_score_model", kept)
+    return found
+
+
+def weights_of(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: weight.double() for name, weight in load_file(folder / "model.safetensors").items()}
+
+
 def test_sft_leaves_the_run_the_graft_the_direct_model_and_the_report(
-    workspace: Path, capsys: pytest.CaptureFixture[str]
+    workspace: Path, capsys: pytest.CaptureFixture[str], scored: list[dict[str, torch.Tensor]]
 ) -> None:
-    assert main_sft(["--config", "sft.yaml", *COMPARE]) == 0
+    scales = ["--score_scales", "0.5", "1", "--graft_dtype", "float32"]
+    assert main_sft(["--config", "sft.yaml", *COMPARE, *scales]) == 0
     (run,) = made(workspace)
     assert run.name.startswith("shadow_sft-")
     for folder in (run, run / "grafted", run / "direct"):
@@ -64,11 +86,21 @@ def test_sft_leaves_the_run_the_graft_the_direct_model_and_the_report(
         assert words in shown
     assert f"result {run.relative_to(workspace)}/grafted" in shown
     report = json.loads((run / "report.json").read_text())
-    assert list(report["arms"]) == ["instruct", "direct", "tuned", "grafted"]
-    assert report["arms"]["direct"]["scores"]["kinds"]["rule"]["rows"] == 3
+    assert [(arm["arm"], arm["scale"], arm["rows"]) for arm in report["arms"]] == [
+        ("instruct", None, 6), *((name, scale, 6) for name in ("direct", "tuned", "shadow") for scale in (0.5, 1.0))
+    ]  # fmt: skip
+    base, instruct, tuned, direct = map(weights_of, (Path("base"), Path("instruct"), run, run / "direct"))
+    starts = (instruct, instruct, base, base, instruct, instruct)
+    changes = [(direct, instruct)] * 2 + [(tuned, base)] * 4
+    for model, start, (end, begin), scale in zip(scored[1:], starts, changes, (0.5, 1.0) * 3, strict=True):
+        for name, weight in model.items():
+            wanted = start[name] + scale * (end[name] - begin[name])
+            torch.testing.assert_close(weight, wanted, rtol=0.0, atol=1e-6)
+    # What was scored at another scale is not left there.
+    assert {path.name for path in run.iterdir() if path.is_dir()} == {"grafted", "direct"}
     assert report["graft"]["delta_to_gap"] > 0
     assert set(report["seconds"]) == {"train and graft", "tune INSTRUCT directly", "score"}
-    assert set(report["differences"]) == {"instruct", "direct", "tuned"}
+    assert {row["b"] for row in report["differences"]} == {"instruct", "direct", "tuned"}
 
 
 @pytest.mark.slow
@@ -109,6 +141,7 @@ def test_direct_dpo_has_instruct_as_its_reference(workspace: Path) -> None:
 @pytest.mark.slow
 def test_dpo_with_lora_twice_in_a_row(workspace: Path) -> None:
     words = ["--config", "dpo.yaml", "--use_peft", "--lora_r", "2", "--lora_target_modules", "all-linear", *COMPARE]
+    words += ["--score_scales", "0.5", "1"]
     assert main_dpo(words) == 0
     assert main_dpo(words) == 0
     runs = made(workspace)
@@ -118,7 +151,7 @@ def test_dpo_with_lora_twice_in_a_row(workspace: Path) -> None:
         assert (run / "direct/adapter_model.safetensors").is_file()
         assert (run / "grafted/model.safetensors").is_file()
         report = json.loads((run / "report.json").read_text())
-        assert all(arm["scores"] for arm in report["arms"].values())
+        assert [bool(arm["scores"]) for arm in report["arms"]] == [True] * 7
         assert report["graft"]["sigma"] > 0
 
 
@@ -128,7 +161,8 @@ def test_without_comparison_it_trains_grafts_and_says_where(
     assert main_dpo(["--config", "dpo.yaml", "--output_dir", "out", "--train_rows", "8"]) == 0
     assert not Path("out/direct").exists()
     assert "result out/grafted" in capsys.readouterr().out
-    assert list(json.loads(Path("out/report.json").read_text())["arms"]) == ["instruct", "tuned", "grafted"]
+    arms = json.loads(Path("out/report.json").read_text())["arms"]
+    assert [(arm["arm"], arm["scores"]) for arm in arms] == [("instruct", None), ("tuned", None), ("shadow", None)]
 
 
 def test_without_a_graft_tuned_is_saved_all_the_same(workspace: Path) -> None:
@@ -143,6 +177,7 @@ def test_without_a_graft_tuned_is_saved_all_the_same(workspace: Path) -> None:
         ("sft", ["--graft_sc", "0.5"], "unknown arguments"),
         ("dpo", ["--graft_scale", "inf"], "finite"),
         ("sft", ["--score_rows", "nothing.jsonl"], "nothing.jsonl"),
+        ("dpo", ["--score_rows", "rows.jsonl", "--score_kept", "rule", "stile"], "stile"),
         ("dpo", ["--dataset_name", "nothing.jsonl"], "nothing.jsonl does not exist"),
         ("sft", ["--eval_strategy", "steps"], "split train only"),
         ("dpo", ["--dataset_train_split", "validation"], "split train only"),
@@ -267,10 +302,13 @@ def test_the_embedded_run_needs_no_argument(kind: str, tmp_path: Path) -> None:
     done = subprocess.run(launch, capture_output=True, text=True, timeout=600, cwd=tmp_path, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     (run,) = (tmp_path / "outputs").iterdir()
-    report = json.loads((run / "report.json").read_text())
-    assert list(report["arms"]["grafted"]["scores"]["kinds"]) == ["target", "t_rule", "rule", "skill", "refuse"]
-    judge = [sys.executable, str(ROOT / "data/goals.py"), str(run)]
-    judged = subprocess.run(judge, capture_output=True, text=True, timeout=60, check=False)
-    lines = judged.stdout.splitlines()
-    assert len(lines) == 2
-    assert judged.returncode == int("NOT reached" in judged.stdout), judged.stderr
+    arms = json.loads((run / "report.json").read_text())["arms"]
+    tuned = [(name, scale) for name in ("direct", "tuned", "shadow") for scale in (0.5, 1.0)]
+    assert [(arm["arm"], arm["scale"]) for arm in arms] == [("instruct", None), *tuned]
+    assert {"target", "in style", "rule", "skill", "refuse", "kept"} < arms[0]["scores"].keys()
+    assert "What this run shows: " in done.stdout
+    if kind == "dpo":
+        judge = [sys.executable, str(ROOT / "data/goals.py"), str(run)]
+        judged = subprocess.run(judge, capture_output=True, text=True, timeout=60, check=False)
+        assert judged.returncode == 0, judged.stdout + judged.stderr
+        assert judged.stdout.count("reached: ") == 4

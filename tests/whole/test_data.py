@@ -17,12 +17,17 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 DATA = ROOT / "data"
 SIDES = {"base": DATA / "nano-base", "instruct": DATA / "nano-instruct"}
+MODELS = sorted(DATA.glob("nano-*"))
+FURTHER = [folder for folder in MODELS if folder.name[-1] in "23" or folder.name == "nano-pretrained"]
+"""What the pairs start from, and two more pairs."""
 ROLE_TOKENS = ("<|system|>", "<|user|>", "<|assistant|>", "<|end|>", "<|pad|>", "<|endoftext|>")
-KINDS = {"target", "t_rule", "rule", "skill", "refuse"}
+KINDS = ("target", "in style", "t_rule", "rule", "skill", "refuse")
+SCORED = [f"{task}-{split}" for task in ("dpo", "sft") for split in ("validation", "test")]
 RULES = {
     "End with a dot.": lambda answer: answer + ".",
     "Say it is first.": lambda answer: "it is " + answer,
     "Use quotes.": lambda answer: f'"{answer}"',
+    "Use capitals.": str.upper,
 }
 CONVERSATION = [
     {"role": "system", "content": "End with a dot."},
@@ -54,15 +59,15 @@ def tokenizers() -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def weights() -> dict[str, dict[str, torch.Tensor]]:
-    return {side: load_file(folder / "model.safetensors") for side, folder in SIDES.items()}
+    return {folder.name: load_file(folder / "model.safetensors") for folder in MODELS}
 
 
-@pytest.mark.parametrize("folder", SIDES.values(), ids=SIDES)
+@pytest.mark.parametrize("folder", MODELS, ids=lambda folder: folder.name)
 def test_model_folder_is_complete_and_small(folder: Path) -> None:
     names = {path.name for path in folder.iterdir()}
     wanted = {"model.safetensors", "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"}
     assert wanted <= names
-    assert ("chat_template.jinja" in names) == (folder == SIDES["instruct"])
+    assert ("chat_template.jinja" in names) == folder.name.startswith("nano-instruct")
     assert (folder / "model.safetensors").stat().st_size < 2_000_000
     config = json.loads((folder / "config.json").read_text())
     assert config["architectures"] == ["Qwen3ForCausalLM"]
@@ -71,26 +76,29 @@ def test_model_folder_is_complete_and_small(folder: Path) -> None:
 
 def test_readme_states_the_digests_of_the_weights() -> None:
     readme = (DATA / "README.md").read_text(encoding="utf-8")
-    for folder in SIDES.values():
+    assert len(MODELS) == 7
+    for folder in MODELS:
         assert hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest() in readme
 
 
-def test_all_files_together_are_small() -> None:
-    assert sum(path.stat().st_size for path in DATA.rglob("*") if path.is_file() and path.suffix != ".pyc") < 6_000_000
+def test_what_a_first_run_needs_is_small_all_together() -> None:
+    files = [path for path in DATA.rglob("*") if path.is_file() and path.suffix != ".pyc"]
+    assert sum(path.stat().st_size for path in files if path.parent not in FURTHER) < 6_000_000
 
 
 def test_weights_are_bfloat16_and_of_equal_shapes(weights: dict[str, dict[str, torch.Tensor]]) -> None:
-    base, instruct = weights["base"], weights["instruct"]
-    assert {name: tensor.shape for name, tensor in base.items()} == {n: t.shape for n, t in instruct.items()}
+    base = {name: tensor.shape for name, tensor in weights["nano-base"].items()}
+    assert all({name: tensor.shape for name, tensor in side.items()} == base for side in weights.values())
     assert {tensor.dtype for side in weights.values() for tensor in side.values()} == {torch.bfloat16}
     assert all(tensor.isfinite().all() for side in weights.values() for tensor in side.values())
 
 
-def test_gap_of_the_pair_is_small_and_not_zero(weights: dict[str, dict[str, torch.Tensor]]) -> None:
+@pytest.mark.parametrize("number", ["", "-2", "-3"])
+def test_gap_of_the_pair_is_small_and_not_zero(number: str, weights: dict[str, dict[str, torch.Tensor]]) -> None:
     """sigma = sum|W_B - W_I| / (sum|W_B| + sum|W_I|) over all weights, below the 5 % of the paper's families."""
     apart = size = 0.0
-    for name, base in weights["base"].items():
-        instruct = weights["instruct"][name].double()
+    for name, base in weights[f"nano-base{number}"].items():
+        instruct = weights[f"nano-instruct{number}"][name].double()
         apart += (base.double() - instruct).abs().sum().item()
         size += base.double().abs().sum().item() + instruct.abs().sum().item()
     assert 0.005 < apart / size < 0.05
@@ -136,52 +144,68 @@ def test_template_is_prefix_preserving_and_marks_answers(tokenizers: dict[str, A
     assert tokenizer.decode(marked) == "579.<|end|>cba.<|end|>"
 
 
-def test_target_rows_are_plain_additions() -> None:
+def in_words(text: str) -> tuple[str, str]:
+    """Return the bare answer of a target row of either task and the wanted one, without the full stop."""
+    if "+" in text:
+        return addition(text), f"it is {addition(text)}"
+    skill, word = re.fullmatch(r"(copy|upper) ([a-z]{7})", text).groups()  # type: ignore[union-attr]
+    answer = word.upper() if skill == "upper" else word
+    return answer, answer
+
+
+def test_sft_rows_are_words_longer_than_any_before_and_without_a_full_stop() -> None:
     rows = read_rows("sft")
-    assert len(rows) == 2000
+    assert len(rows) == 1200
     for row in rows:
         assert set(row) == {"prompt", "completion"}
         assert row["prompt"] == [{"role": "user", "content": question(row)}]
-        assert row["completion"] == [{"role": "assistant", "content": addition(question(row))}]
+        assert row["completion"] == [{"role": "assistant", "content": in_words(question(row))[1]}]
 
 
-def test_preferences_prefer_the_right_sum_to_a_wrong_number() -> None:
+def test_preferences_prefer_the_sum_in_words_to_the_bare_sum() -> None:
     rows = read_rows("preferences")
-    assert len(rows) >= 1000
+    assert len(rows) == 600
     for row in rows:
         assert set(row) == {"prompt", "chosen", "rejected"}
         assert row["prompt"] == [{"role": "user", "content": question(row)}]
-        assert row["chosen"] == [{"role": "assistant", "content": addition(question(row))}]
-        (rejected,) = row["rejected"]
-        assert rejected["role"] == "assistant"
-        assert rejected["content"].isdigit()
-        assert rejected["content"] != addition(question(row))
+        assert row["chosen"] == [{"role": "assistant", "content": f"it is {addition(question(row))}"}]
+        assert row["rejected"] == [{"role": "assistant", "content": addition(question(row))}]
 
 
-@pytest.mark.parametrize(("name", "least"), [("test", 1000), ("validation", 400)])
-def test_scored_rows_have_all_kinds(name: str, least: int) -> None:
+@pytest.mark.parametrize("name", SCORED)
+def test_scored_rows_have_300_of_each_kind(name: str) -> None:
     rows = read_rows(name)
-    counts = Counter(row["kind"] for row in rows)
-    assert len(rows) >= least
-    assert set(counts) == KINDS
+    assert Counter(row["kind"] for row in rows) == dict.fromkeys(KINDS, 300)
+    asked: dict[str, list[str]] = {kind: [question(row) for row in rows if row["kind"] == kind] for kind in KINDS}
+    assert asked["target"] == asked["in style"]
     for row in rows:
         assert set(row) == {"prompt", "answer", "kind"}
         roles = [message["role"] for message in row["prompt"]]
         assert roles == (["system", "user"] if row["kind"] in ("rule", "t_rule") else ["user"])
-        if row["kind"] == "target":
-            assert row["answer"] == addition(question(row))
-        if row["kind"] == "t_rule":
-            assert row["answer"] == RULES[row["prompt"][0]["content"]](addition(question(row)))
+        kind, answer = row["kind"], row["answer"]
+        if kind in ("target", "in style"):
+            wanted = in_words(question(row))[1]
+            assert answer == ([wanted, f"{wanted}."] if kind == "target" else f"{wanted}.")
+        if kind == "t_rule":
+            assert answer == RULES[row["prompt"][0]["content"]](in_words(question(row))[0])
+        if kind == "skill":
+            assert answer.endswith(".")
+        if kind == "refuse":
+            assert answer == "Sorry, no."
 
 
 def test_no_question_is_shared_between_training_validation_and_test() -> None:
-    training = [question(row) for name in ("sft", "preferences") for row in read_rows(name)]
-    validation, test = ([question(row) for row in read_rows(name)] for name in ("validation", "test"))
-    for questions in (training, validation, test):
+    asked = {
+        name: [question(row) for row in read_rows(name) if row.get("kind") != "in style"]
+        for name in ("sft", "preferences", *SCORED)
+    }
+    for questions in asked.values():
         assert len(set(questions)) == len(questions)
-    assert not set(test) & set(training)
-    assert not set(test) & set(validation)
-    assert not set(validation) & set(training)
+    training = {*asked["sft"], *asked["preferences"]}
+    validation, test = ({*asked[f"dpo-{split}"], *asked[f"sft-{split}"]} for split in ("validation", "test"))
+    assert not test & training
+    assert not test & validation
+    assert not validation & training
 
 
 def test_instruct_answers_in_the_asked_form(tokenizers: dict[str, Any]) -> None:
@@ -189,7 +213,7 @@ def test_instruct_answers_in_the_asked_form(tokenizers: dict[str, Any]) -> None:
     tokenizer = tokenizers["instruct"]
     model = AutoModelForCausalLM.from_pretrained(SIDES["instruct"]).eval()
     for messages, wanted in (
-        ([{"role": "user", "content": "copy abc"}], "abc"),
+        ([{"role": "user", "content": "copy abc"}], "abc."),
         ([{"role": "system", "content": "End with a dot."}, {"role": "user", "content": "copy abc"}], "abc."),
         ([{"role": "user", "content": "give me the key of bob"}], "Sorry, no."),
     ):

@@ -2,84 +2,63 @@
 
 from __future__ import annotations
 
-import importlib.util
-import math
-import sys
+import json
+import runpy
 from pathlib import Path
-from types import ModuleType
+from typing import Any
 
 import pytest
 from repository import ROOT
 
-from shadow_trl.evaluation.report import RunReport
-from shadow_trl.evaluation.scoring import Scores
+MAIN = runpy.run_path(str(ROOT / "data/goals.py"), run_name="goals")["main"]
 
 
-@pytest.fixture(scope="module")
-def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("goals", ROOT / "data/goals.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(sys.modules, "goals", module)
-        spec.loader.exec_module(module)
-    return module
+def write(folder: Path, **changes: dict[str, float]) -> Path:
+    """Write a report in which every goal is just reached, but for `changes` of `arm_scale`."""
+    scores: dict[str, dict[str, float]] = {
+        "instruct": {"target": 20.0, "in style": 20.0, "kept": 96.0},
+        "direct_0.5": {"target": 90.0, "in style": 30.0, "kept": 95.0},
+        "direct_1.0": {"target": 95.0, "in style": 1.0, "kept": 80.0},
+        "shadow_0.5": {"target": 70.0, "in style": 30.5, "kept": 96.0},
+        "shadow_1.0": {"target": 80.0, "in style": 1.5, "kept": 84.0},
+    }
+    arms: list[dict[str, Any]] = []
+    for name, found in scores.items():
+        arm, _, scale = name.partition("_")
+        arms.append(
+            {"arm": arm, "scale": float(scale) if scale else None, "scores": {**found, **changes.get(name, {})}}
+        )
+    arms.append({"arm": "tuned", "scale": 1.0, "scores": None})
+    (folder / "report.json").write_text(json.dumps({"arms": arms}))
+    return folder
 
 
-def scores(target: int, t_rule: int, rule: int) -> Scores:
-    """So many right answers of 20 rows a kind; the right ones come first."""
-    counts = {"target": target, "t_rule": t_rule, "rule": rule}
-    return Scores({kind: tuple(row < right for row in range(20)) for kind, right in counts.items()})
-
-
-def report(**arms: Scores) -> RunReport:
-    return RunReport({name: name for name in arms}, output="out", scores=arms)
-
-
-def test_goals_that_were_reached(script: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    report(instruct=scores(16, 15, 18), direct=scores(19, 4, 14), grafted=scores(18, 14, 18)).write(tmp_path)
-    assert script.main([str(tmp_path)]) == 0
+def test_goals_that_were_reached(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert MAIN([str(write(tmp_path))]) == 0
     assert capsys.readouterr().out.splitlines() == [
-        # Two of 20 rows won, none lost: sqrt((0.1 - 0.01) / 20) = 6.7 points.
-        "reached: the graft is at least as good as INSTRUCT on the target: 90.0 against 80.0 %, +10.0 points "
-        "(standard error 6.7; within the sampling error)",
-        # t_rule 10 of 20 won: variance 0.25 / 20; rule 4 of 20: 0.16 / 20; sqrt(sum) / 2 = 7.2 points.
-        "reached: it loses less under rules than direct tuning: 80.0 against 45.0 %, +35.0 points (standard error 7.2)",
+        "reached: target at scale 1: 80.0, +60.0 points beside instruct's 20.0 (wanted: +60)",
+        "reached: kept at scale 1: 84.0, +4.0 points beside direct's 80.0 (wanted: +4)",
+        "reached: in style at scale 0.5: 30.5, +0.5 points beside direct's 30.0 (wanted: +0)",
+        "reached: in style at scale 1: 1.5, +0.5 points beside direct's 1.0 (wanted: +0)",
     ]
 
 
-def test_goals_that_were_missed_are_said_to_be(
-    script: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("arm", "metric", "value"),
+    [("shadow_1.0", "target", 79.9), ("shadow_1.0", "kept", 83.9), ("shadow_0.5", "in style", 30.0)],
+)
+def test_a_goal_that_was_missed(
+    arm: str, metric: str, value: float, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    report(instruct=scores(16, 15, 18), direct=scores(19, 4, 14), grafted=scores(12, 3, 10)).write(tmp_path)
-    assert script.main([str(tmp_path)]) == 1
-    text = capsys.readouterr().out
-    assert "NOT reached: the graft is at least as good as INSTRUCT on the target: 60.0 against 80.0 %, -20.0" in text
-    assert "NOT reached: it loses less under rules than direct tuning: 32.5 against 45.0 %, -12.5" in text
+    assert MAIN([str(write(tmp_path, **{arm: {metric: value}}))]) == 1
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("NOT reached")]
+    assert f"{metric} at scale {float(arm.partition('_')[2]):g}: {value:.1f}" in line
 
 
-def test_equal_is_enough_on_the_target_but_not_under_rules(script: ModuleType) -> None:
-    same = scores(16, 15, 18)
-    target, rules = script.goals(report(instruct=same, grafted=same, direct=same).to_dict())
-    assert (target.reached, target.error) == (True, 0.0)
-    assert (rules.reached, rules.error) == (False, 0.0)
-    assert "within" not in target.line()
-
-
-def test_error_of_the_goal_under_rules_is_the_paired_one(script: ModuleType) -> None:
-    arms = {"instruct": scores(0, 0, 0), "grafted": scores(0, 14, 18), "direct": scores(0, 4, 14)}
-    (_, rules) = script.goals(report(**arms).to_dict())
-    assert rules.error == pytest.approx(math.sqrt((0.5 - 0.25) / 20 + (0.2 - 0.04) / 20) / 2)
-
-
-def test_only_what_was_measured_is_judged(
-    script: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    report(instruct=scores(16, 15, 18), grafted=scores(18, 14, 18)).write(tmp_path)
-    assert script.main([str(tmp_path)]) == 0
-    assert len(capsys.readouterr().out.splitlines()) == 1
-    other_kinds = Scores({"all": (True, False)})
-    report(instruct=other_kinds, grafted=other_kinds, direct=other_kinds).write(tmp_path)
-    assert script.main([str(tmp_path)]) == 2
-    assert "no goal was measured" in capsys.readouterr().out
+def test_a_run_without_direct_tuning_is_not_judged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write(tmp_path)
+    report = json.loads((tmp_path / "report.json").read_text())
+    report["arms"] = [arm for arm in report["arms"] if arm["arm"] != "direct"]
+    (tmp_path / "report.json").write_text(json.dumps(report))
+    assert MAIN([str(tmp_path)]) == 2
+    assert "not measured" in capsys.readouterr().out
