@@ -83,6 +83,9 @@ def _parser() -> argparse.ArgumentParser:
     _add_delta(commands.add_parser("delta", help="write TUNED - BASE on its own, or as a LoRA", allow_abbrev=False))
     _add_verify(commands.add_parser("verify", help="is a folder the graft it says it is?", allow_abbrev=False))
     _add_chat(commands.add_parser("chat", help="talk to a model in the terminal", allow_abbrev=False))
+    _add_compare(
+        commands.add_parser("compare", help="which scale serves a run best, and did it help?", allow_abbrev=False)
+    )
     for name, text in _RECIPES.items():
         commands.add_parser(name, help=f"{text} (`shadow-trl {name} --help`)", add_help=False)
     return parser
@@ -121,6 +124,69 @@ def _chat(options: argparse.Namespace) -> int:
     from .evaluation.chat import chat
 
     chat(options.model, system=options.system, max_new_tokens=options.max_new_tokens)
+    return 0
+
+
+def _add_compare(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Measure INSTRUCT, the graft of TUNED and INSTRUCT tuned directly at several scales, without training; choose "
+        "on half of the prompts and test on the others. DIR gets comparison.json, comparison.md and comparison.html."
+    )
+    models = parser.add_argument_group("models")
+    add = models.add_argument
+    add("--base", metavar="B", help="BASE, before training; an adapter names it itself")
+    add("--instruct", metavar="I", required=True, help="INSTRUCT")
+    add("--tuned", metavar="T", required=True, help="BASE after training")
+    add("--direct", metavar="D", help="INSTRUCT after the same training")
+    scales = (0.25, 0.5, 0.75, 1.0, 1.25)
+    shown = " ".join(f"{scale:g}" for scale in scales)
+    add("--scales", metavar="A", type=float, nargs="+", default=scales, help=f"of the delta (default {shown})")
+    text = "choices of weights to compare: all, linear, attention, mlp or expressions (default all)"
+    add("--modules", metavar="M", nargs="+", default=["all"], help=text)
+    _add_option(models, "dtype")
+    add = parser.add_argument_group("held-out data (JSONL)").add_argument
+    add("--rows", metavar="FILE", help="{prompt, answer, kind}: exact match of greedy answers")
+    add("--validation-rows", metavar="FILE", help="rows to choose on; --rows are then all for the test")
+    add("--conversations", metavar="FILE", help="{messages}: loss and token accuracy of the last answer")
+    add("--preferences", metavar="FILE", help="{prompt, chosen, rejected}: accuracy and margin")
+    text = "function of (model, tokenizer, rows) that returns a number a row; may be repeated"
+    add("--metric", metavar="MODULE:FUNCTION", action="append", default=[], help=text)
+    add("--kept", metavar="KIND", nargs="+", default=[], help="kinds whose mean is the metric kept")
+    _add_choice(parser.add_argument_group("choice").add_argument)
+    add = parser.add_argument_group("work").add_argument
+    add("--output", metavar="DIR", required=True, help="folder of the result; must not exist")
+    add("--batch-size", metavar="N", type=int, default=64, help="rows at once (default 64)")
+    add("--max-new-tokens", metavar="N", type=int, default=64, help="longest answer in tokens (default 64)")
+    add("--score-dtype", choices=DTYPES, default="float32", help="in which all models answer (default float32)")
+    add("--device", metavar="D", help="such as cpu or cuda:1 (default: the accelerator, else cpu)")
+    add("--quiet", action="store_true", help=_QUIET)
+    parser.set_defaults(run=_compare)
+
+
+def _add_choice(add: Callable[..., Any]) -> None:
+    add("--target", metavar="METRIC", help="to be high (default: target where there is one, else the first)")
+    add("--keep", metavar="METRIC", help="must not get worse than INSTRUCT's (default: kept where there is one)")
+    add("--within", metavar="X", type=float, default=1.0, help="by how much it may all the same (default 1)")
+    text = "points up to which a difference does not matter (default 2)"
+    add("--margin", metavar="X", type=float, default=2.0, help=text)
+
+
+def _compare(options: argparse.Namespace) -> int:
+    from .evaluation.comparison_report import summary
+    from .evaluation.scales import Data, Sources, compare_scales, graft_command
+
+    sources = Sources(options.instruct, options.tuned, options.base, options.direct)
+    data = Data(
+        options.rows, options.validation_rows, options.conversations, options.preferences, tuple(options.metric),
+        tuple(options.kept), options.batch_size, options.max_new_tokens,
+    )  # fmt: skip
+    found = compare_scales(
+        sources, data, output=options.output, scales=options.scales, modules=options.modules,
+        graft_dtype=options.dtype, target=options.target, keep=options.keep, within=options.within,
+        margin=options.margin, dtype=options.score_dtype, device=options.device, progress=not options.quiet,
+    )  # fmt: skip
+    if not options.quiet:
+        print(summary(found, graft_command(found, sources, options.dtype)))
     return 0
 
 

@@ -13,8 +13,13 @@ TOKEN_NAMES = (*HEAD_NAMES, *EMBEDDING_NAMES, "embed_tokens_per_layer.weight", "
 _TOKEN_MODULES = tuple(f".{name.rpartition('.')[0]}." for name in TOKEN_NAMES)
 COMPUTED_ON_LOAD = re.compile(r"rotary_emb\.inv_freq$|(^|\.)position_ids$")
 """Buffers that old checkpoints store and transformers computes anew."""
-# The official code adapts these seven projections; it takes their biases too, by accident of a substring match.
-LINEAR = r"(?:^|[._])(?:q|k|v|o|gate|up|down)_proj\.weight$"
+NAMED = {
+    # The official code adapts these seven projections; it takes their biases too, by accident of a substring match.
+    "linear": r"(?:^|[._])(?:q|k|v|o|gate|up|down)_proj\.weight$",
+    "attention": r"(?:^|\.)(?:self_attn|attn|self_attention|attention)\.",
+    "mlp": r"(?:^|\.)(?:mlp|feed_forward|block_sparse_moe)\.",
+}
+"""Expressions of weights that have a name of their own."""
 
 _LAYER = re.compile(r"(?:^|.*\.)(?:layers|layer|h|blocks|block)\.\d+(?=\.)")
 _NORM = re.compile(r"norm|(?:^|_)ln(?:_|$)|layernorm", re.IGNORECASE)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -103,6 +103,21 @@ def read_rows(path: str | Path) -> list[dict[str, Any]]:
         InputError: there is no such file, it has no rows, or some rows cannot be scored; each is listed.
 
     """
+    wanted = '{"prompt": [{"role": ..., "content": ...}, ...], "answer": "..." or ["...", ...], "kind": ...}'
+    return [{"kind": "all", **row} for row in read_lines(path, _fault_of, wanted)]
+
+
+def read_lines(path: str | Path, fault_of: Callable[[Any], str | None], wanted: str) -> list[dict[str, Any]]:
+    """Read a JSONL file of rows to score.
+
+    Args:
+        path: the file.
+        fault_of: why a row cannot be scored, or None.
+        wanted: what a row looks like, for the error.
+
+    Raises:
+        InputError: as of `read_rows`.
+    """
     try:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as reason:
@@ -113,15 +128,14 @@ def read_rows(path: str | Path) -> list[dict[str, Any]]:
             continue
         try:
             row = json.loads(line)
-            fault = _fault_of(row)
+            fault = fault_of(row)
         except json.JSONDecodeError as reason:
             fault = f"not JSON ({reason})"
         if fault:
             faults.append(f"line {number}: {fault}")
         else:
-            rows.append({"kind": "all", **row})
+            rows.append(row)
     if faults:
-        wanted = '{"prompt": [{"role": ..., "content": ...}, ...], "answer": "..." or ["...", ...], "kind": ...}'
         raise InputError(
             f"{len(faults)} of {len(faults) + len(rows)} rows in {path} cannot be scored; expected {wanted}.\n"
             f"{list_names(faults)}"
@@ -135,16 +149,23 @@ def _fault_of(row: Any) -> str | None:
     """Return why `row` cannot be scored, or None."""
     if not isinstance(row, dict):
         return f"a {type(row).__name__}, not an object"
-    prompt = row.get("prompt")
-    if not isinstance(prompt, list) or not prompt:
-        return "`prompt` is not a list of messages"
-    if not all(isinstance(message, dict) and {"role", "content"} <= set(message) for message in prompt):
-        return "a message of `prompt` lacks `role` or `content`"
+    if fault := fault_of_messages(row, "prompt"):
+        return fault
     answers = _answers(row)
     if not answers or not all(isinstance(answer, str) for answer in answers):
         return "`answer` is neither a string nor a list of strings"
     if not isinstance(row.get("kind", "all"), str):
         return "`kind` is not a string"
+    return None
+
+
+def fault_of_messages(row: Row, name: str) -> str | None:
+    """Return why `row[name]` is not a conversation, or None."""
+    messages = row.get(name)
+    if not isinstance(messages, list) or not messages:
+        return f"`{name}` is not a list of messages"
+    if not all(isinstance(message, dict) and {"role", "content"} <= set(message) for message in messages):
+        return f"a message of `{name}` lacks `role` or `content`"
     return None
 
 

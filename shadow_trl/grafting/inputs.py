@@ -16,7 +16,7 @@ from ..checkpoints.header import stamp
 from ..checkpoints.hub import Source
 from ..checkpoints.manifest import Entry, adapter_base, read_manifest
 from ..checkpoints.open_files import changed
-from ..checkpoints.weight_names import is_of_tokens
+from ..checkpoints.weight_names import NAMED, is_of_tokens
 from ..errors import AdapterError, CheckpointError, ConfigError, list_names
 from ..pair.pairs import ModelPair
 from ..pair.token_rows import row_count, vocabulary_of
@@ -134,7 +134,7 @@ def open_delta(base: Source | None, instruct: Source, delta: Source, options: Gr
 def _check_modules(options: GraftOptions, receiver: Checkpoint) -> None:
     """Raise ConfigError if `modules`, which a manifest may state, takes too long on the names of the weights."""
     given = [options.modules] if isinstance(options.modules, str) else options.modules
-    check_patterns("modules", (text for text in given if text != "linear"), receiver.specs)
+    check_patterns("modules", (text for text in given if text not in NAMED), receiver.specs)
 
 
 def open_trained(single: SingleTuned, receiver: Checkpoint, options: GraftOptions) -> Full:

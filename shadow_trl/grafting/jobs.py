@@ -10,6 +10,7 @@ from typing import Any
 from ..checkpoints.checkpoint import Checkpoint, Place
 from ..checkpoints.delta import Zeros
 from ..checkpoints.header import CODES, narrower
+from ..checkpoints.weight_names import NAMED
 from ..errors import ConfigError, list_names
 from ..layouts.plan import resolve
 from .options import GraftOptions
@@ -191,7 +192,8 @@ def check_selection(options: GraftOptions, grafted: list[str], known: list[str])
     what = f"{len(idle)} of {len(patterns)} expressions of modules match" if idle else "the selection matches"
     raise ConfigError(
         f"{what} no weight that can be grafted.\n{list_names(idle)}\nNames of weights look like\n"
-        f"{list_names(known, limit=3)}\nPass 'all', 'linear' or regular expressions that are searched in these names."
+        f"{list_names(known, limit=3)}\nPass 'all', {', '.join(map(repr, NAMED))}, or regular expressions that are "
+        "searched in these names."
     )
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, fields
 from functools import partial
 from typing import Any
 
-from ..checkpoints.weight_names import LINEAR
+from ..checkpoints.weight_names import NAMED
 from ..errors import ConfigError, one_of
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -96,8 +96,8 @@ def _modules(name: str, value: str | Sequence[str]) -> str | list[str]:
             re.compile(expression)
         except (re.error, TypeError, RecursionError, OverflowError) as error:
             raise ConfigError(
-                f"{name}: {expression!r} is not a regular expression ({error}). Pass 'all', 'linear' or regular "
-                "expressions that are searched in the names of weights."
+                f"{name}: {expression!r} is not a regular expression ({error}). Pass 'all', "
+                f"{', '.join(map(repr, NAMED))}, or regular expressions that are searched in the names of weights."
             ) from error
     return given if len(given) > 1 else given[0]
 
@@ -131,7 +131,7 @@ class GraftOptions:
         flags={"type": float, "metavar": "B"}, argument="instruct_scale", recorded=True, dense_only=True,
     )  # fmt: skip
     modules: str | Sequence[str] = _option(
-        "all", "weights that receive the delta: all, linear, or regular expressions searched in their names",
+        "all", f"weights that receive the delta: all, {', '.join(NAMED)}, or expressions searched in their names",
         check=_modules, flags={"nargs": "+", "metavar": "M"}, argument="graft_modules", recorded=True,
     )  # fmt: skip
     format: str = _option(
@@ -206,7 +206,7 @@ class GraftOptions:
     def patterns(self) -> list[re.Pattern[str]] | None:
         """Return the compiled expressions of `modules`, None for `all`."""
         given = [self.modules] if isinstance(self.modules, str) else self.modules
-        return None if given == ["all"] else [re.compile(LINEAR if text == "linear" else text) for text in given]
+        return None if given == ["all"] else [re.compile(NAMED.get(text, text)) for text in given]
 
     def selector(self) -> Callable[[str], bool]:
         """Return the test whether `modules` selects a weight by its name."""

@@ -13,7 +13,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -58,17 +58,45 @@ class Outcome:
     bad: dict[str, NotFinite] = field(default_factory=dict)
 
 
+class Writer(Protocol):
+    """Where the bytes of one file go: see `ShardWriter`."""
+
+    opened: bool
+
+    def open(self) -> None:
+        """Make room for the file."""
+
+    def write(self, offset: int, buffer: mmap.mmap, length: int) -> None:
+        """Write the first `length` bytes of `buffer` at `offset`."""
+
+    def close(self) -> None:
+        """End the file when it is complete."""
+
+    def abandon(self) -> None:
+        """Leave the file as it is."""
+
+
 def stream(
     files: Sequence[OutputFile],
     folder: Path,
     options: GraftOptions,
     progress: Callable[[int], None] | None = None,
 ) -> Outcome:
-    """Compute and write every file into `folder`.
+    """Compute every file and write it into `folder`, which must exist; see `stream_to`."""
+    return stream_to(files, [ShardWriter(folder / file.name, file.size) for file in files], options, progress)
+
+
+def stream_to(
+    files: Sequence[OutputFile],
+    writers: Sequence[Writer],
+    options: GraftOptions,
+    progress: Callable[[int], None] | None = None,
+) -> Outcome:
+    """Compute every file and write it.
 
     Args:
         files: what to write.
-        folder: where; must exist.
+        writers: where the bytes of each go.
         options: how to sum.
         progress: called with the number of bytes written since the last call, from several threads.
 
@@ -77,7 +105,6 @@ def stream(
         complete.
     """
     outcome = Outcome()
-    writers = [ShardWriter(folder / file.name, file.size) for file in files]
     left = [-(-file.size // CHUNK) for file in files]
     chunks = [(number, low) for number, file in enumerate(files) for low in range(0, file.size, CHUNK)]
     found: dict[tuple[int, int], list[tuple[str, Sums]]] = {}

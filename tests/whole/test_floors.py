@@ -171,7 +171,7 @@ def test_import_and_help_load_no_torch():
     for program in (
         "import shadow_trl",
         "from shadow_trl.cli import main\n"
-        "for argv in (['--help'], *([name, '--help'] for name in ('graft', 'gap', 'delta', 'verify'))):\n"
+        "for argv in (['--help'], *([name, '--help'] for name in ('graft', 'gap', 'delta', 'verify', 'compare'))):\n"
         "    try:\n        main(argv)\n    except SystemExit as error:\n        assert error.code == 0",
     ):
         assert not loaded(program) & {"torch", "transformers", "trl", "peft", "numpy", "safetensors"}

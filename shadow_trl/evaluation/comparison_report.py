@@ -1,0 +1,125 @@
+"""A comparison on the disk: comparison.json for programs, comparison.md and comparison.html for people."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from .comparison import Comparison, Settings
+from .comparison_page import page
+
+ARMS = {
+    "instruct": "INSTRUCT untouched",
+    "direct": "INSTRUCT tuned directly",
+    "shadow": "graft",
+    "re-adapt": "graft on a scaled INSTRUCT",
+    "chat-vector": "TUNED + INSTRUCT - BASE",
+}
+"""What a reader calls each arm."""
+
+
+def write_comparison(comparison: Comparison, folder: Path, *, command: str | None = None) -> None:
+    """Write the three files into `folder`; `command` writes the chosen graft."""
+    (folder / "comparison.json").write_text(
+        json.dumps(comparison.to_dict(), indent=2, allow_nan=False) + "\n", encoding="utf-8"
+    )
+    (folder / "comparison.md").write_text(markdown(comparison, command), encoding="utf-8")
+    html = page(comparison, titles=ARMS, command=command)
+    (folder / "comparison.html").write_text(html, encoding="utf-8")
+
+
+def markdown(comparison: Comparison, command: str | None = None) -> str:
+    """Return the comparison as Markdown: what was chosen, what the test shows of it, every score, what it cost."""
+    blocks = [
+        ["# Comparison"],
+        [f"Chosen: {comparison.condition}.", *comparison.notes],
+        ["## Selected settings, on the test rows", "", *_selected(comparison)],
+        ["## What the test rows show", "", *_tests(comparison)],
+    ]
+    for split in ("test", "validation"):
+        blocks.append([f"## All settings, {split} rows", "", *_scores(comparison, split)])
+    blocks.append(["## Cost, seconds", "", *_costs(comparison)])
+    if command is not None:
+        blocks.append(["## The chosen graft", "", "```bash", command, "```"])
+    return "\n\n".join("\n".join(block) for block in blocks) + "\n"
+
+
+def summary(comparison: Comparison, command: str | None = None) -> str:
+    """Return what a terminal shows: the selected settings, the verdicts by target and condition, the command."""
+    by = [name for name in (comparison.target, comparison.keep) if name is not None]
+    lines = [f"Chosen: {comparison.condition}.", *_selected(comparison), ""]
+    lines += [
+        f"{test.a} against {test.b}, {test.metric.name}: {test.verdict}"
+        for test in comparison.tests
+        if test.metric.name in by
+    ]
+    lines += ["", *comparison.notes]
+    if command is not None:
+        lines += ["", "Write the chosen graft:", f"  {command}"]
+    return "\n".join(lines)
+
+
+def missing(comparison: Comparison, arm: str) -> str:
+    """Say that no settings of an arm meet the condition."""
+    return f"{ARMS[arm]}: no settings meet the condition ({comparison.condition})"
+
+
+def _selected(comparison: Comparison) -> list[str]:
+    rows, absent = [], []
+    for arm, settings in comparison.selected.items():
+        if settings is None:
+            absent.append(missing(comparison, arm) + ".")
+        else:
+            rows.append(_line(comparison, settings, "test"))
+    return [*_table(["arm", "settings", *comparison.by_name], rows), *([""] if absent else []), *absent]
+
+
+def _line(comparison: Comparison, settings: Settings, split: str) -> list[str]:
+    scores = (shown(comparison, settings, name, split) for name in comparison.by_name)
+    return [ARMS[settings.arm], settings.words(), *scores]
+
+
+def shown(comparison: Comparison, settings: Settings, name: str, split: str) -> str:
+    """Return a metric of settings as text: percent with one digit, other units with three."""
+    metric = comparison.by_name[name]
+    return f"{comparison.mean(settings, metric, split):.{1 if metric.share else 3}f}"
+
+
+def _tests(comparison: Comparison) -> list[str]:
+    rows = []
+    for test in comparison.tests:
+        digits = 1 if test.metric.share else 3
+        low, high = test.found.interval
+        rows.append([
+            test.a, test.b, test.metric.name, f"{test.found.value:+.{digits}f}",
+            f"{low:+.{digits}f} to {high:+.{digits}f}", f"{test.p_adjusted:.2g}", test.verdict,
+        ])  # fmt: skip
+    if not rows:
+        return ["There are no two arms to compare."]
+    return _table(["a", "b", "metric", "a - b", "95 % interval", "p, adjusted", "verdict for a"], rows)
+
+
+def _scores(comparison: Comparison, split: str) -> list[str]:
+    rows = [_line(comparison, settings, split) for settings in comparison.groups]
+    return _table(["arm", "settings", *comparison.by_name], rows)
+
+
+def _costs(comparison: Comparison) -> list[str]:
+    kinds = list(dict.fromkeys(kind for model in comparison.models for kind in model.seconds))
+    rows = []
+    for arm in comparison.selected:
+        models = [model for model in comparison.models if model.settings.arm == arm]
+        totals = [sum(model.seconds.get(kind, 0.0) for model in models) for kind in kinds]
+        rows.append([ARMS[arm], str(len(models)), *(f"{total:.1f}" for total in totals)])
+    return _table(["arm", "models", *kinds], rows)
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Return a Markdown table."""
+    cells = [[text.replace("|", "\\|") for text in row] for row in (head, *rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = [
+        "| " + " | ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)) + " |" for row in cells
+    ]
+    return [lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]]

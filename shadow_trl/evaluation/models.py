@@ -1,0 +1,65 @@
+"""Models to be measured: from a folder or the hub, or a graft in memory, loaded in one dtype."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..checkpoints.hub import Source, locate
+from ..errors import InputError
+from ..operations.in_memory import MemoryGraft
+
+
+def load(source: Source | MemoryGraft, *, dtype: str, device: Any = "cpu") -> Any:
+    """Load a model for evaluation.
+
+    A graft in memory goes through the same loader as its files would, so that names, layouts and ties are theirs.
+
+    Args:
+        source: folder (weights or adapter), hub id, or a graft in memory, whose weights may be taken over.
+        dtype: in which it answers, `auto` for that of its weights.
+        device: where it answers. Default: the CPU.
+
+    Raises:
+        InputError: there is no such model, or it has no head for text.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    try:
+        if not isinstance(source, MemoryGraft):
+            found = AutoModelForCausalLM.from_pretrained(locate(source).path, dtype=dtype)
+        else:
+            config = AutoConfig.from_pretrained(source.folder)
+            with torch.device("meta"):
+                kind = type(AutoModelForCausalLM.from_config(config))
+            stated = config.dtype if dtype == "auto" else dtype
+            found = kind.from_pretrained(None, config=config, state_dict=source.weights, dtype=stated)
+    except (OSError, ValueError) as reason:
+        raise InputError(f"cannot load {source}: {reason}") from reason
+    return found.to(device).eval()
+
+
+def tokenizer_and_ends(instruct: Source) -> tuple[Any, list[int]]:
+    """Return INSTRUCT's tokenizer and the tokens that end an answer.
+
+    Raises:
+        InputError: it has none, or no chat template.
+    """
+    from transformers import AutoTokenizer, GenerationConfig
+
+    from .scoring import end_tokens
+
+    folder = locate(instruct).path
+    try:
+        tokenizer: Any = AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError) as reason:
+        raise InputError(f"cannot load the tokenizer of {instruct}: {reason}") from reason
+    if not tokenizer.chat_template:
+        raise InputError(f"the tokenizer of {instruct} has no chat template; INSTRUCT's is needed.")
+    try:
+        generation = GenerationConfig.from_pretrained(folder)
+    except OSError:  # no generation config: the tokenizer's end token alone
+        generation = None
+    return tokenizer, end_tokens(generation, tokenizer)

@@ -1,0 +1,195 @@
+"""Whether one model is better than another, better by how much, and whether the rows suffice to say so.
+
+A comparison reads two tables of values on the same rows: one table a part (a kind of rows, or a loss), one line a
+training (pair and seed), one column a row. All statistics weigh parts equally, then trainings, then rows.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..errors import ConfigError
+
+Table = NDArray[np.float64]
+"""Values of shape (trainings, rows)."""
+
+LEVEL = 0.95
+POWER = 0.8
+RESAMPLES = 2000
+_BATCH = 200
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How much better `a` is than `b`, in the unit of the values.
+
+    Args:
+        value: mean of a - b.
+        interval: of `LEVEL`, over trainings and rows.
+        p: of the paired test over the rows, given these trainings.
+        rows: compared rows.
+        trainings: compared trainings.
+        error: standard error of `value`.
+        row_error: standard error that the rows alone give `value`; more rows make it smaller.
+    """
+
+    value: float
+    interval: tuple[float, float]
+    p: float
+    rows: int
+    trainings: int
+    error: float
+    row_error: float
+
+
+def compare(a: Mapping[str, Table], b: Mapping[str, Table], *, bound: float | None = None, seed: int = 0) -> Difference:
+    """Compare two models on the rows that both have answered.
+
+    The interval is a bootstrap over trainings and rows that draws both independently, since all trainings answer the
+    same rows (Owen 2007, "The pigeonhole bootstrap"). With `bound`, each part gets two rows more, one in favour of each
+    model (Bonett and Price 2012): without them, two models that answer ten rows alike would be called equal for sure.
+    With fewer than about ten trainings the interval is narrower than its level says.
+
+    The p value is of a permutation test that swaps the models row by row.
+
+    Args:
+        a: part -> values, (trainings, rows); one training stands for as many as `b` has.
+        b: the same parts with the same rows.
+        bound: largest difference that a row can have, such as 1 for shares; None where there is none.
+        seed: of the random draws.
+
+    >>> same = {"all": np.ones((1, 1000))}
+    >>> low, high = compare(same, same, bound=1.0).interval
+    >>> -0.005 < low < 0 < high < 0.005
+    True
+
+    """
+    steps = {part: values - b[part] for part, values in a.items()}  # one training broadcasts
+    value = float(np.mean([table.mean() for table in steps.values()]))
+    tables = list(steps.values())
+    rows, trainings = sum(table.shape[1] for table in tables), tables[0].shape[0]
+    p = _swapped(tables, seed)
+    if bound is not None:
+        tables = [np.hstack([table, np.tile([bound, -bound], (trainings, 1))]) for table in tables]
+    both = _bootstrap(tables, seed)
+    only_rows = both if trainings == 1 else _bootstrap([table.mean(0, keepdims=True) for table in tables], seed)
+    low, high = (float(end) for end in both.confidence_interval)
+    return Difference(
+        value, (low, high), p, rows, trainings, float(both.standard_error), float(only_rows.standard_error)
+    )
+
+
+def _bootstrap(tables: Sequence[Table], seed: int) -> Any:
+    """Return scipy's bootstrap of the mean over tables, rows of each drawn on their own and trainings once for all."""
+    from scipy.stats import bootstrap
+
+    trainings = tables[0].shape[0]
+    rows = [np.arange(table.shape[1]) for table in tables]
+    several = trainings > 1
+
+    def mean(*drawn: NDArray[np.int64], axis: int = -1) -> Any:
+        lines, columns = (drawn[0], drawn[1:]) if several else (np.zeros_like(drawn[0][..., :1]), drawn)
+        parts = (
+            table[lines[..., :, None], column[..., None, :]].mean((-1, -2))
+            for table, column in zip(tables, columns, strict=True)
+        )
+        return sum(parts) / len(tables)
+
+    if any(table.shape[1] < 2 for table in tables):
+        raise ConfigError("a comparison needs at least 2 rows of each kind.")
+    samples = [np.arange(trainings), *rows] if several else rows
+    return bootstrap(
+        samples, mean, n_resamples=RESAMPLES, batch=_BATCH, confidence_level=LEVEL, method="percentile",
+        rng=np.random.default_rng(seed),
+    )  # fmt: skip
+
+
+def _swapped(tables: Sequence[Table], seed: int) -> float:
+    """Return the p value of scipy's permutation test over the rows on which the models differ."""
+    from scipy.stats import permutation_test
+
+    weighed = np.concatenate([table.mean(0) / table.shape[1] for table in tables])
+    moved = weighed[weighed != 0.0]  # a swap of equal values changes nothing
+    if moved.size < 2:  # a swap of one row has p = 1 whichever way it goes
+        return 1.0
+
+    def total(x: Table, y: Table, axis: int = -1) -> Any:
+        return (x - y).sum(axis)
+
+    found = permutation_test(
+        (moved, np.zeros_like(moved)), total, permutation_type="samples", vectorized=True, n_resamples=4999,
+        batch=_BATCH, rng=np.random.default_rng(seed),
+    )  # fmt: skip
+    return float(found.pvalue)
+
+
+def holm(values: Sequence[float]) -> list[float]:
+    """Return p values adjusted for their number as Holm does: the k-th smallest of m is multiplied by m - k + 1.
+
+    Source: Holm (1979), "A simple sequentially rejective multiple test procedure".
+
+    >>> holm([0.01, 0.04, 0.03])
+    [0.03, 0.06, 0.06]
+
+    """
+    order, highest = sorted(range(len(values)), key=values.__getitem__), 0.0
+    adjusted = [0.0] * len(values)
+    for place, at in enumerate(order):
+        highest = max(highest, min(1.0, (len(values) - place) * values[at]))
+        adjusted[at] = highest
+    return adjusted
+
+
+def verdict(
+    found: Difference, p_adjusted: float, *, margin: float | None, unit: str, digits: int = 1, higher: bool = True
+) -> str:
+    """Say what a difference shows.
+
+    Args:
+        found: in the unit of `margin`.
+        p_adjusted: its p value, adjusted for the number of comparisons.
+        margin: differences up to this do not matter; None: every difference matters.
+        unit: word behind a number, such as "points"; may be empty.
+        digits: behind the decimal point.
+        higher: whether more is better. Default True.
+
+    Returns:
+        "no difference above ..." where the interval is inside the margin, "better by ..." or "worse by ..." where it
+        excludes 0 and `p_adjusted` is at most 1 - LEVEL, else "too few rows to tell", with the number of rows that
+        would tell.
+    """
+    low, high = found.interval
+    unit = f" {unit}" if unit else ""
+    if margin is not None and -margin < low and high < margin:
+        return f"no difference above {margin:g}{unit}"
+    if (low > 0 or high < 0) and p_adjusted <= 1.0 - LEVEL + 1e-12:
+        word = "better" if (low > 0) == higher else "worse"
+        ends = (low, high) if low > 0 else (-high, -low)
+        return f"{word} by {abs(found.value):.{digits}f}{unit} ({ends[0]:.{digits}f} to {ends[1]:.{digits}f})"
+    wanted = rows_that_tell(found, margin=margin)
+    if wanted is None:
+        return "too few rows to tell: more trainings (seeds) would tell, rows alone would not"
+    return f"too few rows to tell: about {wanted:,} would, {found.rows:,} are here"
+
+
+def rows_that_tell(found: Difference, *, margin: float | None) -> int | None:
+    """Return how many rows would tell with a chance of `POWER`, if the difference is what it is here.
+
+    They tell once the interval is short enough to exclude 0 or to lie inside the margin, whichever needs fewer. None:
+    the trainings differ too much among themselves for any number of rows.
+    """
+    from scipy.stats import norm
+
+    distance = max(abs(found.value), (margin or 0.0) - abs(found.value))
+    allowed = distance / (norm.ppf((1.0 + LEVEL) / 2.0) + norm.ppf(POWER))
+    room = allowed**2 - max(0.0, found.error**2 - found.row_error**2)
+    if room <= 0.0:
+        return None
+    # Corrections for many comparisons and the errors' own errors can ask for more than there are though this does not.
+    return max(found.rows + 1, math.ceil(found.rows * found.row_error**2 / room))

@@ -1,0 +1,137 @@
+"""`compare` of a run that exists: its scores are those of written grafts, and nothing but its three files is left."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+from rows import write_rows
+from tiny import make_pair, save_model
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from shadow_trl.cli import main
+from shadow_trl.evaluation.exam import Exam
+from shadow_trl.evaluation.likelihood import losses
+from shadow_trl.operations.graft import graft
+
+ASKED = [(f"{at} {word}", kind) for at in range(16) for word, kind in (("a", "target"), ("b", "rule"))]
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bf16 pair, BASE and INSTRUCT after something like training, and data whose answers some of the models give."""
+    root = tmp_path_factory.mktemp("compare")
+    sides = dict(zip(("base", "instruct"), make_pair(root, dtype=torch.bfloat16, gap=0.5), strict=True))
+    for number, (side, tuned) in enumerate((("base", "tuned"), ("instruct", "direct"))):
+        state = AutoModelForCausalLM.from_pretrained(sides[side], dtype=torch.float32).state_dict()
+        torch.manual_seed(7 + number)
+        moved = {name: weight + 0.05 * torch.randn_like(weight) for name, weight in state.items()}
+        moved["lm_head.weight"] = moved["model.embed_tokens.weight"]
+        save_model(root / tuned, moved, template=side == "instruct")
+    tokenizer = AutoTokenizer.from_pretrained(sides["instruct"])
+    model = AutoModelForCausalLM.from_pretrained(root / "tuned", dtype=torch.float32)
+    rows = []
+    for text, kind in ASKED:
+        prompt = [{"role": "user", "content": text}]
+        ids = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_tensors="pt")["input_ids"]
+        answer = tokenizer.decode(model.generate(ids, max_new_tokens=1, do_sample=False)[0, ids.shape[1] :])
+        rows.append({"prompt": prompt, "answer": answer, "kind": kind})
+    write_rows(root / "rows.jsonl", rows)
+    talks = [{"messages": [*row["prompt"], {"role": "assistant", "content": "yes"}]} for row in rows]
+    write_rows(root / "talks.jsonl", talks)
+    said = {name: [{"role": "assistant", "content": name}] for name in ("chosen", "rejected")}
+    write_rows(root / "pairs.jsonl", [{"prompt": row["prompt"], **said} for row in rows])
+    return root
+
+
+MODELS = ["--base", "base", "--instruct", "instruct", "--tuned", "tuned"]
+DATA = ["--rows", "rows.jsonl", "--max-new-tokens", "1"]
+
+
+def test_scores_are_those_of_the_written_grafts(workspace, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(workspace)
+    more = ["--direct", "direct", "--conversations", "talks.jsonl", "--preferences", "pairs.jsonl", "--kept", "rule"]
+    scales = ["--scales", "0.5", "1.5", "--modules", "all", "mlp", "--within", "100"]
+    before = sorted(workspace.rglob("*"))
+    assert main(["compare", *MODELS, *DATA, *more, *scales, "--output", str(tmp_path / "out")]) == 0
+    assert sorted(workspace.rglob("*")) == before
+    assert {path.name for path in tmp_path.iterdir()} == {"out"}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        f"comparison.{kind}" for kind in ("json", "md", "html")
+    }
+    content = json.loads((tmp_path / "out" / "comparison.json").read_text())
+    assert [(one["arm"], one["scale"], one["modules"]) for one in content["arms"][::2]] == [
+        ("instruct", None, None),
+        *((arm, scale, modules) for arm in ("direct", "shadow") for modules in ("all", "mlp") for scale in (0.5, 1.5)),
+    ]
+    tokenizer = AutoTokenizer.from_pretrained("instruct")
+    rows, talks = (
+        [json.loads(line) for line in Path(name).read_text().splitlines()] for name in ("rows.jsonl", "talks.jsonl")
+    )
+    for at, one in enumerate(content["arms"][::2]):
+        folder = Path("instruct")
+        if one["arm"] != "instruct":
+            folder = tmp_path / str(at)
+            start, end = ("base", "tuned") if one["arm"] == "shadow" else ("instruct", "direct")
+            graft(
+                base=start, instruct="instruct", tuned=end, scale=one["scale"], modules=one["modules"], output=folder,
+                dtype="auto" if one["arm"] == "shadow" else "float32", progress=False,
+            )  # fmt: skip
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype="float32").eval()
+        halves = Exam(rows, talks, max_new_tokens=1).halves()
+        for split, found in zip(("validation", "test"), content["arms"][2 * at : 2 * at + 2], strict=True):
+            wanted = halves[split].take(model, tokenizer, [1])
+            for kind in ("target", "rule"):
+                assert found["scores"][kind] == pytest.approx(100 * sum(wanted[kind]) / len(wanted[kind]), abs=1e-12)
+            loss, _ = losses(model, tokenizer, halves[split].conversations)
+            assert found["scores"]["loss"] == pytest.approx(sum(loss) / len(loss), rel=1e-14)  # the same bits
+    losses_found = [one["scores"]["loss"] for one in content["arms"]]
+    assert len(set(losses_found)) == len(losses_found)
+    # The command that it ends with writes the chosen graft.
+    shown = capsys.readouterr().out
+    command = next(line.strip() for line in shown.splitlines() if line.strip().startswith("shadow-trl graft"))
+    assert command in (tmp_path / "out" / "comparison.md").read_text()
+    words = shlex.split(command)[1:]
+    words[-1] = str(tmp_path / "chosen")
+    assert main([*words, "--quiet"]) == 0
+    chosen = content["selected"]["shadow"]
+    options = json.loads((tmp_path / "chosen" / "shadow.json").read_text())["options"]
+    assert (options["scale"], options["modules"]) == (chosen["scale"], chosen["modules"])
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--rows", "nowhere.jsonl"], "cannot read the rows"),
+        ([], "nothing to compare by"),
+        ([*DATA, "--kept", "mood"], "mood"),
+        ([*DATA, "--target", "mood"], "no metric of this comparison: target, rule, mean"),
+        ([*DATA, "--validation-rows", "rows.jsonl"], "32 prompts are in both"),
+        ([*DATA, "--modules", "nowhere"], "no weight that can be grafted"),
+        ([*DATA, "--modules", "all", "("], "not a regular expression"),
+        ([*DATA, "--scales", "inf"], "scale"),
+        ([*DATA, "--direct", "nowhere"], "nowhere"),
+        ([*DATA, "--metric", "json:nothing"], "cannot import the metric"),
+        ([*DATA, "--batch-size", "0"], "at least 1"),
+        ([*DATA, "--margin", "0"], "a margin above 0"),
+        ([*DATA, "--instruct", "base"], "chat template"),
+        ([*DATA, "--output", "base"], "exists"),
+    ],
+)
+def test_bad_input_is_refused_before_a_model_is_measured(workspace, tmp_path, monkeypatch, capsys, options, said):
+    from shadow_trl.evaluation import scales
+
+    monkeypatch.chdir(workspace)
+    monkeypatch.setattr(scales, "load", lambda *_, **__: pytest.fail("a model was loaded"))
+    output = [] if "--output" in options else ["--output", str(tmp_path / "out")]
+    models = [word for word in MODELS if "--instruct" not in options or word not in ("--instruct", "instruct")]
+    before = sorted(workspace.rglob("*"))
+    assert main(["compare", *models, *options, *output]) == 2
+    shown = capsys.readouterr().err
+    assert said in shown
+    assert shown.rstrip().endswith("Nothing was written.")
+    assert not list(tmp_path.iterdir())
+    assert sorted(workspace.rglob("*")) == before
