@@ -182,10 +182,9 @@ class Run:
 
     @property
     def host(self) -> float:
-        """Bytes of a machine: each of its processes loads whole models, a reference beside the policy."""
+        """Bytes of the first machine: one process loads whole models there, and gathers TUNED in fp32."""
         models = 2 if self.trainer == "dpo" else 1
-        loaded = min(self.gpus, PER_MACHINE) * models * self.size * self.model.weights
-        return max(loaded, 4 * self.trained)
+        return max(models * self.size * self.model.weights, 4 * self.trained)
 
     def disk(self) -> dict[str, float]:
         """Bytes of each folder."""
@@ -216,11 +215,14 @@ class Run:
             words.append(f"--model_name_or_path {self.model.base} --instruct_model {self.model.instruct}")
         accumulated = max(1, GLOBAL_BATCH[self.trainer, self.form] // self.gpus)
         words.append(f"--per_device_train_batch_size 1 --gradient_accumulation_steps {accumulated}")
-        if self.gpus > 1:
+        if 1 < self.gpus <= PER_MACHINE:
             words.append(f"--accelerate_config fsdp2 --num_processes {self.gpus}")
-        if self.gpus > PER_MACHINE:
-            machines = self.gpus // PER_MACHINE
-            words.append(f"--num_machines {machines} --machine_rank N --main_process_ip HOST --main_process_port 29500")
+        elif self.gpus > PER_MACHINE:
+            words.append(
+                "--accelerate_config recipes/accelerate/fsdp2_4x8.yaml --machine_rank N --main_process_ip HOST"
+            )
+            if self.gpus != 4 * PER_MACHINE:
+                words.append(f"--num_machines {self.gpus // PER_MACHINE} --num_processes {self.gpus}")
         return " \\\n    ".join(words)
 
 

@@ -17,7 +17,12 @@ import tempfile
 from pathlib import Path
 
 os.environ.update(
-    HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false", TQDM_DISABLE="1"
+    DS_ACCELERATOR="cpu",
+    HF_HUB_OFFLINE="1",
+    HF_DATASETS_OFFLINE="1",
+    OMP_NUM_THREADS="1",
+    TOKENIZERS_PARALLELISM="false",
+    TQDM_DISABLE="1",
 )
 # What is freed is given back at once: else large tensors of many sizes leave holes, which count as resident.
 os.environ.update(MALLOC_MMAP_THRESHOLD_=str(2**20), MALLOC_TRIM_THRESHOLD_=str(2**20))

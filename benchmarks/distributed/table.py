@@ -27,22 +27,19 @@ class Case:
         kind: sft or dpo.
         lora: else full fine-tuning.
         policy: `ref_policy`; "" for SFT.
-        precompute: whether the values of the reference are computed before training.
     """
 
     kind: str
     lora: bool
     policy: str = ""
-    precompute: bool = False
 
     def __str__(self) -> str:
-        words = [self.kind.upper(), "LoRA" if self.lora else "full", self.policy]
-        return ", ".join(word for word in [*words, "in memory" if self.in_memory else ""] if word)
+        return ", ".join(word for word in (self.kind.upper(), "LoRA" if self.lora else "full", self.policy) if word)
 
     @property
-    def in_memory(self) -> bool:
-        """Whether a reference is kept while training."""
-        return self.policy == "instruct" and not self.precompute
+    def precompute(self) -> bool:
+        """Whether the values of the reference are computed before training; those of the policy itself are not."""
+        return self.policy in ("instruct", "grafted")
 
     @property
     def continues(self) -> bool:
@@ -52,9 +49,7 @@ class Case:
 
 CASES = [
     *(Case("sft", lora) for lora in (False, True)),
-    *(Case("dpo", lora, policy) for policy in ("init", "base") for lora in (False, True)),
-    *(Case("dpo", lora, policy, True) for policy in ("instruct", "grafted") for lora in (False, True)),
-    *(Case("dpo", lora, "instruct") for lora in (False, True)),
+    *(Case("dpo", lora, policy) for policy in ("init", "base", "instruct", "grafted") for lora in (False, True)),
 ]
 STEPS, GRAFTED, TRL_DIFFERS = 5, "eval_grafted_", 1e-5
 
@@ -192,7 +187,7 @@ def evaluated(ours: dict[str, Any], one: dict[str, Any]) -> str:
     Figures of which TRL's own, of the model in training, differ as well are left out: TRL weighs some by the tokens
     of a batch of all processes, and those batches are others.
     """
-    found, expected = ours["evaluations"], one["evaluations"]
+    found, expected = ours["evaluated"], one["evaluated"]
 
     def shown(name: str) -> str:
         return difference([entry[name] for entry in found], [entry[name] for entry in expected])

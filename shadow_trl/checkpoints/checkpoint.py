@@ -19,16 +19,18 @@ from .header import CODES, Header, TensorSpec, dtype_of, load_pickled, pickled_s
 from .hub import Source
 from .json_files import is_there, read_json, unreadable
 from .open_files import OpenFiles
+from .pieces import gathered
 from .schemas import AdapterConfig, Index, ModelConfig
+from .shards import read_shards
 
 if TYPE_CHECKING:
     import numpy
     import torch
 
 ADAPTER_CONFIG = "adapter_config.json"
-_SAFE, _SAFE_INDEX = "model.safetensors", "model.safetensors.index.json"
-_BIN, _BIN_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
-_ADAPTER_SAFE, _ADAPTER_BIN = "adapter_model.safetensors", "adapter_model.bin"
+# In the order in which transformers and PEFT look for them.
+_MODEL = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+_ADAPTER = ("adapter_model.safetensors", "adapter_model.bin")
 
 # Tensors that stand beside or instead of a weight in GPTQ, AWQ, bitsandbytes and compressed-tensors checkpoints.
 _PACKED_NAME = re.compile(
@@ -89,8 +91,10 @@ class Checkpoint:
                 points outside the checkpoint.
         """
         name, commit, path, asked = hub.locate(source, revision, weights=weights)
+        home = sharded.home_of(path, (ADAPTER_CONFIG, "config.json"), (*_MODEL, *_ADAPTER))
+        name, path = (name, path) if home == path else (str(home), home)
         is_adapter = is_there(path / ADAPTER_CONFIG)
-        if is_adapter and any(is_there(path / file) for file in (_SAFE, _SAFE_INDEX, _BIN, _BIN_INDEX)):
+        if is_adapter and any(is_there(path / file) for file in _MODEL):
             raise CheckpointError(
                 f"{name} holds both a model and an adapter ({ADAPTER_CONFIG}): it is not clear which one is meant. "
                 "Move one of them to a folder of its own."
@@ -160,16 +164,16 @@ class Checkpoint:
         import torch
 
         spec = self.specs[name]
-        if spec.offset is None:
-            return self._pickled[spec.file][name].reshape(-1)[start:stop]
         if stop == start:
             return torch.empty(0, dtype=spec.dtype)
+        if not spec.in_place:
+            return self._pickled[spec.file][name].reshape(-1)[start:stop]
         return torch.from_numpy(self._bytes(spec, start, stop)).view(spec.dtype)
 
     def array(self, name: str, start: int, stop: int) -> numpy.ndarray:
         """Return what `block` returns as an array in `TensorSpec.numpy_dtype`; no torch for a safetensors file."""
         spec = self.specs[name]
-        if spec.offset is None:
+        if not spec.in_place:
             import torch
 
             block = self.block(name, start, stop)
@@ -185,16 +189,24 @@ class Checkpoint:
         return torch.stack(found) if found else torch.empty(0, columns, dtype=self.specs[name].dtype)
 
     def _bytes(self, spec: TensorSpec, start: int, stop: int) -> numpy.ndarray:
-        assert spec.offset is not None
-        at = spec.offset + start * spec.itemsize
-        return self._open.read(spec.file, at, (stop - start) * spec.itemsize, self.stamps[spec.file])
+        def read(file: Path, offset: int, first: int, last: int) -> numpy.ndarray:
+            size = (last - first) * spec.itemsize
+            return self._open.read(file, offset + first * spec.itemsize, size, self.stamps[file])
+
+        if spec.offset is not None:
+            return read(spec.file, spec.offset, start, stop)
+        return gathered(spec.pieces, spec.itemsize, start, stop, read)
 
     @cached_property
     def _pickled(self) -> dict[Path, dict[str, torch.Tensor]]:
-        kept = {spec.file for spec in self.specs.values() if spec.offset is None}
+        kept = {spec.file for spec in self.specs.values() if not spec.in_place}
         return {path: load_pickled(path) for path in self.files if path in kept}
 
     def _read_headers(self) -> None:
+        whole = any(is_there(self.path / name) for name in self._weight_names())
+        if not whole and (folder := sharded.shards_of(self.path)) is not None:
+            self._read_shards(folder)
+            return
         self.files, self.index = self._weight_files()
         for path in self.files:
             self.stamps[path] = stamp(path)
@@ -216,6 +228,17 @@ class Checkpoint:
         if not self.specs:
             raise CheckpointError(f"{self} has weight files without a tensor. Download or save the model again.")
 
+    def _read_shards(self, folder: Path) -> None:
+        self.specs, self.stamps = read_shards(folder)
+        self.files = list(self.stamps)
+        if not self.specs:
+            raise CheckpointError(f"{self} has shards of no tensor. Copy or save the checkpoint again.")
+        if not self.is_adapter and any(".lora_" in name for name in self.specs):
+            raise CheckpointError(
+                f"{self} holds the shards of an adapter and no {ADAPTER_CONFIG}, which has its scale. Copy that of the "
+                f"run's output folder to {self.path}."
+            )
+
     def _check_index(self, weight_map: dict[str, str]) -> None:
         wrong = [
             f"{name}  {file}"
@@ -229,8 +252,7 @@ class Checkpoint:
             )
 
     def _weight_names(self) -> tuple[str, ...]:
-        # The order in which transformers and PEFT look for them.
-        return (_ADAPTER_SAFE, _ADAPTER_BIN) if self.is_adapter else (_SAFE, _SAFE_INDEX, _BIN, _BIN_INDEX)
+        return _ADAPTER if self.is_adapter else _MODEL
 
     def _weight_files(self) -> tuple[list[Path], str | None]:
         names = self._weight_names()

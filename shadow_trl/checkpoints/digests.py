@@ -10,6 +10,8 @@ from typing import Any
 
 from ..errors import CheckpointError
 from .hub import Source, local_folder
+from .shard_metadata import METADATA
+from .sharded import shards_of
 
 
 def file_digest(path: Source, algorithm: str = "sha256") -> str:
@@ -35,16 +37,19 @@ def file_digest(path: Source, algorithm: str = "sha256") -> str:
         return f"{algorithm}:{hashlib.file_digest(file, known[algorithm]).hexdigest()}"
 
 
-def weight_digests(source: Source, below: str = ".") -> dict[str, str] | None:
+def weight_digests(source: Source, below: str | None = None) -> dict[str, str] | None:
     """Return `{file name: digest}` of the weight files of a local folder, None for a hub id.
 
     Args:
-        source: folder or hub id.
+        source: folder or hub id. Where there are no whole weights, its shards count.
         below: a folder in it whose weight files belong to them. Default: no other.
     """
     folder = local_folder(source)
     if folder is None:
         return None
-    files = {path for place in (folder, folder / below) for path in place.glob("*.safetensors")}
+    files = {*folder.glob("*.safetensors")}
     files = files or {path for name in ("pytorch_model*.bin", "adapter_model.bin") for path in folder.glob(name)}
+    if not files and (shards := shards_of(folder)) is not None:
+        files = {shards / METADATA, *shards.glob("*.distcp")}
+    files |= {*(folder / below).glob("*.safetensors")} if below is not None else set()
     return {str(path.relative_to(folder)): file_digest(path, "xxh3") for path in sorted(files)}

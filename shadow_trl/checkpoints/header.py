@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import sys
 import zipfile
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import CheckpointError, list_names
 from .json_files import parse, unreadable
+from .pieces import Piece
 
 if TYPE_CHECKING:
     import torch
@@ -42,8 +44,9 @@ class TensorSpec:
         code: dtype in the words of safetensors, such as `BF16`.
         shape: its shape; () for a scalar.
         file: the file that holds it.
-        offset: byte of the file at which it begins; None where a .bin file has to be loaded as a whole.
+        offset: byte of the file at which it begins; None where a .bin file has to be loaded as a whole, or for pieces.
         nbytes: bytes that it takes.
+        pieces: what it is stored in, where `file` does not hold all of it. Default: none.
     """
 
     code: str
@@ -51,11 +54,17 @@ class TensorSpec:
     file: Path
     offset: int | None
     nbytes: int
+    pieces: tuple[Piece, ...] = ()
 
     @property
     def numel(self) -> int:
         """Number of elements."""
         return math.prod(self.shape)
+
+    @property
+    def in_place(self) -> bool:
+        """Whether ranges of its elements can be read alone."""
+        return self.offset is not None or bool(self.pieces)
 
     @property
     def itemsize(self) -> int:
@@ -165,8 +174,9 @@ def load_pickled(path: Path, device: str = "cpu") -> dict[str, torch.Tensor]:
     try:
         # Compressed parts could be of any size.
         archive = zipfile.is_zipfile(path)
-        if archive and any(part.compress_type != zipfile.ZIP_STORED for part in zipfile.ZipFile(path).infolist()):
-            raise ValueError("it is compressed, which torch.save does not do")
+        if archive:
+            with zipfile.ZipFile(path) as opened:
+                check_archive(opened)
         content = torch.load(path, map_location=device, weights_only=True, mmap=False)
     except Exception as error:
         raise CheckpointError(
@@ -176,7 +186,7 @@ def load_pickled(path: Path, device: str = "cpu") -> dict[str, torch.Tensor]:
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} is not a dictionary of tensors. Give a safetensors checkpoint.")
     wrong = [
-        f"{name!r}  {what}" for name, value in content.items() if (what := _not_plain(name, value, device, archive))
+        f"{name!r}  {what}" for name, value in content.items() if (what := not_plain(name, value, device, archive))
     ]
     # Views of few numbers can stand for any number of them.
     views = sum(value.nbytes for value in content.values() if not wrong and not value.is_contiguous())
@@ -191,7 +201,16 @@ def load_pickled(path: Path, device: str = "cpu") -> dict[str, torch.Tensor]:
     return {name: tensor.detach() for name, tensor in content.items()}
 
 
-def _not_plain(name: Any, value: Any, device: str, archive: bool) -> str:
+def check_archive(archive: zipfile.ZipFile) -> None:
+    """Raise ValueError if the numbers in what torch.save wrote are not those of memory, byte by byte."""
+    for part in archive.infolist():
+        if part.compress_type != zipfile.ZIP_STORED:
+            raise ValueError("it is compressed, which torch.save does not do")
+        if part.filename.endswith("/byteorder") and archive.read(part) != sys.byteorder.encode():
+            raise ValueError("it was written by a machine with another order of bytes")
+
+
+def not_plain(name: Any, value: Any, device: str, archive: bool) -> str:
     """Return what an entry of a .bin file is, where it is no name with a plain tensor; else ""."""
     import torch
 

@@ -23,6 +23,9 @@ class OpenFiles:
     def __init__(self) -> None:
         self._known: dict[Path, _Descriptor] = {}
 
+    def __reduce__(self) -> tuple[type[OpenFiles], tuple[()]]:
+        return OpenFiles, ()  # another process opens them anew
+
     def read(self, path: Path, offset: int, size: int, expected: tuple[int, ...] | None) -> numpy.ndarray:
         """Return `size` bytes of `path` from `offset` on, (size,) uint8.
 

@@ -3,19 +3,41 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Iterable
 from pathlib import Path
+
+from .json_files import is_there
+from .shard_metadata import METADATA
 
 _THEN = "Then give OUT in its place, with --base-dtype if training loaded BASE in a narrower dtype than its files have."
 
 
+_FOLDER = "pytorch_model_fsdp_0"
+"""Where accelerate saves the shards of a model, in a checkpoint of training."""
+
+
+def shards_of(folder: Path) -> Path | None:
+    """Return the folder of the torch distributed checkpoint that `folder` is or has; None where there is none."""
+    return next((place for place in (folder, folder / _FOLDER) if is_there(place / METADATA)), None)
+
+
+def home_of(folder: Path, configs: Iterable[str], weights: Iterable[str]) -> Path:
+    """Return the folder that shards belong to: that of the checkpoint where `folder` is accelerate's part of one.
+
+    Args:
+        folder: any.
+        configs: names of the files of which a checkpoint has one.
+        weights: names of whole weights, which would be read in the place of the shards.
+    """
+    above = folder.parent
+    is_part = folder.name == _FOLDER and shards_of(folder) is not None
+    own = is_part and any(is_there(folder / name) for name in configs)
+    found = is_part and any(is_there(above / name) for name in configs)
+    return above if found and not own and not any(is_there(above / name) for name in weights) else folder
+
+
 def way_out(folder: Path) -> str | None:
     """Return what the engine's checkpoint in `folder` is and how to convert it; None where there is none."""
-    for shards in (folder, *sorted(folder.glob("pytorch_model_fsdp_*"))):
-        if (shards / ".metadata").is_file() and any(shards.glob("*.distcp")):
-            return (
-                f"the shards of a torch distributed checkpoint, as FSDP saves with SHARDED_STATE_DICT, and no whole "
-                f"weights. Merge them with\n  accelerate merge-weights {_quoted(shards)} OUT\n{_THEN}"
-            )
     if any(folder.glob("global_step*")) and (folder / "zero_to_fp32.py").is_file():
         return (
             "the shards of a DeepSpeed ZeRO checkpoint, and no whole weights. Merge them with\n"

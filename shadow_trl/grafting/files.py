@@ -14,6 +14,8 @@ from ..checkpoints.header import FLOATS, TORCH_NAMES, build_header, nbytes_of
 from .jobs import WeightJob
 
 INDEX = "model.safetensors.index.json"
+_PACKED = 5 * 10**9
+"""Bytes of a file where nothing tells how weights are to be spread over files."""
 
 
 @dataclass
@@ -51,9 +53,13 @@ class OutputFile:
 
 
 def plan_files(jobs: list[WeightJob], instruct: Checkpoint, max_shard_size: int | None) -> list[OutputFile]:
-    """Spread `jobs` over files: as INSTRUCT's, or newly packed into files of at most `max_shard_size` bytes."""
-    if max_shard_size is not None:
-        return _packed(jobs, max_shard_size)
+    """Spread `jobs` over files: as INSTRUCT's, or newly packed into files of at most `max_shard_size` bytes.
+
+    The files of a torch distributed checkpoint hold pieces of weights: then newly packed too.
+    """
+    in_pieces = any(spec.pieces for spec in instruct.specs.values())
+    if max_shard_size is not None or in_pieces:
+        return _packed(jobs, max_shard_size or _PACKED)
     named = {path: _safetensors_name(path.name) for path in instruct.files}
     by_file: dict[Path, list[WeightJob]] = {path: [] for path in instruct.files}
     for job in jobs:

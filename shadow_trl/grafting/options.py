@@ -165,6 +165,10 @@ class GraftOptions:
     untie: bool = _option(False, "let a tied INSTRUCT receive a head of its own", recorded=True, dense_only=True)
     digest: str = _option("sha256", "digest of the inputs, for the manifest", choices=("sha256", "xxh3", "none"))
     stats: bool = _option(True, "measure sigma, realised, noise")
+    processes: int = _option(
+        1, "processes on this machine that share out the files of the result; faster on a parallel file system only",
+        check=partial(_integer, least=1), flags={"type": int, "metavar": "N"},
+    )  # fmt: skip
     base_dtype: str | Sequence[str] | None = _option(
         None, "dtype in which training loaded BASE; left out: what TUNED's run recorded, else that of BASE's files",
         check=_dtypes, flags={"metavar": "|".join(BASE_DTYPES)}, recorded=True,

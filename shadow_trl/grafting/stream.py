@@ -23,6 +23,7 @@ from ..arithmetic.sums import Sums
 from ..checkpoints.header import TORCH_NAMES, dtype_of
 from ..results.shard_writer import ShardWriter
 from ..runtime.threads import run_threads
+from ..runtime.workers import in_workers
 from .files import OutputFile
 from .jobs import LowRank, WeightJob
 from .options import GraftOptions
@@ -116,6 +117,33 @@ def stream(
         for name, sums in found[chunk]:
             outcome.sums.setdefault(name, Sums()).__iadd__(sums)
     return outcome
+
+
+def stream_in_processes(
+    files: Sequence[OutputFile], folder: Path, options: GraftOptions, progress: Callable[[int], None]
+) -> Outcome:
+    """Do what `stream` does, with the files shared out over as many processes as the options say.
+
+    The files and what was measured are the same for every number of processes.
+    """
+    count = min(options.processes, len(files))
+    if count <= 1:
+        return stream(files, folder, options, progress)
+    shares: list[list[OutputFile]] = [[] for _ in range(count)]
+    for file in sorted(files, key=lambda file: file.size, reverse=True):
+        min(shares, key=lambda share: sum(other.size for other in share)).append(file)
+    found = in_workers(_stream_share, [(share, folder, options) for share in shares], progress)
+    # In the order of the files: sums of many weights depend on it.
+    sums = {name: value for one in found for name, value in one.sums.items()}
+    bad = {name: value for one in found for name, value in one.bad.items()}
+    names = [job.name for file in files for job in file.jobs]
+    return Outcome(
+        {name: sums[name] for name in names if name in sums}, {name: bad[name] for name in names if name in bad}
+    )
+
+
+def _stream_share(share: tuple[list[OutputFile], Path, GraftOptions], progress: Callable[[int], None]) -> Outcome:
+    return stream(*share, progress)
 
 
 class _Worker:

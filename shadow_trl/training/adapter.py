@@ -6,6 +6,7 @@ needs no weight of BASE and has an exact adapter form. DoRA starts near BASE: it
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import shutil
@@ -102,6 +103,16 @@ def without_second_start(model: Any) -> Iterator[None]:
         yield
     finally:
         config.init_lora_weights = start
+
+
+def write_configs(folder: Path, model: Any) -> None:
+    """Write what must stand beside the shards of a model, which have no names of their own: its configuration."""
+    if not is_adapted(model):
+        model.config.save_pretrained(folder)
+        return
+    config = copy.deepcopy(model.peft_config[model.active_adapters[0]])
+    config.inference_mode = True  # as PEFT saves it
+    config.save_pretrained(str(folder))
 
 
 def write_start(folder: Path, model: Any, start: dict[str, Tensor] | None, earlier: str | None) -> None:

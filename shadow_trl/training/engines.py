@@ -161,6 +161,12 @@ def lifts_weights(accelerator: Accelerator, model: Any) -> bool:
     return bool(narrow)
 
 
+def in_shards(accelerator: Accelerator) -> bool:
+    """Whether FSDP writes the model of a checkpoint in shards."""
+    plugin = getattr(accelerator.state, "fsdp_plugin", None)
+    return plugin is not None and plugin.state_dict_type is type(plugin.state_dict_type).SHARDED_STATE_DICT
+
+
 @contextmanager
 def whole_weights(accelerator: Accelerator, *, wanted: bool) -> Iterator[None]:
     """Let the engine save whole weights, if `wanted`.

@@ -40,10 +40,19 @@ from .adapter import (
     trained_by_adapter,
     without_reference_adapter,
     without_second_start,
+    write_configs,
     write_start,
 )
 from .config import ShadowArguments
-from .engines import dtype_at_start, gathered, lifts_weights, refuse_engines, refuse_offloaded, whole_weights
+from .engines import (
+    dtype_at_start,
+    gathered,
+    in_shards,
+    lifts_weights,
+    refuse_engines,
+    refuse_offloaded,
+    whole_weights,
+)
 from .evaluation import GraftedEvaluation
 from .loading import bare_model, dtypes_before, load_adapter, reload_converted
 from .origins import Start
@@ -216,10 +225,21 @@ class ShadowMixin(GraftedEvaluation):
         return run_on_main(self.accelerator, write, what="the graft")
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """As in `Trainer`; whole weights where a graft will read them, whatever the engine keeps for itself."""
-        read = self.args.graft and (not _internal_call or self.args.graft_every_save)
-        with whole_weights(self.accelerator, wanted=read):
+        """As in `Trainer`; whole weights where a graft will read them and the engine would leave none, nor shards."""
+        shards = in_shards(self.accelerator) and not self.args.save_only_model
+        read = not _internal_call or (self.args.graft_every_save and not shards)
+        with whole_weights(self.accelerator, wanted=self.args.graft and read):
             super().save_model(output_dir, _internal_call)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        folder = Path(output_dir)
+        if in_shards(self.accelerator):  # which are written with the state of the optimiser, and alone
+            run_on_main(self.accelerator, lambda: self._describe_shards(folder), what="describing a checkpoint")
+
+    def _describe_shards(self, folder: Path) -> None:
+        write_configs(folder, self.model)
+        self._describe(folder)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         super()._save_checkpoint(model, trial)
@@ -259,9 +279,12 @@ class ShadowMixin(GraftedEvaluation):
         with without_reference_adapter(self.model):
             super()._save(output_dir, state_dict)
         if self.args.should_save and state_dict != {}:  # which ZeRO-3 gives where it saves its shards alone
-            folder = Path(output_dir or self.args.output_dir)
-            write_start(folder, self.model, self._adapter_start, self.origins.adapter)
-            write_manifest(folder, {**self._manifest, "weights": weight_digests(folder, START_FOLDER)})
+            self._describe(Path(output_dir or self.args.output_dir))
+
+    def _describe(self, folder: Path) -> None:
+        """Write what tells a graft of the weights in `folder` where their delta starts."""
+        write_start(folder, self.model, self._adapter_start, self.origins.adapter)
+        write_manifest(folder, {**self._manifest, "weights": weight_digests(folder, START_FOLDER)})
 
     @property
     def _grafted_folder(self) -> Path:

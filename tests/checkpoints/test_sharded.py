@@ -8,11 +8,8 @@ import subprocess
 
 import pytest
 import torch
-from accelerate.commands.merge import merge_command, merge_command_parser
 from families import family, tensors
-from torch.distributed import checkpoint as distributed
 
-from shadow_trl import graft
 from shadow_trl.checkpoints.checkpoint import Checkpoint
 from shadow_trl.errors import CheckpointError
 
@@ -25,24 +22,6 @@ def told(folder) -> tuple[str, list[str]]:
     command = re.search(r"with\n  (.*)\nThen give OUT", text)
     assert command is not None, text
     return text, [word.replace("OUT", f"{folder.parent}/OUT") for word in shlex.split(command[1])]
-
-
-@pytest.mark.parametrize("inside", ["", "pytorch_model_fsdp_0"])
-def test_shards_of_torch_are_merged_as_the_error_says(tmp_path, inside):
-    folders = family(tmp_path)
-    base, instruct, tuned = (folders[role] for role in ("base", "instruct", "tuned"))
-    saved = tmp_path / "a run" / "checkpoint-1"
-    distributed.save({"model": tensors(7)}, checkpoint_id=saved / inside, no_dist=True)
-    (saved / "training_args.bin").write_bytes(b"")
-    text, command = told(saved)
-    assert "SHARDED_STATE_DICT" in text
-    assert command[:2] == ["accelerate", "merge-weights"]
-    merge_command(merge_command_parser().parse_args(command[2:]))
-    graft(base=str(base), instruct=str(instruct), tuned=command[3], output=str(tmp_path / "merged"))
-    (tuned / "model.safetensors").unlink()
-    torch.save(tensors(7), tuned / "pytorch_model.bin")
-    graft(base=str(base), instruct=str(instruct), tuned=str(tuned), output=str(tmp_path / "whole"))
-    assert (tmp_path / "merged/model.safetensors").read_bytes() == (tmp_path / "whole/model.safetensors").read_bytes()
 
 
 def test_the_one_file_of_fsdp_is_copied_as_the_error_says(tmp_path):

@@ -156,6 +156,22 @@ def run(
     return seen
 
 
+def save_shards(rank: int, model: str, out: str, name: str) -> None:
+    """Save the model of a folder in shards, as FSDP2 and accelerate do, without training it."""
+    import torch
+    import torch.distributed
+    import torch.distributed.checkpoint as dcp
+    from architectures import model_class
+    from torch.distributed.checkpoint.state_dict import get_model_state_dict
+    from torch.distributed.fsdp import fully_shard
+
+    torch.distributed.init_process_group("gloo")
+    loaded = model_class(name).from_pretrained(model)
+    fully_shard(loaded)
+    dcp.save({"model": get_model_state_dict(loaded)}, checkpoint_id=out)
+    torch.distributed.destroy_process_group()
+
+
 def _trainer(kind: str, plain: bool, instruct: str, args: dict[str, Any], common: dict[str, Any]) -> Any:
     import trl
     from transformers import AutoTokenizer

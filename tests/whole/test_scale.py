@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import importlib.util
+import shlex
 import sys
 from types import ModuleType
 
 import pytest
+from accelerate.commands.launch import _validate_launch_command
 from repository import ROOT
+from trl.cli.accelerate_config import resolve_accelerate_config_argument
+
+from shadow_trl.recipes.launch_options import launch_parser, split_words
+from shadow_trl.recipes.options import parse
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +65,8 @@ def test_a_row_by_hand(script):
     assert full.gathered(4, trains=True) == 2 * (outside + 2 * block) + 2 * (outside + block)
     # 2 x 1024 tokens; 8 key and 32 query heads of width 128.
     assert full.activations() == 2048 * (2 * 4096 * 32 + 16 * 4096 + 4 * 40 * 128 + 8 * 14336)
+    # On the machine the policy and its reference in fp32, as loaded: TUNED in fp32 is less.
+    assert full.host == 2 * 4 * weights
     # Not two: 64.2 GB of state and 5.5 GB gathered leave less than a fifth of 80 GB.
     assert full.gpus == 4
     # Rank 16 on q, k, v, o, gate, up, down: the sum of both sides of each.
@@ -69,3 +77,27 @@ def test_a_row_by_hand(script):
     # Measured: 13.98 s, of which 1.29 to start, for 3 x 2.5 GB read and 2.5 written; here 2 + 2 + 4 + 2 bytes a weight.
     per_gigabyte, moved = (13.98 - 1.29) / 10, 10 * weights / 1e9
     assert full.seconds == pytest.approx(1.29 + per_gigabyte * moved)
+
+
+def test_every_command_asks_for_these_gpus_and_the_rows_of_the_recipe(script, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    rows = {("sft", "full"): 32, ("sft", "lora"): 32, ("dpo", "full"): 128, ("dpo", "lora"): 32}
+    runs = [script.Run(model, trainer, form) for model in script.MODELS for trainer, form in rows]
+    for run in runs:
+        program, trainer, *words = shlex.split(run.command.replace("\\\n", " ").replace("_rank N", "_rank 0"))
+        launch, own = split_words(words)
+        options = parse(trainer, [*own, "--use_cpu", "true", "--bf16", "false"])  # where there are no GPUs
+        assert (program, trainer) == ("shadow-trl", run.trainer)
+        assert run.model.base.split("/")[-1] in options.model.model_name_or_path
+        assert options.training.instruct_model == run.model.instruct
+        processes = 1
+        if launch:
+            resolved = resolve_accelerate_config_argument(launch)
+            args, *_ = _validate_launch_command(launch_parser().parse_args([*resolved, "script.py"]))
+            assert (args.use_fsdp, args.fsdp_version, args.fsdp_cpu_ram_efficient_loading) == (True, 2, True)
+            assert args.num_processes == run.gpus <= 8 * (args.num_machines or 1)
+            processes = args.num_processes
+        settings = options.training
+        step = processes * settings.per_device_train_batch_size * settings.gradient_accumulation_steps
+        assert step == max(processes, rows[run.trainer, run.form])
+        assert processes == run.gpus

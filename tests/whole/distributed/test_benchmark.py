@@ -42,7 +42,7 @@ def test_the_figures_of_the_graft_are_those_that_are_compared(table):
     def seen(loss, entropy, margins, *, plain=1.0):
         figures = {"loss": loss, "entropy": entropy, "margins": margins, "accuracy": plain / 2}
         trained = {"eval_loss": 3.0, "eval_entropy": 1.0, "eval_margins": 1.0, "eval_accuracy": plain}
-        return {"evaluations": [{**trained, **{f"eval_grafted_{name}": figures[name] for name in figures}}]}
+        return {"evaluated": [{**trained, **{f"eval_grafted_{name}": figures[name] for name in figures}}]}
 
     expected = seen(2.0, 4.0, 0.5)
     assert table.evaluated(seen(2.0, 4.0, 0.5), expected) == "0; accuracy 0"

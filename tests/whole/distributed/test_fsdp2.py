@@ -8,6 +8,8 @@ from pathlib import Path
 import engines
 import pytest
 import torch
+from accelerate.utils import merge_fsdp_weights
+from architectures import make_family
 from ranks import in_processes
 from runs import log_probability
 from safetensors.torch import load_file
@@ -37,7 +39,8 @@ def check_graft(pair, tuned: Path, grafted: Path, folder: Path) -> None:
 @pytest.mark.parametrize("kind", ["sft", "dpo"])
 def test_tuned_is_that_of_trl_and_the_graft_is_of_that_folder(pair, tmp_path, kind, lora):
     changes = {"precompute_ref_log_probs": True} if kind == "dpo" else {}
-    seen = run(pair, tmp_path / "ours", kind, lora=lora, fsdp=SHARDED, **changes)
+    saves = {"save_strategy": "steps", "save_steps": 2, "graft_every_save": True}
+    seen = run(pair, tmp_path / "ours", kind, lora=lora, fsdp=SHARDED, **changes, **saves)
     whole = {"state_dict_type": "FULL_STATE_DICT"}
     if kind == "dpo":
         # TRL alone cannot compute the values of data in memory in several processes.
@@ -47,6 +50,25 @@ def test_tuned_is_that_of_trl_and_the_graft_is_of_that_folder(pair, tmp_path, ki
     assert engines.weights(tmp_path / "ours") == engines.weights(tmp_path / "plain")
     assert (seen["losses"], seen["references"]) == (plain["losses"], plain["references"])
     check_graft(pair, tmp_path / "ours", tmp_path / "ours/grafted", tmp_path / "again")
+    # Of a checkpoint there are shards only, which are grafted without being gathered.
+    (last,) = (tmp_path / "ours").glob("checkpoint-*")
+    assert not list(last.glob("*.safetensors"))
+    assert engines.weights(last / "shadow/grafted") == engines.weights(tmp_path / "ours/grafted")
+    check_graft(pair, last / "pytorch_model_fsdp_0", last / "shadow/grafted", tmp_path / "by its shards")
+
+
+@pytest.mark.parametrize("name", ["qwen3", "llama", "qwen3_moe", "gemma3"])
+def test_shards_of_any_architecture_are_grafted_as_their_merged_folder(tmp_path, name):
+    """Tied, untied, with fused experts, and a multimodal model: by their names in memory."""
+    folder = make_family(tmp_path / "family", name)
+    pair = {role: str(folder / role) for role in ("base", "instruct")}
+    ends = in_processes(engines.save_shards, str(folder / "tuned"), str(tmp_path / "shards"), name)
+    assert [end.error for end in ends] == ["", ""]
+    assert len(list((tmp_path / "shards").glob("*.distcp"))) == 2
+    merge_fsdp_weights(str(tmp_path / "shards"), str(tmp_path / "merged"))
+    for source in ("shards", "merged"):
+        graft(**pair, tuned=str(tmp_path / source), output=str(tmp_path / f"of {source}"))
+    assert engines.weights(tmp_path / "of shards") == engines.weights(tmp_path / "of merged") != {}
 
 
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
