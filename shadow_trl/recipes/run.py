@@ -15,7 +15,6 @@ import torch
 from accelerate import PartialState
 from accelerate.state import AcceleratorState
 from jinja2 import TemplateError
-from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 from trl import DPOTrainer, SFTTrainer, get_peft_config, get_quantization_config
 
 from ..checkpoints.hub import locate
@@ -27,7 +26,7 @@ from ..results.written import tells_what_is_written
 from ..runtime import endings
 from ..runtime.machine import lack
 from ..runtime.processes import check_known, run_on_main, say
-from ..training.engines import forget
+from ..training.engines import forget, load_for, whole_weights
 from ..training.origins import Origins, require_instruct
 from ..training.preflight import GRAFTED_FOLDER, refuse_unsupported
 from ..training.resuming import checkpoint_of
@@ -99,8 +98,6 @@ def prepare(options: Options) -> list[dict[str, Any]] | None:
     """Check the options of the training, set the threads of PyTorch, and return the rows to score, if there are any."""
     recipe, training = options.recipe, options.training
     check_known(PartialState())
-    # Until its trainer is built: what is loaded before is whole.
-    unset_hf_deepspeed_config()
     _check_precision(training)
     try:
         of_model = get_quantization_config(options.model), get_peft_config(options.model)
@@ -168,7 +165,7 @@ def train_stage(
         with timed(seconds, "train and graft"):
             trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
         if not training.graft:
-            trainer.save_model()
+            _save(trainer)
         precomputed = bool(getattr(trainer.args, "precompute_ref_log_probs", False))
         _free(trainer)
     if compare:
@@ -217,7 +214,7 @@ def _train_direct(kind: str, options: Options, origins: Origins, args: Any, data
     with _engine_of_its_own(args):
         trainer = _trainer(TRAINERS[kind][1], instruct.source, args, options, data)
         trainer.train()
-        trainer.save_model()
+        _save(trainer)
         _free(trainer)
 
 
@@ -284,32 +281,30 @@ def _trainer(trainer_class: Any, model: str | None, args: Any, options: Options,
 
 @contextmanager
 def _engine_of_its_own(training: Any) -> Iterator[None]:
-    """Let the trainer in the block set precision and engine, which accelerate and transformers have once for a process.
-
-    The arguments of both stages are made before the first begins, and those made last would be the engine's of both.
-    """
+    """Let the trainer in the block set the precision and the engine, which accelerate has once for a process."""
+    load_for(training)
     state = PartialState()
     before = state.distributed_type
-    if training.deepspeed:
-        set_hf_deepspeed_config(training.hf_deepspeed_config)
-    elif training.deepspeed_plugin is not None:
-        training.deepspeed_plugin.set_deepspeed_weakref()
     try:
         yield
     finally:
+        load_for(None)
         AcceleratorState._reset_state()
         state.distributed_type = before
-        unset_hf_deepspeed_config()
+
+
+def _save(trainer: Any) -> None:
+    """Save the model whole, whatever the engine keeps for itself: it is loaded again to be scored."""
+    with whole_weights(trainer.accelerator, wanted=True):
+        trainer.save_model()
 
 
 def _free(trainer: Any) -> None:
     """Release what a trainer and its accelerator hold: models, optimizer states, buffers."""
-    engine = getattr(trainer.accelerator, "deepspeed_engine_wrapped", None)
-    if engine is not None:
-        forget(engine.engine)
-        trainer.accelerator.deepspeed_engine_wrapped = None
-    del engine
+    engine = trainer.deepspeed
     trainer.accelerator.free_memory()
+    if engine is not None:
+        forget(engine)
     # All of it: the model is also in the handler of the callbacks, the optimizer in the scheduler.
     vars(trainer).clear()
     gc.collect()

@@ -12,7 +12,6 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from accelerate.utils import ParallelismConfig, parse_flag_from_env
-from torch import nn
 
 from ..errors import ConfigError, list_names
 
@@ -51,6 +50,15 @@ def refuse_engines(config: Any, model: Any) -> None:
             "device_map puts weights on the disk, where they are not trained: the graft would have none of their "
             f"delta. Leave device_map out. {_FSDP2}."
         )
+
+
+def load_for(config: Any | None) -> None:
+    """Let models be loaded for the engine of `config`, whole for None: transformers asks the last config instead."""
+    from transformers.integrations import unset_hf_deepspeed_config
+
+    unset_hf_deepspeed_config()
+    if config is not None and config.deepspeed_plugin is not None:
+        config.deepspeed_plugin.set_deepspeed_weakref()
 
 
 def uses_fsdp(config: Any) -> bool:
@@ -230,15 +238,13 @@ def uses_deepspeed(accelerator: Accelerator) -> bool:
 
 
 def forget(engine: Any) -> None:
-    """Free what an engine of DeepSpeed holds: ZeRO-3 keeps the model for good, in caches, whose hooks keep the rest."""
-    engine.destroy()
-    weights, modules = list(engine.module.parameters()), list(engine.module.modules())
-    for weight in weights:
-        weight.data = weight.new_empty(0)
-        vars(weight).clear()
-    for module in modules:
-        vars(module).clear()
-        nn.Module.__init__(module)
+    """Free weights and optimizer of a destroyed engine of DeepSpeed: ZeRO-3 keeps both in a cache that never ends."""
+    for parameter in engine.module.parameters():
+        for tensor in (parameter, getattr(parameter, "ds_tensor", parameter)):
+            tensor.data = tensor.new_empty(0)
+    for holder in (engine.optimizer, engine):
+        if holder is not None:
+            vars(holder).clear()
 
 
 def _parallelism(config: Any) -> ParallelismConfig | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -17,7 +16,6 @@ from repository import ROOT
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
-DEEPSPEED = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed")
 ACCELERATE = [sys.executable, "-m", "accelerate.commands.launch"]
 TWO = {"distributed_type": "MULTI_GPU", "num_processes": 2, "num_machines": 1, "mixed_precision": "no"}
 
@@ -42,10 +40,7 @@ WORDS = ["--sft.learning_rate", "1e-2", "--dpo.learning_rate", "1e-3", "--sft.pe
 WORDS += ["--dpo.per_device_train_batch_size", "1", "--dpo.gradient_accumulation_steps", "2", "--dpo.bf16", "true"]
 
 
-@pytest.mark.parametrize(
-    ("engine", "kind"),
-    [("ddp", "MULTI_CPU"), ("fsdp2", "FSDP"), pytest.param("zero3", "DEEPSPEED", marks=[pytest.mark.zero, DEEPSPEED])],
-)
+@pytest.mark.parametrize(("engine", "kind"), [("ddp", "MULTI_CPU"), ("fsdp2", "FSDP")])
 def test_both_stages_in_one_launch_are_those_of_two(workspace: Path, engine: str, kind: str) -> None:
     """Weights bit for bit, so nothing of the first stage's settings stays; nor does its memory."""
 
