@@ -303,12 +303,10 @@ def _save(trainer: Any) -> None:
 
 def _free(trainer: Any) -> None:
     """Release what a trainer and its accelerator hold: models, optimizer states, buffers."""
-    engine = getattr(trainer.accelerator, "deepspeed_engine_wrapped", None)
-    if engine is not None:
-        forget(engine.engine)
-        trainer.accelerator.deepspeed_engine_wrapped = None
-    del engine
+    engine = trainer.deepspeed
     trainer.accelerator.free_memory()
+    if engine is not None:
+        forget(engine)
     # All of it: the model is also in the handler of the callbacks, the optimizer in the scheduler.
     vars(trainer).clear()
     gc.collect()

@@ -12,7 +12,6 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from accelerate.utils import ParallelismConfig, parse_flag_from_env
-from torch import nn
 
 from ..errors import ConfigError, list_names
 
@@ -239,15 +238,13 @@ def uses_deepspeed(accelerator: Accelerator) -> bool:
 
 
 def forget(engine: Any) -> None:
-    """Free what an engine of DeepSpeed holds: ZeRO-3 keeps the model for good, in caches, whose hooks keep the rest."""
-    engine.destroy()
-    weights, modules = list(engine.module.parameters()), list(engine.module.modules())
-    for weight in weights:
-        weight.data = weight.new_empty(0)
-        vars(weight).clear()
-    for module in modules:
-        vars(module).clear()
-        nn.Module.__init__(module)
+    """Free weights and optimizer of a destroyed engine of DeepSpeed: ZeRO-3 keeps both in a cache that never ends."""
+    for parameter in engine.module.parameters():
+        for tensor in (parameter, getattr(parameter, "ds_tensor", parameter)):
+            tensor.data = tensor.new_empty(0)
+    for holder in (engine.optimizer, engine):
+        if holder is not None:
+            vars(holder).clear()
 
 
 def _parallelism(config: Any) -> ParallelismConfig | None:

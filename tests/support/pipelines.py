@@ -48,11 +48,10 @@ def run(rank: int, engine: str, folder: str, *words: str) -> dict[str, Any]:
     datasets.config.HF_DATASETS_CACHE = Path(folder, "cache")
     if engine in ("fsdp2", "zero3"):
         engines.on_the_cpu()
+        if engine == "zero3":
+            engines.deepspeed_on_the_cpu()
         os.environ.update(engines.LAUNCHED if engine == "fsdp2" else engines.LAUNCHED_ZERO3)
         words = (*words, "--use_cpu", "false")
-    if engine == "zero3":
-        os.environ["DS_ACCELERATOR"] = "cpu"
-        engines.deepspeed_on_the_cpu()
     seen: dict[str, Any] = {"stages": [], "before": []}
     made = recipes._trainer
 
