@@ -132,11 +132,14 @@ def _add_compare(parser: argparse.ArgumentParser) -> None:
         "Measure INSTRUCT, the graft of TUNED and INSTRUCT tuned directly at several scales, without training; choose "
         "on half of the prompts and test on the others. DIR gets comparison.json, comparison.md and comparison.html."
     )
+    parser.add_argument(
+        "--config", metavar="FILE.yaml", help="train the arms that it names first; takes --output alone"
+    )
     models = parser.add_argument_group("models")
     add = models.add_argument
     add("--base", metavar="B", help="BASE, before training; an adapter names it itself")
-    add("--instruct", metavar="I", required=True, help="INSTRUCT")
-    add("--tuned", metavar="T", required=True, help="BASE after training")
+    add("--instruct", metavar="I", help="INSTRUCT")
+    add("--tuned", metavar="T", help="BASE after training")
     add("--direct", metavar="D", help="INSTRUCT after the same training")
     scales = (0.25, 0.5, 0.75, 1.0, 1.25)
     shown = " ".join(f"{scale:g}" for scale in scales)
@@ -163,6 +166,22 @@ def _add_compare(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=_compare)
 
 
+def _compare_arms(options: argparse.Namespace) -> int:
+    given = {"config", "output", "quiet", "run", "command"}
+    parser = _parser()
+    plain = vars(parser.parse_args(["compare", "--config", options.config, "--output", options.output]))
+    if beside := [name for name, value in vars(options).items() if name not in given and value != plain[name]]:
+        words = ", ".join(f"--{name.replace('_', '-')}" for name in beside)
+        raise ConfigError(f"{words} beside --config: these are keys of the file.")
+    from .evaluation.comparison_report import summary
+    from .recipes.arms import compare_arms
+
+    found = compare_arms(Path(options.config), options.output, progress=not options.quiet)
+    if not options.quiet:
+        print(summary(found))
+    return 0
+
+
 def _add_choice(add: Callable[..., Any]) -> None:
     add("--target", metavar="METRIC", help="to be high (default: target where there is one, else the first)")
     add("--keep", metavar="METRIC", help="must not get worse than INSTRUCT's (default: kept where there is one)")
@@ -173,6 +192,12 @@ def _add_choice(add: Callable[..., Any]) -> None:
 
 def _compare(options: argparse.Namespace) -> int:
     from .evaluation.comparison_report import summary
+
+    if options.config is not None:
+        return _compare_arms(options)
+    for name in ("instruct", "tuned"):
+        if getattr(options, name) is None:
+            raise ConfigError(f"--{name} is missing (or --config, to train the arms first).")
     from .evaluation.scales import Data, Sources, compare_scales, graft_command
 
     sources = Sources(options.instruct, options.tuned, options.base, options.direct)

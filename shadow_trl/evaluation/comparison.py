@@ -27,6 +27,7 @@ class Settings:
         scale: multiplier of what training changed.
         modules: weights that receive the delta.
         ref_policy: of DPO.
+        instruct_scale: multiplier of INSTRUCT, where it is not 1.
     """
 
     arm: str
@@ -34,12 +35,14 @@ class Settings:
     scale: float | None = None
     modules: str | None = None
     ref_policy: str | None = None
+    instruct_scale: float | None = None
 
     def words(self) -> str:
         """Return the settings beside the arm, as a table shows them."""
         said = [f"rate {self.learning_rate:g}"] if self.learning_rate is not None else []
         said += [f"scale {self.scale:g}"] if self.scale is not None else []
         said += [self.modules] if self.modules is not None and self.modules != "all" else []
+        said += [f"instruct scale {self.instruct_scale:g}"] if self.instruct_scale is not None else []
         said += [f"reference {self.ref_policy}"] if self.ref_policy is not None else []
         return ", ".join(said)
 

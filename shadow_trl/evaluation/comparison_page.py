@@ -95,7 +95,7 @@ def _panel(comparison: Comparison, rate: float | None) -> str:
     drawn = _grid(across, up, target.name + (", %" if target.share else ""), keep.name + (", %" if keep.share else ""))
     labels: list[str] = []
     taken: list[tuple[float, float, float]] = []
-    for (arm, *_), line in groupby(shown, key=lambda one: (one.arm, one.modules, one.ref_policy)):
+    for (arm, *_), line in groupby(shown, key=lambda one: (one.arm, one.modules, one.ref_policy, one.instruct_scale)):
         along = sorted(line, key=lambda one: one.scale or 0.0)
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y in map(place, along))
         drawn.append(f'<polyline points="{path}" fill="none" stroke="{_MARKS[arm][0]}" stroke-width="2"/>')

@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..results.folder import whole_file
 from .comparison import Comparison, Settings
 from .comparison_page import page
 
@@ -21,12 +22,14 @@ ARMS = {
 
 def write_comparison(comparison: Comparison, folder: Path, *, command: str | None = None) -> None:
     """Write the three files into `folder`; `command` writes the chosen graft."""
-    (folder / "comparison.json").write_text(
-        json.dumps(comparison.to_dict(), indent=2, allow_nan=False) + "\n", encoding="utf-8"
-    )
-    (folder / "comparison.md").write_text(markdown(comparison, command), encoding="utf-8")
-    html = page(comparison, titles=ARMS, command=command)
-    (folder / "comparison.html").write_text(html, encoding="utf-8")
+    texts = {
+        "json": json.dumps(comparison.to_dict(), indent=2, allow_nan=False) + "\n",
+        "md": markdown(comparison, command),
+        "html": page(comparison, titles=ARMS, command=command),
+    }
+    for kind, text in texts.items():
+        with whole_file(folder / f"comparison.{kind}") as new:
+            new.write_text(text, encoding="utf-8")
 
 
 def markdown(comparison: Comparison, command: str | None = None) -> str:

@@ -154,7 +154,7 @@ def compare_scales(
     exams = data.exams()
     metrics = exams["test"].metrics
     chosen = choose_target(metrics, target, keep)
-    tried = _tried(scales, modules, graft_dtype)
+    tried = tried_with(scales, modules, graft_dtype)
     if not (within >= 0.0 and margin > 0.0):
         raise ConfigError("a comparison needs `within` of at least 0 and a margin above 0.")
     state = PartialState()
@@ -162,14 +162,14 @@ def compare_scales(
         raise ConfigError(f"compare works in one process, and {state.num_processes} were started. Start one.")
     tokenizer, ends = tokenizer_and_ends(sources.instruct)
     with ExitStack() as opened, OutputFolder(folder) as place:
-        plan = _plan(sources, tried, folder, opened)
-        warnings = _checked(plan, folder, scales[0])
-        measure = partial(_measure, exams=exams, sources=sources, tokenizer=tokenizer, ends=ends, dtype=dtype)
+        plan = steps_of(sources, tried, folder, opened)
+        warnings = check_all(plan, folder, scales[0])
+        take = partial(measure, exams=exams, tokenizer=tokenizer, ends=ends, dtype=dtype)
         models = []
         for number, step in enumerate(plan, start=1):
             if progress:
                 say(f"{number} of {len(plan)}: {' '.join([step.settings.arm, step.settings.words()]).strip()}")
-            models.append(measure(step, device=device or state.device))
+            models.append(take(step, device=device or state.device))
         notes = [*_notes(sources, data, exams), *(f"Warning: {warning}" for warning in warnings)]
         comparison = Comparison(models, metrics, *chosen, within=within, margin=margin, notes=notes)
         write_comparison(comparison, place.part, command=graft_command(comparison, sources, graft_dtype))
@@ -177,15 +177,18 @@ def compare_scales(
     return comparison
 
 
-class _Step(NamedTuple):
+class Step(NamedTuple):
     """One model to make and to measure; without `grafts` it is INSTRUCT."""
 
     settings: Settings
     grafts: OpenGrafts | None = None
     options: GraftOptions = GraftOptions()
+    instruct: Source = ""
+    pair: str = PAIR
+    seed: int | None = None
 
 
-def _tried(scales: Sequence[float], modules: Sequence[str], dtype: str) -> list[tuple[Settings, GraftOptions]]:
+def tried_with(scales: Sequence[float], modules: Sequence[str], dtype: str) -> list[tuple[Settings, GraftOptions]]:
     """Return what is tried with each tuned model, checked."""
     if not scales or not modules:
         raise ConfigError("a comparison needs at least one scale and one choice of modules.")
@@ -199,22 +202,26 @@ def _tried(scales: Sequence[float], modules: Sequence[str], dtype: str) -> list[
     ]
 
 
-def _plan(
+def steps_of(
     sources: Sources, tried: Sequence[tuple[Settings, GraftOptions]], folder: Path, opened: ExitStack
-) -> list[_Step]:
-    """Open the models; return all steps, INSTRUCT first."""
-    plan, instruct = [_Step(Settings("instruct"))], sources.instruct
+) -> list[Step]:
+    """Open the models beside `folder` for as long as `opened`; return all steps, INSTRUCT first."""
+    plan, instruct = [Step(Settings("instruct"), instruct=sources.instruct)], sources.instruct
     if sources.direct is not None:
         grafts = opened.enter_context(
             open_grafts(base=instruct, instruct=instruct, tuned=sources.direct, beside=folder)
         )
         # What direct tuning wrote, in fp32: rounding it to INSTRUCT's dtype is no part of it.
-        plan += [_Step(replace(one, arm="direct"), grafts, replace(how, dtype="float32")) for one, how in tried]
+        plan += [
+            Step(replace(one, arm="direct"), grafts, replace(how, dtype="float32"))
+            for one, how in tried
+            if one.arm == "shadow"
+        ]
     grafts = opened.enter_context(open_grafts(base=sources.base, instruct=instruct, tuned=sources.tuned, beside=folder))
-    return [*plan, *(_Step(one, grafts, how) for one, how in tried)]
+    return [*plan, *(Step(one, grafts, how) for one, how in tried)]
 
 
-def _checked(plan: Sequence[_Step], folder: Path, scale: float) -> list[str]:
+def check_all(plan: Sequence[Step], folder: Path, scale: float) -> list[str]:
     """Check every graft of one scale, since the others differ in nothing that can be wrong; return the warnings."""
     warnings: dict[str, None] = {}
     for step in plan:
@@ -226,12 +233,12 @@ def _checked(plan: Sequence[_Step], folder: Path, scale: float) -> list[str]:
     return list(warnings)
 
 
-def _measure(
-    step: _Step, *, exams: dict[str, Exam], sources: Sources, tokenizer: Any, ends: list[int], dtype: str, device: Any
+def measure(
+    step: Step, *, exams: dict[str, Exam], tokenizer: Any, ends: list[int], dtype: str, device: Any
 ) -> Measured:
     """Make and measure a model; only one is in memory at a time."""
     started = time.perf_counter()
-    source = sources.instruct if step.grafts is None else step.grafts.graft(step.options)
+    source = step.instruct if step.grafts is None else step.grafts.graft(step.options)
     model = load(source, dtype=dtype, device=device)
     del source
     made = time.perf_counter()
@@ -239,19 +246,24 @@ def _measure(
     del model
     gc.collect()
     seconds = {"make": round(made - started, 2), "score": round(time.perf_counter() - made, 2)}
-    return Measured(step.settings, values, PAIR, seconds=seconds)
+    return Measured(step.settings, values, step.pair, step.seed, seconds)
 
 
 def _notes(sources: Sources, data: Data, exams: dict[str, Exam]) -> list[str]:
-    sizes = {name: len(exam.rows) + len(exam.conversations) + len(exam.pairs) for name, exam in exams.items()}
-    how = "Half of the prompts, chosen by their digests," if data.validation_rows is None else "The validation rows"
     notes = [
-        f"{how} chose the settings ({sizes['validation']:,} rows); the other {sizes['test']:,} rows are the test.",
+        note_of_halves(data, exams),
         "One training: the intervals are over rows alone. Another seed may train another model.",
     ]
     if sources.direct is None:
         notes.append("INSTRUCT tuned directly was not compared: --direct names it.")
     return notes
+
+
+def note_of_halves(data: Data, exams: dict[str, Exam]) -> str:
+    """Say which rows chose the settings and which are the test."""
+    sizes = {name: len(exam.rows) + len(exam.conversations) + len(exam.pairs) for name, exam in exams.items()}
+    how = "Half of the prompts, chosen by their digests," if data.validation_rows is None else "The validation rows"
+    return f"{how} chose the settings ({sizes['validation']:,} rows); the other {sizes['test']:,} rows are the test."
 
 
 def graft_command(comparison: Comparison, sources: Sources, graft_dtype: str = "auto") -> str | None:

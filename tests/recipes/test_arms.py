@@ -1,0 +1,115 @@
+"""`compare --config` on tiny models: what is trained, what shares it, and that an interruption changes nothing."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+from rows import SETTINGS, write_rows
+from tiny import preference_data
+
+from shadow_trl.cli import main
+from shadow_trl.recipes import arms
+
+DESIGN = {
+    "recipe": "dpo", "config": "dpo.yaml", "rows": "rows.jsonl", "max_new_tokens": 1, "scales": [0.5, 1.0],
+    "seeds": [3, 4], "ref_policies": ["init", "instruct"], "instruct_scales": [0.9], "within": 100.0,
+}  # fmt: skip
+
+
+@pytest.fixture
+def workspace(tmp_path: Path, pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    for name, folder in zip(("base", "instruct"), pair, strict=True):
+        (tmp_path / name).symlink_to(folder)
+    write_rows(tmp_path / "dpo.jsonl", list(preference_data()))
+    models = {"model_name_or_path": "base", "instruct_model": "instruct"}
+    (tmp_path / "dpo.yaml").write_text(yaml.safe_dump({**models, "dataset_name": "dpo.jsonl", **SETTINGS}))
+    (tmp_path / "compare.yaml").write_text(yaml.safe_dump(DESIGN))
+    rows = [{"prompt": [{"role": "user", "content": f"{at}"}], "answer": "a", "kind": "target"} for at in range(16)]
+    write_rows(tmp_path / "rows.jsonl", rows)
+    return tmp_path
+
+
+def without_seconds(folder: str) -> dict:
+    content = json.loads(Path(folder, "comparison.json").read_text())
+    return {**content, "arms": [{**arm, "seconds": None} for arm in content["arms"]]}
+
+
+@pytest.mark.slow
+def test_an_interrupted_comparison_resumes_and_equals_an_undisturbed_one(workspace, monkeypatch):
+    trained: list[tuple[str, bool]] = []
+    train_stage = arms.train_stage
+
+    def counted(kind, options, data, **more):
+        name = Path(options.training.output_dir).name
+        if name == "pair_0.001_4_init" and dying:
+            train_stage(kind, options, data, **more)
+            raise KeyboardInterrupt
+        trained.append((name, options.recipe.compare_direct))
+        return train_stage(kind, options, data, **more)
+
+    monkeypatch.setattr(arms, "train_stage", counted)
+    dying = True
+    command = ["compare", "--config", "compare.yaml", "--output"]
+    assert main([*command, "cut"]) == 130
+    assert trained == [("pair_0.001_3_init", True), ("pair_0.001_3_instruct", False)]
+    assert not Path("cut/comparison.json").exists()
+    dying = False
+    assert main([*command, "cut"]) == 0
+    assert trained[2:] == [("pair_0.001_4_init", True), ("pair_0.001_4_instruct", False)]
+    assert main([*command, "cut"]) == 0  # nothing is trained again
+    assert len(trained) == 4
+    assert main([*command, "whole"]) == 0
+    assert len(trained) == 8
+    assert without_seconds("cut") == without_seconds("whole")
+
+    shown = [arm for arm in without_seconds("whole")["arms"] if arm["split"] == "test"]
+    found = {(arm["arm"], arm["ref_policy"], arm["scale"], arm["instruct_scale"], arm["seed"]) for arm in shown}
+    assert len(found) == len(shown)
+    assert found == {("instruct", None, None, None, None)} | {
+        (arm, policy, scale, other, seed)
+        for arm, policies, other in (("direct", [None], None), ("shadow", ["init", "instruct"], None),
+                                     ("re-adapt", ["init", "instruct"], 0.9))
+        for policy in policies for scale in (0.5, 1.0) for seed in (3, 4)
+    }  # fmt: skip
+
+    changed = {**yaml.safe_load(Path("dpo.yaml").read_text()), "beta": 0.5}
+    Path("dpo.yaml").write_text(yaml.safe_dump(changed))
+    assert main([*command, "cut"]) == 2
+    assert len(trained) == 8
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"rate": [1e-4]}, "rate: there is no such key"),
+        ({"recipe": "grpo"}, "'grpo' is neither sft nor dpo"),
+        ({"seeds": 3}, "seeds: 3 is no list"),
+        ({"learning_rates": ["1e-4"]}, "write 1.0e-4"),
+        ({"pairs": {"a": ["base"]}}, "a is not [BASE, INSTRUCT]"),
+        ({"pairs": {"a": ["base", "nowhere"]}}, "nowhere"),
+        ({"ref_policies": ["best"]}, "best"),
+        ({"scales": []}, "at least one scale"),
+        ({"kept": ["mood"]}, "mood"),
+        ({"config": "nowhere.yaml"}, "nowhere.yaml"),
+        ({"margin": 0.0}, "margin not above 0"),
+    ],
+)
+def test_bad_input_is_refused_before_the_first_training(workspace, monkeypatch, capsys, change, said):
+    monkeypatch.setattr(arms, "train_stage", lambda *_, **__: pytest.fail("a training began"))
+    (workspace / "compare.yaml").write_text(yaml.safe_dump({**DESIGN, **change}))
+    assert main(["compare", "--config", "compare.yaml", "--output", "out"]) == 2
+    shown = capsys.readouterr().err
+    assert said in shown
+    assert shown.rstrip().endswith("Nothing was written.")
+    assert not (workspace / "out").exists()
+
+
+def test_options_beside_the_file_are_refused(workspace, capsys):
+    assert main(["compare", "--config", "compare.yaml", "--output", "out", "--margin", "3"]) == 2
+    assert "--margin beside --config" in capsys.readouterr().err
+    assert main(["compare", "--output", "out", "--instruct", "instruct"]) == 2
+    assert "--tuned is missing" in capsys.readouterr().err
