@@ -185,7 +185,7 @@ def _line(comparison: Comparison, settings: Settings, titles: Mapping[str, str])
 
 
 def _scores(comparison: Comparison, titles: Mapping[str, str]) -> str:
-    rows, heads = [], ["arm", "settings", *_heads(comparison), "make, s", "score, s"]
+    rows, heads = [], ["arm", "settings", *_heads(comparison), "train and make, s", "score, s"]
     for settings, models in comparison.groups.items():
         costs = [
             sum(seconds for model in models for kind, seconds in model.seconds.items() if (kind == "score") == scoring)

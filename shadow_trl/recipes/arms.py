@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -112,6 +113,8 @@ class Design:
         for name, pair in self.pairs.items():
             if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(side, str) for side in pair):
                 faults.append(f"pairs: {name} is not [BASE, INSTRUCT]")
+            if not re.fullmatch(r"\w[\w.-]*", str(name)):
+                faults.append(f"pairs: {name!r} is no name of a folder (letters, digits, dots, hyphens)")
         for name in ("learning_rates", "scales", "instruct_scales"):
             if not all(isinstance(one, (int, float)) and not isinstance(one, bool) for one in getattr(self, name)):
                 faults.append(f"{name}: not all are numbers (write 1.0e-4, which YAML reads as a number)")
@@ -119,10 +122,9 @@ class Design:
             faults.append("seeds: not all are whole numbers")
         if self.score_dtype not in DTYPES:
             faults.append(f"score_dtype: {self.score_dtype!r} is none of {', '.join(DTYPES)}")
-        return [
-            *faults,
-            *([] if self.within >= 0.0 and self.margin > 0.0 else ["within below 0, or margin not above 0"]),
-        ]
+        if not (self.within >= 0.0 and self.margin > 0.0):
+            faults.append("within is below 0, or margin not above 0")
+        return faults
 
     @property
     def data(self) -> Data:
@@ -138,7 +140,9 @@ class Design:
         own = parse_values(self.recipe, [], values, Path(self.config))
         pairs = self.pairs or {PAIR: [str(own.model.model_name_or_path), str(own.training.instruct_model)]}
         cases = itertools.product(
-            pairs.items(), self.learning_rates or [own.training.learning_rate], self.seeds or [own.training.seed]
+            pairs.items(),
+            dict.fromkeys(map(float, self.learning_rates or [own.training.learning_rate])),
+            dict.fromkeys(self.seeds or [own.training.seed]),
         )
         policies: list[str | None] = list(dict.fromkeys(self.ref_policies)) or [
             getattr(own.training, "ref_policy", None)
@@ -146,12 +150,12 @@ class Design:
         for (pair, (base, instruct)), rate, seed in cases:
             for policy in policies:
                 chosen = {
-                    **values, "learning_rate": float(rate),
+                    **values, "learning_rate": rate,
                     "seed": seed, "graft": False, "compare_direct": self.direct and policy == policies[0],
                     "score_rows": None, "score_kept": None, "score_scales": None,
                 }  # fmt: skip
                 chosen |= {} if policy is None else {"ref_policy": policy}
-                yield Training(pair, base, instruct, float(rate), seed, policy, chosen)
+                yield Training(pair, base, instruct, rate, seed, policy, chosen)
 
 
 @dataclass(frozen=True)
@@ -169,7 +173,7 @@ class Training:
     @property
     def name(self) -> str:
         """Name of its folder."""
-        parts = [self.pair, f"{self.learning_rate:g}", str(self.seed), self.ref_policy]
+        parts = [self.pair, repr(self.learning_rate), str(self.seed), self.ref_policy]
         return "_".join(part for part in parts if part is not None)
 
     def options(self, design: Design, folder: Path) -> Options:
@@ -205,6 +209,7 @@ def compare_arms(config: Path, output: str | Path, *, progress: bool = True) -> 
         trainings = list(design.trainings())
         for training in trainings:
             _prepared(design, training, folder)
+        _check_grafts(trainings, tried, folder)
         lock = RunLock(folder)
         lock.acquire()
         try:
@@ -222,6 +227,15 @@ def compare_arms(config: Path, output: str | Path, *, progress: bool = True) -> 
         finally:
             lock.release()
     return found
+
+
+def _check_grafts(trainings: list[Training], tried: list[tuple[Settings, Any]], folder: Path) -> None:
+    """Check the grafts of each pair, with BASE in the place of TUNED, which has the same weights by name."""
+    for base, instruct in dict.fromkeys((training.base, training.instruct) for training in trainings):
+        tokenizer_and_ends(instruct)
+        with ExitStack() as opened:
+            steps = steps_of(Sources(instruct, base, base), tried, folder, opened)
+            check_all(steps, folder, tried[0][1].scale)
 
 
 def _trained(trainings: list[Training]) -> str:
@@ -284,7 +298,6 @@ def _measured(
     tokenizer, ends = tokenizer_and_ends(training.instruct)
     with ExitStack() as opened:
         steps = steps_of(sources, tried, run / "measured", opened)
-        check_all(steps, folder / "comparison", tried[0][0].scale or 0.0)
         for step in steps:
             here = _step_of(training, step)
             if any((model.settings, model.training) == (here.settings, (here.pair, here.seed)) for model in known):

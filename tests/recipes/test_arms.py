@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from repository import COMPARISONS, ROOT
 from rows import SETTINGS, write_rows
 from tiny import preference_data
 
@@ -96,6 +97,9 @@ def test_an_interrupted_comparison_resumes_and_equals_an_undisturbed_one(workspa
         ({"kept": ["mood"]}, "mood"),
         ({"config": "nowhere.yaml"}, "nowhere.yaml"),
         ({"margin": 0.0}, "margin not above 0"),
+        ({"modules": ["nowhere"]}, "no weight that can be grafted"),
+        ({"pairs": {"../a": ["base", "instruct"]}}, "'../a' is no name of a folder"),
+        ({"pairs": {"a": ["base", "base"]}}, "chat template"),
     ],
 )
 def test_bad_input_is_refused_before_the_first_training(workspace, monkeypatch, capsys, change, said):
@@ -106,6 +110,22 @@ def test_bad_input_is_refused_before_the_first_training(workspace, monkeypatch, 
     assert said in shown
     assert shown.rstrip().endswith("Nothing was written.")
     assert not (workspace / "out").exists()
+
+
+@pytest.mark.parametrize("path", COMPARISONS, ids=lambda path: path.stem)
+def test_every_shipped_comparison_can_begin(path: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """All is read and checked as before the first training, by the command at the head of the file."""
+    monkeypatch.chdir(ROOT)
+    command = next(line for line in path.read_text().splitlines() if line.startswith("#   shadow-trl compare"))
+    words = command.split()[2:]
+    assert words[words.index("--config") + 1] == str(path.relative_to(ROOT))
+
+    def begin(design, training, folder, progress):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(arms, "_train", begin)
+    assert main([*words[:-1], str(tmp_path / "compared")]) == 130
+    assert not list(tmp_path.iterdir())
 
 
 def test_options_beside_the_file_are_refused(workspace, capsys):

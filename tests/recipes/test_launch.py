@@ -11,7 +11,7 @@ import torch
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command_parser
-from repository import ROOT
+from repository import ROOT, TRAININGS
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from trl import ModelConfig, ScriptArguments, TrlParser
 
@@ -230,7 +230,7 @@ def test_the_code_is_that_of_the_process_that_failed_first(tmp_path: Path, code:
     assert launch._ended(fail) == expected
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "recipes/configs").rglob("*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", TRAININGS, ids=lambda path: path.stem)
 def test_the_command_at_the_head_of_a_config_launches_it(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     accelerators(monkeypatch, 8)
     monkeypatch.setattr("transformers.training_args.is_torch_bf16_gpu_available", lambda: True)

@@ -9,14 +9,14 @@ from pathlib import Path
 
 import pytest
 import yaml
-from repository import ROOT
+from repository import ROOT, TRAININGS
 from trl import get_peft_config
 
 from shadow_trl.errors import ConfigError, InputError
 from shadow_trl.recipes.options import parse
 
 PIPELINES = {*(ROOT / "recipes/configs/pipelines").iterdir(), ROOT / "recipes/configs/nano/shadow_sft_dpo.yaml"}
-CONFIGS = sorted({*(ROOT / "recipes/configs").rglob("*.yaml")} - PIPELINES)
+CONFIGS = sorted({*TRAININGS} - PIPELINES)
 PAIRS = {"qwen3-0.6b", "qwen3-4b", "llama-3.2-1b", "llama-3.1-8b", "qwen2.5-7b", "gemma-3-1b"}
 NANO = ROOT / "recipes/configs/nano/shadow_dpo.yaml"
 

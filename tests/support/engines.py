@@ -209,7 +209,10 @@ def _room_in_evaluation(trainer: Any) -> list[int]:
 
     class Watch(TrainerCallback):
         def on_prediction_step(self, *_: Any, **__: Any) -> None:
-            held = [getattr(weight, "_local_tensor", weight).untyped_storage() for weight in policy.parameters()]
+            # The optimizer has the shards of layers that are whole at the moment.
+            trained = (weight for group in trainer.optimizer.param_groups for weight in group["params"])
+            weights = (*policy.parameters(), *trained)
+            held = [getattr(weight, "_local_tensor", weight).untyped_storage() for weight in weights]
             seen.append(sum({storage.data_ptr(): storage.nbytes() for storage in held}.values()))
 
     trainer.add_callback(Watch)
