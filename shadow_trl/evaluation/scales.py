@@ -40,12 +40,15 @@ class Sources:
         tuned: BASE after training.
         base: BASE; may be left out for an adapter that names it.
         direct: INSTRUCT after the same training, or None.
+        chat_vector: whether TUNED + scale * (INSTRUCT - BASE) is an arm too: at scale 1 the graft's own sum. TUNED and
+            `base` are full models then.
     """
 
     instruct: Source
     tuned: Source
     base: Source | None = None
     direct: Source | None = None
+    chat_vector: bool = False
 
 
 @dataclass(frozen=True)
@@ -218,7 +221,14 @@ def steps_of(
             if one.arm == "shadow"
         ]
     grafts = opened.enter_context(open_grafts(base=sources.base, instruct=instruct, tuned=sources.tuned, beside=folder))
-    return [*plan, *(Step(one, grafts, how) for one, how in tried)]
+    plan += [Step(one, grafts, how) for one, how in tried]
+    if sources.chat_vector:
+        # The sides change places: INSTRUCT - BASE is what TUNED receives.
+        grafts = opened.enter_context(
+            open_grafts(base=sources.base, instruct=sources.tuned, tuned=instruct, beside=folder)
+        )
+        plan += [Step(replace(one, arm="chat-vector"), grafts, how) for one, how in tried if one.arm == "shadow"]
+    return plan
 
 
 def check_all(plan: Sequence[Step], folder: Path, scale: float) -> list[str]:

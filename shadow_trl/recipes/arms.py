@@ -51,6 +51,7 @@ class Design:
         scales: multipliers of what training changed.
         modules: choices of weights that receive it.
         instruct_scales: multipliers of INSTRUCT below 1, each an arm `re-adapt` beside the graft. Default: none.
+        chat_vector: see `Sources`. Default False.
         graft_dtype: of the grafts. Default `auto`.
         rows, validation_rows, conversations, preferences, functions, kept, batch_size, max_new_tokens: see `Data`.
         target, keep, within, margin: see `Comparison`.
@@ -67,6 +68,7 @@ class Design:
     scales: list[float] = field(default_factory=lambda: [0.25, 0.5, 0.75, 1.0, 1.25])
     modules: list[str] = field(default_factory=lambda: ["all"])
     instruct_scales: list[float] = field(default_factory=list)
+    chat_vector: bool = False
     graft_dtype: str = "auto"
     rows: str | None = None
     validation_rows: str | None = None
@@ -208,7 +210,11 @@ def compare_arms(config: Path, output: str | Path, *, progress: bool = True) -> 
         tried = _tried(design)
         trainings = list(design.trainings())
         for training in trainings:
-            _prepared(design, training, folder)
+            options, _ = _prepared(design, training, folder)
+            if design.chat_vector and options.model.use_peft:
+                raise ConfigError(
+                    "chat_vector adds INSTRUCT - BASE to TUNED, which use_peft makes an adapter. Leave one out."
+                )
         _check_grafts(trainings, tried, folder)
         lock = RunLock(folder)
         lock.acquire()
@@ -294,7 +300,8 @@ def _measured(
     """Measure the arms of a training; INSTRUCT once a pair."""
     run = folder / RUNS / training.name
     direct = run / DIRECT_FOLDER
-    sources = Sources(training.instruct, str(run), training.base, str(direct) if direct.exists() else None)
+    made = str(direct) if direct.exists() else None
+    sources = Sources(training.instruct, str(run), training.base, made, design.chat_vector)
     tokenizer, ends = tokenizer_and_ends(training.instruct)
     with ExitStack() as opened:
         steps = steps_of(sources, tried, run / "measured", opened)

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from ..checkpoints.manifest import read_manifest
 from ..errors import ShadowError
+from ..evaluation.models import load, tokenizer_and_ends
 from ..evaluation.report import TITLES, Arm, RunReport
-from ..evaluation.scoring import Scores, end_tokens, score
+from ..evaluation.scoring import Scores, score
+from ..grafting.options import GraftOptions
 from ..grafting.reports import GraftReport
 from ..operations.gap import gap
-from ..operations.graft import graft
-from ..results.folder import Scratch
+from ..operations.in_memory import MemoryGraft, open_grafts
 from ..runtime.processes import say
 from ..training.origins import Origins, require_base, require_instruct
 from ..training.preflight import GRAFTED_FOLDER
@@ -87,30 +88,29 @@ def _scale_of(options: Options, name: str) -> float | None:
 def _scored(
     options: Options, origins: Origins, name: str, models: Mapping[str, str], rows: list[dict[str, Any]], *, title: str
 ) -> list[Arm]:
-    """Score an arm at each scale; what is not on the disk at that scale is written beside the run and removed again."""
+    """Score an arm at each scale; what is not on the disk at that scale is grafted in memory."""
     own, source = _scale_of(options, name), models[name]
     scales = [own] if own is None or name == "sft" else options.recipe.score_scales or [own]
-    start = require_base(origins) if name in ("shadow", "tuned") else require_instruct(origins)
+    instruct = str(require_instruct(origins))
+    start = str(require_base(origins)) if name in ("shadow", "tuned") else instruct
+    tuned = models["tuned" if name == "shadow" else name]
+    # Beside the run: what is merged on the way is gone afterwards.
+    beside = Path(models["tuned"], "scaled")
     arms = []
-    for scale in scales:
-        at = title if scale is None else f"{title} at scale {scale:g}"
-        if scale == own:
-            arms.append(Arm(name, source, scale, _score_model(options, origins, source, rows, title=at)))
-            continue
-        with Scratch(Path(models["tuned"], "scaled")) as scratch:
-            kept = {"dtype": "float32"} if name != "shadow" else options.training.graft_options()
-            graft(
-                base=str(start),
-                instruct=str(require_instruct(origins) if name != "tuned" else start),
-                tuned=models["tuned" if name == "shadow" else name],
-                output=scratch.part / "model",
-                **{**kept, "scale": scale, "format": "model", "overwrite": False},
-                digest="none",
-                stats=False,
-                progress=False,
-            )
-            written = str(scratch.part / "model")
-            arms.append(Arm(name, source, scale, _score_model(options, origins, written, rows, title=at)))
+    with ExitStack() as opened:
+        grafts = None
+        for scale in scales:
+            at = title if scale is None else f"{title} at scale {scale:g}"
+            model: str | MemoryGraft = instruct if name == "instruct" else source
+            if scale != own:
+                assert scale is not None
+                receiver = instruct if name != "tuned" else start
+                grafts = grafts or opened.enter_context(
+                    open_grafts(base=start, instruct=receiver, tuned=tuned, beside=beside)
+                )
+                kept = options.training.graft_options() if name == "shadow" else {"dtype": "float32"}
+                model = grafts.graft(GraftOptions(**{**kept, "scale": scale, "format": "model"}))
+            arms.append(Arm(name, source, scale, _score_model(options, origins, model, rows, title=at)))
     return arms
 
 
@@ -137,26 +137,18 @@ def _graft_figures(run: Path, origins: Origins, *, scored: bool) -> dict[str, An
     return {**figures, "delta_to_gap": share * abs(figures["scale"]) if share is not None else None}
 
 
-def _score_model(options: Options, origins: Origins, source: str, rows: list[dict[str, Any]], *, title: str) -> Scores:
-    """Score one model, a folder (weights or adapter) or hub id, with INSTRUCT's tokenizer and end tokens."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
-
-    recipe, instruct = options.recipe, require_instruct(origins).source
-    revision = require_instruct(origins).revision or "main"
-    tokenizer = AutoTokenizer.from_pretrained(instruct, revision=revision)
-    try:
-        generation = GenerationConfig.from_pretrained(instruct, revision=revision)
-    except OSError:  # INSTRUCT has no generation config: the tokenizer's end token alone
-        generation = None
-    model = AutoModelForCausalLM.from_pretrained(
-        source, dtype=recipe.score_dtype, revision=revision if source == instruct else "main"
-    ).to(options.training.device)
+def _score_model(
+    options: Options, origins: Origins, source: str | MemoryGraft, rows: list[dict[str, Any]], *, title: str
+) -> Scores:
+    """Score one model, a folder (weights or adapter), hub id or graft, with INSTRUCT's tokenizer and end tokens."""
+    recipe = options.recipe
+    tokenizer, ends = tokenizer_and_ends(str(require_instruct(origins)))
     return score(
-        model,
+        load(source, dtype=recipe.score_dtype, device=options.training.device),
         tokenizer,
         rows,
         batch_size=recipe.score_batch_size,
         max_new_tokens=recipe.score_max_new_tokens,
         progress=None if options.training.disable_tqdm else f"Scoring {title}",
-        eos_token_ids=end_tokens(generation, tokenizer),
+        eos_token_ids=ends,
     )

@@ -17,6 +17,7 @@ from shadow_trl.recipes import arms
 DESIGN = {
     "recipe": "dpo", "config": "dpo.yaml", "rows": "rows.jsonl", "max_new_tokens": 1, "scales": [0.5, 1.0],
     "seeds": [3, 4], "ref_policies": ["init", "instruct"], "instruct_scales": [0.9], "within": 100.0,
+    "chat_vector": True, "conversations": "talks.jsonl", "graft_dtype": "float32",
 }  # fmt: skip
 
 
@@ -31,6 +32,8 @@ def workspace(tmp_path: Path, pair: tuple[Path, Path], monkeypatch: pytest.Monke
     (tmp_path / "compare.yaml").write_text(yaml.safe_dump(DESIGN))
     rows = [{"prompt": [{"role": "user", "content": f"{at}"}], "answer": "a", "kind": "target"} for at in range(16)]
     write_rows(tmp_path / "rows.jsonl", rows)
+    talks = [{"messages": [*row["prompt"], {"role": "assistant", "content": "b"}]} for row in rows]
+    write_rows(tmp_path / "talks.jsonl", talks)
     return tmp_path
 
 
@@ -72,10 +75,22 @@ def test_an_interrupted_comparison_resumes_and_equals_an_undisturbed_one(workspa
     assert len(found) == len(shown)
     assert found == {("instruct", None, None, None, None)} | {
         (arm, policy, scale, other, seed)
-        for arm, policies, other in (("direct", [None], None), ("shadow", ["init", "instruct"], None),
-                                     ("re-adapt", ["init", "instruct"], 0.9))
+        for arm, policies, other in (
+            ("direct", [None], None), ("shadow", ["init", "instruct"], None),
+            ("chat-vector", ["init", "instruct"], None), ("re-adapt", ["init", "instruct"], 0.9),
+        )
         for policy in policies for scale in (0.5, 1.0) for seed in (3, 4)
     }  # fmt: skip
+
+    # The chat vector at scale 1 is the graft's own sum; at another scale it is another model.
+    losses = {
+        (arm["arm"], arm["ref_policy"], arm["seed"], arm["scale"]): arm["scores"]["loss"] for arm in shown
+        if arm["instruct_scale"] is None
+    }  # fmt: skip
+    for (name, *how, scale), loss in losses.items():
+        if name == "chat-vector":
+            same = loss == pytest.approx(losses["shadow", *how, scale], rel=1e-5)
+            assert same == (scale == 1.0)
 
     changed = {**yaml.safe_load(Path("dpo.yaml").read_text()), "beta": 0.5}
     Path("dpo.yaml").write_text(yaml.safe_dump(changed))

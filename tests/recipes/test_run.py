@@ -20,6 +20,7 @@ from tiny import preference_data, sft_data
 
 from shadow_trl.errors import InputError
 from shadow_trl.evaluation.report import TITLES
+from shadow_trl.operations.in_memory import MemoryGraft
 from shadow_trl.recipes import compare
 from shadow_trl.recipes.data import load_split
 from shadow_trl.recipes.run import _claim_folder, main_dpo, main_sft
@@ -59,8 +60,9 @@ def scored(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, torch.Tensor]]:
     found: list[dict[str, torch.Tensor]] = []
     score_model = compare._score_model
 
-    def kept(options: object, origins: object, source: str, *rest: object, **more: object) -> object:
-        found.append(weights_of(Path(source)))
+    def kept(options: object, origins: object, source: str | MemoryGraft, *rest: object, **more: object) -> object:
+        graft = isinstance(source, MemoryGraft)
+        found.append({n: w.double() for n, w in source.weights.items()} if graft else weights_of(Path(source)))
         return score_model(options, origins, source, *rest, **more)
 
     monkeypatch.setattr(compare, "_score_model", kept)
