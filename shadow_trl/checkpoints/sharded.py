@@ -10,8 +10,6 @@ from .json_files import is_there
 from .shard_metadata import METADATA
 
 _THEN = "Then give OUT in its place, with --base-dtype if training loaded BASE in a narrower dtype than its files have."
-
-
 _FOLDER = "pytorch_model_fsdp_0"
 """Where accelerate saves the shards of a model, in a checkpoint of training."""
 
@@ -34,6 +32,11 @@ def home_of(folder: Path, configs: Iterable[str], weights: Iterable[str]) -> Pat
     own = is_part and any(is_there(folder / name) for name in configs)
     found = is_part and any(is_there(above / name) for name in configs)
     return above if found and not own and not any(is_there(above / name) for name in weights) else folder
+
+
+def merge_command(shards: Path) -> str:
+    """Return the command that writes the weights of a torch distributed checkpoint whole, to OUT."""
+    return f"accelerate merge-weights {_quoted(shards)} OUT"
 
 
 def way_out(folder: Path) -> str | None:

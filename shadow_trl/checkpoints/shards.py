@@ -10,8 +10,9 @@ import io
 import re
 import zipfile
 from collections import Counter, defaultdict
+from functools import lru_cache
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, NamedTuple
 
 from ..errors import CheckpointError, list_names
 from .header import CODES, TensorSpec, check_archive, nbytes_of, not_plain, stamp
@@ -36,7 +37,19 @@ def read_shards(folder: Path) -> tuple[dict[str, TensorSpec], dict[Path, tuple[i
         CheckpointError: the files are damaged, do not hold what `.metadata` says, or lead out of the folder; a weight
             is not there as a whole; or the names are of no model.
     """
-    stamps = {folder / METADATA: stamp(folder / METADATA)}
+    try:
+        there = tuple((path, stamp(path)) for path in sorted(folder.iterdir()))
+    except OSError as error:
+        raise unreadable(folder, error) from error
+    specs = _specs(folder, there)
+    used = {folder / METADATA} | {piece.file for spec in specs.values() for piece in spec.pieces}
+    return dict(specs), {path: found for path, found in there if path in used}
+
+
+# A graft opens what was trained more than once, and a large model has a hundred thousand entries.
+@lru_cache(maxsize=4)
+def _specs(folder: Path, there: tuple[tuple[Path, tuple[int, ...] | None], ...]) -> dict[str, TensorSpec]:
+    """Read all of a folder whose files are `there`, as their stamps tell."""
     tensors = _named(folder, list(read_metadata(folder)))
     by_file: dict[str, list[tuple[str, Chunk]]] = defaultdict(list)
     for name, tensor in tensors.items():
@@ -44,11 +57,10 @@ def read_shards(folder: Path) -> tuple[dict[str, TensorSpec], dict[Path, tuple[i
         for chunk in tensor.chunks:
             by_file[chunk.file].append((name, chunk))
     pieces: dict[str, list[Piece]] = {name: [] for name in tensors}
+    known: dict[bytes, _Described] = {}
     for file in sorted(by_file):
-        path = inside(folder, file)
-        stamps[path] = stamp(path)
-        _read_places(path, by_file[file], tensors, pieces)
-    return {name: _spec(folder, tensor, pieces[name]) for name, tensor in tensors.items()}, stamps
+        _read_places(inside(folder, file), by_file[file], tensors, pieces, known)
+    return {name: _spec(folder, tensor, pieces[name]) for name, tensor in tensors.items()}
 
 
 def _check(folder: Path, name: str, tensor: ShardedTensor) -> None:
@@ -105,19 +117,23 @@ def _factors(folder: Path, names: list[tuple[str, ShardedTensor]]) -> list[tuple
 
 
 def _read_places(
-    path: Path, chunks: list[tuple[str, Chunk]], tensors: dict[str, ShardedTensor], pieces: dict[str, list[Piece]]
+    path: Path,
+    chunks: list[tuple[str, Chunk]],
+    tensors: dict[str, ShardedTensor],
+    pieces: dict[str, list[Piece]],
+    known: dict[bytes, _Described],
 ) -> None:
     """Find the numbers of every chunk of one file and add them to `pieces`."""
     end = 0
     try:
-        with open(path, "rb") as file:
+        with open(path, "rb", buffering=0) as file:
             size = file.seek(0, io.SEEK_END)
             for name, chunk in sorted(chunks, key=lambda item: item[1].offset):
                 if not end <= chunk.offset <= chunk.offset + chunk.length <= size:
                     raise ValueError(f"bytes {chunk.offset} to {chunk.offset + chunk.length} are no place of their own")
                 end = chunk.offset + chunk.length
                 tensor = tensors[name]
-                offset = chunk.offset + _numbers(io.BufferedReader(_Window(file, chunk)), tensor.code, chunk)
+                offset = chunk.offset + _numbers(io.BufferedReader(_Window(file, chunk)), tensor.code, chunk, known)
                 pieces[name].append(Piece(tensor.shape, chunk.begin, chunk.shape, path, offset))
     except OSError as error:
         raise unreadable(path, error) from error
@@ -129,29 +145,57 @@ def _read_places(
         ) from error
 
 
-def _numbers(entry: io.BufferedReader, code: str, chunk: Chunk) -> int:
-    """Return the byte of an entry at which the numbers of its tensor begin, row by row."""
-    import torch
+class _Described(NamedTuple):
+    """What the pickle of an entry says of its tensor: dtype, shape, and the bytes of the storage that it takes."""
 
+    code: str
+    shape: tuple[int, ...]
+    low: int
+    high: int
+
+
+def _numbers(entry: io.BufferedReader, code: str, chunk: Chunk, known: dict[bytes, _Described]) -> int:
+    """Return the byte of an entry at which the numbers of its tensor begin, row by row.
+
+    Entries of one dtype and shape have the same pickle: what it says is looked up in `known`.
+    """
     with zipfile.ZipFile(entry) as archive:
         check_archive(archive)
+        parts = {part.filename.partition("/")[2]: part for part in archive.infolist()}
+        description, storage = archive.read(parts["data.pkl"]), parts["data/0"]
+    entry.seek(storage.header_offset)
+    head = entry.read(30)  # of a fixed size, with those of the name and of what follows it at its end
+    begin = storage.header_offset + 30 + int.from_bytes(head[26:28], "little") + int.from_bytes(head[28:30], "little")
+    if description not in known:
+        known[description] = _described(entry, begin)
+    found = known[description]
+    if (found.code, found.shape) != (code, chunk.shape):
+        raise ValueError(f"it is {found.code} {found.shape} and not {code} {chunk.shape}")
+    if found.high > storage.file_size or begin + found.high > chunk.length:
+        raise ValueError("its numbers reach out of their place")
+    return begin + found.low
+
+
+def _described(entry: io.BufferedReader, begin: int) -> _Described:
+    """Let torch read the pickle of an entry whose storage begins at byte `begin`."""
+    import torch
+
     entry.seek(0)
     tensor = torch.load(entry, map_location="meta", weights_only=True, mmap=False)
     if reason := not_plain("", tensor, "meta", archive=True):
         raise ValueError(f"it {reason}")
-    stored = CODES.get(str(tensor.dtype).removeprefix("torch.")), tuple(tensor.shape)
-    if stored != (code, chunk.shape) or not tensor.is_contiguous():
-        raise ValueError(f"it is {stored} and not {(code, chunk.shape)} row by row")
-    begin = tensor.untyped_storage()._checkpoint_offset + tensor.storage_offset() * tensor.itemsize
-    if begin + tensor.nbytes > chunk.length:
-        raise ValueError("its numbers reach out of their place")
-    return begin
+    storage: Any = tensor.untyped_storage()
+    if storage._checkpoint_offset != begin or not tensor.is_contiguous():
+        raise ValueError("it is not stored row by row")
+    code = CODES.get(str(tensor.dtype).removeprefix("torch."), str(tensor.dtype))
+    low = tensor.storage_offset() * tensor.itemsize
+    return _Described(code, tuple(tensor.shape), low, low + tensor.nbytes)
 
 
 class _Window(io.RawIOBase):
     """The bytes of one entry of a file, as a file."""
 
-    def __init__(self, file: BinaryIO, chunk: Chunk) -> None:
+    def __init__(self, file: io.RawIOBase, chunk: Chunk) -> None:
         self._file, self._first, self._size, self._at = file, chunk.offset, chunk.length, 0
 
     def readable(self) -> bool:
@@ -170,7 +214,7 @@ class _Window(io.RawIOBase):
     def readinto(self, buffer: Any) -> int:
         wanted = max(min(len(buffer), self._size - self._at), 0)
         self._file.seek(self._first + self._at)
-        found = self._file.read(wanted)
+        found = self._file.read(wanted) or b""
         buffer[: len(found)] = found
         self._at += len(found)
         return len(found)

@@ -24,6 +24,7 @@ from trl import ModelConfig, ScriptArguments, TrlParser
 from ..errors import ConfigError, InputError, ShadowError, ends_with, list_names, one_of
 from ..grafting.options import DTYPES, declared
 from ..training.config import ShadowDPOConfig, ShadowSFTConfig
+from ..training.engines import load_for
 from .launch_options import LAUNCHING, without_launch_keys
 
 CONFIGS: dict[str, type[ShadowSFTConfig] | type[ShadowDPOConfig]] = {"sft": ShadowSFTConfig, "dpo": ShadowDPOConfig}
@@ -170,6 +171,7 @@ def parse_values(
     # The dataclasses of TRL and transformers open files and look for libraries.
     except (ArgumentError, ValueError, TypeError, ImportError, OSError, LookupError, AttributeError) as reason:
         raise ConfigError(f"the configuration is not valid: {reason}") from reason
+    load_for(None)  # a trainer's models are for its engine, what is merged or scored beside it is not
     options = Options(script, training, model, recipe, output_given=namespace.output_dir is not None)
     _check_together(options)
     return options

@@ -25,6 +25,7 @@ from ..results.written import tells_what_is_written
 from ..runtime import endings
 from ..runtime.machine import lack
 from ..runtime.processes import check_known, run_on_main, say
+from ..training.engines import forget, load_for, whole_weights
 from ..training.origins import Origins, require_instruct
 from ..training.preflight import GRAFTED_FOLDER, refuse_unsupported
 from ..training.resuming import checkpoint_of
@@ -153,7 +154,7 @@ def train_stage(
     direct_args = copy.copy(training)
     direct_args.output_dir = str(Path(training.output_dir) / DIRECT_FOLDER)
     seconds: dict[str, float] = {}
-    with _engine_of_its_own():
+    with _engine_of_its_own(training):
         trainer = _shadow_trainer(kind, options, Path(direct_args.output_dir), data)
         origins: Origins = trainer.origins
         say(f"Tuning BASE {origins.base}" + (f", then grafting onto {origins.instruct}" if training.graft else ""))
@@ -163,7 +164,7 @@ def train_stage(
         with timed(seconds, "train and graft"):
             trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
         if not training.graft:
-            trainer.save_model()
+            _save(trainer)
         precomputed = bool(getattr(trainer.args, "precompute_ref_log_probs", False))
         _free(trainer)
     if compare:
@@ -209,10 +210,10 @@ def _train_direct(kind: str, options: Options, origins: Origins, args: Any, data
     """Tune INSTRUCT itself with TRL's own trainer and save it; its revision takes the place of BASE's."""
     instruct = require_instruct(origins)
     args.model_init_kwargs = {**(args.model_init_kwargs or {}), "revision": instruct.revision or "main"}
-    with _engine_of_its_own():
+    with _engine_of_its_own(args):
         trainer = _trainer(TRAINERS[kind][1], instruct.source, args, options, data)
         trainer.train()
-        trainer.save_model()
+        _save(trainer)
         _free(trainer)
 
 
@@ -278,20 +279,34 @@ def _trainer(trainer_class: Any, model: str | None, args: Any, options: Options,
 
 
 @contextmanager
-def _engine_of_its_own() -> Iterator[None]:
-    """Let the trainer in the block set the precision and the engine, which accelerate has once for a process."""
+def _engine_of_its_own(training: Any) -> Iterator[None]:
+    """Let the trainer in the block set precision and engine, which accelerate and transformers have once for a process.
+
+    The arguments of both stages are made before the first begins, and those made last would be the engine's of both.
+    """
+    load_for(training)
     state = PartialState()
     before = state.distributed_type
     try:
         yield
     finally:
+        load_for(None)
         AcceleratorState._reset_state()
         state.distributed_type = before
 
 
+def _save(trainer: Any) -> None:
+    """Save the model whole, whatever the engine keeps for itself: it is loaded again to be scored."""
+    with whole_weights(trainer.accelerator, wanted=True):
+        trainer.save_model()
+
+
 def _free(trainer: Any) -> None:
     """Release what a trainer and its accelerator hold: models, optimizer states, buffers."""
+    engine = trainer.deepspeed
     trainer.accelerator.free_memory()
+    if engine is not None:
+        forget(engine)
     # All of it: the model is also in the handler of the callbacks, the optimizer in the scheduler.
     vars(trainer).clear()
     gc.collect()

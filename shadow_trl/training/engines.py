@@ -52,6 +52,15 @@ def refuse_engines(config: Any, model: Any) -> None:
         )
 
 
+def load_for(config: Any | None) -> None:
+    """Let models be loaded for the engine of `config`, whole for None: transformers asks the last config instead."""
+    from transformers.integrations import unset_hf_deepspeed_config
+
+    unset_hf_deepspeed_config()
+    if config is not None and config.deepspeed_plugin is not None:
+        config.deepspeed_plugin.set_deepspeed_weakref()
+
+
 def uses_fsdp(config: Any) -> bool:
     """Return whether a training config, or the launcher, asks for FSDP."""
     return bool(config.fsdp or parse_flag_from_env("ACCELERATE_USE_FSDP"))
@@ -229,11 +238,13 @@ def uses_deepspeed(accelerator: Accelerator) -> bool:
 
 
 def forget(engine: Any) -> None:
-    """Free the weights in an engine of DeepSpeed: ZeRO-3 keeps the model itself for good, in caches of its hooks."""
-    engine.destroy()
+    """Free weights and optimizer of a destroyed engine of DeepSpeed: ZeRO-3 keeps both in a cache that never ends."""
     for parameter in engine.module.parameters():
         for tensor in (parameter, getattr(parameter, "ds_tensor", parameter)):
             tensor.data = tensor.new_empty(0)
+    for holder in (engine.optimizer, engine):
+        if holder is not None:
+            vars(holder).clear()
 
 
 def _parallelism(config: Any) -> ParallelismConfig | None:

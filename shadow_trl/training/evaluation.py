@@ -33,6 +33,7 @@ else:
     _Trainer = object  # the mixin stands before a TRL trainer, whatever that one is
 
 
+_HOST = ("cpu", "meta")  # devices whose tensors take no room on an accelerator
 # All that the fused heads of TRL's trainers compute for their metrics.
 _OUTPUTS = ("log_probs", "entropy", "mean_logits", "is_top1", "log_sum_sq_probs")
 
@@ -155,9 +156,9 @@ def in_host_memory(model: nn.Module) -> Iterator[None]:
     storages = {
         tensor.untyped_storage().data_ptr(): tensor.untyped_storage()
         for tensor in map(_of_this_process, (*model.parameters(), *model.buffers()))
-        if tensor.device.type not in ("cpu", "meta")
+        if tensor.device.type not in _HOST
     }
-    kept = [(storage, storage.cpu()) for storage in storages.values()]
+    kept = [(storage, torch.UntypedStorage(storage.nbytes()).copy_(storage)) for storage in storages.values()]
     for storage, _ in kept:
         storage.resize_(0)
     try:

@@ -49,6 +49,7 @@ from .engines import (
     gathered,
     in_shards,
     lifts_weights,
+    load_for,
     refuse_engines,
     refuse_offloaded,
     whole_weights,
@@ -114,6 +115,7 @@ class ShadowMixin(GraftedEvaluation):
         refuse_unsupported(config)
         check_settings(config, given.get("quantization_config"), given.get("peft_config"))
         refuse_engines(config, given["model"])
+        load_for(config)
         if given.get("formatting_func") is None:
             for name in ("train_dataset", "eval_dataset"):
                 check_columns(name, given.get(name), self._data_forms(config))

@@ -11,6 +11,8 @@ from accelerate.logging import get_logger
 
 from ..adapters.kinds import check_has_delta, is_subtracted, kind_of, lost_start, more_than_a_product, start_setting
 from ..checkpoints.checkpoint import Checkpoint
+from ..checkpoints.hub import local_folder
+from ..checkpoints.sharded import merge_command, shards_of
 from ..errors import AdapterError, ConfigError, OutputExistsError, list_names
 from ..operations.checks import check_graft
 from ..pair.pairs import ModelPair
@@ -50,6 +52,7 @@ def refuse_unsupported(config: Any) -> None:
 def check_before_loading(start: Start, config: Any, given: Mapping[str, Any]) -> None:
     """Find before any model is loaded what would keep the run from ending in a graft, or from evaluating one."""
     grafts = config.graft or config.eval_grafted
+    refuse_shards(start)
     check_predicts_tokens(start)
     check_adapter(start, grafts=grafts)
     if start.loads_adapter and given.get("peft_config") is not None:
@@ -106,6 +109,23 @@ def check_folders(output_dir: Path, start: Start) -> None:
             f"output_dir {output_dir} holds {other[0].name} of another run; beside "
             f"{'an adapter' if adapter else 'a full model'} the folder could not be loaded. Choose another "
             "output_dir."
+        )
+
+
+def refuse_shards(start: Start) -> None:
+    """Refuse models of which a folder holds the shards of FSDP alone: a graft reads them, loading a model does not."""
+    for role in ("policy", "instruct", "adapter"):
+        source = getattr(start.origins, role)
+        folder = local_folder(str(source)) if source else None
+        shards = shards_of(folder) if folder is not None else None
+        whole = ("*.safetensors", "pytorch_model.bin", "pytorch_model-*.bin", "adapter_model.bin")
+        if folder is None or shards is None or any(any(folder.glob(pattern)) for pattern in whole):
+            continue
+        renamed = ", with its weights renamed to adapter_model.safetensors," if role == "adapter" else ""
+        raise ConfigError(
+            f"{role} {folder} holds the shards of a torch distributed checkpoint, which cannot be loaded for training. "
+            f"Merge them with\n  {merge_command(shards)}\ncopy the configuration and the tokenizer into OUT, and give "
+            f"OUT{renamed} in its place."
         )
 
 

@@ -205,6 +205,7 @@ def prepared(
         yield ready
     finally:
         if uses_deepspeed(accelerator):
+            ready.destroy()
             forget(ready)
         release(ready, accelerator)
         del model, ready

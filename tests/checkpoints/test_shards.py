@@ -38,7 +38,7 @@ def made() -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("along", [(), (0,), (1,), (2,), (0, 1), (1, 2), (0, 2), (0, 1, 2)], ids=str)
-@pytest.mark.parametrize("parts", [2, 3])
+@pytest.mark.parametrize("parts", [3])
 def test_every_range_of_a_tensor_that_is_cut_along_any_dimensions_is_as_torch_loads_it(tmp_path, along, parts):
     folder = write_shards(tmp_path / "shards", made(), parts=parts, along=along)
     expected = {name: torch.zeros_like(tensor) for name, tensor in made().items()}
@@ -210,7 +210,7 @@ BAD = {
         lambda c: setattr(
             next(iter(c.state_dict_metadata.values())), "properties", TensorProperties(dtype=torch.float32)
         ),
-        "row by row",
+        r"it is BF16 .* and not F32",
     ),
     "bytes of two tensors": (
         lambda c: c.storage_data.update({list(c.storage_data)[2]: first(c)[1]}),
@@ -274,6 +274,7 @@ ENTRIES = {
     "another shape": lambda data: entry(torch.ones(8, 10, dtype=torch.bfloat16)),
     "columns": lambda data: entry(torch.ones(8, 10, dtype=torch.bfloat16).T),
     "one number": lambda data: entry(torch.ones(1, dtype=torch.bfloat16).expand(10, 8)),
+    "another place": lambda data: data.replace(b"data/0", b"data/1"),
     "no values": lambda data: entry(torch.empty(10, 8, dtype=torch.bfloat16, device="meta")),
     "compressed": compressed,
     "another order of bytes": lambda data: data.replace(b"little", b"big   "),

@@ -253,7 +253,7 @@ def test_four_machines_of_eight_are_trls_fsdp2_but_for_their_number() -> None:
     theirs = yaml.safe_load((Path(trl.__file__).parent / "accelerate_configs/fsdp2.yaml").read_text())
     ours = yaml.safe_load(CLUSTER.read_text())
     changed = {"num_machines": 4, "num_processes": 32, "main_process_port": 29500, "machine_rank": -1}
-    fsdp = {"fsdp_state_dict_type": "SHARDED_STATE_DICT"}
-    wanted = {**theirs, **changed, "fsdp_config": {**theirs["fsdp_config"], **fsdp}}
+    sharded = {**theirs["fsdp_config"], "fsdp_state_dict_type": "SHARDED_STATE_DICT"}
+    wanted = {**theirs, **changed, "fsdp_config": sharded}
     assert ours == wanted
     assert load_config_from_file(str(CLUSTER)).num_machines == 4

@@ -41,11 +41,15 @@ def on_the_cpu() -> None:
     from accelerate import PartialState
     from accelerate.utils import DistributedType
 
+    import shadow_trl.training.evaluation
+
     def set_device(state: Any) -> None:
         state.device = torch.device("cpu")
 
     PartialState._prepare_backend = lambda *_, **__: ("gloo", DistributedType.MULTI_GPU)  # type: ignore[method-assign]
     PartialState.set_device = set_device  # type: ignore[method-assign]
+    # So what is moved off accelerators for a while is moved in tests as well.
+    shadow_trl.training.evaluation._HOST = ("meta",)
     transformers.training_args.is_torch_bf16_gpu_available = lambda: True
     accelerate.accelerator.is_bf16_available = lambda *_, **__: True
 
@@ -142,6 +146,7 @@ def run(
         "references": _references(trainer),
         "reference": getattr(trainer, "ref_model", None) is not None,
         "kept": _elements_beside(trainer.model),
+        "room": _room_in_evaluation(trainer),
     }
     trainer.train(resume_from_checkpoint=resume)
     if plain:
@@ -194,6 +199,24 @@ def _elements_beside(policy: Any) -> int:
     weights = {id(weight): weight for model in found for weight in model.parameters() if id(weight) not in own}
     shards = [getattr(weight, "ds_tensor", weight) for weight in weights.values()]
     return sum(tensor.numel() for tensor in (*weights.values(), *shards))
+
+
+def _room_in_evaluation(trainer: Any) -> list[int]:
+    """Return a list that will have the bytes that this process holds of the policy, in each step of an evaluation."""
+    from transformers import TrainerCallback
+
+    policy, seen = trainer.model, []
+
+    class Watch(TrainerCallback):
+        def on_prediction_step(self, *_: Any, **__: Any) -> None:
+            # The optimizer has the shards of layers that are whole at the moment.
+            trained = (weight for group in trainer.optimizer.param_groups for weight in group["params"])
+            weights = (*policy.parameters(), *trained)
+            held = [getattr(weight, "_local_tensor", weight).untyped_storage() for weight in weights]
+            seen.append(sum({storage.data_ptr(): storage.nbytes() for storage in held}.values()))
+
+    trainer.add_callback(Watch)
+    return seen
 
 
 def _references(trainer: Any) -> list[float]:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
+import io
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +39,7 @@ def fill(folder: Path, pair: tuple[Path, Path]) -> None:
 def run(rank: int, engine: str, folder: str, *words: str) -> dict[str, Any]:
     """Run the pipeline in `folder` under `engine` (ddp, fsdp2, zero3, or alone: none).
 
-    Returns what each trainer ran with, the bytes of tensors before it was made, and the exit code.
+    Returns what each trainer ran with, the bytes of tensors before it was made, the exit code and what was said.
     """
     import datasets
     import engines
@@ -64,7 +67,10 @@ def run(rank: int, engine: str, folder: str, *words: str) -> dict[str, Any]:
         return found
 
     recipes._trainer = trainer
-    seen["code"] = main_sft_dpo(["--config", "pipeline.yaml", *words])
+    with contextlib.redirect_stderr(io.StringIO()) as told:
+        seen["code"] = main_sft_dpo(["--config", "pipeline.yaml", *words])
+    seen["told"] = told.getvalue()
+    print(seen["told"], file=sys.stderr)
     return seen
 
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import shlex
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from accelerate.utils import merge_fsdp_weights
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from runs import settings
 from safetensors.torch import load_file, save_file
+from shards import write_shards
 from tiny import make_pair, make_tokenizer, sft_data
 from tokenizers import Tokenizer
 from transformers import (
@@ -259,3 +263,19 @@ def test_a_run_without_a_config_is_named_after_its_model(pair, tmp_path, monkeyp
     for model in (str(pair[0]), AutoModelForCausalLM.from_pretrained(pair[0])):
         made = ShadowSFTTrainer(model, instruct_model=str(pair[1]), train_dataset=sft_data(4))
         assert made.args.output_dir == f"{pair[0].name}-Shadow-SFT"
+
+
+@pytest.mark.parametrize("inside", ["", "pytorch_model_fsdp_0"])
+def test_a_model_in_shards_is_refused_with_the_command_that_merges_it(pair, tmp_path, inside):
+    saved = tmp_path / "a run/checkpoint-1"
+    write_shards(saved / inside, load_file(pair[0] / "model.safetensors"))
+    for file in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(pair[0] / file, saved)
+    with pytest.raises(ConfigError, match="cannot be loaded for training") as error:
+        trainer(pair, tmp_path / "out", model=str(saved))
+    command = shlex.split(next(line for line in str(error.value).splitlines() if line.startswith("  ")))
+    assert command == ["accelerate", "merge-weights", str(saved / inside), "OUT"]
+    merge_fsdp_weights(command[2], str(tmp_path / "OUT"))
+    for file in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(saved / file, tmp_path / "OUT")
+    trainer(pair, tmp_path / "out", model=str(tmp_path / "OUT"))

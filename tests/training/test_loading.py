@@ -7,11 +7,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 import transformers
-from runs import settings
+from peft import get_peft_model
+from runs import lora, settings
+from transformers import AutoModelForCausalLM
 
 from shadow_trl import ShadowSFTConfig
 from shadow_trl.checkpoints.manifest import Entry
-from shadow_trl.training.loading import Loading
+from shadow_trl.training.loading import Loading, load_adapter
 
 COMMIT = "a" * 40
 
@@ -59,3 +61,19 @@ def test_the_dtype_of_a_model_that_is_not_loaded_yet(tmp_path, monkeypatch, aske
     assert Loading(args).like(Entry("own/base", COMMIT)).kwargs == {"dtype": wanted}
     read_it = asked.get("dtype", "") in ("auto", None)
     assert seen == [("own/base", {"revision": COMMIT, "trust_remote_code": False})] * read_it
+
+
+@pytest.mark.parametrize(("shared", "expected"), [(False, torch.float32), (True, torch.bfloat16)])
+def test_an_adapter_is_in_fp32_but_on_weights_that_zero3_shares_out(pair, tmp_path, shared, expected):
+    """There TRL makes a new one in the dtype of the model: ZeRO-3 gathers weights of two dtypes in one buffer."""
+
+    def model():
+        return AutoModelForCausalLM.from_pretrained(pair[0], dtype=torch.bfloat16)
+
+    get_peft_model(model(), lora()).save_pretrained(tmp_path)
+    below = model()
+    if shared:
+        for parameter in below.parameters():
+            parameter.ds_id = 0
+    adapted = load_adapter(str(tmp_path), below, trainable=True)
+    assert {parameter.dtype for parameter in adapted.parameters() if parameter.requires_grad} == {expected}

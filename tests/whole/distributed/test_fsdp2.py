@@ -13,7 +13,7 @@ from architectures import make_family
 from ranks import in_processes
 from runs import log_probability
 from safetensors.torch import load_file
-from tiny import make_pair, preference_data
+from tiny import make_pair, preference_data, sft_data
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from shadow_trl import graft, verify
@@ -82,6 +82,7 @@ def test_the_reference_is_instruct_and_is_gone_after_its_values_are_known(pair, 
     assert seen["references"] == pytest.approx(expected["instruct"], rel=1e-6)
     assert seen["references"] != pytest.approx(expected["base"], rel=1e-5)
     assert not seen["reference"]
+    assert not seen["kept"]
 
 
 def test_a_resumed_run_and_every_save_give_the_bits_of_one_run(pair, tmp_path):
@@ -97,22 +98,32 @@ def test_a_resumed_run_and_every_save_give_the_bits_of_one_run(pair, tmp_path):
 def test_the_best_model_is_the_one_that_is_grafted(pair, tmp_path):
     """A learning rate that makes each step worse: the best checkpoint is the first."""
     run(pair, tmp_path / "out", "sft", fsdp=SHARDED, save_strategy="steps", save_steps=1, eval_strategy="steps",
-        eval_steps=1, load_best_model_at_end=True, metric_for_best_model="loss", learning_rate=5.0,
-        graft_every_save=True, max_steps=2, lr_scheduler_type="constant")  # fmt: skip
+        eval_steps=1, load_best_model_at_end=True, metric_for_best_model="grafted_loss", learning_rate=5.0,
+        eval_grafted=True, graft_every_save=True, max_steps=2, lr_scheduler_type="constant")  # fmt: skip
     kept = {path.name: engines.weights(path / "shadow/grafted") for path in (tmp_path / "out").glob("checkpoint-*")}
     assert engines.weights(tmp_path / "out/grafted") == kept["checkpoint-1"] != kept["checkpoint-2"]
 
 
-@pytest.mark.parametrize(("kind", "lora"), [("sft", False), ("dpo", True)], ids=["sft-full", "dpo-lora"])
-def test_the_graft_is_evaluated_as_in_one_process(pair, tmp_path, kind, lora):
+@pytest.mark.parametrize(
+    ("kind", "lora", "count", "others"),
+    [("sft", False, 2, ["ddp"]), ("sft", True, 2, []), ("dpo", False, 2, []), ("dpo", True, 3, ["ddp"])],
+    ids=["sft-full", "sft-lora", "dpo-full", "dpo-lora-3"],
+)
+def test_the_graft_is_evaluated_as_in_one_process(pair, tmp_path, kind, lora, count, others):
+    rows = preference_data(12) if kind == "dpo" else sft_data(12)  # the same number for each process and each step
+    rows.save_to_disk(tmp_path / "rows")
     changes = {"lora": lora, "eval_grafted": True, "eval_strategy": "steps", "eval_steps": 1}
-    changes["per_device_eval_batch_size"] = 2
-    alone = run(pair, tmp_path / "alone", kind, "single", 1, per_device_train_batch_size=4, **changes)
-    shared = run(pair, tmp_path / "shared", kind, fsdp=SHARDED, **changes)
-    replicated = run(pair, tmp_path / "replicated", kind, "ddp", **changes)
-    for got, wanted in zip(shared["evaluated"], replicated["evaluated"], strict=True):
-        assert got == pytest.approx(wanted, rel=1e-6, abs=1e-6)
-    for seen in (shared, replicated):
+    changes |= {"per_device_eval_batch_size": 2, "rows": str(tmp_path / "rows")}
+    alone = run(pair, tmp_path / "alone", kind, "single", 1, per_device_train_batch_size=2 * count, **changes)
+    shared = run(pair, tmp_path / "shared", kind, count=count, fsdp=SHARDED, **changes)
+    replicated = [run(pair, tmp_path / other, kind, other, count, **changes) for other in others]
+    # While the graft is evaluated, the shards of the policy take no room on the accelerator.
+    steps = 12 // (2 * count)
+    assert [room > 0 for room in shared["room"]] == [*[True] * steps, *[False] * steps] * 2
+    for seen in replicated:
+        for got, wanted in zip(shared["evaluated"], seen["evaluated"], strict=True):
+            assert got == pytest.approx(wanted, rel=1e-6, abs=1e-6)
+    for seen in (shared, *replicated):
         assert seen["losses"] == pytest.approx(alone["losses"], rel=1e-6)
         for got, wanted in zip(seen["evaluated"], alone["evaluated"], strict=True):
             # TRL's other means depend on which rows share a batch.

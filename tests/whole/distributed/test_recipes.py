@@ -90,10 +90,12 @@ def test_the_pipeline_under_accelerate_launch(workspace: Path) -> None:
     assert list(json.loads(Path("out/report.json").read_text())["arms"]) == ["instruct", "sft", "grafted", "tuned"]
 
 
-def test_processes_that_see_themselves_alone_do_not_train(workspace: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_processes_that_see_themselves_alone_do_not_train(workspace: Path) -> None:
     """As accelerate starts two without accelerators and without `use_cpu`: each would train by itself."""
     words = ["--output_dir", "out", "--use_cpu", "false"]
-    ends = in_processes(pipelines.run, "alone", str(workspace), *words)
-    assert [(end.error, end.value["code"], end.value["stages"]) for end in ends] == [("", 2, [])] * 2
-    assert capfd.readouterr().err.count("2 processes were launched (WORLD_SIZE), of which this one sees 1") == 2
+    first, second = in_processes(pipelines.run, "alone", str(workspace), *words)
+    assert (first.error, first.value["code"], first.value["stages"]) == ("", 2, [])
+    # The connection of the second is lost if the first has ended before it was made.
+    assert second.kind == "DistNetworkError" or (second.value["code"], second.value["stages"]) == (2, [])
+    assert "2 processes were launched (WORLD_SIZE), of which this one sees 1" in first.value["told"]
     assert not Path("out").exists()

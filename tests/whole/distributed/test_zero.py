@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shutil
 from pathlib import Path
 
 import engines
+import pipelines
 import pytest
 import ranks
 import torch
@@ -165,3 +167,24 @@ def test_the_start_of_an_adapter_is_whole(pair, tmp_path):
     for name in (name for name in here if ".lora_A." in name):
         other = name.replace(".lora_A.", ".lora_B.")
         torch.testing.assert_close(there[other] @ there[name], here[other] @ here[name], rtol=1e-4, atol=1e-6)
+
+
+def test_both_stages_in_one_launch_are_those_of_two(pair, tmp_path, monkeypatch):
+    """Each stage loads its models by its own settings, in the memory that the one before has left."""
+    monkeypatch.chdir(tmp_path)
+    pipelines.fill(tmp_path, pair)
+    words = ["--sft.per_device_train_batch_size", "2", "--dpo.per_device_train_batch_size", "1", "--dpo.bf16", "true"]
+
+    def launch(output: str, *more: str) -> list[dict]:
+        ends = ranks.in_processes(pipelines.run, "zero3", str(tmp_path), "--output_dir", output, *words, *more)
+        assert [(end.error, end.value and end.value["code"]) for end in ends] == [("", 0), ("", 0)]
+        return [end.value for end in ends]
+
+    for seen in launch("one"):
+        assert seen["stages"] == [("DEEPSPEED", 2, "no", 2), ("DEEPSPEED", 2, "bf16", 1)]
+        start_of_sft, start_of_dpo = seen["before"]
+        assert start_of_dpo <= start_of_sft + 1024
+    shutil.copytree("one/sft", "two/sft")
+    launch("two", "--stages", "dpo")
+    for place in ("dpo", "dpo/grafted"):
+        assert engines.weights(tmp_path / "one" / place) == engines.weights(tmp_path / "two" / place) != {}
