@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+from argparse import Namespace
 from types import ModuleType
 
 import pytest
@@ -64,20 +65,16 @@ def test_folders_without_equal_weights_are_not_the_same(table, found, expected, 
     assert table.same(found, expected) == shown
 
 
-def run(*words: str) -> list[list[str]]:
-    """Run the benchmark on a very small model; return the cells of its rows."""
-    size = ["--hidden=32", "--layers=1", "--rows=20", "--length=4", "--engines", "ddp"]
-    done = subprocess.run([sys.executable, PLACE, *words, *size], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    rows = [line.strip("|").split("|") for line in done.stdout.splitlines() if line.startswith("| ddp")]
-    return [[cell.strip() for cell in row] for row in rows]
-
-
 @pytest.mark.slow
 @pytest.mark.distributed
-def test_two_processes_are_compared_with_one_and_with_trl():
-    ((*_, losses, references, grafted, tuned, graft, _, training),) = run("table", "--only", "SFT, LoRA")
-    assert (references, tuned, graft) == ("", "yes", "yes")
+def test_two_processes_are_compared_with_one_and_with_trl(table, tmp_path):
+    size = {"hidden": 32, "layers": 1, "rows": 20, "length": 4, "processes": 2, "limit": 240}
+    asked = Namespace(engines=["ddp"], only=["SFT, LoRA"], **size)
+    *_, row = table.compare(tmp_path, asked)
+    engine, case, losses, references, grafted, tuned, graft, _, training = (
+        cell.strip() for cell in row[1:-1].split("|")
+    )
+    assert (engine, case, references, tuned, graft) == ("ddp", "SFT, LoRA", "", "yes", "yes")
     assert float(losses) < 1e-6
     loss, _, other = grafted.partition("; ")
     assert float(loss) < 1e-6
@@ -88,7 +85,11 @@ def test_two_processes_are_compared_with_one_and_with_trl():
 @pytest.mark.slow
 @pytest.mark.distributed
 def test_memory_and_steps_are_set_beside_those_of_trl():
-    trl, shadow, *ratios = run("memory")
+    words = ["memory", "--hidden=32", "--layers=1", "--rows=6", "--length=24", "--engines", "ddp"]
+    done = subprocess.run([sys.executable, PLACE, *words], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    rows = [line[1:-1].split("|") for line in done.stdout.splitlines() if line.startswith("| ddp")]
+    trl, shadow, *ratios = [[cell.strip() for cell in row] for row in rows]
     assert [row[1] for row in (trl, shadow)] == ["trl", "shadow"]
     assert trl[3] == ""
     assert all(float(cell) > 0 for cell in shadow[2:])
