@@ -78,7 +78,7 @@ def test_two_processes_are_compared_with_one_and_with_trl(table, tmp_path):
     assert float(losses) < 1e-6
     loss, _, other = grafted.partition("; ")
     assert float(loss) < 1e-6
-    assert float(other.split()[-1]) < 1e-6
+    assert float(other.split()[-1]) < 1e-5  # TRL takes the mean over batches, which are others in one process
     assert float(training) > 0
 
 
