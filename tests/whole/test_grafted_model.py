@@ -43,7 +43,7 @@ def test_it_loads_without_our_code_and_answers_as_the_sum_in_memory(tmp_path):
         args=ShadowSFTConfig(**settings(tmp_path, max_steps=3, learning_rate=1e-3, per_device_train_batch_size=16)),
         train_dataset=Dataset.from_json(str(ROOT / "data" / "sft.jsonl"), cache_dir=str(tmp_path / "cache")),
     ).train()
-    with open(ROOT / "data" / "test.jsonl", encoding="utf-8") as file:
+    with open(ROOT / "data" / "sft-test.jsonl", encoding="utf-8") as file:
         prompts = [json.loads(line)["prompt"] for line in list(file)[::65][:20]]
     assert len(prompts) == 20
 
