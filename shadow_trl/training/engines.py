@@ -198,6 +198,28 @@ def whole_weights(accelerator: Accelerator, *, wanted: bool) -> Iterator[None]:
         setattr(settings, name, before)
 
 
+def gather_trained_head(accelerator: Accelerator, model: Any) -> None:
+    """Let FSDP2 gather the head of a loaded `model` for every pass, so that its gradient is that of all processes.
+
+    TRL reads the weight of the head and never calls it. Where accelerate makes a block of the head alone, as under an
+    adapter or where the last norm is not right below the model, nothing gathers that block: each process would train
+    its shard with the gradient of its own rows, and say nothing.
+    """
+    if getattr(accelerator.state, "fsdp_plugin", None) is None:
+        return
+    head = model.get_output_embeddings()
+    if head is None or not any(weight.requires_grad for weight in head.parameters()):
+        return
+    from torch.distributed.fsdp import FSDPModule
+
+    def gather(*_: Any) -> None:
+        for block in head.modules():
+            if isinstance(block, FSDPModule):
+                block.unshard()
+
+    model.register_forward_pre_hook(gather)
+
+
 @contextmanager
 def gathered(parameters: Iterable[Any], *, changed: bool = False) -> Iterator[None]:
     """Give parameters that ZeRO-3 has shared out their whole values while the context lasts; others have them anyway.

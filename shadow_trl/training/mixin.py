@@ -46,6 +46,7 @@ from .adapter import (
 from .config import ShadowArguments
 from .engines import (
     dtype_at_start,
+    gather_trained_head,
     gathered,
     in_shards,
     lifts_weights,
@@ -134,6 +135,7 @@ class ShadowMixin(GraftedEvaluation):
                 self._pin_model(given)
             with without_second_start(given["model"]):
                 super().__init__(*call.args, **call.kwargs)
+            gather_trained_head(self.accelerator, self.model)
             with gathered(trained_by_adapter(self.model)):  # ZeRO-3 has shared it out where a reference was computed
                 self._check_loaded(config)
                 # The adapter as it is before training: the delta of some is what it becomes less this.

@@ -166,6 +166,21 @@ def test_weights_that_one_process_reads_for_all_give_the_same_bits(pair, tmp_pat
         assert engines.weights(tmp_path / "true" / place) == engines.weights(tmp_path / "false" / place) != {}
 
 
+@pytest.mark.parametrize("kind", ["sft", "dpo"])
+def test_a_head_beside_an_adapter_has_the_gradient_of_all_processes(tmp_path, kind):
+    """TRL never calls the head, whose shards were trained with the rows of their own process alone."""
+    pair, head = make_pair(tmp_path / "pair", tied=False), {"modules_to_save": ["lm_head"]}
+    run(pair, tmp_path / "alone", kind, "single", 1, per_device_train_batch_size=4, lora=head)
+    run(pair, tmp_path / "shared", kind, lora=head)
+    alone, shared, instruct = (
+        load_file(folder / "model.safetensors")
+        for folder in (tmp_path / "alone/grafted", tmp_path / "shared/grafted", pair[1])
+    )
+    assert (alone["lm_head.weight"] - instruct["lm_head.weight"]).abs().max() > 1e-2
+    for name, weight in alone.items():
+        torch.testing.assert_close(shared[name], weight, rtol=0, atol=1e-6)
+
+
 def test_16_bits_that_are_lifted_to_fp32_have_no_delta_of_the_cast(tmp_path):
     pair = make_pair(tmp_path, dtype=torch.float32)
     run(pair, tmp_path / "out", "sft", fsdp=SHARDED, bf16=True, model_init_kwargs={"dtype": "bfloat16"},
