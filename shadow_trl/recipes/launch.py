@@ -144,7 +144,9 @@ def _check_processes(args: Any, *, asked: int, on_cpu: bool) -> None:
     named = [one for one in str(args.gpu_ids or "all").split(",") if one]
     usable = found if named == ["all"] else min(found, len(named))
     if here > usable and not on_cpu:
-        fewer = f"Pass --num_processes {usable * (args.num_machines or 1)}" if usable else "Leave num_processes out"
+        # Without any, a config still asks for the processes that its file names.
+        pass_fewer = f"Pass --num_processes {usable * (args.num_machines or 1)}"
+        fewer = pass_fewer if usable else "Leave the launch options out"
         raise ConfigError(
             f"{here} processes are asked for on this machine, which has {usable} accelerators for them. {fewer}, or "
             "pass --use_cpu to train on the CPU."

@@ -179,7 +179,7 @@ FSDP2 = ["--accelerate_config", "fsdp2", "--bf16=true", "--use_cpu", "false"]
             "8 processes are asked for on this machine, which has 4 accelerators for them. Pass --num_processes 4",
         ),
         (8, [*FSDP2, "--gpu_ids", "0,1"], "which has 2 accelerators"),
-        (0, ["--multi_gpu", "--num_processes", "2", "--use_cpu", "false"], "which has 0 accelerators"),
+        (0, ["--multi_gpu", "--num_processes", "2", "--use_cpu", "false"], "for them. Leave the launch options out"),
         (8, [*FSDP2, "--num_machines", "3", "--main_process_ip", "x"], "3 do not divide it"),
         (8, [*FSDP2, "--num_machines", "2", "--machine_rank", "2", "--main_process_ip", "x"], "machine_rank is 2"),
         (8, [*FSDP2, "--num_machines", "2"], "2 machines need main_process_ip"),
