@@ -133,7 +133,7 @@ def _add_compare(parser: argparse.ArgumentParser) -> None:
         "on half of the prompts and test on the others. DIR gets comparison.json, comparison.md and comparison.html."
     )
     parser.add_argument(
-        "--config", metavar="FILE.yaml", help="train the arms that it names first; takes --output alone"
+        "--config", metavar="FILE.yaml", help="train the arms that it names first; only --output may be given with it"
     )
     models = parser.add_argument_group("models")
     add = models.add_argument
@@ -185,7 +185,7 @@ def _compare_arms(options: argparse.Namespace) -> int:
 def _add_choice(add: Callable[..., Any]) -> None:
     add("--target", metavar="METRIC", help="to be high (default: target where there is one, else the first)")
     add("--keep", metavar="METRIC", help="must not get worse than INSTRUCT's (default: kept where there is one)")
-    add("--within", metavar="X", type=float, default=1.0, help="by how much it may all the same (default 1)")
+    add("--within", metavar="X", type=float, default=1.0, help="by how much it may be worse all the same (default 1)")
     text = "points up to which a difference does not matter (default 2)"
     add("--margin", metavar="X", type=float, default=2.0, help=text)
 

@@ -175,7 +175,7 @@ def verdict(
     wanted = rows_that_tell(found, margin=margin)
     if wanted is None:
         return "too few rows to tell: more trainings (seeds) would tell, rows alone would not"
-    return f"too few rows to tell: about {wanted:,} would, {found.rows:,} are here"
+    return f"too few rows to tell: about {wanted:,} are needed, there are {found.rows:,}"
 
 
 def rows_that_tell(found: Difference, *, margin: float | None) -> int | None:

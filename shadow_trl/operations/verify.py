@@ -78,8 +78,8 @@ class VerifyReport:
         """Return what was compared when the folder is the graft, else what differs."""
         if self.same:
             return (
-                f"{self.folder} is that graft. Equal are {self.compared} weights, the figures of {MANIFEST_NAME} and "
-                f"{', '.join(self.equal)}. Not compared: {'; '.join(self.not_compared)}. {self.inputs}"
+                f"{self.folder} is that graft. {self.compared} weights, the figures of {MANIFEST_NAME} and "
+                f"{', '.join(self.equal)} are equal. Not compared: {'; '.join(self.not_compared)}. {self.inputs}"
             )
         lines = [f"{self.folder} is not that graft. {self.inputs}"]
         named = (

@@ -209,8 +209,9 @@ def compare_arms(config: Path, output: str | Path, *, progress: bool = True) -> 
         chosen = choose_target(metrics, design.target, design.keep)
         tried = _tried(design)
         trainings = list(design.trainings())
-        for training in trainings:
-            options, _ = _prepared(design, training, folder)
+        digests: dict[str, Any] = {}
+        prepared = [_prepared(design, training, folder, digests) for training in trainings]
+        for options, _ in prepared:
             if design.chat_vector and options.model.use_peft:
                 raise ConfigError(
                     "chat_vector adds INSTRUCT - BASE to TUNED, which use_peft makes an adapter. Leave one out."
@@ -219,7 +220,10 @@ def compare_arms(config: Path, output: str | Path, *, progress: bool = True) -> 
         lock = RunLock(folder)
         lock.acquire()
         try:
-            seconds = {training.name: _train(design, training, folder, progress) for training in trainings}
+            seconds = {
+                training.name: _train(design, folder / RUNS / training.name, *ready, progress)
+                for training, ready in zip(trainings, prepared, strict=True)
+            }
             models: list[Measured] = []
             for training in trainings:
                 tell = say if progress else lambda text: None
@@ -261,15 +265,19 @@ def _tried(design: Design) -> list[tuple[Settings, Any]]:
     return [*tried, *more]
 
 
-def _prepared(design: Design, training: Training, folder: Path) -> tuple[Options, dict[str, Any]]:
-    """Check a training; return its options and all that its weights depend on."""
+def _prepared(
+    design: Design, training: Training, folder: Path, digests: dict[str, Any]
+) -> tuple[Options, dict[str, Any]]:
+    """Check a training; return its options and all that its weights depend on. `digests` keeps those of models."""
     run = folder / RUNS / training.name
     options = training.options(design, run)
     prepare(options)
     find_models(options)
     record = record_of(options)
-    sides = {"base": training.base, "instruct": training.instruct}
-    record["models"] = {role: weight_digests(side) or str(locate(side).path) for role, side in sides.items()}
+    for side in (training.base, training.instruct):
+        if side not in digests:
+            digests[side] = weight_digests(side) or str(locate(side).path)
+    record["models"] = {"base": digests[training.base], "instruct": digests[training.instruct]}
     record["versions"] = versions()
     record = json.loads(json.dumps(record))
     if (run / "options.json").exists():
@@ -277,16 +285,14 @@ def _prepared(design: Design, training: Training, folder: Path) -> tuple[Options
     return options, record
 
 
-def _train(design: Design, training: Training, folder: Path, progress: bool) -> dict[str, float]:
-    """Make a training unless it is complete; return the seconds of its steps."""
-    run = folder / RUNS / training.name
-    options, record = _prepared(design, training, folder)
+def _train(design: Design, run: Path, options: Options, record: dict[str, Any], progress: bool) -> dict[str, float]:
+    """Make the training in `run` unless it is complete; return the seconds of its steps."""
     direct = run / DIRECT_FOLDER
     if (run / DONE).exists() and (direct.exists() or not options.recipe.compare_direct):
         return dict(read_json(run / DONE))
     shutil.rmtree(run, ignore_errors=True)
     if progress:
-        say(f"Training {training.name}")
+        say(f"Training {run.name}")
     _, _, seconds = train_stage(design.recipe, options, load_data(options), record=record)
     with whole_file(run / DONE) as new:
         new.write_text(json.dumps(seconds) + "\n", encoding="utf-8")

@@ -74,7 +74,7 @@ def test_kinds_count_alike_however_many_rows_they_have():
 def test_identical_arms_are_the_same_with_enough_rows_and_not_with_ten(kinds):
     many, few = ({kind: hits(rows, 0.9, seed=0) for kind in kinds} for rows in (1000, 10))
     assert judged(many, many) == "no difference above 0.02"
-    assert re.match("too few rows to tell: about [0-9,]+ would, ", judged(few, few))
+    assert re.match("too few rows to tell: about [0-9,]+ are needed, ", judged(few, few))
 
 
 def test_arms_of_equal_skill_are_the_same_with_enough_rows():

@@ -200,11 +200,11 @@ def test_it_says_what_it_compared(tmp_path):
     sides = family(tmp_path, LICENSE="x")
     run(sides, tmp_path / "out")
     text = check(tmp_path / "out").text()
-    assert "Equal are 20 weights, the figures of shadow.json and LICENSE, config.json, README.md." in text
+    assert "20 weights, the figures of shadow.json and LICENSE, config.json, README.md are equal." in text
     assert "Not compared: warnings, versions and paths in shadow.json. The inputs were compared by" in text
     edit(tmp_path / "out" / "shadow.json", lambda content: content.pop("card"))
     text = check(tmp_path / "out").text()
-    assert "config.json. Not compared" in text
+    assert "config.json are equal. Not compared" in text
     assert "README.md, of which shadow.json has no digest" in text
 
 

@@ -135,7 +135,7 @@ def test_every_shipped_comparison_can_begin(path: Path, monkeypatch: pytest.Monk
     words = command.split()[2:]
     assert words[words.index("--config") + 1] == str(path.relative_to(ROOT))
 
-    def begin(design, training, folder, progress):
+    def begin(*given):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(arms, "_train", begin)
