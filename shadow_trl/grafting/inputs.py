@@ -74,7 +74,7 @@ def open_tuned_inputs(
         InputError: a side is missing, quantised or of the wrong kind, or the sides do not fit.
     """
     refuse_deltas(base=single.base, instruct=instruct)
-    receiver = _open_model("instruct", instruct)
+    receiver = open_instruct(instruct)
     _check_modules(options, receiver)
     tuned = open_trained(single, receiver, options)
     receiver.check_not_quantised("instruct")
@@ -115,7 +115,7 @@ def open_delta(base: Source | None, instruct: Source, delta: Source, options: Gr
     """
     refuse_deltas(base=base, instruct=instruct)
     _check_delta_options(options)
-    learnt, receiver = DeltaCheckpoint.open(delta), _open_model("instruct", instruct)
+    learnt, receiver = DeltaCheckpoint.open(delta), open_instruct(instruct)
     receiver.check_not_quantised("instruct")
     _check_modules(options, receiver)
     facts = replace(learnt, source=f"{learnt} (what the delta keeps of base)", revision=None)
@@ -173,6 +173,17 @@ def _open_base(single: SingleTuned, weights: bool) -> Checkpoint:
             f"adapter {single.checkpoint} names {named} as the model that it was trained on, which cannot be used: "
             f"{error} Where that model is elsewhere, give it with base=... (--base B)."
         ) from error
+
+
+def open_instruct(source: Source) -> Checkpoint:
+    """Open INSTRUCT; CheckpointError where it has no configuration, without which nothing would load the result."""
+    receiver = _open_model("instruct", source)
+    if not receiver.config:
+        raise CheckpointError(
+            f"instruct {receiver} has no config.json, or an empty one. The result would have it from there, and could "
+            "not be loaded without. Download or save INSTRUCT again."
+        )
+    return receiver
 
 
 def _open_model(role: str, source: Source, weights: bool = True) -> Checkpoint:

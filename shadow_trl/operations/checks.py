@@ -12,7 +12,7 @@ from ..checkpoints.delta import refuse_deltas
 from ..checkpoints.hub import Source, output_folder
 from ..errors import ConfigError
 from ..grafting.form import left_out, no_adapter_form
-from ..grafting.inputs import open_trained
+from ..grafting.inputs import open_instruct, open_trained
 from ..grafting.jobs import full_jobs
 from ..grafting.options import GraftOptions
 from ..grafting.tuned import SingleTuned
@@ -53,7 +53,7 @@ def check_graft(
     recover(target)
     check_free(target, settings.overwrite)
     refuse_deltas(base=base, instruct=instruct)
-    receiver = Checkpoint.open(instruct)
+    receiver = open_instruct(instruct)
     receiver.check_not_quantised("instruct")
     folders = [("instruct", receiver.path)]
     if base is not None:

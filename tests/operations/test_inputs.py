@@ -80,6 +80,19 @@ def test_quantised_checkpoints_are_refused_on_every_side(tmp_path, method, role,
     assert sorted(tmp_path.iterdir()) == before
 
 
+@pytest.mark.parametrize("content", [None, "{}"])
+def test_an_instruct_without_a_config_is_refused_before_the_work(tmp_path, content):
+    sides = family(tmp_path)
+    path = Path(sides["instruct"]) / "config.json"
+    path.unlink() if content is None else path.write_text(content)
+    with pytest.raises(CheckpointError, match=r"instruct .* has no config\.json(.|\n)*Nothing was written"):
+        graft(**sides, output=tmp_path / "out")
+    given = {"base": sides["base"], "instruct": sides["instruct"], "output": tmp_path / "out"}
+    with pytest.raises(CheckpointError, match="has no config"):
+        check_graft(**given, adapter=False)
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_disk_without_room_is_told_before_the_work_starts(tmp_path, monkeypatch):
     sides = family(tmp_path)
     elements = sum(torch.Size(shape).numel() for shape in shapes().values())
