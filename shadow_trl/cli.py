@@ -146,7 +146,8 @@ def _add_compare(parser: argparse.ArgumentParser) -> None:
     add("--scales", metavar="A", type=float, nargs="+", default=scales, help=f"of the delta (default {shown})")
     text = "choices of weights to compare: all, linear, attention, mlp or expressions (default all)"
     add("--modules", metavar="M", nargs="+", default=["all"], help=text)
-    _add_option(models, "dtype")
+    text = "dtype of the grafts, rounded to nearest (default: dtype and rounding of the run's own graft, else auto)"
+    _add_option(models, "dtype", default=None, help=text)
     add = parser.add_argument_group("held-out data (JSONL)").add_argument
     add("--rows", metavar="FILE", help="{prompt, answer, kind}: exact match of greedy answers")
     add("--validation-rows", metavar="FILE", help="rows to choose on; --rows are then all for the test")
@@ -198,7 +199,7 @@ def _compare(options: argparse.Namespace) -> int:
     for name in ("instruct", "tuned"):
         if getattr(options, name) is None:
             raise ConfigError(f"--{name} is missing (or --config, to train the arms first).")
-    from .evaluation.scales import Data, Sources, compare_scales, graft_command
+    from .evaluation.scales import Data, Sources, compare_scales
 
     sources = Sources(options.instruct, options.tuned, options.base, options.direct)
     data = Data(
@@ -211,7 +212,7 @@ def _compare(options: argparse.Namespace) -> int:
         margin=options.margin, dtype=options.score_dtype, device=options.device, progress=not options.quiet,
     )  # fmt: skip
     if not options.quiet:
-        print(summary(found, graft_command(found, sources, options.dtype)))
+        print(summary(found))
     return 0
 
 

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 MANIFEST_NAME = "shadow.json"
+GRAFTED_FOLDER = "grafted"
+"""Folder of a run in which its graft is."""
 FORMAT = 1
 KINDS = {"run": Run, "graft": Graft, "delta": Delta}
 _ROLES = re.compile(r"(?:base|instruct|policy|start|adapter|tuned|delta)(?:_\d+)?")

@@ -100,6 +100,7 @@ class Manifest(TypedDict, total=False):
 class Run(Manifest, total=False):
     """The manifest of a run or of one of its checkpoints."""
 
+    options: dict[str, Any]
     weights: Digests | None
     loaded_in: list[Dtype]
     lifted: bool

@@ -12,9 +12,19 @@ import numpy as np
 
 from ..errors import ConfigError, InputError
 from .exam import Metric, Values
-from .statistics import Difference, Table, compare, holm, verdict
+from .statistics import Difference, Table, compare, holm, interval_of, verdict
+from .trained import Trained
 
 SPLITS = ("validation", "test")
+
+ARMS = {
+    "instruct": "INSTRUCT untouched",
+    "direct": "INSTRUCT tuned directly",
+    "shadow": "the graft: INSTRUCT + scale * (TUNED - BASE)",
+    "re-adapt": "the graft on INSTRUCT times its instruct scale: scale * TUNED + b * INSTRUCT + (1 - scale - b) * BASE",
+    "chat-vector": "TUNED + scale * (INSTRUCT - BASE)",
+}
+"""The arms by the names that they have everywhere, and what each is."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +66,9 @@ class Measured:
         values: split -> values of the rows.
         pair: name of the pair.
         seed: of the training; None where nothing was trained, or it is not known.
-        seconds: what the model cost by kind of work, such as `train`, `graft` and `score`.
+        seconds: what the model cost by kind of work: `make` and `score`.
+        dtype: torch name of that of most of its weights; None for INSTRUCT as stored.
+        rounding: how they were rounded to it.
     """
 
     settings: Settings
@@ -64,6 +76,13 @@ class Measured:
     pair: str
     seed: int | None = None
     seconds: Mapping[str, float] = field(default_factory=dict)
+    dtype: str | None = None
+    rounding: str | None = None
+
+    @property
+    def precision(self) -> str | None:
+        """The dtype, and the rounding where it is not to nearest."""
+        return self.dtype if self.rounding in (None, "nearest") else f"{self.dtype} ({self.rounding} rounding)"
 
     @property
     def training(self) -> tuple[str, int | None]:
@@ -95,6 +114,10 @@ class Comparison:
         within: by how much `keep` may be worse than INSTRUCT's, in its unit. Default 1.
         margin: points up to which a difference of shares does not matter. Default 2.
         notes: what a reader has to know.
+        chosen_on: the rows by which settings are selected, in words.
+        command: writes the chosen graft; None where there is none.
+        rows: split -> rows of all sorts that each model answered.
+        trainings: what was trained for it.
     """
 
     models: Sequence[Measured]
@@ -104,6 +127,10 @@ class Comparison:
     within: float = 1.0
     margin: float = 2.0
     notes: Sequence[str] = ()
+    chosen_on: str = "the validation rows"
+    command: str | None = None
+    rows: Mapping[str, int] = field(default_factory=dict)
+    trainings: Sequence[Trained] = ()
 
     @property
     def by_name(self) -> dict[str, Metric]:
@@ -122,16 +149,27 @@ class Comparison:
     def condition(self) -> str:
         """The rule by which settings are selected, in words."""
         word = "highest" if self.by_name[self.target].higher else "lowest"
-        rule = f"{word} {self.target} on validation"
-        if self.keep is None:
-            return rule
-        bound = "at least INSTRUCT's minus" if self.by_name[self.keep].higher else "at most INSTRUCT's plus"
-        return f"{rule} with {self.keep} {bound} {self.within:g}"
+        rule = f"{word} {self.target}"
+        if self.keep is not None:
+            bound = "at least INSTRUCT's minus" if self.by_name[self.keep].higher else "at most INSTRUCT's plus"
+            rule += f" with {self.keep} {bound} {self.within:g}"
+        return f"{rule}, on {self.chosen_on}"
 
     def mean(self, settings: Settings, metric: Metric, split: str) -> float:
         """Return a metric of settings, the mean over trainings, as it is shown."""
         found = [metric.of(model.values[split]) for model in self.groups[settings]]
         return sum(found) / len(found)
+
+    def shown(self, settings: Settings, name: str, split: str, *, interval: bool = False) -> str:
+        """Return a metric of settings as text, with its `interval` if asked: percent with one digit, others three."""
+        metric = self.by_name[name]
+        digits = 1 if metric.share else 3
+        text = f"{self.mean(settings, metric, split):.{digits}f}"
+        if not interval:
+            return text
+        table = self._table(metric, self.groups[settings], split)
+        low, high = interval_of(table, bound=metric.factor if metric.share else None)
+        return f"{text} ({low:.{digits}f} to {high:.{digits}f})"
 
     @cached_property
     def selected(self) -> dict[str, Settings | None]:
@@ -187,11 +225,31 @@ class Comparison:
                 both[1].append(found[1])
         if not both[0]:
             raise InputError(f"{a.arm} and {b.arm} have no training in common.")
-        left, right = (
-            {part: metric.factor * np.array([model.values["test"][part] for model in side]) for part in metric.parts}
-            for side in both
-        )
+        left, right = (self._table(metric, side, "test") for side in both)
         return left, right
+
+    @staticmethod
+    def _table(metric: Metric, models: Sequence[Measured], split: str) -> dict[str, Table]:
+        """Return the values of a metric as they are shown, one line a model."""
+        return {
+            part: metric.factor * np.array([model.values[split][part] for model in models]) for part in metric.parts
+        }
+
+    def costs(self) -> tuple[list[str], list[list[str]]]:
+        """Return what each arm cost as a table: its heads and rows."""
+        heads = ["arm", "models", "trainings", "rows trained on", "optimiser steps", "training, s", "making, s",
+                 "scoring, s"]  # fmt: skip
+        rows = []
+        for arm in self.selected:
+            models = [model for model in self.models if model.settings.arm == arm]
+            side = {"instruct": None, "direct": "instruct"}.get(arm, "base")
+            trainings = [one for one in self.trainings if one.side == side]
+            sums = [_sum([getattr(one, name) for one in trainings]) for name in ("rows", "steps", "seconds")]
+            spent = [sum(model.seconds.get(kind, 0.0) for model in models) for kind in ("make", "score")]
+            seconds = (f"{one:.1f}" if one is not None else "" for one in (sums[2], *spent))
+            counts = (f"{one:,}" if one is not None else "" for one in (len(models), len(trainings), *sums[:2]))
+            rows.append([arm, *counts, *seconds])
+        return heads, rows
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything as plain values for JSON; shares, their differences and intervals are in percent."""
@@ -209,6 +267,7 @@ class Comparison:
             "metrics": {
                 metric.name: {"higher": metric.higher, "unit": "%" if metric.share else None} for metric in self.metrics
             },
+            "trainings": [vars(one) for one in self.trainings],
             "condition": self.condition,
             "margin": self.margin,
             "notes": list(self.notes),
@@ -221,8 +280,14 @@ class Comparison:
                 scores = {metric.name: metric.of(values) for metric in self.metrics}
                 yield {
                     **vars(model.settings), "pair": model.pair, "seed": model.seed, "split": split, "scores": scores,
-                    "rows": sum(map(len, values.values())), "seconds": dict(model.seconds),
+                    "rows": self.rows.get(split), "seconds": dict(model.seconds),
+                    "dtype": model.dtype, "rounding": model.rounding,
                 }  # fmt: skip
+
+
+def _sum(values: Sequence[Any]) -> Any:
+    """Return the sum, None where one is not known or there are none."""
+    return sum(values) if values and None not in values else None
 
 
 def choose_target(metrics: Sequence[Metric], target: str | None, keep: str | None) -> tuple[str, str | None]:

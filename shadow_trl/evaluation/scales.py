@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import shlex
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
@@ -14,10 +14,13 @@ from typing import Any, NamedTuple
 
 from accelerate import PartialState
 
-from ..checkpoints.hub import Source, output_folder
+from ..checkpoints.checkpoint import Checkpoint
+from ..checkpoints.hub import Source, local_folder, output_folder
+from ..checkpoints.manifest import GRAFTED_FOLDER, read_manifest
 from ..errors import ConfigError, ends_with, list_names
-from ..grafting.options import GraftOptions
-from ..operations.in_memory import OpenGrafts, open_grafts
+from ..grafting.files import main_dtype
+from ..grafting.options import GraftOptions, declared
+from ..operations.in_memory import MemoryGraft, OpenGrafts, open_grafts
 from ..results.folder import OutputFolder, check_free, check_place, recover
 from ..runtime.processes import say
 from .comparison import Comparison, Measured, Settings, choose_target
@@ -26,9 +29,19 @@ from .exam import Exam, Values, function_named
 from .likelihood import read_conversations, read_pairs
 from .models import load, tokenizer_and_ends
 from .scoring import Row, read_rows
+from .trained import Trained, read_trained
 
 PAIR = "pair"
 """Name of the only pair."""
+
+WRITTEN_WITH = ("dtype", "rounding", "seed", "vocab", "untie")
+"""Options of a graft that every arm has from the run; its scale and modules are what is compared."""
+
+OF_DTYPE = "the dtype that was asked for"
+OF_THE_RUN = "the dtype and rounding that the run's manifest tells, INSTRUCT's dtype where there is none"
+
+Tried = Sequence[tuple[Settings, Mapping[str, Any]]]
+"""What is tried with each tuned model: how it is shown, and what differs from the run's own graft."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +83,13 @@ class Data:
     kept: tuple[str, ...] = ()
     batch_size: int = 64
     max_new_tokens: int = 64
+
+    @property
+    def chosen_on(self) -> str:
+        """What the settings are chosen on, in words."""
+        if self.validation_rows is None:
+            return "half of the prompts"
+        return "the validation rows" + (" and half of the other data" if self.conversations or self.preferences else "")
 
     def exams(self) -> dict[str, Exam]:
         """Read the files; return the exam of each split, `validation` and `test`.
@@ -116,7 +136,7 @@ def compare_scales(
     output: Source,
     scales: Sequence[float] = (0.25, 0.5, 0.75, 1.0, 1.25),
     modules: Sequence[str] = ("all",),
-    graft_dtype: str = "auto",
+    graft_dtype: str | None = None,
     target: str | None = None,
     keep: str | None = None,
     within: float = 1.0,
@@ -135,7 +155,8 @@ def compare_scales(
         output: folder of comparison.json, comparison.md and comparison.html; must not exist.
         scales: multipliers of what training changed.
         modules: choices of weights that receive the delta: `all`, `linear`, `attention`, `mlp` or an expression.
-        graft_dtype: as `dtype` of `graft`. Default `auto`: what `graft` would write is what is measured.
+        graft_dtype: as `dtype` of `graft`, rounded to nearest. Default: as the run in `tuned` writes its graft, which
+            its manifest tells; `auto` where there is none.
         target: metric that is to be high. Default: `target` where there is one, else the first.
         keep: metric that must not get worse. Default: `kept` where there is one.
         within: by how much it may. Default 1.
@@ -167,15 +188,27 @@ def compare_scales(
     with ExitStack() as opened, OutputFolder(folder) as place:
         plan = steps_of(sources, tried, folder, opened)
         warnings = check_all(plan, folder, scales[0])
+        trainings, unmeasured = _trainings(sources, plan)
         take = partial(measure, exams=exams, tokenizer=tokenizer, ends=ends, dtype=dtype)
         models = []
         for number, step in enumerate(plan, start=1):
             if progress:
                 say(f"{number} of {len(plan)}: {' '.join([step.settings.arm, step.settings.words()]).strip()}")
             models.append(take(step, device=device or state.device))
-        notes = [*_notes(sources, data, exams), *(f"Warning: {warning}" for warning in warnings)]
-        comparison = Comparison(models, metrics, *chosen, within=within, margin=margin, notes=notes)
-        write_comparison(comparison, place.part, command=graft_command(comparison, sources, graft_dtype))
+        told = OF_DTYPE if graft_dtype is not None else OF_THE_RUN
+        notes = [
+            note_of_splits(data, exams),
+            note_of_weights(models, said=told),
+            *_notes(sources),
+            *unmeasured,
+            *(f"Warning: {warning}" for warning in warnings),
+        ]
+        comparison = Comparison(
+            models, metrics, *chosen, within=within, margin=margin, notes=notes, chosen_on=data.chosen_on,
+            rows={split: len(exam) for split, exam in exams.items()}, trainings=trainings,
+        )  # fmt: skip
+        comparison = replace(comparison, command=graft_command(comparison, sources, plan))
+        write_comparison(comparison, place.part)
         place.commit()
     return comparison
 
@@ -191,44 +224,76 @@ class Step(NamedTuple):
     seed: int | None = None
 
 
-def tried_with(scales: Sequence[float], modules: Sequence[str], dtype: str) -> list[tuple[Settings, GraftOptions]]:
-    """Return what is tried with each tuned model, checked."""
+def tried_with(scales: Sequence[float], modules: Sequence[str], dtype: str | None) -> Tried:
+    """Return what is tried with each tuned model, checked; `dtype` as `graft_dtype` of `compare_scales`."""
     if not scales or not modules:
         raise ConfigError("a comparison needs at least one scale and one choice of modules.")
-    return [
-        (
-            Settings("shadow", scale=scale, modules=name),
-            GraftOptions(scale=scale, modules=name, format="model", dtype=dtype),
-        )
+    asked: dict[str, Any] = {} if dtype is None else {"dtype": dtype, "rounding": "nearest"}
+    tried: list[tuple[Settings, dict[str, Any]]] = [
+        (Settings("shadow", scale=scale, modules=name), {"scale": scale, "modules": name, **asked})
         for name in dict.fromkeys(modules)
         for scale in dict.fromkeys(scales)
     ]
+    for _, changes in tried:
+        GraftOptions(**changes)
+    return tried
+
+
+def as_written(tuned: Source, grafts: OpenGrafts) -> dict[str, Any]:
+    """Return the options `WRITTEN_WITH` of the graft that the run in `tuned` has written, or would write.
+
+    An adapter is added to INSTRUCT's weights unrounded: in memory that is the sum in fp32. Of what is no run nothing is
+    known: {}.
+    """
+    run = local_folder(tuned)
+    places = [] if run is None else [(run / GRAFTED_FOLDER, "graft"), (run, "run")]
+    for folder, kind in places:
+        manifest = read_manifest(folder)
+        if manifest is None or manifest["kind"] != kind or "options" not in manifest:
+            continue
+        recorded = manifest["options"]
+        known = {name: recorded[name] for name in WRITTEN_WITH if name in recorded}
+        asked = GraftOptions(**known, format=recorded.get("format", "auto"))
+        if manifest.get("form", asked.format if asked.format != "auto" else grafts.form(asked)) == "adapter":
+            known |= {"dtype": "float32", "rounding": "nearest"}
+        return known
+    return {}
 
 
 def steps_of(
-    sources: Sources, tried: Sequence[tuple[Settings, GraftOptions]], folder: Path, opened: ExitStack
+    sources: Sources, tried: Tried, folder: Path, opened: ExitStack, written: Mapping[str, Any] | None = None
 ) -> list[Step]:
-    """Open the models beside `folder` for as long as `opened`; return all steps, INSTRUCT first."""
+    """Open the models beside `folder` for as long as `opened`; return all steps, INSTRUCT first.
+
+    All grafts have the options `written`, by default those of the run in `sources.tuned`, see `as_written`.
+    """
     plan, instruct = [Step(Settings("instruct"), instruct=sources.instruct)], sources.instruct
-    if sources.direct is not None:
-        grafts = opened.enter_context(
-            open_grafts(base=instruct, instruct=instruct, tuned=sources.direct, beside=folder)
-        )
-        # What direct tuning wrote, in fp32: rounding it to INSTRUCT's dtype is no part of it.
-        plan += [
-            Step(replace(one, arm="direct"), grafts, replace(how, dtype="float32"))
-            for one, how in tried
-            if one.arm == "shadow"
-        ]
     grafts = opened.enter_context(open_grafts(base=sources.base, instruct=instruct, tuned=sources.tuned, beside=folder))
-    plan += [Step(one, grafts, how) for one, how in tried]
+    written = as_written(sources.tuned, grafts) if written is None else written
+    shadow = [Step(one, grafts, GraftOptions(**{**written, **changes, "format": "model"})) for one, changes in tried]
+    plain = [step for step in shadow if step.settings.arm == "shadow"]
+    if sources.direct is not None:
+        tuned = opened.enter_context(open_grafts(base=instruct, instruct=instruct, tuned=sources.direct, beside=folder))
+        # What direct tuning wrote, in fp32: rounding it to INSTRUCT's dtype is no part of it.
+        plan += [_like(step, "direct", tuned, "float32", rounding="nearest") for step in plain]
+    plan += shadow
     if sources.chat_vector:
-        # The sides change places: INSTRUCT - BASE is what TUNED receives.
-        grafts = opened.enter_context(
+        # The sides change places: INSTRUCT - BASE is what TUNED receives. The dtype stays that of the graft.
+        stored = main_dtype(Checkpoint.open(instruct).specs.values()) or "auto"
+        sides = opened.enter_context(
             open_grafts(base=sources.base, instruct=sources.tuned, tuned=instruct, beside=folder)
         )
-        plan += [Step(replace(one, arm="chat-vector"), grafts, how) for one, how in tried if one.arm == "shadow"]
+        plan += [
+            _like(step, "chat-vector", sides, step.options.dtype if step.options.dtype != "auto" else stored)
+            for step in plain
+        ]
     return plan
+
+
+def _like(step: Step, arm: str, grafts: OpenGrafts, dtype: str, **changes: Any) -> Step:
+    """Return the step of another arm at the same scale and modules."""
+    settings, options = replace(step.settings, arm=arm), replace(step.options, dtype=dtype, **changes)
+    return step._replace(settings=settings, grafts=grafts, options=options)
 
 
 def check_all(plan: Sequence[Step], folder: Path, scale: float) -> list[str]:
@@ -249,6 +314,7 @@ def measure(
     """Make and measure a model; only one is in memory at a time."""
     started = time.perf_counter()
     source = step.instruct if step.grafts is None else step.grafts.graft(step.options)
+    kind = source.dtype if isinstance(source, MemoryGraft) else None
     model = load(source, dtype=dtype, device=device)
     del source
     made = time.perf_counter()
@@ -256,35 +322,52 @@ def measure(
     del model
     gc.collect()
     seconds = {"make": round(made - started, 2), "score": round(time.perf_counter() - made, 2)}
-    return Measured(step.settings, values, step.pair, step.seed, seconds)
+    return Measured(step.settings, values, step.pair, step.seed, seconds, kind, step.options.rounding if kind else None)
 
 
-def _notes(sources: Sources, data: Data, exams: dict[str, Exam]) -> list[str]:
-    notes = [
-        note_of_halves(data, exams),
-        "One training: the intervals are over rows alone. Another seed may train another model.",
-    ]
+def _trainings(sources: Sources, plan: Sequence[Step]) -> tuple[list[Trained], list[str]]:
+    """Return what is known of the trainings of TUNED and of INSTRUCT, and notes on what could not be measured."""
+    step = next(step for step in plan if step.settings.arm == "shadow")
+    assert step.grafts is not None
+    direct = [] if sources.direct is None else [read_trained(sources.direct, "instruct", PAIR)]
+    tuned, note = read_trained(sources.tuned, "base", PAIR).measured(step.grafts, step.options)
+    return [tuned, *direct], [] if note is None else [note]
+
+
+def _notes(sources: Sources) -> list[str]:
+    notes = ["One training: the intervals are over rows alone. Another seed may train another model."]
     if sources.direct is None:
         notes.append("INSTRUCT tuned directly was not compared: --direct names it.")
     return notes
 
 
-def note_of_halves(data: Data, exams: dict[str, Exam]) -> str:
+def note_of_splits(data: Data, exams: dict[str, Exam]) -> str:
     """Say which rows chose the settings and which are the test."""
-    sizes = {name: len(exam.rows) + len(exam.conversations) + len(exam.pairs) for name, exam in exams.items()}
-    how = "Half of the prompts, chosen by their digests," if data.validation_rows is None else "The validation rows"
+    sizes = {name: len(exam) for name, exam in exams.items()}
+    how = data.chosen_on[0].upper() + data.chosen_on[1:]
+    how += ", picked by their digests," if data.validation_rows is None else ""
     return f"{how} chose the settings ({sizes['validation']:,} rows); the other {sizes['test']:,} rows are the test."
 
 
-def graft_command(comparison: Comparison, sources: Sources, graft_dtype: str = "auto") -> str | None:
+def note_of_weights(models: Sequence[Measured], *, said: str) -> str:
+    """Say in which dtype the weights of each arm are; `said` tells why those of the grafts are."""
+    found = [f"{model.settings.arm} in {model.precision}" for model in models if model.dtype is not None]
+    return f"Weights: {', '.join(dict.fromkeys(found))}. The grafts have {said}."
+
+
+def graft_command(comparison: Comparison, sources: Sources, plan: Sequence[Step]) -> str | None:
     """Return the command that writes the chosen graft, None where no settings meet the condition."""
     chosen = comparison.selected.get("shadow")
     if chosen is None or chosen.scale is None or chosen.modules is None:
         return None
+    options = next(step.options for step in plan if step.settings == chosen)
     words = ["shadow-trl", "graft"]
     for name, source in (("base", sources.base), ("instruct", sources.instruct), ("tuned", sources.tuned)):
         words += [f"--{name}", str(source)] if source is not None else []
     # What was measured is dense, whatever TUNED is.
     words += ["--scale", repr(chosen.scale), "--modules", chosen.modules, "--format", "model"]
-    words += ["--dtype", graft_dtype] if graft_dtype != "auto" else []
+    for name in WRITTEN_WITH:
+        value = getattr(options, name)
+        if value != declared()[name].default:
+            words += [f"--{name}"] if value is True else [f"--{name}", str(value)]
     return shlex.join([*words, "--output", "grafted"])

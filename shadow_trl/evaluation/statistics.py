@@ -85,6 +85,27 @@ def compare(a: Mapping[str, Table], b: Mapping[str, Table], *, bound: float | No
     )
 
 
+def interval_of(values: Mapping[str, Table], *, bound: float | None = None, seed: int = 0) -> tuple[float, float]:
+    """Return the interval of one model's mean over parts, trainings and rows; see `compare` for how it is made.
+
+    Args:
+        values: part -> values, (trainings, rows).
+        bound: largest value that a row can have, from 0: each part gets one row more at either end, so that a model
+            that answers ten rows right is not called perfect. None where there is none.
+        seed: of the random draws.
+
+    >>> low, high = interval_of({"all": np.ones((1, 10))}, bound=1.0)
+    >>> low < 0.85, high
+    (True, 1.0)
+    """
+    tables = [
+        table if bound is None else np.hstack([table, np.tile([bound, 0.0], (len(table), 1))])
+        for table in values.values()
+    ]
+    low, high = _bootstrap(tables, seed).confidence_interval
+    return float(low), float(high)
+
+
 def _bootstrap(tables: Sequence[Table], seed: int) -> Any:
     """Return scipy's bootstrap of the mean over tables, rows of each drawn on their own and trainings once for all."""
     from scipy.stats import bootstrap

@@ -6,7 +6,7 @@ import itertools
 import json
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -19,11 +19,27 @@ from ..checkpoints.hub import locate, output_folder
 from ..checkpoints.json_files import read_json
 from ..checkpoints.manifest import versions
 from ..errors import ConfigError, list_names
-from ..evaluation.comparison import Comparison, Measured, Settings, choose_target
+from ..evaluation.comparison import Comparison, Measured, choose_target
 from ..evaluation.comparison_report import write_comparison
 from ..evaluation.models import tokenizer_and_ends
-from ..evaluation.scales import PAIR, Data, Sources, Step, check_all, measure, note_of_halves, steps_of, tried_with
-from ..grafting.options import DTYPES
+from ..evaluation.scales import (
+    OF_DTYPE,
+    PAIR,
+    WRITTEN_WITH,
+    Data,
+    Sources,
+    Step,
+    Tried,
+    check_all,
+    measure,
+    note_of_splits,
+    note_of_weights,
+    steps_of,
+    tried_with,
+)
+from ..evaluation.trained import Trained, read_trained, rows_seen
+from ..grafting.options import DTYPES, GraftOptions
+from ..operations.in_memory import open_grafts
 from ..results.folder import whole_file
 from ..results.lock import RunLock
 from ..results.written import tells_what_is_written
@@ -34,8 +50,10 @@ from .record import check_record, record_of
 from .run import DIRECT_FOLDER, find_models, prepare, train_stage
 
 DONE = "trained.json"
-"""In the folder of a training that is complete: the seconds of each step."""
+"""In the folder of a training that is complete: the seconds of each step, and the rows that it went through."""
 RUNS = "runs"
+LOGGED = {"logging_strategy": "steps", "logging_steps": 0.05}
+"""Twenty points of the loss, however long the training is."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +70,7 @@ class Design:
         modules: choices of weights that receive it.
         instruct_scales: multipliers of INSTRUCT below 1, each an arm `re-adapt` beside the graft. Default: none.
         chat_vector: see `Sources`. Default False.
-        graft_dtype: of the grafts. Default `auto`.
+        graft_dtype: of the grafts, rounded to nearest. Default: dtype and rounding of the configuration's own graft.
         rows, validation_rows, conversations, preferences, functions, kept, batch_size, max_new_tokens: see `Data`.
         target, keep, within, margin: see `Comparison`.
         score_dtype: in which all models answer. Default float32.
@@ -69,7 +87,7 @@ class Design:
     modules: list[str] = field(default_factory=lambda: ["all"])
     instruct_scales: list[float] = field(default_factory=list)
     chat_vector: bool = False
-    graft_dtype: str = "auto"
+    graft_dtype: str | None = None
     rows: str | None = None
     validation_rows: str | None = None
     conversations: str | None = None
@@ -136,13 +154,13 @@ class Design:
             tuple(self.kept), self.batch_size, self.max_new_tokens,
         )  # fmt: skip
 
-    def tried(self) -> list[tuple[Settings, Any]]:
+    def tried(self) -> Tried:
         """Return the settings of the graft and of `re-adapt`."""
         tried = tried_with(self.scales, self.modules, self.graft_dtype)
         more = [
-            (replace(one, arm="re-adapt", instruct_scale=scale), replace(how, instruct_scale=scale))
+            (replace(one, arm="re-adapt", instruct_scale=scale), {**changes, "instruct_scale": scale})
             for scale in self.instruct_scales
-            for one, how in tried
+            for one, changes in tried
         ]
         return [*tried, *more]
 
@@ -163,7 +181,7 @@ class Design:
             for policy in policies:
                 chosen = {
                     **values, "learning_rate": rate,
-                    "seed": seed, "graft": False, "compare_direct": self.direct and policy == policies[0],
+                    "seed": seed, "graft": False, **LOGGED, "compare_direct": self.direct and policy == policies[0],
                     "score_rows": None, "score_kept": None, "score_scales": None,
                 }  # fmt: skip
                 chosen |= {} if policy is None else {"ref_policy": policy}
@@ -226,22 +244,26 @@ def compare_arms(config: Path, output: str | Path, *, progress: bool = True) -> 
                 raise ConfigError(
                     "chat_vector adds INSTRUCT - BASE to TUNED, which use_peft makes an adapter. Leave one out."
                 )
-        _check_grafts(trainings, tried, folder)
+        written = prepared[0][0].training.graft_options()
+        _check_grafts(trainings, tried, folder, {name: written[name] for name in WRITTEN_WITH if name in written})
         lock = RunLock(folder)
         lock.acquire()
         try:
-            seconds = {
-                training.name: train_once(design, folder / RUNS / training.name, *ready, progress)
-                for training, ready in zip(trainings, prepared, strict=True)
-            }
+            for training, ready in zip(trainings, prepared, strict=True):
+                train_once(design, folder / RUNS / training.name, *ready, progress)
             models: list[Measured] = []
             for training in trainings:
                 tell = say if progress else lambda text: None
-                models += measure_arms(design, training, folder, tried, exams, models, seconds[training.name], tell)
+                models += measure_arms(design, training, folder, tried, exams, models, tell)
             models.sort(key=lambda model: model.settings.arm != "instruct")
+            trained, unmeasured = _trained(trainings, folder)
+            told = f"the dtype and rounding that {design.config} says" if design.graft_dtype is None else OF_DTYPE
+            notes = [
+                note_of_splits(design.data, exams), note_of_weights(models, said=told), _number(trainings), *unmeasured
+            ]  # fmt: skip
             found = Comparison(
-                models, metrics, *chosen, within=design.within, margin=design.margin,
-                notes=[note_of_halves(design.data, exams), _trained(trainings)],
+                models, metrics, *chosen, within=design.within, margin=design.margin, chosen_on=design.data.chosen_on,
+                notes=notes, rows={split: len(exam) for split, exam in exams.items()}, trainings=trained,
             )  # fmt: skip
             write_comparison(found, folder)
         finally:
@@ -249,16 +271,41 @@ def compare_arms(config: Path, output: str | Path, *, progress: bool = True) -> 
     return found
 
 
-def _check_grafts(trainings: list[Training], tried: list[tuple[Settings, Any]], folder: Path) -> None:
+def _check_grafts(trainings: list[Training], tried: Tried, folder: Path, written: Mapping[str, Any]) -> None:
     """Check the grafts of each pair, with BASE in the place of TUNED, which has the same weights by name."""
     for base, instruct in dict.fromkeys((training.base, training.instruct) for training in trainings):
         tokenizer_and_ends(instruct)
         with ExitStack() as opened:
-            steps = steps_of(Sources(instruct, base, base), tried, folder, opened)
-            check_all(steps, folder, tried[0][1].scale)
+            steps = steps_of(Sources(instruct, base, base), tried, folder, opened, written)
+            check_all(steps, folder, tried[0][1]["scale"])
 
 
-def _trained(trainings: list[Training]) -> str:
+def _trained(trainings: list[Training], folder: Path) -> tuple[list[Trained], list[str]]:
+    """Return what each training cost and changed, and notes on what could not be measured."""
+    found, notes = [], []
+    for training in trainings:
+        run = folder / RUNS / training.name
+        done = read_json(run / DONE)
+        made = {"learning_rate": training.learning_rate, "seed": training.seed, "rows": done["rows"]}
+        base = read_trained(
+            run,
+            "base",
+            training.pair,
+            seconds=done["seconds"]["train and graft"],
+            ref_policy=training.ref_policy,
+            **made,
+        )
+        with open_grafts(base=training.base, instruct=training.instruct, tuned=run, beside=run / "measured") as grafts:
+            base, note = base.measured(grafts, GraftOptions(vocab="shared"))
+        found.append(base)
+        notes += [] if note is None else [note]
+        if training.values["compare_direct"]:
+            spent = done["seconds"]["tune INSTRUCT directly"]
+            found.append(read_trained(run / DIRECT_FOLDER, "instruct", training.pair, seconds=spent, **made))
+    return found, notes
+
+
+def _number(trainings: list[Training]) -> str:
     pairs = len({training.pair for training in trainings})
     seeds = len({training.seed for training in trainings})
     return f"Pairs: {pairs}. Seeds: {seeds}. The intervals are over trainings and rows."
@@ -288,19 +335,21 @@ def train_once(design: Design, run: Path, options: Options, record: dict[str, An
     """Make the training in `run` unless it is complete; return the seconds of its steps."""
     direct = run / DIRECT_FOLDER
     if (run / DONE).exists() and (direct.exists() or not options.recipe.compare_direct):
-        return dict(read_json(run / DONE))
+        return dict(read_json(run / DONE)["seconds"])
     shutil.rmtree(run, ignore_errors=True)
     if progress:
         say(f"Training {run.name}")
-    _, _, seconds = train_stage(design.recipe, options, load_data(options), record=record)
+    data = load_data(options)
+    _, _, seconds = train_stage(design.recipe, options, data, record=record)
+    rows = rows_seen(run, None if options.script.dataset_streaming else len(data["train_dataset"]))
     with whole_file(run / DONE) as new:
-        new.write_text(json.dumps(seconds) + "\n", encoding="utf-8")
+        new.write_text(json.dumps({"seconds": seconds, "rows": rows}) + "\n", encoding="utf-8")
     return seconds
 
 
 def measure_arms(
-    design: Design, training: Training, folder: Path, tried: list[tuple[Settings, Any]], exams: dict[str, Any],
-    known: list[Measured], seconds: dict[str, float], tell: Callable[[str], None],
+    design: Design, training: Training, folder: Path, tried: Tried, exams: dict[str, Any],
+    known: list[Measured], tell: Callable[[str], None],
 ) -> Iterator[Measured]:  # fmt: skip
     """Measure the arms of a training; INSTRUCT once a pair."""
     run = folder / RUNS / training.name
@@ -316,11 +365,7 @@ def measure_arms(
                 continue
             tell(f"{training.name}: {here.settings.arm} {here.settings.words()}")
             device = PartialState().device
-            found = measure(here, exams=exams, tokenizer=tokenizer, ends=ends, dtype=design.score_dtype, device=device)
-            spent = {"direct": "tune INSTRUCT directly", "instruct": ""}.get(here.settings.arm, "train and graft")
-            first = here.settings.scale == design.scales[0] and here.settings.modules == design.modules[0]
-            train = {"train": seconds[spent]} if first and spent in seconds and here.settings.arm != "re-adapt" else {}
-            yield replace(found, seconds={**train, **found.seconds})
+            yield measure(here, exams=exams, tokenizer=tokenizer, ends=ends, dtype=design.score_dtype, device=device)
 
 
 def _step_of(training: Training, step: Step) -> Step:

@@ -9,7 +9,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from ..checkpoints.manifest import read_manifest
+from ..checkpoints.manifest import GRAFTED_FOLDER, read_manifest
 from ..errors import ShadowError
 from ..evaluation.models import load, tokenizer_and_ends
 from ..evaluation.report import TITLES, Arm, RunReport
@@ -20,7 +20,6 @@ from ..operations.gap import gap
 from ..operations.in_memory import MemoryGraft, open_grafts
 from ..runtime.processes import say
 from ..training.origins import Origins, require_base, require_instruct
-from ..training.preflight import GRAFTED_FOLDER
 from .options import Options
 
 

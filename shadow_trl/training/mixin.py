@@ -21,7 +21,7 @@ from trl.trainer.utils import get_config_model_id
 
 from ..adapters.kinds import START_FOLDER
 from ..checkpoints.digests import weight_digests
-from ..checkpoints.manifest import write_manifest
+from ..checkpoints.manifest import GRAFTED_FOLDER, write_manifest
 from ..errors import ConfigError, ends_with
 from ..grafting.options import BASE_DTYPES
 from ..grafting.reports import GraftReport
@@ -58,7 +58,7 @@ from .engines import (
 from .evaluation import GraftedEvaluation
 from .loading import bare_model, dtypes_before, load_adapter, reload_converted
 from .origins import Start
-from .preflight import GRAFTED_FOLDER, check_before_loading, is_conversational, refuse_unsupported
+from .preflight import check_before_loading, is_conversational, refuse_unsupported
 from .resuming import checkpoint_of, of_another_run
 from .saved import check_as_saved
 from .settings import Forms, bound, check_columns, check_first_row, check_settings, removed_if_refused

@@ -99,8 +99,8 @@ def test_trainings_are_compared_with_the_same_training_and_instruct_with_all_of_
 
 
 def test_the_files_say_the_same(tmp_path):
-    found = comparison(*THREE, notes=["One <training>."])
-    write_comparison(found, tmp_path, command="shadow-trl graft --scale 0.5")
+    found = comparison(*THREE, notes=["One <training>."], command="shadow-trl graft --scale 0.5")
+    write_comparison(found, tmp_path)
     content = json.loads((tmp_path / "comparison.json").read_text())
     assert len(content["arms"]) == 2 * len(THREE)
     arm = next(one for one in content["arms"] if (one["arm"], one["scale"], one["split"]) == ("shadow", 0.5, "test"))

@@ -39,7 +39,7 @@ def workspace(tmp_path: Path, pair: tuple[Path, Path], monkeypatch: pytest.Monke
 
 def without_seconds(folder: str) -> dict:
     content = json.loads(Path(folder, "comparison.json").read_text())
-    return {**content, "arms": [{**arm, "seconds": None} for arm in content["arms"]]}
+    return {**content, **{part: [{**one, "seconds": None} for one in content[part]] for part in ("arms", "trainings")}}
 
 
 @pytest.mark.slow
