@@ -16,10 +16,11 @@ _STYLE = """
 body{font:16px/1.5 system-ui,sans-serif;color:var(--ink);background:var(--paper);max-width:1000px;margin:2rem auto;
 padding:0 1rem}
 h1,h2{line-height:1.2}figure{margin:1rem 0}
-svg{width:100%;height:auto}svg text{fill:var(--ink);font-size:13px}
+svg{width:100%;height:auto}
+svg text{fill:var(--ink);font-size:13px;paint-order:stroke;stroke:var(--paper);stroke-width:3px}
 .scroll{overflow-x:auto}table{border-collapse:collapse;font-size:14px}
 th,td{padding:.3rem .7rem;border-bottom:1px solid var(--line);text-align:right;white-space:nowrap}
-th.text,td.text{text-align:left}pre{overflow-x:auto;border:1px solid var(--line);padding:.7rem}
+th.text,td.text{text-align:left;white-space:normal}pre{overflow-x:auto;border:1px solid var(--line);padding:.7rem}
 .note,figcaption{color:var(--soft)}.legend{display:flex;flex-wrap:wrap;gap:.3rem 1.2rem;list-style:none;padding:0}
 .legend svg{width:36px;height:18px;vertical-align:-4px}
 .two{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,420px),1fr));gap:0 1rem}
@@ -168,27 +169,28 @@ def _curves(comparison: Comparison) -> Iterator[str]:
 
 
 def _selected(comparison: Comparison) -> str:
-    rows = []
-    for arm, settings in comparison.selected.items():
-        if settings is None:
-            words = f"no settings meet the condition ({comparison.condition})"
-            rows.append([arm, words, *("" for _ in comparison.metrics)])
-        else:
-            rows.append(_line(comparison, settings, interval=True))
-    return _table(["arm", "settings", *_heads(comparison)], rows, text=2)
+    """Return a table with a column an arm: its settings, and each metric with its interval."""
+    found = {arm: settings for arm, settings in comparison.selected.items() if settings is not None}
+    rows = [["settings", *(settings.words() for settings in found.values())]]
+    for metric, head in zip(comparison.metrics, _heads(comparison), strict=True):
+        cells = (comparison.shown(settings, metric.name, "test", interval=True) for settings in found.values())
+        rows.append([head, *cells])
+    table = _table(["95 % intervals in brackets", *found], rows, text=len(found) + 1)
+    absent = [arm for arm in comparison.selected if arm not in found]
+    if absent:
+        table += f'<p class="note">No settings of {", ".join(absent)} meet the condition.</p>'
+    return table
 
 
 def _heads(comparison: Comparison) -> list[str]:
     return [metric.name + (", %" if metric.share else "") for metric in comparison.metrics]
 
 
-def _line(comparison: Comparison, settings: Settings, *, interval: bool = False) -> list[str]:
-    scores = [comparison.shown(settings, by.name, "test", interval=interval) for by in comparison.metrics]
-    return [settings.arm, settings.words(), *scores]
-
-
 def _scores(comparison: Comparison) -> str:
-    rows = [_line(comparison, settings) for settings in comparison.groups]
+    rows = [
+        [one.arm, one.words(), *(comparison.shown(one, by.name, "test") for by in comparison.metrics)]
+        for one in comparison.groups
+    ]
     return _table(["arm", "settings", *_heads(comparison)], rows, text=2)
 
 

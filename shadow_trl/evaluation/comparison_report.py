@@ -30,7 +30,7 @@ def markdown(comparison: Comparison) -> str:
         [f"Chosen: {comparison.condition}."],
         [f"- `{arm}`: {ARMS[arm]}" for arm in comparison.selected],
         [f"- {note}" for note in comparison.notes],
-        ["## Selected settings, on the test rows", "", *_selected(comparison)],
+        ["## Selected settings, on the test rows, with intervals (95 %)", "", *_selected(comparison, interval=True)],
         ["## What the test rows show", "", *_tests(comparison)],
     ]
     for split, rows in (("test", "the test rows"), ("validation", comparison.chosen_on)):
@@ -63,13 +63,13 @@ def missing(comparison: Comparison, arm: str) -> str:
     return f"{arm}: no settings meet the condition ({comparison.condition})"
 
 
-def _selected(comparison: Comparison) -> list[str]:
+def _selected(comparison: Comparison, *, interval: bool = False) -> list[str]:
     rows, absent = [], []
     for arm, settings in comparison.selected.items():
         if settings is None:
             absent.append(missing(comparison, arm) + ".")
         else:
-            rows.append(_line(comparison, settings, "test", interval=True))
+            rows.append(_line(comparison, settings, "test", interval=interval))
     return [*_table(["arm", "settings", *comparison.by_name], rows), *([""] if absent else []), *absent]
 
 
