@@ -116,8 +116,9 @@ def test_the_readme_is_short() -> None:
     assert len(README.split()) <= 1000
 
 
-def test_the_tree_of_the_readme_is_that_of_the_package() -> None:
-    tree = README[README.index("    shadow_trl/\n") :].partition("\n\n")[0]
+def test_the_map_is_that_of_the_package() -> None:
+    page = (ROOT / "docs/folders.md").read_text(encoding="utf-8")
+    tree = page[page.index("    shadow_trl/\n") :].partition("\n\n")[0]
     listed = [line.split()[0] for line in tree.splitlines()[1:]]
     package = ROOT / "shadow_trl"
     found = [f"{path.parent.name}/" for path in package.glob("*/__init__.py")] + [
