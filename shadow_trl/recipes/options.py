@@ -77,6 +77,14 @@ class RecipeArguments:
         "float32", "Dtype in which all models answer, for a fair comparison; auto: that of their files.", choices=DTYPES
     )
     train_rows: int | None = _option(None, "Train on this many rows, drawn with the run's seed, instead of all.")
+    freeze: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Expressions searched in the names of weights, such as vision_tower: what matches is not trained. "
+            "For full fine-tuning; adapters have lora_target_modules.",
+            "nargs": "+",
+        },
+    )
     merge_adapter: bool = _option(
         False,
         "In the DPO stage of the pipeline: merge the adapter of the SFT stage into BASE and train the result in full, "
@@ -229,6 +237,8 @@ def _check_together(options: Options) -> None:
             "compare_direct cannot resume from a checkpoint: resume_from_checkpoint is one of BASE. Resume without "
             "compare_direct."
         )
+    if recipe.freeze and options.model.use_peft:
+        raise ConfigError("freeze is for full fine-tuning; with an adapter, lora_target_modules says what is trained.")
     if recipe.train_rows is not None and options.script.dataset_streaming:
         raise ConfigError("train_rows draws rows at random, which streamed data do not allow; leave one of them out.")
 

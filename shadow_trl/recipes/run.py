@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,6 +25,7 @@ from ..results.parents import remove_empty
 from ..results.written import tells_what_is_written
 from ..runtime import endings
 from ..runtime.machine import lack
+from ..runtime.patterns import check_patterns
 from ..runtime.processes import check_known, run_on_main, say
 from ..training.engines import forget, load_for, whole_weights
 from ..training.origins import Origins, require_instruct
@@ -270,12 +272,27 @@ def _trainer(trainer_class: Any, model: str | None, args: Any, options: Options,
         peft_config=get_peft_config(options.model),
         **data,
     )
+    _freeze(trainer.model, options.recipe.freeze or ())
     if options.script.ignore_bias_buffers:
         # DDP broadcasts no boolean buffers.
         trainer.model._ddp_params_and_buffers_to_ignore = [
             name for name, buffer in trainer.model.named_buffers() if buffer.dtype == torch.bool
         ]
     return trainer
+
+
+def _freeze(model: torch.nn.Module, expressions: Sequence[str]) -> None:
+    """Leave the weights that the expressions find out of the training."""
+    weights = dict(model.named_parameters())
+    check_patterns("freeze", expressions, weights)
+    for expression in expressions:
+        found = [name for name in weights if re.search(expression, name)]
+        if not found:
+            raise ConfigError(f"freeze: no weight of the model has {expression!r} in its name.")
+        for name in found:
+            weights[name].requires_grad_(False)
+    if not any(weight.requires_grad for weight in weights.values()):
+        raise ConfigError("freeze leaves no weight to train.")
 
 
 @contextmanager
