@@ -136,6 +136,16 @@ class Design:
             tuple(self.kept), self.batch_size, self.max_new_tokens,
         )  # fmt: skip
 
+    def tried(self) -> list[tuple[Settings, Any]]:
+        """Return the settings of the graft and of `re-adapt`."""
+        tried = tried_with(self.scales, self.modules, self.graft_dtype)
+        more = [
+            (replace(one, arm="re-adapt", instruct_scale=scale), replace(how, instruct_scale=scale))
+            for scale in self.instruct_scales
+            for one, how in tried
+        ]
+        return [*tried, *more]
+
     def trainings(self) -> Iterator[Training]:
         """Yield what is trained: BASE for all, and INSTRUCT directly once for all reference policies."""
         values = read_yaml(Path(self.config))
@@ -207,10 +217,10 @@ def compare_arms(config: Path, output: str | Path, *, progress: bool = True) -> 
         exams = design.data.exams()
         metrics = exams["test"].metrics
         chosen = choose_target(metrics, design.target, design.keep)
-        tried = _tried(design)
+        tried = design.tried()
         trainings = list(design.trainings())
         digests: dict[str, Any] = {}
-        prepared = [_prepared(design, training, folder, digests) for training in trainings]
+        prepared = [prepare_training(design, training, folder, digests) for training in trainings]
         for options, _ in prepared:
             if design.chat_vector and options.model.use_peft:
                 raise ConfigError(
@@ -221,13 +231,13 @@ def compare_arms(config: Path, output: str | Path, *, progress: bool = True) -> 
         lock.acquire()
         try:
             seconds = {
-                training.name: _train(design, folder / RUNS / training.name, *ready, progress)
+                training.name: train_once(design, folder / RUNS / training.name, *ready, progress)
                 for training, ready in zip(trainings, prepared, strict=True)
             }
             models: list[Measured] = []
             for training in trainings:
                 tell = say if progress else lambda text: None
-                models += _measured(design, training, folder, tried, exams, models, seconds[training.name], tell)
+                models += measure_arms(design, training, folder, tried, exams, models, seconds[training.name], tell)
             models.sort(key=lambda model: model.settings.arm != "instruct")
             found = Comparison(
                 models, metrics, *chosen, within=design.within, margin=design.margin,
@@ -254,18 +264,7 @@ def _trained(trainings: list[Training]) -> str:
     return f"Pairs: {pairs}. Seeds: {seeds}. The intervals are over trainings and rows."
 
 
-def _tried(design: Design) -> list[tuple[Settings, Any]]:
-    """Return the settings of the graft and of `re-adapt`."""
-    tried = tried_with(design.scales, design.modules, design.graft_dtype)
-    more = [
-        (replace(one, arm="re-adapt", instruct_scale=scale), replace(how, instruct_scale=scale))
-        for scale in design.instruct_scales
-        for one, how in tried
-    ]
-    return [*tried, *more]
-
-
-def _prepared(
+def prepare_training(
     design: Design, training: Training, folder: Path, digests: dict[str, Any]
 ) -> tuple[Options, dict[str, Any]]:
     """Check a training; return its options and all that its weights depend on. `digests` keeps those of models."""
@@ -285,7 +284,7 @@ def _prepared(
     return options, record
 
 
-def _train(design: Design, run: Path, options: Options, record: dict[str, Any], progress: bool) -> dict[str, float]:
+def train_once(design: Design, run: Path, options: Options, record: dict[str, Any], progress: bool) -> dict[str, float]:
     """Make the training in `run` unless it is complete; return the seconds of its steps."""
     direct = run / DIRECT_FOLDER
     if (run / DONE).exists() and (direct.exists() or not options.recipe.compare_direct):
@@ -299,14 +298,14 @@ def _train(design: Design, run: Path, options: Options, record: dict[str, Any], 
     return seconds
 
 
-def _measured(
+def measure_arms(
     design: Design, training: Training, folder: Path, tried: list[tuple[Settings, Any]], exams: dict[str, Any],
     known: list[Measured], seconds: dict[str, float], tell: Callable[[str], None],
 ) -> Iterator[Measured]:  # fmt: skip
     """Measure the arms of a training; INSTRUCT once a pair."""
     run = folder / RUNS / training.name
     direct = run / DIRECT_FOLDER
-    made = str(direct) if direct.exists() else None
+    made = str(direct) if design.direct and direct.exists() else None
     sources = Sources(training.instruct, str(run), training.base, made, design.chat_vector)
     tokenizer, ends = tokenizer_and_ends(training.instruct)
     with ExitStack() as opened:

@@ -138,7 +138,7 @@ def test_every_shipped_comparison_can_begin(path: Path, monkeypatch: pytest.Monk
     def begin(*given):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(arms, "_train", begin)
+    monkeypatch.setattr(arms, "train_once", begin)
     assert main([*words[:-1], str(tmp_path / "compared")]) == 130
     assert not list(tmp_path.iterdir())
 
