@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from ..runtime.machine import lack
 from ..runtime.patterns import check_patterns
 from ..runtime.processes import check_known, run_on_main, say
 from ..training.engines import forget, load_for, whole_weights
+from ..training.guidance import GuidedSFTTrainer, GuidedShadowSFTTrainer
 from ..training.origins import Origins, require_instruct
 from ..training.preflight import GRAFTED_FOLDER, refuse_unsupported
 from ..training.resuming import checkpoint_of
@@ -40,6 +42,9 @@ from .record import write_record
 
 TRAINERS: dict[str, tuple[Any, Any]] = {"sft": (ShadowSFTTrainer, SFTTrainer), "dpo": (ShadowDPOTrainer, DPOTrainer)}
 """For each kind of recipe the Shadow trainer and TRL's own, which tunes INSTRUCT directly."""
+
+GUIDED: dict[Any, Any] = {ShadowSFTTrainer: GuidedShadowSFTTrainer, SFTTrainer: GuidedSFTTrainer}
+"""Their counterparts with `sft_guidance`."""
 
 DIRECT_FOLDER = "direct"
 
@@ -265,6 +270,8 @@ def _claim_folder(name: str) -> str:
 
 def _trainer(trainer_class: Any, model: str | None, args: Any, options: Options, data: dict[str, Any]) -> Any:
     """Build a trainer of the run, Shadow's or TRL's own."""
+    if options.recipe.sft_guidance is not None:
+        trainer_class = partial(GUIDED[trainer_class], guidance_power=options.recipe.guidance_power)
     trainer = trainer_class(
         model=model,
         args=args,
