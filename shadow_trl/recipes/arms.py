@@ -338,6 +338,6 @@ def _step_of(training: Training, step: Step) -> Step:
     if step.grafts is None:
         return step._replace(pair=training.pair)
     policy = None if step.settings.arm == "direct" else training.ref_policy
-    how = {"learning_rate": training.learning_rate, "ref_policy": policy, "guidance_power": training.guidance}
-    settings = replace(step.settings, **how)
+    how: dict[str, Any] = {"ref_policy": policy, "guidance_power": training.guidance}
+    settings = replace(step.settings, learning_rate=training.learning_rate, **how)
     return step._replace(settings=settings, pair=training.pair, seed=training.seed)

@@ -101,8 +101,9 @@ class GuidedSFTTrainer(_Guided, SFTTrainer):
     """TRL's `SFTTrainer` of INSTRUCT, by its name, guided by what it is before."""
 
     def _guide(self) -> Entry:
-        given: dict[str, Any] = self.args.model_init_kwargs or {}  # type: ignore[assignment]
-        return Entry(self.model.config._name_or_path, given.get("revision"))
+        trainer: Any = self
+        given = trainer.args.model_init_kwargs or {}
+        return Entry(trainer.model.config._name_or_path, given.get("revision"))
 
 
 class GuidedShadowSFTTrainer(_Guided, ShadowSFTTrainer):
