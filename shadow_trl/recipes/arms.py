@@ -171,7 +171,8 @@ class Design:
             for policy in policies:
                 chosen = {
                     **values, "learning_rate": rate,
-                    "seed": seed, "graft": False, "compare_direct": self.direct and policy == policies[0],
+                    "seed": seed, "graft": False, "push_to_hub": False,
+                    "compare_direct": self.direct and policy == policies[0],
                     "score_rows": None, "score_kept": None, "score_scales": None,
                 }  # fmt: skip
                 chosen |= guidance | ({} if policy is None else {"ref_policy": policy})

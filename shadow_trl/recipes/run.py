@@ -159,7 +159,7 @@ def train_stage(
     _set_model_options(options)
     # Copied before the first trainer, so that its changes to the arguments do not leak into the second run.
     direct_args = copy.copy(training)
-    direct_args.output_dir = str(Path(training.output_dir) / DIRECT_FOLDER)
+    direct_args.output_dir, direct_args.push_to_hub = str(Path(training.output_dir) / DIRECT_FOLDER), False
     seconds: dict[str, float] = {}
     with _engine_of_its_own(training):
         trainer = _shadow_trainer(kind, options, Path(direct_args.output_dir), data)
@@ -208,6 +208,8 @@ def _shadow_trainer(kind: str, options: Options, direct: Path, data: dict[str, A
         if lack(reason) is not None:
             raise
         raise ConfigError(f"the trainer rejected this run: {type(reason).__name__}: {reason}") from reason
+    if not Path(str(options.script.dataset_name)).exists():  # of the hub
+        trainer.dataset_ids = [str(options.script.dataset_name)]
     if trainer.origins.instruct is None and (recipe.compare_direct or recipe.score_rows):
         raise ConfigError("compare_direct and score_rows need an instruct_model.")
     return trainer
