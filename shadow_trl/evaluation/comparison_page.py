@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from html import escape
 from itertools import groupby
 
@@ -71,7 +72,7 @@ def _panel(comparison: Comparison, rate: float | None) -> str:
         return comparison.mean(one, target, "test"), comparison.mean(one, keep, "test")
 
     lines: list[Line] = []
-    for (arm, *_), group in groupby(shown, key=lambda one: (one.arm, one.modules, one.ref_policy, one.instruct_scale)):
+    for (arm, *_), group in groupby(shown, key=lambda one: (one.arm, *vars(replace(one, arm="", scale=None)).values())):
         along = sorted(group, key=lambda one: one.scale or 0.0)
         points = [point(one) for one in along]
         lines.append(Line(
@@ -93,7 +94,7 @@ def _panel(comparison: Comparison, rate: float | None) -> str:
 
 def _name(one: Settings) -> str:
     """Return arm and settings without what a panel and the points of a line tell."""
-    words = Settings(one.arm, None, None, one.modules, one.ref_policy, one.instruct_scale).words()
+    words = replace(one, learning_rate=None, scale=None).words()
     return f"{one.arm}, {words}" if words else one.arm
 
 
@@ -143,11 +144,12 @@ def _moved(trainings: Sequence[Trained], groups: str, names: Sequence[str]) -> l
                 points.append((float(at), 100.0 * sum(above) / len(above)))
         return Line(points, style, name, dash)
 
-    rates = sorted({one.learning_rate for one in trainings}, key=lambda rate: rate or 0.0)
     found = [line(trainings[:1], "sigma", "instruct", "gap between BASE and INSTRUCT (sigma)")]
-    for number, rate in enumerate(rates):
-        name = "change by training" + (f" at rate {rate:g}" if rate is not None else "")
-        found.append(line([one for one in trainings if one.learning_rate == rate], "delta", "shadow", name, number))
+    groups_of: dict[str, list[Trained]] = {}
+    for one in sorted(trainings, key=lambda one: one.learning_rate or 0.0):
+        words = Settings("", learning_rate=one.learning_rate, guidance_power=one.guidance_power).words()
+        groups_of.setdefault("change by training" + (f", {words}" if words else ""), []).append(one)
+    found += [line(some, "delta", "shadow", name, dash) for dash, (name, some) in enumerate(groups_of.items())]
     return [one for one in found if one.points]
 
 

@@ -2,66 +2,31 @@
 
 from __future__ import annotations
 
-import gc
 import shlex
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from accelerate import PartialState
 
-from ..checkpoints.checkpoint import Checkpoint
-from ..checkpoints.hub import Source, local_folder, output_folder
-from ..checkpoints.manifest import GRAFTED_FOLDER, read_manifest
+from ..checkpoints.hub import Source, output_folder
 from ..errors import ConfigError, ends_with, list_names
-from ..grafting.files import main_dtype
-from ..grafting.options import GraftOptions, declared
-from ..operations.in_memory import MemoryGraft, OpenGrafts, open_grafts
-from ..results.folder import OutputFolder, check_free, check_place, recover
-from ..runtime.processes import say
-from .comparison import Comparison, Measured, Settings, choose_target
+from ..grafting.options import declared
+from ..results.folder import OutputFolder, check_free, recover
+from ..runtime.processes import run_on_main, say, together
+from .comparison import Comparison, Measured, choose_target
 from .comparison_report import write_comparison
-from .exam import Exam, Values, function_named
+from .exam import Exam, function_named
 from .likelihood import read_conversations, read_pairs
-from .models import load, tokenizer_and_ends
+from .models import tokenizer_and_ends
 from .scoring import Row, read_rows
+from .steps import PAIR, WRITTEN_WITH, Sources, Step, check_all, measure, steps_of, tried_with
 from .trained import Trained, read_trained
-
-PAIR = "pair"
-"""Name of the only pair."""
-
-WRITTEN_WITH = ("dtype", "rounding", "seed", "vocab", "untie")
-"""Options of a graft that every arm has from the run; its scale and modules are what is compared."""
 
 OF_DTYPE = "the dtype that was asked for"
 OF_THE_RUN = "the dtype and rounding that the run's manifest tells, INSTRUCT's dtype where there is none"
-
-Tried = Sequence[tuple[Settings, Mapping[str, Any]]]
-"""What is tried with each tuned model: how it is shown, and what differs from the run's own graft."""
-
-
-@dataclass(frozen=True)
-class Sources:
-    """The models of a comparison without training.
-
-    Args:
-        instruct: INSTRUCT.
-        tuned: BASE after training.
-        base: BASE; may be left out for an adapter that names it.
-        direct: INSTRUCT after the same training, or None.
-        chat_vector: whether TUNED + scale * (INSTRUCT - BASE) is an arm too: at scale 1 the graft's own sum. TUNED and
-            `base` are full models then.
-    """
-
-    instruct: Source
-    tuned: Source
-    base: Source | None = None
-    direct: Source | None = None
-    chat_vector: bool = False
 
 
 @dataclass(frozen=True)
@@ -173,156 +138,40 @@ def compare_scales(
         GraftError: values that are not finite.
     """
     folder = output_folder(output)
-    recover(folder)
-    check_free(folder, overwrite=False)
-    exams = data.exams()
-    metrics = exams["test"].metrics
-    chosen = choose_target(metrics, target, keep)
-    tried = tried_with(scales, modules, graft_dtype)
-    if not (within >= 0.0 and margin > 0.0):
-        raise ConfigError("a comparison needs `within` of at least 0 and a margin above 0.")
     state = PartialState()
-    if state.num_processes > 1:
-        raise ConfigError(f"compare works in one process, and {state.num_processes} were started. Start one.")
-    tokenizer, ends = tokenizer_and_ends(sources.instruct)
-    with ExitStack() as opened, OutputFolder(folder) as place:
-        plan = steps_of(sources, tried, folder, opened)
-        warnings = check_all(plan, folder, scales[0])
-        trainings, unmeasured = _trainings(sources, plan)
-        take = partial(measure, exams=exams, tokenizer=tokenizer, ends=ends, dtype=dtype)
-        models = []
-        for number, step in enumerate(plan, start=1):
-            if progress:
-                say(f"{number} of {len(plan)}: {' '.join([step.settings.arm, step.settings.words()]).strip()}")
-            models.append(take(step, device=device or state.device))
-        told = OF_DTYPE if graft_dtype is not None else OF_THE_RUN
-        notes = [
-            note_of_splits(data, exams),
-            note_of_weights(models, said=told),
-            *_notes(sources),
-            *unmeasured,
-            *(f"Warning: {warning}" for warning in warnings),
-        ]
-        comparison = Comparison(
-            models, metrics, *chosen, within=within, margin=margin, notes=notes, chosen_on=data.chosen_on,
-            rows={split: len(exam) for split, exam in exams.items()}, trainings=trainings,
-        )  # fmt: skip
-        comparison = replace(comparison, command=graft_command(comparison, sources, plan))
-        write_comparison(comparison, place.part)
-        place.commit()
+    with together(state, what="the comparison"):
+        run_on_main(state, lambda: recover(folder), what="looking at the output")
+        check_free(folder, overwrite=False)
+        exams = data.exams()
+        metrics = exams["test"].metrics
+        chosen = choose_target(metrics, target, keep)
+        tried = tried_with(scales, modules, graft_dtype)
+        if not (within >= 0.0 and margin > 0.0):
+            raise ConfigError("a comparison needs `within` of at least 0 and a margin above 0.")
+        tokenizer, ends = tokenizer_and_ends(sources.instruct)
+        with ExitStack() as opened:
+            place = opened.enter_context(OutputFolder(folder)) if state.is_main_process else None
+            plan = steps_of(sources, tried, folder, opened)
+            warnings = check_all(plan, folder, scales[0])
+            trainings, notes = run_on_main(state, lambda: _trainings(sources, plan), what="measuring the weights")
+            take = partial(measure, exams=exams, tokenizer=tokenizer, ends=ends, dtype=dtype)
+            models = []
+            for number, step in enumerate(plan, start=1):
+                if progress:
+                    say(f"{number} of {len(plan)}: {' '.join([step.settings.arm, step.settings.words()]).strip()}")
+                models.append(take(step, device=device or state.device))
+            told = OF_DTYPE if graft_dtype is not None else OF_THE_RUN
+            notes = [note_of_splits(data, exams), note_of_weights(models, said=told), *_notes(sources), *notes]
+            comparison = Comparison(
+                models, metrics, *chosen, within=within, margin=margin, chosen_on=data.chosen_on,
+                notes=[*notes, *(f"Warning: {warning}" for warning in warnings)],
+                rows={split: len(exam) for split, exam in exams.items()}, trainings=trainings,
+            )  # fmt: skip
+            comparison = replace(comparison, command=graft_command(comparison, sources, plan))
+            if place is not None:
+                write_comparison(comparison, place.part)
+                place.commit()
     return comparison
-
-
-class Step(NamedTuple):
-    """One model to make and to measure; without `grafts` it is INSTRUCT."""
-
-    settings: Settings
-    grafts: OpenGrafts | None = None
-    options: GraftOptions = GraftOptions()
-    instruct: Source = ""
-    pair: str = PAIR
-    seed: int | None = None
-
-
-def tried_with(scales: Sequence[float], modules: Sequence[str], dtype: str | None) -> Tried:
-    """Return what is tried with each tuned model, checked; `dtype` as `graft_dtype` of `compare_scales`."""
-    if not scales or not modules:
-        raise ConfigError("a comparison needs at least one scale and one choice of modules.")
-    asked: dict[str, Any] = {} if dtype is None else {"dtype": dtype, "rounding": "nearest"}
-    tried: list[tuple[Settings, dict[str, Any]]] = [
-        (Settings("shadow", scale=scale, modules=name), {"scale": scale, "modules": name, **asked})
-        for name in dict.fromkeys(modules)
-        for scale in dict.fromkeys(scales)
-    ]
-    for _, changes in tried:
-        GraftOptions(**changes)
-    return tried
-
-
-def as_written(tuned: Source, grafts: OpenGrafts) -> dict[str, Any]:
-    """Return the options `WRITTEN_WITH` of the graft that the run in `tuned` has written, or would write.
-
-    An adapter is added to INSTRUCT's weights unrounded: in memory that is the sum in fp32. Of what is no run nothing is
-    known: {}.
-    """
-    run = local_folder(tuned)
-    places = [] if run is None else [(run / GRAFTED_FOLDER, "graft"), (run, "run")]
-    for folder, kind in places:
-        manifest = read_manifest(folder)
-        if manifest is None or manifest["kind"] != kind or "options" not in manifest:
-            continue
-        recorded = manifest["options"]
-        known = {name: recorded[name] for name in WRITTEN_WITH if name in recorded}
-        asked = GraftOptions(**known, format=recorded.get("format", "auto"))
-        if manifest.get("form", asked.format if asked.format != "auto" else grafts.form(asked)) == "adapter":
-            known |= {"dtype": "float32", "rounding": "nearest"}
-        return known
-    return {}
-
-
-def steps_of(
-    sources: Sources, tried: Tried, folder: Path, opened: ExitStack, written: Mapping[str, Any] | None = None
-) -> list[Step]:
-    """Open the models beside `folder` for as long as `opened`; return all steps, INSTRUCT first.
-
-    All grafts have the options `written`, by default those of the run in `sources.tuned`, see `as_written`.
-    """
-    plan, instruct = [Step(Settings("instruct"), instruct=sources.instruct)], sources.instruct
-    grafts = opened.enter_context(open_grafts(base=sources.base, instruct=instruct, tuned=sources.tuned, beside=folder))
-    written = as_written(sources.tuned, grafts) if written is None else written
-    shadow = [Step(one, grafts, GraftOptions(**{**written, **changes, "format": "model"})) for one, changes in tried]
-    plain = [step for step in shadow if step.settings.arm == "shadow"]
-    if sources.direct is not None:
-        tuned = opened.enter_context(open_grafts(base=instruct, instruct=instruct, tuned=sources.direct, beside=folder))
-        # What direct tuning wrote, in fp32: rounding it to INSTRUCT's dtype is no part of it.
-        plan += [_like(step, "direct", tuned, "float32", rounding="nearest") for step in plain]
-    plan += shadow
-    if sources.chat_vector:
-        # The sides change places: INSTRUCT - BASE is what TUNED receives. The dtype stays that of the graft.
-        stored = main_dtype(Checkpoint.open(instruct).specs.values()) or "auto"
-        sides = opened.enter_context(
-            open_grafts(base=sources.base, instruct=sources.tuned, tuned=instruct, beside=folder)
-        )
-        plan += [
-            _like(step, "chat-vector", sides, step.options.dtype if step.options.dtype != "auto" else stored)
-            for step in plain
-        ]
-    return plan
-
-
-def _like(step: Step, arm: str, grafts: OpenGrafts, dtype: str, **changes: Any) -> Step:
-    """Return the step of another arm at the same scale and modules."""
-    settings, options = replace(step.settings, arm=arm), replace(step.options, dtype=dtype, **changes)
-    return step._replace(settings=settings, grafts=grafts, options=options)
-
-
-def check_all(plan: Sequence[Step], folder: Path, scale: float) -> list[str]:
-    """Check every graft of one scale, since the others differ in nothing that can be wrong; return the warnings."""
-    warnings: dict[str, None] = {}
-    for step in plan:
-        if step.grafts is not None and step.settings.scale == scale:
-            folders, found = step.grafts.check(step.options)
-            check_place(folder, folders)
-            # INSTRUCT is its own BASE where it was tuned directly.
-            warnings |= dict.fromkeys(found if step.settings.arm == "shadow" else ())
-    return list(warnings)
-
-
-def measure(
-    step: Step, *, exams: dict[str, Exam], tokenizer: Any, ends: list[int], dtype: str, device: Any
-) -> Measured:
-    """Make and measure a model; only one is in memory at a time."""
-    started = time.perf_counter()
-    source = step.instruct if step.grafts is None else step.grafts.graft(step.options)
-    kind = source.dtype if isinstance(source, MemoryGraft) else None
-    model = load(source, dtype=dtype, device=device)
-    del source
-    made = time.perf_counter()
-    values: dict[str, Values] = {split: one.take(model, tokenizer, ends) for split, one in exams.items()}
-    del model
-    gc.collect()
-    seconds = {"make": round(made - started, 2), "score": round(time.perf_counter() - made, 2)}
-    return Measured(step.settings, values, step.pair, step.seed, seconds, kind, step.options.rounding if kind else None)
 
 
 def _trainings(sources: Sources, plan: Sequence[Step]) -> tuple[list[Trained], list[str]]:

@@ -25,7 +25,7 @@ class Trained:
     Args:
         side: what was trained: `base`, for every graft, or `instruct`, for direct tuning.
         pair: name of the pair.
-        learning_rate, seed, ref_policy: as in `Settings` and `Measured`; None where they are not known.
+        learning_rate, seed, ref_policy, guidance_power: as in `Settings` and `Measured`; None where they are not known.
         seconds: of the training, the loading and saving of its model included where that is known.
         rows: rows of the data that it went through, each as often as it was seen.
         steps: of the optimiser.
@@ -39,6 +39,7 @@ class Trained:
     learning_rate: float | None = None
     seed: int | None = None
     ref_policy: str | None = None
+    guidance_power: float | None = None
     seconds: float | None = None
     rows: int | None = None
     steps: int | None = None

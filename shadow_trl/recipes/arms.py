@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import itertools
 import json
-import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,198 +16,28 @@ from ..checkpoints.digests import weight_digests
 from ..checkpoints.hub import locate, output_folder
 from ..checkpoints.json_files import read_json
 from ..checkpoints.manifest import versions
-from ..errors import ConfigError, list_names
+from ..errors import ConfigError
 from ..evaluation.comparison import Comparison, Measured, choose_target
 from ..evaluation.comparison_report import write_comparison
 from ..evaluation.models import tokenizer_and_ends
-from ..evaluation.scales import (
-    OF_DTYPE,
-    PAIR,
-    WRITTEN_WITH,
-    Data,
-    Sources,
-    Step,
-    Tried,
-    check_all,
-    measure,
-    note_of_splits,
-    note_of_weights,
-    steps_of,
-    tried_with,
-)
+from ..evaluation.scales import OF_DTYPE, note_of_splits, note_of_weights
+from ..evaluation.steps import WRITTEN_WITH, Sources, Step, Tried, check_all, measure, steps_of
 from ..evaluation.trained import Trained, read_trained, rows_seen
-from ..grafting.options import DTYPES, GraftOptions
+from ..grafting.options import GraftOptions
 from ..operations.in_memory import open_grafts
 from ..results.folder import whole_file
 from ..results.lock import RunLock
 from ..results.written import tells_what_is_written
 from ..runtime.processes import say
 from .data import load_data
-from .options import Options, parse_values, read_yaml
+from .design import Design, Training
+from .options import Options
 from .record import check_record, record_of
 from .run import DIRECT_FOLDER, find_models, prepare, train_stage
 
 DONE = "trained.json"
 """In the folder of a training that is complete: the seconds of each step, and the rows that it went through."""
 RUNS = "runs"
-LOGGED = {"logging_strategy": "steps", "logging_steps": 0.05}
-"""Twenty points of the loss, however long the training is."""
-
-
-@dataclass(frozen=True)
-class Design:
-    """What is compared: the keys of the YAML file.
-
-    Args:
-        recipe: `sft` or `dpo`.
-        config: YAML file of that recipe: data, settings, and a pair where `pairs` names none.
-        pairs: name -> [BASE, INSTRUCT].
-        learning_rates, seeds, ref_policies: of the trainings; left out: the config's own.
-        direct: whether INSTRUCT is tuned directly too. Default True.
-        scales: multipliers of what training changed.
-        modules: choices of weights that receive it.
-        instruct_scales: multipliers of INSTRUCT below 1, each an arm `re-adapt` beside the graft. Default: none.
-        chat_vector: see `Sources`. Default False.
-        graft_dtype: of the grafts, rounded to nearest. Default: dtype and rounding of the configuration's own graft.
-        rows, validation_rows, conversations, preferences, functions, kept, batch_size, max_new_tokens: see `Data`.
-        target, keep, within, margin: see `Comparison`.
-        score_dtype: in which all models answer. Default float32.
-    """
-
-    recipe: str
-    config: str
-    pairs: dict[str, list[str]] = field(default_factory=dict)
-    learning_rates: list[float] = field(default_factory=list)
-    seeds: list[int] = field(default_factory=list)
-    ref_policies: list[str] = field(default_factory=list)
-    direct: bool = True
-    scales: list[float] = field(default_factory=lambda: [0.25, 0.5, 0.75, 1.0, 1.25])
-    modules: list[str] = field(default_factory=lambda: ["all"])
-    instruct_scales: list[float] = field(default_factory=list)
-    chat_vector: bool = False
-    graft_dtype: str | None = None
-    rows: str | None = None
-    validation_rows: str | None = None
-    conversations: str | None = None
-    preferences: str | None = None
-    functions: list[str] = field(default_factory=list)
-    kept: list[str] = field(default_factory=list)
-    batch_size: int = 64
-    max_new_tokens: int = 64
-    target: str | None = None
-    keep: str | None = None
-    within: float = 1.0
-    margin: float = 2.0
-    score_dtype: str = "float32"
-
-    @classmethod
-    def read(cls, path: Path) -> Design:
-        """Read the YAML file; paths in it are from the current folder.
-
-        Raises:
-            ConfigError: an unknown, missing or wrong key.
-        """
-        values = read_yaml(path)
-        kinds: dict[str, tuple[type, ...]] = {
-            "str": (str,), "str | None": (str, type(None)), "bool": (bool,), "int": (int,), "float": (int, float),
-        }  # fmt: skip
-        known = {item.name: str(item.type).partition("[")[0] for item in fields(cls)}
-        faults = [f"{key}: there is no such key" for key in values if key not in known]
-        faults += [f"{key}: missing" for key in ("recipe", "config") if key not in values]
-        for key in values.keys() & known.keys():
-            wanted = kinds.get(known[key], (dict,) if known[key] == "dict" else (list,))
-            if not isinstance(values[key], wanted) or (isinstance(values[key], bool) and bool not in wanted):
-                faults.append(f"{key}: {values[key]!r} is no {known[key]}")
-        if not faults:
-            faults = cls(**values)._faults()
-        if faults:
-            raise ConfigError(f"{path} has {len(faults)} faults:\n{list_names(sorted(faults))}")
-        return cls(**values)
-
-    def _faults(self) -> list[str]:
-        faults = [] if self.recipe in ("sft", "dpo") else [f"recipe: {self.recipe!r} is neither sft nor dpo"]
-        if self.ref_policies and self.recipe != "dpo":
-            faults.append("ref_policies: only dpo has a reference")
-        for name, pair in self.pairs.items():
-            if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(side, str) for side in pair):
-                faults.append(f"pairs: {name} is not [BASE, INSTRUCT]")
-            if not re.fullmatch(r"\w[\w.-]*", str(name)):
-                faults.append(f"pairs: {name!r} is no name of a folder (letters, digits, dots, hyphens)")
-        for name in ("learning_rates", "scales", "instruct_scales"):
-            if not all(isinstance(one, (int, float)) and not isinstance(one, bool) for one in getattr(self, name)):
-                faults.append(f"{name}: not all are numbers (write 1.0e-4, which YAML reads as a number)")
-        if not all(isinstance(seed, int) for seed in self.seeds):
-            faults.append("seeds: not all are whole numbers")
-        if self.score_dtype not in DTYPES:
-            faults.append(f"score_dtype: {self.score_dtype!r} is none of {', '.join(DTYPES)}")
-        if not (self.within >= 0.0 and self.margin > 0.0):
-            faults.append("within is below 0, or margin not above 0")
-        return faults
-
-    @property
-    def data(self) -> Data:
-        """The held-out data."""
-        return Data(
-            self.rows, self.validation_rows, self.conversations, self.preferences, tuple(self.functions),
-            tuple(self.kept), self.batch_size, self.max_new_tokens,
-        )  # fmt: skip
-
-    def tried(self) -> Tried:
-        """Return the settings of the graft and of `re-adapt`."""
-        tried = tried_with(self.scales, self.modules, self.graft_dtype)
-        more = [
-            (replace(one, arm="re-adapt", instruct_scale=scale), {**changes, "instruct_scale": scale})
-            for scale in self.instruct_scales
-            for one, changes in tried
-        ]
-        return [*tried, *more]
-
-    def trainings(self) -> Iterator[Training]:
-        """Yield what is trained: BASE for all, and INSTRUCT directly once for all reference policies."""
-        values = read_yaml(Path(self.config))
-        own = parse_values(self.recipe, [], values, Path(self.config))
-        pairs = self.pairs or {PAIR: [str(own.model.model_name_or_path), str(own.training.instruct_model)]}
-        cases = itertools.product(
-            pairs.items(),
-            dict.fromkeys(map(float, self.learning_rates or [own.training.learning_rate])),
-            dict.fromkeys(self.seeds or [own.training.seed]),
-        )
-        policies: list[str | None] = list(dict.fromkeys(self.ref_policies)) or [
-            getattr(own.training, "ref_policy", None)
-        ]
-        for (pair, (base, instruct)), rate, seed in cases:
-            for policy in policies:
-                chosen = {
-                    **values, "learning_rate": rate,
-                    "seed": seed, "graft": False, **LOGGED, "compare_direct": self.direct and policy == policies[0],
-                    "score_rows": None, "score_kept": None, "score_scales": None,
-                }  # fmt: skip
-                chosen |= {} if policy is None else {"ref_policy": policy}
-                yield Training(pair, base, instruct, rate, seed, policy, chosen)
-
-
-@dataclass(frozen=True)
-class Training:
-    """One training of BASE, and of INSTRUCT directly where that is asked for in `values`."""
-
-    pair: str
-    base: str
-    instruct: str
-    learning_rate: float
-    seed: int
-    ref_policy: str | None
-    values: dict[str, Any]
-
-    @property
-    def name(self) -> str:
-        """Name of its folder."""
-        parts = [self.pair, repr(self.learning_rate), str(self.seed), self.ref_policy]
-        return "_".join(part for part in parts if part is not None)
-
-    def options(self, design: Design, folder: Path) -> Options:
-        """Return the options of the recipe, whose run is in `folder`."""
-        words = ["--model_name_or_path", self.base, "--instruct_model", self.instruct, "--output_dir", str(folder)]
-        return parse_values(design.recipe, words, self.values, Path(design.config))
 
 
 def compare_arms(config: Path, output: str | Path, *, progress: bool = True) -> Comparison:
@@ -232,9 +60,7 @@ def compare_arms(config: Path, output: str | Path, *, progress: bool = True) -> 
         state = PartialState()
         if state.num_processes > 1:
             raise ConfigError(f"compare works in one process, and {state.num_processes} were started. Start one.")
-        exams = design.data.exams()
-        metrics = exams["test"].metrics
-        chosen = choose_target(metrics, design.target, design.keep)
+        choose_target(design.data.exams()["test"].metrics, design.target, design.keep)
         tried = design.tried()
         trainings = list(design.trainings())
         digests: dict[str, Any] = {}
@@ -251,24 +77,29 @@ def compare_arms(config: Path, output: str | Path, *, progress: bool = True) -> 
         try:
             for training, ready in zip(trainings, prepared, strict=True):
                 train_once(design, folder / RUNS / training.name, *ready, progress)
-            models: list[Measured] = []
-            for training in trainings:
-                tell = say if progress else lambda text: None
-                models += measure_arms(design, training, folder, tried, exams, models, tell)
-            models.sort(key=lambda model: model.settings.arm != "instruct")
-            trained, unmeasured = _trained(trainings, folder)
-            told = f"the dtype and rounding that {design.config} says" if design.graft_dtype is None else OF_DTYPE
-            notes = [
-                note_of_splits(design.data, exams), note_of_weights(models, said=told), _number(trainings), *unmeasured
-            ]  # fmt: skip
-            found = Comparison(
-                models, metrics, *chosen, within=design.within, margin=design.margin, chosen_on=design.data.chosen_on,
-                notes=notes, rows={split: len(exam) for split, exam in exams.items()}, trainings=trained,
-            )  # fmt: skip
+            found = _compared(design, trainings, folder, progress)
             write_comparison(found, folder)
         finally:
             lock.release()
     return found
+
+
+def _compared(design: Design, trainings: list[Training], folder: Path, progress: bool) -> Comparison:
+    """Measure the arms of all trainings, which are complete."""
+    exams, tell = design.data.exams(), say if progress else lambda text: None
+    models: list[Measured] = []
+    for training in trainings:
+        models += measure_arms(design, training, folder, design.tried(), exams, models, tell)
+    models.sort(key=lambda model: model.settings.arm != "instruct")
+    trained, unmeasured = _trained(trainings, folder)
+    told = f"the dtype and rounding that {design.config} says" if design.graft_dtype is None else OF_DTYPE
+    notes = [note_of_splits(design.data, exams), note_of_weights(models, said=told), _number(trainings), *unmeasured]
+    metrics = exams["test"].metrics
+    return Comparison(
+        models, metrics, *choose_target(metrics, design.target, design.keep), within=design.within,
+        margin=design.margin, chosen_on=design.data.chosen_on, notes=notes,
+        rows={split: len(exam) for split, exam in exams.items()}, trainings=trained,
+    )  # fmt: skip
 
 
 def _check_grafts(trainings: list[Training], tried: Tried, folder: Path, written: Mapping[str, Any]) -> None:
@@ -286,15 +117,12 @@ def _trained(trainings: list[Training], folder: Path) -> tuple[list[Trained], li
     for training in trainings:
         run = folder / RUNS / training.name
         done = read_json(run / DONE)
-        made = {"learning_rate": training.learning_rate, "seed": training.seed, "rows": done["rows"]}
-        base = read_trained(
-            run,
-            "base",
-            training.pair,
-            seconds=done["seconds"]["train and graft"],
-            ref_policy=training.ref_policy,
-            **made,
-        )
+        made = {
+            "learning_rate": training.learning_rate, "seed": training.seed, "guidance_power": training.guidance,
+            "rows": done["rows"],
+        }  # fmt: skip
+        spent = done["seconds"]["train and graft"]
+        base = read_trained(run, "base", training.pair, seconds=spent, ref_policy=training.ref_policy, **made)
         with open_grafts(base=training.base, instruct=training.instruct, tuned=run, beside=run / "measured") as grafts:
             base, note = base.measured(grafts, GraftOptions(vocab="shared"))
         found.append(base)
@@ -373,5 +201,6 @@ def _step_of(training: Training, step: Step) -> Step:
     if step.grafts is None:
         return step._replace(pair=training.pair)
     policy = None if step.settings.arm == "direct" else training.ref_policy
-    settings = replace(step.settings, learning_rate=training.learning_rate, ref_policy=policy)
+    how: dict[str, Any] = {"ref_policy": policy, "guidance_power": training.guidance}
+    settings = replace(step.settings, learning_rate=training.learning_rate, **how)
     return step._replace(settings=settings, pair=training.pair, seed=training.seed)
