@@ -163,15 +163,28 @@ class Comparison:
         found = [metric.of(model.values[split]) for model in self.groups[settings]]
         return sum(found) / len(found)
 
+    @cached_property
+    def intervals(self) -> dict[str, dict[str, tuple[float, float]]]:
+        """The interval of each metric of each selected arm, on test, as it is shown."""
+        return {
+            arm: {
+                metric.name: interval_of(
+                    self._table(metric, self.groups[settings], "test"), bound=metric.factor if metric.share else None
+                )
+                for metric in self.metrics
+            }
+            for arm, settings in self.selected.items()
+            if settings is not None
+        }
+
     def shown(self, settings: Settings, name: str, split: str, *, interval: bool = False) -> str:
-        """Return a metric of settings as text, with its `interval` if asked: percent with one digit, others three."""
+        """Return a metric of settings as text, percent with one digit, others three; of selected ones its `interval`."""
         metric = self.by_name[name]
         digits = 1 if metric.share else 3
         text = f"{self.mean(settings, metric, split):.{digits}f}"
         if not interval:
             return text
-        table = self._table(metric, self.groups[settings], split)
-        low, high = interval_of(table, bound=metric.factor if metric.share else None)
+        low, high = self.intervals[settings.arm][name]
         return f"{text} ({low:.{digits}f} to {high:.{digits}f})"
 
     @cached_property
@@ -259,6 +272,7 @@ class Comparison:
         return {
             "arms": list(self._arms()),
             "selected": {arm: vars(one) if one is not None else None for arm, one in self.selected.items()},
+            "intervals": self.intervals,
             "tests": [
                 {
                     "a": test.a, "b": test.b, "metric": test.metric.name, "difference": test.found.value,

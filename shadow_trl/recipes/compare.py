@@ -14,6 +14,7 @@ from ..errors import ShadowError
 from ..evaluation.models import load, tokenizer_and_ends
 from ..evaluation.report import TITLES, Arm, RunReport
 from ..evaluation.scoring import Scores, score
+from ..evaluation.steps import as_written
 from ..grafting.options import GraftOptions
 from ..grafting.reports import GraftReport
 from ..operations.gap import gap
@@ -107,7 +108,9 @@ def _scored(
                 grafts = grafts or opened.enter_context(
                     open_grafts(base=start, instruct=receiver, tuned=tuned, beside=beside)
                 )
-                kept = options.training.graft_options() if name == "shadow" else {"dtype": "float32"}
+                kept: dict[str, Any] = {"dtype": "float32"}
+                if name == "shadow":
+                    kept = {**options.training.graft_options(), **as_written(tuned, grafts)}
                 model = grafts.graft(GraftOptions(**{**kept, "scale": scale, "format": "model"}))
             arms.append(Arm(name, source, scale, _score_model(options, origins, model, rows, title=at)))
     return arms

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from shadow_trl.evaluation.statistics import Difference, compare, holm, rows_that_tell, verdict
+from shadow_trl.evaluation.statistics import Difference, compare, holm, interval_of, rows_that_tell, verdict
 
 
 def hits(rows: int, share: float, *, seed: int, trainings: int = 1) -> np.ndarray:
@@ -62,6 +62,18 @@ def test_the_error_of_several_trainings_is_that_of_both_draws():
     assert found.error == pytest.approx(error, rel=0.06)
     assert found.row_error == pytest.approx((np.var(of_row) / 300) ** 0.5, rel=0.06)
     assert (found.trainings, found.rows) == (8, 300)
+
+
+@pytest.mark.parametrize("right", [360, 400])
+def test_the_interval_of_one_model_is_that_of_wilson(right):
+    """Of shares, by scipy; of other values that of the t test."""
+    found = interval_of({"all": np.array([[1.0] * right + [0.0] * (400 - right)])}, bound=1.0)
+    wanted = stats.binomtest(right, 400).proportion_ci(0.95, method="wilson")
+    assert found == pytest.approx(tuple(wanted), abs=0.006)
+    losses = np.random.default_rng(3).gamma(2.0, 1.0, (1, 500))
+    error = losses.std(ddof=1) / 500**0.5
+    wanted = stats.t.interval(0.95, 499, losses.mean(), error)
+    assert interval_of({"loss": losses}) == pytest.approx(wanted, abs=0.02)
 
 
 def test_kinds_count_alike_however_many_rows_they_have():
