@@ -178,7 +178,7 @@ class Comparison:
         }
 
     def shown(self, settings: Settings, name: str, split: str, *, interval: bool = False) -> str:
-        """Return a metric of settings as text, percent with one digit, others three; of selected ones its `interval`."""
+        """Return a metric as text, percent with one digit, others three; of selected settings with its `interval`."""
         metric = self.by_name[name]
         digits = 1 if metric.share else 3
         text = f"{self.mean(settings, metric, split):.{digits}f}"
@@ -251,22 +251,6 @@ class Comparison:
             part: metric.factor * np.array([model.values[split][part] for model in models]) for part in metric.parts
         }
 
-    def costs(self) -> tuple[list[str], list[list[str]]]:
-        """Return what each arm cost as a table: its heads and rows."""
-        heads = ["arm", "models", "trainings", "rows trained on", "optimiser steps", "training, s", "making, s",
-                 "scoring, s"]  # fmt: skip
-        rows = []
-        for arm in self.selected:
-            models = [model for model in self.models if model.settings.arm == arm]
-            side = {"instruct": None, "direct": "instruct"}.get(arm, "base")
-            trainings = [one for one in self.trainings if one.side == side]
-            sums = [_sum([getattr(one, name) for one in trainings]) for name in ("rows", "steps", "seconds")]
-            spent = [sum(model.seconds.get(kind, 0.0) for model in models) for kind in ("make", "score")]
-            seconds = (f"{one:.1f}" if one is not None else "" for one in (sums[2], *spent))
-            counts = (f"{one:,}" if one is not None else "" for one in (len(models), len(trainings), *sums[:2]))
-            rows.append([arm, *counts, *seconds])
-        return heads, rows
-
     def to_dict(self) -> dict[str, Any]:
         """Return everything as plain values for JSON; shares, their differences and intervals are in percent."""
         return {
@@ -300,11 +284,6 @@ class Comparison:
                     "rows": self.rows.get(split), "seconds": dict(model.seconds),
                     "dtype": model.dtype, "rounding": model.rounding,
                 }  # fmt: skip
-
-
-def _sum(values: Sequence[Any]) -> Any:
-    """Return the sum, None where one is not known or there are none."""
-    return sum(values) if values and None not in values else None
 
 
 def choose_target(metrics: Sequence[Metric], target: str | None, keep: str | None) -> tuple[str, str | None]:

@@ -9,7 +9,7 @@ from itertools import groupby
 
 from .charts import Axis, Frame, Line, chart
 from .comparison import ARMS, Comparison, Settings
-from .trained import Trained
+from .trained import Trained, costs
 
 _STYLE = """
 :root{color-scheme:light dark;--ink:#1b1b1b;--paper:#fff;--line:#d0d0d0;--soft:#595959;--blue:#0072b2}
@@ -42,7 +42,7 @@ def page(comparison: Comparison) -> str:
         parts += ["<h2>How far training moved BASE, beside the gap to INSTRUCT</h2>", *distances]
     if curves := [*_curves(comparison)]:
         parts += ["<h2>Training loss of BASE and of INSTRUCT</h2>", f'<div class="two">{"".join(curves)}</div>']
-    heads, rows = comparison.costs()
+    heads, rows = costs(comparison.selected, comparison.models, comparison.trainings)
     parts += ["<h2>Cost of each arm</h2>", _table(heads, rows, text=1)]
     parts += ['<p class="note">A training that several arms share counts for each of them.</p>']
     if comparison.command is not None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from ..results.folder import whole_file
 from .comparison import ARMS, Comparison, Settings
 from .comparison_page import page
+from .trained import costs
 
 
 def write_comparison(comparison: Comparison, folder: Path) -> None:
@@ -35,7 +36,7 @@ def markdown(comparison: Comparison) -> str:
     ]
     for split, rows in (("test", "the test rows"), ("validation", comparison.chosen_on)):
         blocks.append([f"## All settings, on {rows}", "", *_scores(comparison, split)])
-    blocks.append(["## Cost", "", *_table(*comparison.costs())])
+    blocks.append(["## Cost", "", *_table(*costs(comparison.selected, comparison.models, comparison.trainings))])
     blocks.append(["A training that several arms share counts for each of them."])
     if comparison.command is not None:
         blocks.append(["## The chosen graft", "", "```bash", comparison.command, "```"])

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 from ..checkpoints.hub import Source, local_folder
 from ..checkpoints.json_files import read_json
 from ..errors import ShadowError
 from ..grafting.options import GraftOptions
 from ..operations.in_memory import OpenGrafts
+
+if TYPE_CHECKING:
+    from .comparison import Measured
 
 STATE_NAME = "trainer_state.json"
 """In which transformers keeps the log of a training."""
@@ -103,3 +106,35 @@ def rows_seen(folder: Path, rows: int | None) -> int | None:
     """Return how many rows the training in `folder` went through, of a data set of `rows`."""
     passes = read_json(folder / STATE_NAME).get("epoch")
     return round(passes * rows) if rows is not None and _is_number(passes) else None
+
+
+def costs(
+    arms: Iterable[str], models: Sequence[Measured], trainings: Sequence[Trained]
+) -> tuple[list[str], list[list[str]]]:
+    """Return what each arm cost as a table, its heads and rows; a training counts for every arm that it is for."""
+    heads = [
+        "arm",
+        "models",
+        "trainings",
+        "rows trained on",
+        "optimiser steps",
+        "training, s",
+        "making, s",
+        "scoring, s",
+    ]
+    rows = []
+    for arm in arms:
+        own = [model for model in models if model.settings.arm == arm]
+        side = {"instruct": None, "direct": "instruct"}.get(arm, "base")
+        made = [one for one in trainings if one.side == side]
+        sums = [_sum([getattr(one, name) for one in made]) for name in ("rows", "steps", "seconds")]
+        spent = [sum(model.seconds.get(kind, 0.0) for model in own) for kind in ("make", "score")]
+        seconds = (f"{one:.1f}" if one is not None else "" for one in (sums[2], *spent))
+        counts = (f"{one:,}" if one is not None else "" for one in (len(own), len(made), *sums[:2]))
+        rows.append([arm, *counts, *seconds])
+    return heads, rows
+
+
+def _sum(values: Sequence[Any]) -> Any:
+    """Return the sum, None where one is not known or there are none."""
+    return sum(values) if values and None not in values else None

@@ -14,7 +14,7 @@ from shadow_trl.evaluation.charts import Axis
 from shadow_trl.evaluation.comparison import Comparison, Measured, Settings, choose_target
 from shadow_trl.evaluation.comparison_report import markdown, summary, write_comparison
 from shadow_trl.evaluation.exam import Exam, Metric, function_named
-from shadow_trl.evaluation.trained import Trained
+from shadow_trl.evaluation.trained import Trained, costs
 
 METRICS = (Metric("target", ("target",)), Metric("kept", ("rule", "skill")), Metric("loss", ("loss",), False, False))
 
@@ -150,8 +150,8 @@ def test_the_page_has_what_training_cost_and_changed(tmp_path):
         Trained("instruct", **made, seed=1, seconds=9.0, curve=((10, 0.5), (19, 0.3))),
     ]
     found = comparison(*THREE, trainings=trainings, rows={"test": 1600, "validation": 1600})
-    heads, costs = found.costs()
-    assert [dict(zip(heads, row, strict=True)) for row in costs] == [
+    heads, rows = costs(found.selected, found.models, found.trainings)
+    assert [dict(zip(heads, row, strict=True)) for row in rows] == [
         {"arm": arm, "models": models, "trainings": number, "rows trained on": rows, "optimiser steps": steps,
          "training, s": seconds, "making, s": "0.0", "scoring, s": scoring}
         for arm, models, number, rows, steps, seconds, scoring in (
