@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -103,6 +104,11 @@ class Test:
     found: Difference
     p_adjusted: float
     verdict: str
+
+    @property
+    def digits(self) -> int:
+        """Digits behind the point with which it is shown."""
+        return digits_of(self.metric, self.found.value)
 
 
 @dataclass(frozen=True)
@@ -220,7 +226,8 @@ class Comparison:
         tests = []
         for (a, b, metric), one, p in zip(cases, found, adjusted, strict=True):
             margin, unit = (self.margin, "points") if metric.share else (None, "")
-            said = verdict(one, p, margin=margin, unit=unit, digits=1 if metric.share else 3, higher=metric.higher)
+            digits = digits_of(metric, one.value)
+            said = verdict(one, p, margin=margin, unit=unit, digits=digits, higher=metric.higher)
             tests.append(Test(a.arm, b.arm, metric, one, p, said))
         return tests
 
@@ -284,6 +291,18 @@ class Comparison:
                     "rows": self.rows.get(split), "seconds": dict(model.seconds),
                     "dtype": model.dtype, "rounding": model.rounding,
                 }  # fmt: skip
+
+
+def digits_of(metric: Metric, difference: float) -> int:
+    """Return the digits behind the point of a difference: one of points, else three, more where it is smaller.
+
+    >>> loss = Metric("loss", ("loss",), share=False)
+    >>> digits_of(loss, 0.25), digits_of(loss, 0.00031), digits_of(loss, 0.0)
+    (3, 5, 3)
+    """
+    if metric.share:
+        return 1
+    return 3 if difference == 0.0 else min(9, max(3, 1 - math.floor(math.log10(abs(difference)))))
 
 
 def choose_target(metrics: Sequence[Metric], target: str | None, keep: str | None) -> tuple[str, str | None]:

@@ -32,7 +32,8 @@ def page(comparison: Comparison) -> str:
     """Return the page."""
     parts = ["<h1>Comparison</h1>", f"<p>Chosen: {escape(comparison.condition)}.</p>", _arms(comparison)]
     parts += [f'<p class="note">{escape(note)}</p>' for note in comparison.notes]
-    parts += ["<h2>What is kept against what is learnt, on the test rows</h2>"]
+    shown = "What is kept against what is learnt" if comparison.keep is not None else "What is learnt over the scales"
+    parts += [f"<h2>{shown}, on the test rows</h2>"]
     rates = sorted({one.learning_rate for one in comparison.groups if one.learning_rate is not None})
     parts += [_panel(comparison, rate) for rate in rates or (None,)]
     parts += ["<h2>Selected settings, on the test rows</h2>", _selected(comparison)]
@@ -199,7 +200,7 @@ def _scores(comparison: Comparison) -> str:
 def _tests(comparison: Comparison) -> str:
     rows = []
     for test in comparison.tests:
-        digits, (low, high) = 1 if test.metric.share else 3, test.found.interval
+        digits, (low, high) = test.digits, test.found.interval
         unit = " points" if test.metric.share else ""
         rows.append([
             f"{test.a} against {test.b}", test.metric.name, test.verdict, f"{test.found.value:+.{digits}f}{unit}",

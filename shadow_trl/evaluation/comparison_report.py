@@ -82,7 +82,7 @@ def _line(comparison: Comparison, settings: Settings, split: str, *, interval: b
 def _tests(comparison: Comparison) -> list[str]:
     rows = []
     for test in comparison.tests:
-        digits = 1 if test.metric.share else 3
+        digits = test.digits
         low, high = test.found.interval
         rows.append([
             test.a, test.b, test.metric.name, f"{test.found.value:+.{digits}f}",

@@ -179,7 +179,7 @@ def _trainings(sources: Sources, plan: Sequence[Step]) -> tuple[list[Trained], l
     step = next(step for step in plan if step.settings.arm == "shadow")
     assert step.grafts is not None
     direct = [] if sources.direct is None else [read_trained(sources.direct, "instruct", PAIR)]
-    tuned, note = read_trained(sources.tuned, "base", PAIR).measured(step.grafts, step.options)
+    tuned, note = read_trained(sources.tuned, "base", PAIR).measured(step.grafts)
     return [tuned, *direct], [] if note is None else [note]
 
 

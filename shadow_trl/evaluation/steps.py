@@ -114,7 +114,7 @@ def steps_of(
     if sources.direct is not None:
         tuned = opened.enter_context(open_grafts(base=instruct, instruct=instruct, tuned=sources.direct, beside=folder))
         # What direct tuning wrote, in fp32: rounding it to INSTRUCT's dtype is no part of it.
-        plan += [_like(step, "direct", tuned, "float32", rounding="nearest") for step in plain]
+        plan += [_like(step, "direct", tuned, "float32", rounding="nearest", vocab="strict") for step in plain]
     plan += shadow
     if sources.chat_vector:
         # The sides change places: INSTRUCT - BASE is what TUNED receives. The dtype stays that of the graft.

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any, TypeGuard
 from ..checkpoints.hub import Source, local_folder
 from ..checkpoints.json_files import read_json
 from ..errors import ShadowError
-from ..grafting.options import GraftOptions
 from ..operations.in_memory import OpenGrafts
 
 if TYPE_CHECKING:
@@ -50,12 +49,13 @@ class Trained:
     by_layer: Mapping[str, Mapping[str, Any]] | None = None
     by_kind: Mapping[str, Mapping[str, Any]] | None = None
 
-    def measured(self, grafts: OpenGrafts, options: GraftOptions) -> tuple[Trained, str | None]:
+    def measured(self, grafts: OpenGrafts) -> tuple[Trained, str | None]:
         """Return it with the distances of the weights; where they cannot be had, as it is and the reason."""
         try:
-            found = grafts.gap(options)
+            found = grafts.gap()
         except ShadowError as reason:  # a figure beside the scores must not cost them
-            return self, f"How far training moved the weights of {self.pair} was not measured: {reason}"
+            first = str(reason).partition("\n")[0]
+            return self, f"How far training moved the weights of {self.pair} was not measured: {first}"
         return replace(self, by_layer=found.by_layer, by_kind=found.by_kind), None
 
 

@@ -10,10 +10,11 @@ from pathlib import Path
 from tempfile import mkdtemp
 from typing import TYPE_CHECKING
 
+from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.hub import Source
 from ..errors import ends_with
 from ..grafting.files import main_dtype
-from ..grafting.inputs import open_tuned_inputs
+from ..grafting.inputs import base_of, open_tuned_inputs
 from ..grafting.jobs import check_rounding
 from ..grafting.options import GraftOptions
 from ..grafting.reports import GapReport
@@ -53,24 +54,19 @@ class OpenGrafts:
         """Return the form, `model` or `adapter`, in which `graft` would write with `options`."""
         return open_tuned_inputs(self.single, self.instruct, options).form
 
-    def gap(self, options: GraftOptions) -> GapReport:
+    def gap(self) -> GapReport:
         """Measure the pair and, in the same way, what training changed; an adapter is merged on the disk for it.
-
-        Args:
-            options: as of `graft`; `vocab` alone matters.
 
         Raises:
             InputError, GraftError: as of `operations.gap.gap`.
         """
         from .gap import measure
 
-        inputs = open_tuned_inputs(self.single, self.instruct, options)
-        base, tuned = inputs.tuned.base, inputs.tuned.checkpoint
+        base, instruct = Checkpoint.open(base_of(self.single)), Checkpoint.open(self.instruct)
+        tuned = self.single.checkpoint
         scratch = Path(mkdtemp(dir=self.scratch))
         try:
-            return measure(
-                base, inputs.instruct, merged_checkpoint(base, tuned, scratch) if tuned.is_adapter else tuned
-            )
+            return measure(base, instruct, merged_checkpoint(base, tuned, scratch) if tuned.is_adapter else tuned)
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
 

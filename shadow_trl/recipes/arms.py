@@ -23,7 +23,6 @@ from ..evaluation.models import tokenizer_and_ends
 from ..evaluation.scales import OF_DTYPE, note_of_splits, note_of_weights
 from ..evaluation.steps import WRITTEN_WITH, Sources, Step, Tried, check_all, measure, steps_of
 from ..evaluation.trained import Trained, read_trained, rows_seen
-from ..grafting.options import GraftOptions
 from ..operations.in_memory import open_grafts
 from ..results.folder import whole_file
 from ..results.lock import RunLock
@@ -124,7 +123,7 @@ def _trained(trainings: list[Training], folder: Path) -> tuple[list[Trained], li
         spent = done["seconds"]["train and graft"]
         base = read_trained(run, "base", training.pair, seconds=spent, ref_policy=training.ref_policy, **made)
         with open_grafts(base=training.base, instruct=training.instruct, tuned=run, beside=run / "measured") as grafts:
-            base, note = base.measured(grafts, GraftOptions(vocab="shared"))
+            base, note = base.measured(grafts)
         found.append(base)
         notes += [] if note is None else [note]
         if training.values["compare_direct"]:

@@ -12,6 +12,7 @@ import pytest
 from shadow_trl.errors import ConfigError, GraftError, InputError
 from shadow_trl.evaluation.charts import Axis
 from shadow_trl.evaluation.comparison import Comparison, Measured, Settings, choose_target
+from shadow_trl.evaluation.comparison_page import page
 from shadow_trl.evaluation.comparison_report import markdown, summary, write_comparison
 from shadow_trl.evaluation.exam import Exam, Metric, function_named
 from shadow_trl.evaluation.trained import Trained, costs
@@ -71,6 +72,15 @@ def test_less_is_better_of_a_loss():
     (loss,) = [test for test in found.tests if test.metric.name == "loss"]
     assert loss.verdict.startswith("better by 0.500")
     assert comparison(*models, keep="loss", within=0.1).selected["shadow"].scale == 1.0
+
+
+def test_a_small_difference_of_a_loss_is_not_shown_as_none():
+    models = (model("instruct", values(50, 90, 90)), model("shadow", values(50, 90, 90, loss=0.9996), scale=1.0))
+    found = comparison(*models, target="loss", keep=None)
+    (loss,) = [test for test in found.tests if test.metric.name == "loss"]
+    assert loss.verdict == "better by 0.00040 (0.00040 to 0.00040)"
+    for shown in (markdown(found), page(found)):
+        assert "-0.00040 to -0.00040" in shown
 
 
 def test_every_two_selected_arms_are_compared_on_test_by_every_metric():
