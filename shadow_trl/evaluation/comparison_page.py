@@ -8,7 +8,8 @@ from html import escape
 from itertools import groupby
 
 from .charts import Axis, Frame, Line, chart
-from .comparison import ARMS, Comparison, Settings
+from .comparison import Comparison
+from .measured import ARMS, Settings
 from .trained import Trained, costs
 
 _STYLE = """

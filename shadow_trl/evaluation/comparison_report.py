@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..results.folder import whole_file
-from .comparison import ARMS, Comparison, Settings
+from .comparison import Comparison
 from .comparison_page import page
+from .measured import ARMS, Settings
 from .trained import costs
 
 

@@ -16,10 +16,11 @@ from ..errors import ConfigError, ends_with, list_names
 from ..grafting.options import declared
 from ..results.folder import OutputFolder, check_free, recover
 from ..runtime.processes import run_on_main, say, together
-from .comparison import Comparison, Measured, choose_target
+from .comparison import Comparison, choose_target
 from .comparison_report import write_comparison
 from .exam import Exam, function_named
 from .likelihood import read_conversations, read_pairs
+from .measured import Measured
 from .models import tokenizer_and_ends
 from .scoring import Row, read_rows
 from .steps import PAIR, WRITTEN_WITH, Sources, Step, check_all, measure, steps_of, tried_with

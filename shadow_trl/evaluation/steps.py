@@ -18,8 +18,8 @@ from ..grafting.files import main_dtype
 from ..grafting.options import GraftOptions
 from ..operations.in_memory import MemoryGraft, OpenGrafts, open_grafts
 from ..results.folder import check_place
-from .comparison import Measured, Settings
 from .exam import Exam, Values
+from .measured import Measured, Settings
 from .models import load
 
 PAIR = "pair"
@@ -93,7 +93,8 @@ def as_written(tuned: Source, grafts: OpenGrafts) -> dict[str, Any]:
         recorded = manifest["options"]
         known = {name: recorded[name] for name in WRITTEN_WITH if name in recorded}
         asked = GraftOptions(**known, format=recorded.get("format", "auto"))
-        if manifest.get("form", asked.format if asked.format != "auto" else grafts.form(asked)) == "adapter":
+        form = manifest.get("form", asked.format)
+        if form == "adapter" or (form == "auto" and grafts.form(asked) == "adapter"):
             known |= {"dtype": "float32", "rounding": "nearest"}
         return known
     return {}

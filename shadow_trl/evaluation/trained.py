@@ -6,15 +6,13 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeGuard
+from typing import Any, TypeGuard
 
 from ..checkpoints.hub import Source, local_folder
 from ..checkpoints.json_files import read_json
 from ..errors import ShadowError
 from ..operations.in_memory import OpenGrafts
-
-if TYPE_CHECKING:
-    from .comparison import Measured
+from .measured import Measured
 
 STATE_NAME = "trainer_state.json"
 """In which transformers keeps the log of a training."""

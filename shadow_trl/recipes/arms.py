@@ -17,8 +17,9 @@ from ..checkpoints.hub import locate, output_folder
 from ..checkpoints.json_files import read_json
 from ..checkpoints.manifest import versions
 from ..errors import ConfigError
-from ..evaluation.comparison import Comparison, Measured, choose_target
+from ..evaluation.comparison import Comparison, choose_target
 from ..evaluation.comparison_report import write_comparison
+from ..evaluation.measured import Measured
 from ..evaluation.models import tokenizer_and_ends
 from ..evaluation.scales import OF_DTYPE, note_of_splits, note_of_weights
 from ..evaluation.steps import WRITTEN_WITH, Sources, Step, Tried, check_all, measure, steps_of
@@ -34,7 +35,7 @@ from .options import Options
 from .record import check_record, record_of
 from .run import DIRECT_FOLDER, find_models, prepare, train_stage
 
-DONE = "trained.json"
+DONE = "training.json"
 """In the folder of a training that is complete: the seconds of each step, and the rows that it went through."""
 RUNS = "runs"
 
