@@ -8,14 +8,12 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
 from interrupts import InterruptAfter, Interrupted, files_of
 from other_trainers import KINDS, OPTIONS, WITHOUT_REFERENCE, build, data_of, kto_data, train_all
 from ranks import in_processes
-from repository import ROOT
 from runs import log_probability, lora, saved_files, settings
 from safetensors.torch import load_file
 from stages import tuned_weights, weights
@@ -384,33 +382,30 @@ class MyTrainer(SFTTrainer):
         return (3 * found[0], found[1]) if return_outputs else 3 * found
 
 
-def test_the_trainer_of_a_user_as_documented(pair, tmp_path, monkeypatch):
-    page = (ROOT / "docs/training.md").read_text(encoding="utf-8")
-    blocks = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
-    block = next(block for block in blocks if "ShadowMixin" in block)
-    assert len(re.findall(r"^.*\S.*$", block, re.MULTILINE)) <= 9
-    mine, documented = ModuleType("mine"), ModuleType("documented")
-    mine.MyTrainer, mine.MyConfig = MyTrainer, SFTConfig
-    for module in (mine, documented):
-        monkeypatch.setitem(sys.modules, module.__name__, module)
-    names = vars(documented)
-    exec(compile(block, "docs/training.md", "exec", dont_inherit=True), names)
+@dataclass
+class ShadowMyConfig(ShadowArguments, SFTConfig):
+    pass
+
+
+class ShadowMyTrainer(ShadowMixin, MyTrainer):
+    config_class = ShadowMyConfig
+
+
+def test_the_trainer_of_a_user(pair, tmp_path):
+    """As in docs/training.md, whose code is run by tests/whole/test_docs.py."""
     plain = MyTrainer(
         str(pair[0]), args=SFTConfig(**settings(tmp_path / "plain")), train_dataset=sft_data(),
         processing_class=AutoTokenizer.from_pretrained(pair[1]),
     )  # fmt: skip
     plain.train()
     plain.save_model()
-    made = names["ShadowMyTrainer"](
-        str(pair[0]), args=names["ShadowMyConfig"](**settings(tmp_path / "run", graft_dtype="float32")),
-        train_dataset=sft_data(), instruct_model=str(pair[1]),
-    )  # fmt: skip
+    shadow = {"model": str(pair[0]), "instruct_model": str(pair[1]), "train_dataset": sft_data()}
+    made = ShadowMyTrainer(args=ShadowMyConfig(**settings(tmp_path / "run", graft_dtype="float32")), **shadow)
     made.train()
     assert saved_files(tmp_path / "run") == saved_files(tmp_path / "plain") != {}
     check_sum(pair, tmp_path / "run", 1.0)
-    args = names["ShadowMyConfig"](**settings(tmp_path / "out", eval_grafted=True))
     with pytest.raises(ConfigError, match="eval_grafted=True is not possible with ShadowMyTrainer"):
-        names["ShadowMyTrainer"](str(pair[0]), args=args, train_dataset=sft_data(), instruct_model=str(pair[1]))
+        ShadowMyTrainer(args=ShadowMyConfig(**settings(tmp_path / "out", eval_grafted=True)), **shadow)
 
 
 @pytest.mark.slow
