@@ -1,17 +1,31 @@
-"""CPO (with SimPO) and ORPO on BASE, which TRL has among its experimental trainers and warns of on import."""
+"""CPO (with SimPO) and ORPO on BASE, which TRL has among its experimental trainers: to import this warns of it."""
 
 from __future__ import annotations
 
+import os
+import warnings
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from trl.experimental.cpo import CPOConfig, CPOTrainer
-from trl.experimental.orpo import ORPOConfig, ORPOTrainer
+from trl.import_utils import TRLExperimentalWarning, suppress_experimental_warning
+
+with suppress_experimental_warning():
+    from trl.experimental.cpo import CPOConfig, CPOTrainer
+    from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 
 from ..errors import ConfigError
 from .config import ShadowArguments
 from .mixin import ShadowMixin
 from .settings import Forms
+
+# TRL's own warning comes with the first import of the folder, of which its other trainers import a part in silence.
+if not os.environ.get("TRL_EXPERIMENTAL_SILENCE"):
+    warnings.warn(
+        "ShadowCPOTrainer and ShadowORPOTrainer build on TRL's experimental trainers, which may change in any release. "
+        "TRL_EXPERIMENTAL_SILENCE=1 silences this.",
+        TRLExperimentalWarning,
+        stacklevel=2,
+    )
 
 
 @dataclass

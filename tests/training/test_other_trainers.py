@@ -301,7 +301,10 @@ def test_every_loss_of_grpo_is_one_that_trl_knows():
 def test_figures_of_the_graft_are_those_of_plain_trl_on_its_folder(pair, tmp_path, kind, with_lora, policy):
     """In the second pass over the rows; those of the first stay TRL's."""
     changes = {"ref_policy": policy} if policy else {}
-    shared = {"eval_dataset": data_of(kind, 4), "per_device_eval_batch_size": 4}
+    # In fp32: on the disk BASE is in bf16, in which CPO and ORPO would train it and evaluate the graft.
+    shared = {
+        "eval_dataset": data_of(kind, 4), "per_device_eval_batch_size": 4, "model_init_kwargs": {"dtype": "float32"},
+    }  # fmt: skip
     options = {"graft_scale": 20.0, "graft_format": "model", "graft_dtype": "float32"}
     found = {}
     for grafted in (True, False):
@@ -414,7 +417,7 @@ def test_other_trainers_are_loaded_when_they_are_asked_for_and_trl_warns_once():
 import os, sys, warnings
 os.environ.pop("TRL_EXPERIMENTAL_SILENCE", None)
 from shadow_trl import ShadowDPOTrainer, ShadowSFTTrainer
-others = ["trl.experimental", "trl.trainer.kto_trainer", "trl.trainer.grpo_trainer", "trl.trainer.rloo_trainer"]
+others = ["trl.experimental.cpo", "trl.trainer.kto_trainer", "trl.trainer.grpo_trainer", "trl.trainer.rloo_trainer"]
 assert not [name for name in others if name in sys.modules]
 with warnings.catch_warnings(record=True) as seen:
     warnings.simplefilter("always")
