@@ -79,7 +79,7 @@ def _panel(comparison: Comparison, rate: float | None) -> str:
         points = [point(one) for one in along]
         lines.append(Line(
             points, arm, _name(along[0]), sum(line.style == arm for line in lines),
-            ["" if one.scale is None else f"{one.scale:g}" for one in along],
+            ["" if one.scale is None or keep is None else f"{one.scale:g}" for one in along],
             [f"{one.arm} {one.words()}: {x:.1f}, {y:.1f}" for one, (x, y) in zip(along, points, strict=True)],
             frozenset(at for at, one in enumerate(along) if one in comparison.selected.values()),
         ))  # fmt: skip
