@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from accelerate.utils import ParallelismConfig, parse_flag_from_env
 
 from ..errors import ConfigError, list_names
+from .gathering import copies_on_disk
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -176,8 +178,8 @@ def in_shards(accelerator: Accelerator) -> bool:
 
 
 @contextmanager
-def whole_weights(accelerator: Accelerator, *, wanted: bool) -> Iterator[None]:
-    """Let the engine save whole weights, if `wanted`.
+def whole_weights(accelerator: Accelerator, *, wanted: bool, folder: Path) -> Iterator[None]:
+    """Let the engine save whole weights to `folder`, if `wanted`; on their way there they take no host memory.
 
     FSDP with SHARDED_STATE_DICT writes none and says nothing; nor does ZeRO-3 that was not told to gather.
     """
@@ -193,7 +195,8 @@ def whole_weights(accelerator: Accelerator, *, wanted: bool) -> Iterator[None]:
     before = getattr(settings, name)
     setattr(settings, name, whole)
     try:
-        yield
+        with copies_on_disk(folder) if accelerator.is_main_process else nullcontext():
+            yield
     finally:
         setattr(settings, name, before)
 

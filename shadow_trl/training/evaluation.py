@@ -132,7 +132,7 @@ class GraftedEvaluation(_Trainer):
             ends_with("The graft was to be evaluated; nothing of it was kept.", instead=True),
             shared_scratch(self.accelerator, self.args.output_dir) as folder,
         ):
-            with whole_weights(self.accelerator, wanted=True):
+            with whole_weights(self.accelerator, wanted=True, folder=folder):
                 self.save_model(str(folder / "tuned"), _internal_call=True)
             self._write_graft(str(folder / "tuned"), folder / "grafted", digest="none", stats=False)
             yield folder / "grafted"

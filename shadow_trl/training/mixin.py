@@ -32,7 +32,7 @@ from ..results.folder import check_free
 from ..results.lock import RunLock
 from ..results.parents import missing_parents
 from ..results.written import tells_what_is_written
-from ..runtime.processes import run_on_main, together
+from ..runtime.processes import count_here, run_on_main, together
 from .adapter import (
     announced,
     check_same_start,
@@ -222,6 +222,7 @@ class ShadowMixin(GraftedEvaluation):
                 instruct=instruct,
                 tuned=tuned,
                 output=output,
+                processes=count_here(),  # those of the run wait: their cores are free
                 progress=not self.args.disable_tqdm,
                 **{**self.args.graft_options(), **changes},
             )
@@ -232,7 +233,8 @@ class ShadowMixin(GraftedEvaluation):
         """As in `Trainer`; whole weights where a graft will read them and the engine would leave none, nor shards."""
         shards = in_shards(self.accelerator) and not self.args.save_only_model
         read = not _internal_call or (self.args.graft_every_save and not shards)
-        with whole_weights(self.accelerator, wanted=self.args.graft and read):
+        folder = Path(output_dir or self.args.output_dir)
+        with whole_weights(self.accelerator, wanted=self.args.graft and read, folder=folder):
             super().save_model(output_dir, _internal_call)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:

@@ -148,6 +148,7 @@ def run(
         "kept": _elements_beside(trainer.model),
         "room": _room_in_evaluation(trainer),
     }
+    kept_on_disk(seen)
     trainer.train(resume_from_checkpoint=resume)
     if plain:
         trainer.save_model()
@@ -159,6 +160,19 @@ def run(
     ]
     state.wait_for_everyone()
     return seen
+
+
+def kept_on_disk(seen: dict[str, Any]) -> None:
+    """Let the smallest weight be kept on the disk while others are gathered; count the bytes of all in `seen`."""
+    from shadow_trl.training import gathering
+
+    original, gathering._SMALL, seen["on_disk"] = gathering._in_file, 0, 0
+
+    def keep(tensor: Any, folder: Path) -> Any:
+        seen["on_disk"] += tensor.nbytes
+        return original(tensor, folder)
+
+    gathering._in_file = keep
 
 
 def save_shards(rank: int, model: str, out: str, name: str) -> None:

@@ -49,6 +49,10 @@ def test_tuned_is_that_of_trl_and_the_graft_is_of_that_folder(pair, tmp_path, ki
     plain = run(pair, tmp_path / "plain", kind, lora=lora, fsdp=whole, plain=True, **changes)
     assert engines.weights(tmp_path / "ours") == engines.weights(tmp_path / "plain")
     assert (seen["losses"], seen["references"]) == (plain["losses"], plain["references"])
+    # All that the engine gathers lies on the disk meanwhile, of an adapter with the weights that it would not save.
+    assert seen["on_disk"] >= sum(path.stat().st_size for path in (tmp_path / "ours").glob("*.safetensors")) - 10_000
+    assert plain["on_disk"] == 0
+    assert not list((tmp_path / "ours").glob(".*"))
     check_graft(pair, tmp_path / "ours", tmp_path / "ours/grafted", tmp_path / "again")
     # Of a checkpoint there are shards only, which are grafted without being gathered.
     (last,) = (tmp_path / "ours").glob("checkpoint-*")

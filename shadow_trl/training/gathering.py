@@ -1,0 +1,65 @@
+"""Whole weights of a sharded model on their way to the disk: each in a file of its own, and not in host memory.
+
+The engines gather one weight after another on one process, copy it to host memory, and keep it until all are there.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.logging import get_logger
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from ..results.folder import Scratch
+
+logger = get_logger(__name__)
+
+_SMALL = 2**20
+"""Bytes up to which a copy stays in memory."""
+
+
+@contextmanager
+def copies_on_disk(folder: Path) -> Iterator[None]:
+    """Let the copies of tensors that this thread makes in host memory lie in files in `folder` while the context lasts.
+
+    The operating system reads them when they are used, and drops them from memory when it has need of it. They have no
+    names and are gone with their tensors. Where there is no room for one it stays in memory, with a warning.
+    """
+    with Scratch(folder / "gathered") as scratch, _OnDisk(scratch.part):
+        yield
+
+
+class _OnDisk(TorchFunctionMode):
+    """Puts what `Tensor.cpu`, `Tensor.to` and `Tensor.contiguous` copy to host memory into files."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        self._folder, self._has_room = folder, True
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        if not self._has_room or type(found) is not Tensor or found.device.type != "cpu" or found.nbytes <= _SMALL:
+            return found
+        moved = func is Tensor.cpu or (func is Tensor.to and any(isinstance(one, torch.device) for one in args[1:]))
+        if not moved and not (func is Tensor.contiguous and found.data_ptr() != args[0].data_ptr()):
+            return found
+        try:
+            return _in_file(found.detach(), self._folder)
+        except OSError as error:
+            self._has_room = False
+            logger.warning("The weights that are gathered for saving stay in host memory: %s.", error)
+            return found
+
+
+def _in_file(tensor: Tensor, folder: Path) -> Tensor:
+    with tempfile.NamedTemporaryFile(dir=folder) as file:
+        file.write(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
+        file.flush()
+        # Mapped: a file that no name leads to cannot be cut short.
+        return torch.from_file(file.name, shared=False, size=tensor.numel(), dtype=tensor.dtype).view(tensor.shape)
