@@ -1,27 +1,71 @@
 """Whole weights of a sharded model on their way to the disk: each in a file of its own, and not in host memory.
 
-The engines gather one weight after another on one process, copy it to host memory, and keep it until all are there.
+The engines gather one weight after another on one process, which copies it to host memory and keeps it until all are
+there. Of a large model no host has room for that.
 """
 
 from __future__ import annotations
 
+import logging
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate.logging import get_logger
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from ..errors import GraftError, ShadowError
 from ..results.folder import Scratch
 
-logger = get_logger(__name__)
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+logger = logging.getLogger(__name__)
 
 _SMALL = 2**20
 """Bytes up to which a copy stays in memory."""
+
+
+@contextmanager
+def whole_weights(accelerator: Accelerator, *, wanted: bool, folder: Path) -> Iterator[None]:
+    """Let the engine save whole weights to `folder`, if `wanted`; on their way there they take no host memory.
+
+    FSDP with SHARDED_STATE_DICT writes none and says nothing; nor does ZeRO-3 that was not told to gather.
+    """
+    plugin = getattr(accelerator.state, "fsdp_plugin", None)
+    engine: Any = getattr(accelerator, "deepspeed_engine_wrapped", None)  # once it has prepared the model
+    if not wanted or (plugin is None and engine is None):
+        yield
+        return
+    if plugin is not None:
+        settings, name, whole = plugin, "state_dict_type", type(plugin.state_dict_type).FULL_STATE_DICT
+    else:
+        settings, name, whole = engine.engine._config.zero_config, "gather_16bit_weights_on_model_save", True
+    before = getattr(settings, name)
+    setattr(settings, name, whole)
+    try:
+        with copies_on_disk(folder) if accelerator.is_main_process else nullcontext():
+            yield
+    finally:
+        setattr(settings, name, before)
+
+
+@contextmanager
+def no_word_of_shards() -> Iterator[None]:
+    """Let a ValueError on saving be a GraftError.
+
+    transformers takes any ValueError for DeepSpeed's word that it gathers no weights. One process alone would then save
+    its shards, for which it would wait for the others.
+    """
+    try:
+        yield
+    except ValueError as error:
+        failed = GraftError(str(error.args[0]) if isinstance(error, ShadowError) and error.args else str(error))
+        failed.ending = getattr(error, "ending", "")
+        raise failed from error
 
 
 @contextmanager

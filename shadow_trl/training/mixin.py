@@ -53,9 +53,11 @@ from .engines import (
     load_for,
     refuse_engines,
     refuse_offloaded,
-    whole_weights,
+    refuse_trained_tokens,
+    refuses_data_parallel,
 )
 from .evaluation import GraftedEvaluation
+from .gathering import no_word_of_shards, whole_weights
 from .loading import bare_model, dtypes_before, load_adapter, reload_converted
 from .origins import Start
 from .preflight import GRAFTED_FOLDER, check_before_loading, is_conversational, refuse_unsupported
@@ -123,6 +125,7 @@ class ShadowMixin(GraftedEvaluation):
                 check_first_row(name, given.get(name), self._data_forms(config))
         self._start = start = Start.of(given, config, base_model=base_model, instruct_model=instruct_model)
         self.origins = start.origins
+        refuse_trained_tokens(config, start.adapter)
         self.graft_report: GraftReport | None = None
         check_before_loading(start, config, given)
         self._choose_processing_class(config, given)
@@ -133,7 +136,7 @@ class ShadowMixin(GraftedEvaluation):
                 self._load_adapter(given)
             elif not start.in_memory:
                 self._pin_model(given)
-            with without_second_start(given["model"]):
+            with without_second_start(given["model"]), refuses_data_parallel(config):
                 super().__init__(*call.args, **call.kwargs)
             gather_trained_head(self.accelerator, self.model)
             with gathered(trained_by_adapter(self.model)):  # ZeRO-3 has shared it out where a reference was computed
@@ -282,10 +285,10 @@ class ShadowMixin(GraftedEvaluation):
     # What belongs together passes through here, at the end and in every checkpoint: a run that dies leaves the files of
     # the run before as they were.
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        with without_reference_adapter(self.model):
+        with without_reference_adapter(self.model), no_word_of_shards():
             super()._save(output_dir, state_dict)
-        if self.args.should_save and state_dict != {}:  # which ZeRO-3 gives where it saves its shards alone
-            self._describe(Path(output_dir or self.args.output_dir))
+            if self.args.should_save and state_dict != {}:  # which ZeRO-3 gives where it saves its shards alone
+                self._describe(Path(output_dir or self.args.output_dir))
 
     def _describe(self, folder: Path) -> None:
         """Write what tells a graft of the weights in `folder` where their delta starts."""
