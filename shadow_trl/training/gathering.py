@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_SMALL = 2**20
+_SMALL = 2**16
 """Bytes up to which a copy stays in memory."""
 
 

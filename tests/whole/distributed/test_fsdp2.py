@@ -61,6 +61,18 @@ def test_tuned_is_that_of_trl_and_the_graft_is_of_that_folder(pair, tmp_path, ki
     check_graft(pair, last / "pytorch_model_fsdp_0", last / "shadow/grafted", tmp_path / "by its shards")
 
 
+def test_whole_weights_take_the_memory_of_a_few_and_not_of_all(tmp_path):
+    layers, taken = 6, {}
+    for on_disk in (False, True):
+        out = tmp_path / str(on_disk)
+        ends = in_processes(engines.save_whole, str(out), layers=layers, on_disk=on_disk)
+        assert [end.error for end in ends] == ["", ""]
+        taken[on_disk] = ends[0].value
+    assert engines.weights(tmp_path / "True") == engines.weights(tmp_path / "False") != {}
+    assert taken[False] > 0.9 * layers * 13 * 2**20
+    assert taken[True] < 32 * 2**20  # gathered weights of 3 MiB, what gloo sends them by, and Python's own
+
+
 @pytest.mark.parametrize("name", ["qwen3", "llama", "qwen3_moe", "gemma3"])
 def test_shards_of_any_architecture_are_grafted_as_their_merged_folder(tmp_path, name):
     """Tied, untied, with fused experts, and a multimodal model: by their names in memory."""
