@@ -231,6 +231,8 @@ def _compare(options: argparse.Namespace) -> int:
         return _compare_arms(options)
     if options.tuned is None:
         raise ConfigError("--tuned is missing (or --config, to train the arms first).")
+    from accelerate import PartialState
+
     from .evaluation.scales import Data, Sources, compare_scales, graft_command
     from .grafting.tuned import recorded_sides
 
@@ -245,7 +247,7 @@ def _compare(options: argparse.Namespace) -> int:
         graft_dtype=options.dtype, target=options.target, keep=options.keep, within=options.within,
         margin=options.margin, dtype=options.score_dtype, device=options.device, progress=not options.quiet,
     )  # fmt: skip
-    if not options.quiet:
+    if not options.quiet and PartialState().is_main_process:
         print(summary(found, graft_command(found, sources, options.dtype)))
     return 0
 
