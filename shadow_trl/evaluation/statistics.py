@@ -181,9 +181,9 @@ def verdict(
         higher: whether more is better. Default True.
 
     Returns:
-        "no difference above ..." where the interval is inside the margin, "better by ..." or "worse by ..." where it
-        excludes 0 and `p_adjusted` is at most 1 - LEVEL, else "too few rows to tell", with the number of rows that
-        would tell.
+        "no difference above ..." where the interval is inside the margin (without one, "no difference on any row" where
+        all are equal), "better by ..." or "worse by ..." where it excludes 0 and `p_adjusted` is at most 1 - LEVEL,
+        else "too few rows to tell", with the number of rows that would tell.
     """
     low, high = found.interval
     unit = f" {unit}" if unit else ""
@@ -193,6 +193,8 @@ def verdict(
         word = "better" if (low > 0) == higher else "worse"
         ends = (low, high) if low > 0 else (-high, -low)
         return f"{word} by {abs(found.value):.{digits}f}{unit} ({ends[0]:.{digits}f} to {ends[1]:.{digits}f})"
+    if margin is None and low == high == found.value == 0.0:
+        return "no difference on any row"
     wanted = rows_that_tell(found, margin=margin)
     if wanted is None:
         return "too few rows to tell: more trainings (seeds) would tell, rows alone would not"

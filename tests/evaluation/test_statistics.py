@@ -89,6 +89,15 @@ def test_identical_arms_are_the_same_with_enough_rows_and_not_with_ten(kinds):
     assert re.match("too few rows to tell: about [0-9,]+ are needed, ", judged(few, few))
 
 
+def test_equal_values_without_a_margin_are_no_difference():
+    """Neither more rows nor more trainings would tell anything else."""
+    losses = np.random.default_rng(3).gamma(2.0, 1.0, (2, 50))
+    found = compare({"loss": losses}, {"loss": losses})
+    assert verdict(found, found.p, margin=None, unit="") == "no difference on any row"
+    other = compare({"loss": losses + np.array([[0.1], [-0.1]])}, {"loss": losses})
+    assert verdict(other, other.p, margin=None, unit="").startswith("too few rows to tell")
+
+
 def test_arms_of_equal_skill_are_the_same_with_enough_rows():
     base = hits(4000, 0.9, seed=1)
     other = np.where(hits(4000, 0.02, seed=2) > 0, hits(4000, 0.9, seed=3), base)
