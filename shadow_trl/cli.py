@@ -80,6 +80,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
     _add_graft(commands.add_parser("graft", help="add the delta of TUNED to INSTRUCT", allow_abbrev=False))
     _add_gap(commands.add_parser("gap", help="how far INSTRUCT is from BASE", allow_abbrev=False))
+    _add_pairs(commands.add_parser("pairs", help="known pairs, and the BASE of an INSTRUCT", allow_abbrev=False))
     _add_delta(commands.add_parser("delta", help="write TUNED - BASE on its own, or as a LoRA", allow_abbrev=False))
     _add_verify(commands.add_parser("verify", help="is a folder the graft it says it is?", allow_abbrev=False))
     _add_push(commands.add_parser("push", help="upload a graft or a delta to the hub", allow_abbrev=False))
@@ -99,6 +100,8 @@ def _add_graft(parser: argparse.ArgumentParser) -> None:
     need = parser.add_argument_group("models")
     need.add_argument("--base", metavar="B", help="BASE, before training; an adapter names it itself")
     need.add_argument("--instruct", metavar="I", required=True, help="INSTRUCT, which receives the delta")
+    text = "take BASE from the table of known pairs or the card of INSTRUCT (see `shadow-trl pairs`)"
+    need.add_argument("--find-base", action="store_true", help=text)
     learnt = need.add_mutually_exclusive_group(required=True)
     learnt.add_argument(
         "--tuned", metavar="T[:WEIGHT]", action="append",
@@ -273,6 +276,35 @@ def _add_gap(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--plot", metavar="FILE.png", type=Path, help="draw sigma by layer (needs matplotlib)")
     parser.add_argument("--quiet", action="store_true", help=_QUIET)
     parser.set_defaults(run=_gap)
+
+
+def _add_pairs(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "List the known pairs with FILTER in a name. An INSTRUCT that the table lacks is looked up in its card."
+    )
+    parser.add_argument("filter", metavar="FILTER", nargs="?", default="", help="part of a name, or an INSTRUCT")
+    parser.add_argument("--json", action="store_true", help="print the list as JSON on stdout")
+    parser.set_defaults(run=_pairs)
+
+
+def _pairs(options: argparse.Namespace) -> int:
+    from .pair.known import KnownPair, find_base, matching
+
+    found = matching(options.filter)
+    if not found and ("/" in options.filter or Path(options.filter).is_dir()):
+        base, how = find_base(options.filter)
+        found = [KnownPair(base, options.filter, "", "")]
+        print(f"BASE of {options.filter} is {base}, {how}.", file=sys.stderr)
+    rows = [pair.shown() for pair in found]
+    if options.json:
+        print(json.dumps(rows, indent=2))
+        return 0
+    if not rows:
+        raise ConfigError(f"no known pair has {options.filter!r} in a name. Give an INSTRUCT as owner/name.")
+    widths = {name: max(len(row[name]) for row in [*rows, {name: name}]) for name in rows[0]}
+    for row in [dict(zip(widths, widths, strict=True)), *rows]:
+        print("  ".join(text.ljust(widths[name]) for name, text in row.items()).rstrip())
+    return 0
 
 
 def _add_delta(parser: argparse.ArgumentParser) -> None:

@@ -84,6 +84,12 @@ def one_tuned(base: Source | None, tuned: Any, target: Path, base_dtype: Dtypes 
             yield _summed(found, scratch.part / "sum")
 
 
+def names_base(tuned: Any) -> bool:
+    """Whether what was trained, or one of several, says itself what it was trained on: an adapter may."""
+    learnt = [open_tuned(source) for source, _ in weighted_sources(tuned)]
+    return any(one.is_adapter for one in learnt)
+
+
 def loaded_in(tuned: Checkpoint, given: Dtypes = None) -> tuple[str, ...]:
     """Return the dtypes that BASE went through to become `tuned`: those `given`, else those that its run recorded.
 

@@ -25,7 +25,8 @@ from ..grafting.jobs import check_rounding, narrow_warning
 from ..grafting.options import GraftOptions
 from ..grafting.reports import GraftReport, graft_figures, graft_warnings
 from ..grafting.trained import Full, PlainLora
-from ..grafting.tuned import one_tuned
+from ..grafting.tuned import names_base, one_tuned
+from ..pair.known import taken_base
 from ..results.cards import write_model_card
 from ..results.check import check_result
 from ..results.copied import copied_files, copy_files, write_config, write_templates
@@ -63,6 +64,7 @@ def graft(
     processes: int = 1,
     base_dtype: Any = None,
     rank: int | None = None,
+    find_base: bool = False,
     progress: bool = True,
 ) -> GraftReport:
     """Add to INSTRUCT what training added to BASE and write the result to a folder that stands alone.
@@ -103,6 +105,8 @@ def graft(
             on disk). Default: what TUNED's run recorded, else as on disk. Of an adapter on the full model of an earlier
             run: dtype in which its training loaded that model, whose own record, or weights, tell of BASE.
         rank: write the nearest LoRA of this rank for an adapter that has no exact form; the report has its error.
+        find_base: whether to take BASE from the table of known pairs, or from INSTRUCT's card, where neither `base` nor
+            `tuned` names it. Default False: an error says what was found.
         progress: whether to show a bar on a terminal. Default True.
 
     Returns:
@@ -124,6 +128,8 @@ def graft(
     target = output_folder(output)
     recover(target)
     check_free(target, settings.overwrite)
+    if base is None and tuned is not None and not names_base(tuned):
+        base = taken_base(instruct, confirmed=find_base, missing="base")
     with _opened(base, instruct, tuned, delta, target, settings) as inputs, tells_what_is_written(target):
         check_place(target, inputs.folders)
         with OutputFolder(target, settings.overwrite) as place:
