@@ -78,7 +78,7 @@ def find_base(instruct: Source) -> tuple[str, str]:
     chain = [name]
     while (parent := _parent(chain)) is not None:
         chain.append(parent)
-        if any(pair.base == parent for pair in known_pairs()):
+        if _is_base(parent):
             break
         if (pair := of_instruct(parent)) is not None:
             chain.append(pair.base)
@@ -86,16 +86,11 @@ def find_base(instruct: Source) -> tuple[str, str]:
     shown = " from ".join(chain)
     if len(chain) == 1:
         raise ConfigError(f"BASE of {instruct} is not known: no known pair has it, and its card names no base_model.")
-    between = [one for one in chain[1:-1] if not _STAGE.search(one)]
-    if between:
+    if between := [one for one in chain[1:-1] if not _STAGE.search(one)]:
+        raise ConfigError(f"BASE of {instruct} is not clear: by the cards {shown}, and {between[0]} may be it as well.")
+    if _STAGE.search(chain[-1]) and not _is_base(chain[-1]):
         raise ConfigError(
-            f"BASE of {instruct} is not clear: by the cards it was made {shown[len(name) + 1 :]}, and {between[0]} may be "
-            "it as well."
-        )
-    if of_instruct(chain[-1]) is None and _STAGE.search(chain[-1]) and not _is_base(chain[-1]):
-        raise ConfigError(
-            f"BASE of {instruct} is not known: by the cards it was made {shown[len(name) + 1 :]}, which was post-trained "
-            "itself."
+            f"BASE of {instruct} is not known: by the cards {shown}, where the chain ends at a post-trained model."
         )
     return chain[-1], f"by the cards: {shown}"
 

@@ -53,11 +53,11 @@ def test_the_pairs_of_the_recipes_are_in_the_table():
 
 def test_the_cards_of_a_chain_of_stages(cards):
     cards(
-        It_Instruct="base_model: own/It-DPO", It_DPO="base_model:\n- own/It-SFT", It_SFT="base_model: own/It", It="a: b"
+        Mo_Instruct="base_model: own/Mo-DPO", Mo_DPO="base_model:\n- own/Mo-SFT", Mo_SFT="base_model: own/Mo", Mo="a: b"
     )  # fmt: skip
-    way = "own/It-Instruct from own/It-DPO from own/It-SFT from own/It"
-    assert find_base("own/It-Instruct") == ("own/It", f"by the cards: {way}")
-    assert find_base(f"own/It-Instruct@{'0' * 40}")[0] == "own/It"
+    way = "own/Mo-Instruct from own/Mo-DPO from own/Mo-SFT from own/Mo"
+    assert find_base("own/Mo-Instruct") == ("own/Mo", f"by the cards: {way}")
+    assert find_base(f"own/Mo-Instruct@{'0' * 40}")[0] == "own/Mo"
 
 
 def test_a_chain_ends_at_a_known_pair(cards):
@@ -77,7 +77,7 @@ def test_a_chain_ends_at_a_known_pair(cards):
         ({"It_AWQ": "base_model: own/B"}, r"another kind of model \(quantized\)"),
         ({"It": "base_model: own/B", "B": "base_model: own/It"}, "its cards lead from own/It to own/B to own/It"),
         ({"It": "base_model: own/M", "M": "base_model: own/B", "B": "a: b"}, "own/M may be it as well"),
-        ({"It": "base_model: own/B-Instruct", "B_Instruct": "a: b"}, "which was post-trained itself"),
+        ({"It": "base_model: own/B-Instruct", "B_Instruct": "a: b"}, "ends at a post-trained model"),
         ({"It": "base_model: own/gone"}, "the card of own/gone cannot be read"),
     ],
 )  # fmt: skip
@@ -91,7 +91,7 @@ def test_nothing_is_taken_that_was_not_confirmed(caplog):
     with pytest.raises(ConfigError, match="was made from Qwen/Qwen3-8B-Base, by the table") as error:
         taken_base("Qwen/Qwen3-8B", confirmed=False, missing="base")
     assert "find_base=True" in str(error.value)
-    with pytest.raises(ConfigError, match="base is missing. Name it, or pass find_base=True"):
+    with pytest.raises(ConfigError, match=r"base is missing\. Name it, or pass find_base=True"):
         taken_base("own/unknown", confirmed=False, missing="base")
     with pytest.raises(ConfigError, match="no INSTRUCT is named"):
         taken_base(None, confirmed=True, missing="base")
