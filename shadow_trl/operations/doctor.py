@@ -29,7 +29,7 @@ class Doctor:
 
     Args:
         versions: of Python and the packages.
-        devices: accelerators by name, each with its bytes of memory; empty on a CPU.
+        devices: accelerators by `name`, each with its bytes of `memory` where they are known; empty on a CPU.
         processors: how many this process may use.
         free_disk: bytes free where the current folder is.
         fails: what would keep a training or its graft from succeeding; empty where nothing is known to.
@@ -56,7 +56,9 @@ class Doctor:
 
     def text(self) -> str:
         """Return the report as lines for a terminal."""
-        names = [f"{one['name']} ({gigabytes(one['memory'])} GB)" for one in self.devices]
+        names = [
+            f"{one['name']} ({gigabytes(one['memory'])} GB)" if one["memory"] else one["name"] for one in self.devices
+        ]
         lines = [
             "  ".join(f"{name} {version}" for name, version in self.versions.items()),
             f"devices: {', '.join(names) or 'CPU alone'}; {self.processors} processors; "
@@ -99,14 +101,12 @@ def doctor(base: Source, instruct: Source, *, max_length: int = 1024, rank: int 
     pair = ModelPair.open(base, instruct)
     fails, warnings = _findings(pair)
     found = {"python": platform.python_version(), **versions()}
-    devices, memory = _devices(), GPU
-    sigma = None
+    devices, sigma = _devices(), None
+    memory = min((one["memory"] for one in devices if one["memory"]), default=GPU)
     try:
         sigma = gap(base, instruct, progress=progress).sigma
     except ShadowError as error:
         fails += [] if fails else [_text(error)]
-    if devices:
-        memory = min(one["memory"] for one in devices)
     return Doctor(
         found, devices, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
         shutil.disk_usage(Path.cwd()).free, list(dict.fromkeys(fails)), list(dict.fromkeys(warnings)), sigma, memory,
@@ -144,7 +144,7 @@ def _devices() -> list[dict[str, Any]]:
         return []
     if not torch.cuda.is_available():  # others do not say what they have
         kind = str(torch.accelerator.current_accelerator())
-        return [{"name": kind, "memory": GPU}] * torch.accelerator.device_count()
+        return [{"name": kind, "memory": None}] * torch.accelerator.device_count()
     found = map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))
     return [{"name": one.name, "memory": one.total_memory} for one in found]
 

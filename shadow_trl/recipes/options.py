@@ -28,6 +28,7 @@ from ..grafting.options import DTYPES, declared
 from ..pair.known import taken_base
 from ..training.config import ShadowDPOConfig, ShadowSFTConfig
 from ..training.engines import load_for
+from .help import help_of, is_asked
 from .launch_options import LAUNCHING, without_launch_keys
 
 CONFIGS: dict[str, type[ShadowSFTConfig] | type[ShadowDPOConfig]] = {"sft": ShadowSFTConfig, "dpo": ShadowDPOConfig}
@@ -179,6 +180,10 @@ def parse_values(
     """
     dataclass_types: Any = (ScriptArguments, CONFIGS[kind], ModelConfig, RecipeArguments)
     parser = TrlParser(dataclass_types, allow_abbrev=False, exit_on_error=False, epilog=LAUNCHING)
+    parser.prog = f"shadow-trl {kind}"
+    if is_asked(words):
+        print(help_of(kind, parser, RecipeArguments, words), end="")
+        raise SystemExit(0)
     if config is not None:
         _check_values(parser, values, config, unknown)
         parser.set_defaults_with_config(**_resolve_paths(values, config))
@@ -213,7 +218,7 @@ def find_config(
         needs: the way out of the error where there is none.
     """
     config, words = take_option("config", argv)
-    needs_none = re.compile(r"(--(sft\.)?(model[-_]name[-_]or[-_]path|find[-_]base)|-h|--help)(=|$)")
+    needs_none = re.compile(r"(--(sft\.)?(model[-_]name[-_]or[-_]path|find[-_]base)|-h|--help|--help-all)(=|$)")
     if config is not None or any(needs_none.match(word) for word in words):
         return (Path(config) if config is not None else None), words
     if default_config is None or not Path(default_config).is_file():

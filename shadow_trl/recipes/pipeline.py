@@ -23,6 +23,7 @@ from ..training.origins import Origins, require_instruct, resolve_origins
 from ..training.preflight import GRAFTED_FOLDER
 from .compare import make_report, timed
 from .data import load_data
+from .help import is_asked
 from .options import Options
 from .pipeline_options import STAGES, Plan, read_plan
 from .run import exit_code, find_models, main_remains, prepare, run_folder, train_stage
@@ -48,7 +49,7 @@ MERGED_FOLDER = "merged"
 def main_sft_dpo(argv: Sequence[str] | None = None, *, default_config: str | Path | None = None) -> int:
     """Run Shadow-SFT, then Shadow-DPO; return the exit code: 0, 2 for bad input, 1 for a failed graft."""
     words = sys.argv[1:] if argv is None else list(argv)
-    if "-h" in words or "--help" in words:
+    if is_asked(words):
         print(HELP)
         return 0
     return exit_code(lambda given: run_pipeline(given, default_config), words)

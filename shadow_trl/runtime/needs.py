@@ -1,6 +1,6 @@
-"""What a training takes of GPUs, hosts and disks, worked out from the sizes of its model: docs/scale.md has the formulae.
+"""What a training takes of GPUs, hosts and disks, worked out from the sizes of its model.
 
-With P weights of the model, A trained ones, N GPUs, h the width, t the tokens that a GPU has in a step, all in bytes.
+docs/scale.md has the formulae in words, and its tables are made with this.
 """
 
 from __future__ import annotations

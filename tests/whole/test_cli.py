@@ -102,8 +102,10 @@ def test_bad_input_is_one_error_with_code_2_and_nothing_written(tmp_path, capsys
         (["graft", "--instruct", "x"], "the following arguments are required"),
         (["gap", "--base", str(sides["base"])], "required: --instruct"),
         (["gap", "--base", str(tmp_path / "no"), "--instruct", str(sides["base"])], "there is no folder"),
-        (["gap", "--base", "a", "--instruct", "b", "--json", str(tmp_path / "no" / "x.json")], "does not exist"),
-        (["knit"], "invalid choice: 'knit'"),
+        (["gap", "--base", "a", "--instruct", "b", "--plot", str(tmp_path / "no" / "x.png")], "does not exist"),
+        (["knit"], "there is no command knit: it is one of graft, gap,"),
+        (["grafft", "--base", "x"], "there is no command grafft (did you mean graft?)"),
+        (["sftdpo"], "(did you mean sft-dpo?)"),
         ([], "required: COMMAND"),
     ):
         error = fails(capsys, argv, 2, *texts)
@@ -122,11 +124,11 @@ def test_a_failure_at_run_time_is_code_1(tmp_path, capsys):
 
 def test_gap_prints_and_writes(tmp_path, capsys):
     sides = family(tmp_path)
-    file = tmp_path / "gap.json"
     argv = ["gap", "--base", str(sides["base"]), "--instruct", str(sides["instruct"]), "--tuned", str(sides["tuned"])]
-    assert cli.main([*argv, "--json", str(file)]) == 0
+    assert cli.main([*argv, "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert cli.main(argv) == 0
     lines = capsys.readouterr().out.splitlines()
-    report = json.loads(file.read_text())
     assert lines[1].split() == [
         "overall",
         *(f"{report[key]:.5f}" for key in ("sigma", "delta", "delta_to_gap")),
@@ -136,6 +138,25 @@ def test_gap_prints_and_writes(tmp_path, capsys):
     assert any(line.startswith("  q_proj ") for line in lines)
     assert cli.main([*argv[:5], "--quiet"]) == 0
     assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("command", [*cli._COMMANDS, *cli._RECIPES])
+def test_help_is_a_screen_that_names_the_command_and_has_an_example(command, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "120")
+    if command in cli._RECIPES:
+        cli.main([command, "--help"])
+    else:
+        with pytest.raises(SystemExit):
+            cli.main([command, "--help"])
+    text = capsys.readouterr().out
+    assert text.startswith(f"usage: shadow-trl {command} ")
+    assert len(text.splitlines()) <= 75
+    assert max(map(len, text.splitlines())) <= 120
+    if command != "sft-dpo":
+        example = text.split("example:\n")[1].splitlines()[0].split()
+        assert example[:2] == ["shadow-trl", command]
+        if command in cli._COMMANDS:
+            assert cli._parser().parse_args(example[1:]).command == command
 
 
 def test_gap_draws(tmp_path):
@@ -159,7 +180,7 @@ def test_a_plot_of_an_unknown_format_leaves_nothing_behind(tmp_path, capsys):
     sides = family(tmp_path)
     before = sorted(tmp_path.rglob("*"))
     argv = ["gap", "--base", str(sides["base"]), "--instruct", str(sides["instruct"]), "--quiet"]
-    more = ["--json", str(tmp_path / "gap.json"), "--plot", str(tmp_path / "gap.xyz")]
+    more = ["--plot", str(tmp_path / "gap.xyz")]
     assert fails(capsys, [*argv, *more], 2, "cannot draw").endswith("Nothing was written.\n")
     assert sorted(tmp_path.rglob("*")) == before
 
