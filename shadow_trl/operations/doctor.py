@@ -98,7 +98,7 @@ def doctor(base: Source, instruct: Source, *, max_length: int = 1024, rank: int 
     Raises:
         InputError: a side is missing or cannot be read. What is wrong with the pair is reported, not raised.
     """
-    pair = ModelPair.open(base, instruct)
+    pair = ModelPair(Checkpoint.open(base), Checkpoint.open(instruct))
     fails, warnings = _findings(pair)
     found = {"python": platform.python_version(), **versions()}
     devices, sigma = _devices(), None
@@ -127,9 +127,9 @@ def _findings(pair: ModelPair) -> tuple[list[str], list[str]]:
 
     tried(lambda: pair.check(level="headers", need_template=True))
     if not fails:
-        sides = {"base": str(pair.base), "instruct": str(pair.instruct)}
-        for adapter in (False, True):
-            tried(lambda adapter=adapter: check_graft(**sides, output=Path(_PLACE), adapter=adapter))  # type: ignore[misc]
+        place = {"base": str(pair.base), "instruct": str(pair.instruct), "output": Path(_PLACE)}
+        tried(lambda: check_graft(**place, adapter=False))
+        tried(lambda: check_graft(**place, adapter=True))
     return fails, warnings
 
 

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from importlib.resources import files
 from typing import Any
 
-from ..checkpoints.hub import Source, locate
+from ..checkpoints.hub import Source, local_folder, locate
 from ..errors import CheckpointError, ConfigError
 from ..results.cards import front_of
 
@@ -49,8 +49,8 @@ class KnownPair:
 @functools.cache
 def known_pairs() -> tuple[KnownPair, ...]:
     """Return the pairs of the table, by the name of BASE."""
-    with (files(__package__) / "known_pairs.csv").open(encoding="utf-8", newline="") as table:
-        return tuple(KnownPair(**row) for row in csv.DictReader(table))
+    table = (files(__package__) / "known_pairs.csv").read_text(encoding="utf-8")
+    return tuple(KnownPair(**row) for row in csv.DictReader(table.splitlines()))
 
 
 def matching(text: str) -> list[KnownPair]:
@@ -59,8 +59,10 @@ def matching(text: str) -> list[KnownPair]:
 
 
 def of_instruct(name: str) -> KnownPair | None:
-    """Return the pair whose INSTRUCT is called `name`."""
-    return next((pair for pair in known_pairs() if pair.instruct == name), None)
+    """Return the pair whose INSTRUCT is called `name`, with or without `@revision`; None for a folder."""
+    if local_folder(name) is not None:
+        return None
+    return next((pair for pair in known_pairs() if pair.instruct == name.partition("@")[0]), None)
 
 
 def find_base(instruct: Source) -> tuple[str, str]:
@@ -73,7 +75,7 @@ def find_base(instruct: Source) -> tuple[str, str]:
         ConfigError: the table has no such INSTRUCT, and its card leads to no BASE, or to more than one.
     """
     name = str(instruct)
-    if (pair := of_instruct(name.partition("@")[0])) is not None:
+    if (pair := of_instruct(name)) is not None:
         return pair.base, "by the table of known pairs"
     chain = [name]
     while (parent := _parent(chain)) is not None:
@@ -86,7 +88,7 @@ def find_base(instruct: Source) -> tuple[str, str]:
     shown = " from ".join(chain)
     if len(chain) == 1:
         raise ConfigError(f"BASE of {instruct} is not known: no known pair has it, and its card names no base_model.")
-    if between := [one for one in chain[1:-1] if not _STAGE.search(one)]:
+    if between := [one for one in chain[1:-1] if not _STAGE.search(one) and of_instruct(one) is None]:
         raise ConfigError(f"BASE of {instruct} is not clear: by the cards {shown}, and {between[0]} may be it as well.")
     if _STAGE.search(chain[-1]) and not _is_base(chain[-1]):
         raise ConfigError(
@@ -115,7 +117,7 @@ def taken_base(instruct: Source | None, *, confirmed: bool, missing: str) -> str
             raise ConfigError(f"{missing} is missing. {reason} Name it.") from reason
         logger.warning("BASE is %s, %s.", found, how)
         return found
-    pair = of_instruct(str(instruct).partition("@")[0])
+    pair = of_instruct(str(instruct))
     known = f"{instruct} was made from {pair.base}, by the table of known pairs. Name it" if pair else "Name it"
     raise ConfigError(
         f"{missing} is missing. {known}, or pass find_base=True (--find-base, in a recipe --find_base) to take what is "

@@ -24,8 +24,8 @@ def nearest(word: str, known: Iterable[str]) -> str:
 class Parser(argparse.ArgumentParser):
     """A parser without abbreviations, of which every error is a ConfigError."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, allow_abbrev=False, formatter_class=_Help, **kwargs)
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs, allow_abbrev=False, formatter_class=_Help)
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """As in argparse, but for words that there are none of."""

@@ -61,8 +61,13 @@ def test_the_cards_of_a_chain_of_stages(cards):
 
 
 def test_a_chain_ends_at_a_known_pair(cards):
-    cards(Tuned="base_model: Qwen/Qwen2.5-7B-Instruct", Coder_Instruct="base_model: Qwen/Qwen2.5-Coder-7B")
+    cards(
+        More="base_model: Qwen/Qwen3-8B",
+        Tuned="base_model: Qwen/Qwen2.5-7B-Instruct",
+        Coder_Instruct="base_model: Qwen/Qwen2.5-Coder-7B",
+    )
     assert find_base("own/Tuned")[0] == "Qwen/Qwen2.5-7B"
+    assert find_base("own/More")[0] == "Qwen/Qwen3-8B-Base"
     assert find_base("own/Coder-Instruct")[0] == "Qwen/Qwen2.5-Coder-7B"  # whose own card names Qwen2.5-7B
 
 
@@ -85,6 +90,17 @@ def test_what_is_not_clear_is_refused(cards, heads, text):
     cards(**heads)
     with pytest.raises(ConfigError, match=text):
         find_base(f"own/{next(iter(heads)).replace('_', '-')}")
+
+
+def test_a_folder_is_not_the_model_of_its_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "Qwen" / "Qwen3-8B"
+    folder.mkdir(parents=True)
+    with pytest.raises(ConfigError, match="its card names no base_model"):
+        find_base("Qwen/Qwen3-8B")
+    (folder / "README.md").write_text("---\nbase_model: google/gemma-3-1b-pt\n---\n")
+    assert find_base(folder) == ("google/gemma-3-1b-pt", f"by the cards: {folder} from google/gemma-3-1b-pt")
+    assert find_base("Qwen/Qwen3-8B")[0] == "google/gemma-3-1b-pt"
 
 
 def test_nothing_is_taken_that_was_not_confirmed(caplog):
