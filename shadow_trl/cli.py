@@ -21,6 +21,7 @@ _RECIPES = {
     "dpo": "train BASE with DPO, then graft",
     "sft-dpo": "train BASE with SFT, then with DPO, then graft",
 }
+_STDOUT = Path("-")
 _QUIET = "print nothing but errors and warnings"
 
 
@@ -250,8 +251,10 @@ def _add_gap(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--base", metavar="B", required=True, help="BASE: folder or hub id, with @revision")
     parser.add_argument("--instruct", metavar="I", required=True, help="INSTRUCT")
     parser.add_argument("--tuned", metavar="T", help="BASE after training: set its delta against the gap")
+    text = "print the figures as JSON on stdout, or write them to FILE"
+    parser.add_argument("--json", metavar="FILE", nargs="?", type=Path, const=_STDOUT, help=text)
     parser.add_argument("--plot", metavar="FILE.png", type=Path, help="draw sigma by layer (needs matplotlib)")
-    _add_output(parser)
+    parser.add_argument("--quiet", action="store_true", help=_QUIET)
     parser.set_defaults(run=_gap)
 
 
@@ -362,23 +365,29 @@ def _graft(options: argparse.Namespace) -> int:
 
 
 def _gap(options: argparse.Namespace) -> int:
+    files = [path for path in (options.plot, options.json) if path not in (None, _STDOUT)]
+    for path in files:
+        if not path.absolute().parent.is_dir():
+            raise ConfigError(f"the folder of {path} does not exist.")
     if options.plot is not None:
-        if not options.plot.absolute().parent.is_dir():
-            raise ConfigError(f"the folder of {options.plot} does not exist.")
         from .operations.gap_plot import require_matplotlib
 
         require_matplotlib()
     from .operations.gap import gap
+    from .results.folder import whole_file
+    from .results.written import tells_what_is_written
 
     report = gap(options.base, options.instruct, options.tuned, progress=not options.quiet)
-    _show(report, options.quiet, options.json)
-    if options.plot is not None:
-        from .operations.gap_plot import plot_gap
-        from .results.folder import whole_file
-        from .results.written import tells_what_is_written
+    _show(report, options.quiet, options.json == _STDOUT)
+    with tells_what_is_written(*files):
+        if options.plot is not None:  # before the figures: an image of an unknown format leaves nothing behind
+            from .operations.gap_plot import plot_gap
 
-        with tells_what_is_written(options.plot), whole_file(options.plot) as new:
-            plot_gap(report, new)
+            with whole_file(options.plot) as new:
+                plot_gap(report, new)
+        if options.json in files:
+            with whole_file(options.json) as new:
+                new.write_text(json.dumps(report.to_dict(), indent=2) + "\n", encoding="utf-8")
     return 0
 
 

@@ -102,7 +102,7 @@ def test_bad_input_is_one_error_with_code_2_and_nothing_written(tmp_path, capsys
         (["graft", "--instruct", "x"], "the following arguments are required"),
         (["gap", "--base", str(sides["base"])], "required: --instruct"),
         (["gap", "--base", str(tmp_path / "no"), "--instruct", str(sides["base"])], "there is no folder"),
-        (["gap", "--base", "a", "--instruct", "b", "--plot", str(tmp_path / "no" / "x.png")], "does not exist"),
+        (["gap", "--base", "a", "--instruct", "b", "--json", str(tmp_path / "no" / "x.json")], "does not exist"),
         (["knit"], "there is no command knit: it is one of graft, gap,"),
         (["grafft", "--base", "x"], "there is no command grafft (did you mean graft?)"),
         (["sftdpo"], "(did you mean sft-dpo?)"),
@@ -127,8 +127,9 @@ def test_gap_prints_and_writes(tmp_path, capsys):
     argv = ["gap", "--base", str(sides["base"]), "--instruct", str(sides["instruct"]), "--tuned", str(sides["tuned"])]
     assert cli.main([*argv, "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
-    assert cli.main(argv) == 0
+    assert cli.main([*argv, "--json", str(tmp_path / "gap.json")]) == 0
     lines = capsys.readouterr().out.splitlines()
+    assert json.loads((tmp_path / "gap.json").read_text()) == report
     assert lines[1].split() == [
         "overall",
         *(f"{report[key]:.5f}" for key in ("sigma", "delta", "delta_to_gap")),
@@ -180,7 +181,7 @@ def test_a_plot_of_an_unknown_format_leaves_nothing_behind(tmp_path, capsys):
     sides = family(tmp_path)
     before = sorted(tmp_path.rglob("*"))
     argv = ["gap", "--base", str(sides["base"]), "--instruct", str(sides["instruct"]), "--quiet"]
-    more = ["--plot", str(tmp_path / "gap.xyz")]
+    more = ["--json", str(tmp_path / "gap.json"), "--plot", str(tmp_path / "gap.xyz")]
     assert fails(capsys, [*argv, *more], 2, "cannot draw").endswith("Nothing was written.\n")
     assert sorted(tmp_path.rglob("*")) == before
 
