@@ -7,6 +7,7 @@ import platform
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -127,9 +128,9 @@ def _findings(pair: ModelPair) -> tuple[list[str], list[str]]:
 
     tried(lambda: pair.check(level="headers", need_template=True))
     if not fails:
-        place = {"base": str(pair.base), "instruct": str(pair.instruct), "output": Path(_PLACE)}
-        tried(lambda: check_graft(**place, adapter=False))
-        tried(lambda: check_graft(**place, adapter=True))
+        base, instruct = str(pair.base), str(pair.instruct)
+        for adapter in (False, True):
+            tried(partial(check_graft, base=base, instruct=instruct, output=Path(_PLACE), adapter=adapter))
     return fails, warnings
 
 

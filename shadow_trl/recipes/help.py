@@ -27,6 +27,11 @@ _TEXTS = {
     "model_name_or_path": "BASE: folder or hub id; or the folder of an earlier run, which is trained further.",
     "output_dir": "Folder of the run. Default: a new one below outputs/.",
     "dataset_name": "Hub id, folder, or file (.jsonl, .json, .parquet).",
+    "graft": "Whether training ends with saving TUNED and grafting.",
+    "push_to_hub": "Upload the graft to the hub.",
+    "hub_model_id": "Repository of the graft, owner/name.",
+    "dtype": "Dtype in which BASE is loaded.",
+    "resume_from_checkpoint": "Folder of a checkpoint, or true for the last complete one.",
 }
 """Where TRL's own says something else, or nothing."""
 
@@ -64,12 +69,12 @@ def help_of(kind: str, parser: argparse.ArgumentParser, recipe: type, words: Seq
         lines += ["", f"{title}:"]
         for name in (name for name in names if name in known):
             text = _TEXTS.get(name) or str(known[name].help or "").partition(". ")[0].rstrip(".") + "."
-            lines += _option(name, " ".join(text.split()))
+            lines.append(_option(name, " ".join(text.split())))
     example = f"shadow-trl {kind} --config recipes/configs/qwen3-0.6b/{kind}_lora.yaml --learning_rate 1e-5"
     more = f"`shadow-trl {kind} {HELP_ALL}` lists every option of TRL and transformers. {LAUNCHING}"
     return "\n".join([*lines, "", "example:", f"  {example}", "", *textwrap.wrap(more, _WIDTH)]) + "\n"
 
 
-def _option(name: str, text: str) -> list[str]:
-    shown = textwrap.shorten(text, _WIDTH - _COLUMN, placeholder=" ...")
-    return [f"  --{name:<{_COLUMN - 5}} {shown}"]
+def _option(name: str, text: str) -> str:
+    shown = textwrap.shorten(text[:1].upper() + text[1:], _WIDTH - _COLUMN, placeholder=" ...")
+    return f"  --{name:<{_COLUMN - 5}} {shown}"

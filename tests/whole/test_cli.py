@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import json
 import subprocess
 import sys
@@ -144,11 +145,8 @@ def test_gap_prints_and_writes(tmp_path, capsys):
 @pytest.mark.parametrize("command", [*cli._COMMANDS, *cli._RECIPES])
 def test_help_is_a_screen_that_names_the_command_and_has_an_example(command, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "120")
-    if command in cli._RECIPES:
+    with contextlib.suppress(SystemExit):
         cli.main([command, "--help"])
-    else:
-        with pytest.raises(SystemExit):
-            cli.main([command, "--help"])
     text = capsys.readouterr().out
     assert text.startswith(f"usage: shadow-trl {command} ")
     assert len(text.splitlines()) <= 75
