@@ -86,8 +86,10 @@ def one_tuned(base: Source | None, tuned: Any, target: Path, base_dtype: Dtypes 
 
 def names_base(tuned: Any) -> bool:
     """Whether what was trained, or one of several, says itself what it was trained on: an adapter may."""
-    learnt = [open_tuned(source) for source, _ in weighted_sources(tuned)]
-    return any(one.is_adapter for one in learnt)
+    sources = [source for source, _ in weighted_sources(tuned)]
+    for source in sources:
+        refuse_deltas(tuned=source)
+    return any(open_tuned(source).is_adapter for source in sources)
 
 
 def loaded_in(tuned: Checkpoint, given: Dtypes = None) -> tuple[str, ...]:

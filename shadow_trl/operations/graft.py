@@ -128,9 +128,7 @@ def graft(
     target = output_folder(output)
     recover(target)
     check_free(target, settings.overwrite)
-    if base is None and tuned is not None and not names_base(tuned):
-        base = taken_base(instruct, confirmed=find_base, missing="base")
-    with _opened(base, instruct, tuned, delta, target, settings) as inputs, tells_what_is_written(target):
+    with _opened(base, instruct, tuned, delta, target, settings, find_base) as inputs, tells_what_is_written(target):
         check_place(target, inputs.folders)
         with OutputFolder(target, settings.overwrite) as place:
             if inputs.form == "adapter":
@@ -149,6 +147,7 @@ def _opened(
     delta: Source | None,
     target: Path,
     options: GraftOptions,
+    find_base: bool,
 ) -> Iterator[Inputs]:
     """Open the sides of a graft of TUNED or of a delta."""
     if (tuned is None) == (delta is None):
@@ -156,6 +155,8 @@ def _opened(
     if delta is not None:
         yield open_delta(base, instruct, delta, options)
         return
+    if base is None and not names_base(tuned):
+        base = taken_base(instruct, confirmed=find_base, missing="base")
     with one_tuned(base, tuned, target, options.base_dtype) as single:
         yield open_tuned_inputs(single, instruct, options)
 
