@@ -193,10 +193,10 @@ def _compare_arms(options: argparse.Namespace) -> int:
 
 
 def _tell(found: Any, text: str, options: argparse.Namespace) -> int:
-    if options.json:
-        print(json.dumps(found.to_dict(), indent=2))
-    elif not options.quiet:
-        print(text)
+    from accelerate import PartialState
+
+    if (options.json or not options.quiet) and PartialState().is_main_process:
+        print(json.dumps(found.to_dict(), indent=2) if options.json else text)
     return 0
 
 
