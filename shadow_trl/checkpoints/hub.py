@@ -141,21 +141,27 @@ def is_hub_id(source: str) -> bool:
     return bool(_HUB_ID.fullmatch(name)) and not name.startswith(".") and ".." not in name
 
 
-def inside(folder: Path, name: str) -> Path:
+def inside(folder: Path, name: str, *, below: bool = False) -> Path:
     """Return the path of file `name` in `folder`.
+
+    Args:
+        folder: of a checkpoint or result.
+        name: of a weight file in it.
+        below: whether it may be any file, in a folder below too. Default False.
 
     Raises:
         CheckpointError: the name or a link leads out of the folder. Links of the hub cache into the blobs of the same
             repository are fine.
     """
-    if not is_file_name(name) or "/" in name:
+    what = "file" if below else "weight file"
+    if not is_file_name(name) or (not below and "/" in name):
         raise CheckpointError(
-            f"{folder}: the weight file {name!r} lies outside the folder; it is not read. Download or save the "
+            f"{folder}: the {what} {name!r} lies outside the folder; it is not read. Download or save the "
             "checkpoint again."
         )
     path = folder / name
     if not is_there(path):
-        raise CheckpointError(f"{folder} lacks the weight file {name}. Download or save the checkpoint again.")
+        raise CheckpointError(f"{folder} lacks the {what} {name}. Download or save the checkpoint again.")
     if leads_out(folder, name):
         raise CheckpointError(
             f"{path} is a link to {os.path.realpath(path)}, outside the checkpoint's folder; it is not read. Put the "
