@@ -98,9 +98,9 @@ class Needs:
 
     @property
     def host(self) -> float:
-        """Bytes of the first machine: one process loads whole models there, and gathers TUNED in fp32."""
+        """Bytes of the first machine: one process loads whole models there."""
         models = 2 if self.has_reference else 1
-        return max(models * self.size * self.shape.weights, 4 * self.trained)
+        return models * self.size * self.shape.weights
 
     def disk(self) -> dict[str, float]:
         """Bytes of each folder, with models of 16 bits."""
