@@ -61,7 +61,7 @@ from .evaluation import GraftedEvaluation
 from .gathering import no_word_of_shards, whole_weights
 from .loading import bare_model, dtypes_before, load_adapter, reload_converted
 from .origins import Start
-from .preflight import GRAFTED_FOLDER, check_before_loading, is_conversational, refuse_unsupported
+from .preflight import GRAFTED_FOLDER, check_before_loading, check_head, is_conversational, refuse_unsupported
 from .publishing import Publishing, described
 from .resuming import checkpoint_of, of_another_run
 from .saved import check_as_saved
@@ -154,6 +154,7 @@ class ShadowMixin(GraftedEvaluation, Publishing):
                 "train_dataset has no row left: TRL drops those without a token to learn from, such as those whose "
                 "prompt alone is as long as max_length. Raise max_length, or look at the rows."
             )
+        check_head(self.model)
         grafts = config.graft or config.eval_grafted
         if grafts:
             refuse_offloaded(self.model)
