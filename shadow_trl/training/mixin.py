@@ -66,6 +66,7 @@ from .preflight import (
     GRAFTED_FOLDER,
     check_before_loading,
     check_head,
+    check_head_is_plain,
     is_conversational,
     refuse_rewards,
     refuse_unsupported,
@@ -184,6 +185,7 @@ class ShadowMixin(GraftedEvaluation, Publishing):
                 "train_dataset has no row left: TRL drops those without a token to learn from, such as those whose "
                 "prompt alone is as long as max_length. Raise max_length, or look at the rows."
             )
+        check_head_is_plain(self.model)
         grafts = config.graft or config.eval_grafted
         if grafts:
             check_head(type(bare_model(self.model)))
