@@ -177,7 +177,9 @@ def test_the_shipped_groups_name_tasks_of_lm_eval():
     import lm_eval
 
     tasks = Path(lm_eval.__file__).parent / "tasks"
-    roots = "aime arc bbh drop gpqa gsm8k hendrycks_math humaneval ifeval minerva_math mmlu mmlu_pro winogrande"
+    roots = (
+        "aime arc bbh benchmarks drop gpqa gsm8k hendrycks_math humaneval ifeval minerva_math mmlu mmlu_pro winogrande"
+    )
     text = "\n".join(path.read_text() for root in roots.split() for path in (tasks / root).rglob("*.y*ml"))
     text += "".join(f"\ntask: {path.stem}" for path in Path(FOLDER).glob("*.yaml"))
     for group in Path(FOLDER).glob("*.yaml"):
