@@ -166,6 +166,11 @@ def _add_compare(parser: argparse.ArgumentParser) -> None:
     add("--preferences", metavar="FILE", help="{prompt, chosen, rejected}: accuracy and margin")
     text = "function of (model, tokenizer, rows) that returns a number a row; may be repeated"
     add("--metric", metavar="MODULE:FUNCTION", action="append", default=[], help=text)
+    text = "task of lm-eval (extra eval), such as gsm8k:exact_match,flexible-extract; may be repeated"
+    add("--task", metavar="NAME[:METRIC,FILTER]", action="append", default=[], help=text)
+    add(
+        "--task-folder", metavar="DIR", action="append", default=[], help="with task files of your own; may be repeated"
+    )
     add("--kept", metavar="KIND", nargs="+", default=[], help="kinds whose mean is the metric kept")
     _add_choice(parser.add_argument_group("choice").add_argument)
     add = parser.add_argument_group("work").add_argument
@@ -222,7 +227,8 @@ def _compare(options: argparse.Namespace) -> int:
     sources = Sources(sides["instruct"], options.tuned, sides.get("base"), options.direct)
     data = Data(
         options.rows, options.validation_rows, options.conversations, options.preferences, tuple(options.metric),
-        tuple(options.kept), options.batch_size, options.max_new_tokens,
+        tuple(options.kept), options.batch_size, options.max_new_tokens, tuple(options.task),
+        tuple(options.task_folder),
     )  # fmt: skip
     found = compare_scales(
         sources, data, output=options.output, scales=options.scales, modules=options.modules,
