@@ -19,6 +19,7 @@ from ..runtime.processes import run_on_main, say, together
 from .comparison import Comparison, choose_target
 from .comparison_report import write_comparison
 from .exam import Exam, function_named
+from .harness import harness_tasks
 from .likelihood import read_conversations, read_pairs
 from .measured import Measured
 from .models import tokenizer_and_ends
@@ -39,6 +40,7 @@ class Data:
         validation_rows: rows to choose the settings on. Default: half of the prompts of each file.
         functions: metrics, each as `module:function`.
         kept, batch_size, max_new_tokens: see `Exam`.
+        tasks, task_folders: of lm-eval, see `harness.harness_tasks`; half of the rows of each for each split.
     """
 
     rows: str | None = None
@@ -49,13 +51,16 @@ class Data:
     kept: tuple[str, ...] = ()
     batch_size: int = 64
     max_new_tokens: int = 64
+    tasks: tuple[str, ...] = ()
+    task_folders: tuple[str, ...] = ()
 
     @property
     def chosen_on(self) -> str:
         """What the settings are chosen on, in words."""
         if self.validation_rows is None:
             return "half of the prompts"
-        return "the validation rows" + (" and half of the other data" if self.conversations or self.preferences else "")
+        more = self.conversations or self.preferences or self.tasks
+        return "the validation rows" + (" and half of the other data" if more else "")
 
     def exams(self) -> dict[str, Exam]:
         """Read the files; return the exam of each split, `validation` and `test`.
@@ -70,7 +75,7 @@ class Data:
             read_conversations(self.conversations) if self.conversations else (),
             read_pairs(self.preferences) if self.preferences else (),
             {name: function_named(name) for name in self.functions},
-            self.kept, self.batch_size, self.max_new_tokens,
+            self.kept, self.batch_size, self.max_new_tokens, harness_tasks(self.tasks, self.task_folders),
         )  # fmt: skip
         if self.validation_rows is None:
             return whole.halves()

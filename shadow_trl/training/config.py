@@ -47,6 +47,8 @@ class ShadowArguments:
             started from.
         instruct_revision: branch, tag or commit of INSTRUCT on the hub.
         base_revision: the same of BASE.
+        find_base: whether to take BASE from the table of known pairs, or from INSTRUCT's card, where no model is given.
+            Default False: an error says what was found.
         graft: whether `train()` ends with saving TUNED and grafting. Default True.
         graft_scale: the option `scale` of `shadow_trl.graft`, with its values and default.
         instruct_scale: the option `instruct_scale` of `shadow_trl.graft`, with its values and default.
@@ -73,6 +75,9 @@ class ShadowArguments:
     base_model: str | None = _argument(None, "Folder or hub id of the origin of the delta. Default: the model itself.")
     instruct_revision: str | None = _argument(None, "Branch, tag or commit of INSTRUCT.")
     base_revision: str | None = _argument(None, "Branch, tag or commit of BASE.")
+    find_base: bool = _argument(
+        False, "Take BASE from the table of known pairs or the card of INSTRUCT where no model is given."
+    )
     graft: bool = _argument(True, "Whether `train()` ends with saving TUNED and grafting.")
     graft_scale: float = _of_graft("scale")
     instruct_scale: float = _of_graft("instruct_scale")

@@ -275,6 +275,12 @@ def test_sharegpt_rows_become_messages(tmp_path: Path) -> None:
     data = load_split(ScriptArguments(dataset_name=str(tmp_path / "share.jsonl")), "train")
     roles = [(message["role"], message["content"]) for message in data[0]["messages"]]
     assert roles == [("system", "s"), ("user", "q"), ("assistant", "a")]
+    write_rows(tmp_path / "sums.jsonl", [{"question": "6 * 7?", "answer": "6 * 7 = 42\n#### 42"}])
+    data = load_split(ScriptArguments(dataset_name=str(tmp_path / "sums.jsonl")), "train")  # as GSM8K's
+    assert data[:] == {
+        "prompt": [[{"role": "user", "content": "6 * 7?"}]],
+        "completion": [[{"role": "assistant", "content": "6 * 7 = 42\n#### 42"}]],
+    }
     write_rows(tmp_path / "odd.jsonl", [{"conversations": [{"from": "narrator", "value": "q"}]}])
     with pytest.raises(InputError, match="narrator"):
         load_split(ScriptArguments(dataset_name=str(tmp_path / "odd.jsonl")), "train")
