@@ -425,7 +425,7 @@ def collate_in_another_way(rows):
         {"collator": DataCollatorForPreference(pad_token_id=0, max_length=1024, pad_to_multiple_of=8)},
         {"collator": collate_in_another_way},
     ],
-    ids=str,
+    ids=lambda changes: "-".join(f"{name}={getattr(value, '__name__', value)}" for name, value in changes.items()),
 )
 def test_how_the_values_are_computed_is_in_the_key(pair, tmp_path, changes):
     model = AutoModelForCausalLM.from_pretrained(pair[0])
