@@ -150,6 +150,8 @@ def _changed_by_layers(
 
     config = _peft_config(adapter)
     settings = config.to_dict()
+    # PEFT before 0.21 does not say which kinds have layers that share what they add: any might.
+    shared = getattr(PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type], "uses_shared_state", True)
     _check_start(adapter, tensors)
     model = _without_values(weights.names.model)
     modules = {name for name, _ in model.named_modules() if name}
@@ -160,7 +162,7 @@ def _changed_by_layers(
         plain = start_setting(settings) in PLAIN_STARTS and not settings.get("kasa_config")
         if plain and peft_type(settings) in _BLIND:
             yield from _merged(model, config, tensors, weights, adapter, seen=False)
-        elif PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type].uses_shared_state or None in owners.values():
+        elif shared or None in owners.values():
             _fill(model, weights, weights.names.memory)
             yield from _merged(model, config, tensors, weights, adapter, seen=True)
         else:

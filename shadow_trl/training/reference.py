@@ -27,6 +27,7 @@ from ..results.folder import Scratch
 from ..runtime.processes import check_shared, run_on_main
 from .engines import forget, gathered, uses_deepspeed
 from .loading import Loading, bare_model, dtypes_before, is_adapted
+from .older import add_head
 from .origins import Start
 from .preflight import GRAFTED_FOLDER
 
@@ -184,15 +185,13 @@ def _graft_in_memory(start: Start) -> PreTrainedModel | None:
 
 @contextmanager
 def prepared(
-    model: PreTrainedModel, accelerator: Accelerator, *, outputs: tuple[str, ...] = ("log_probs",)
+    model: PreTrainedModel, accelerator: Accelerator, args: Any, *, outputs: tuple[str, ...] = ("log_probs",)
 ) -> Iterator[PreTrainedModel]:
     """Give `model` to the accelerator for evaluation with TRL's fused head; take it back and free it at the end.
 
-    `outputs` are what that head computes of each token.
+    `args` are those of the trainer, `outputs` what that head computes of each token.
     """
-    from trl.trainer.utils import add_fused_lm_head
-
-    add_fused_lm_head(bare_model(model), outputs=outputs)
+    add_head(bare_model(model), args, outputs)
     if getattr(accelerator.state, "fsdp_plugin", None) is not None:
         ready: Any = shard_reference(model, accelerator)
     elif uses_deepspeed(accelerator):

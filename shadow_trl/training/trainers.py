@@ -15,6 +15,7 @@ from .config import ShadowDPOConfig, ShadowSFTConfig
 from .engines import dtype_at_start, is_shared_out, refuse_tensor_parallel, uses_fsdp
 from .loading import is_adapted
 from .mixin import ShadowMixin
+from .older import hash_at_start, kept_as
 from .preflight import check_reference_options
 from .reference import (
     REF_COLUMNS,
@@ -114,7 +115,7 @@ class ShadowDPOTrainer(ShadowMixin, DPOTrainer):
 
     def _hold_reference(self, scope: ExitStack) -> None:
         """Load the reference; it is released when `scope` ends."""
-        self.ref_model = scope.enter_context(prepared(self._load_reference(), self.accelerator))
+        self.ref_model = scope.enter_context(prepared(self._load_reference(), self.accelerator, self.args))
         scope.callback(setattr, self, "ref_model", None)
 
     def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
@@ -142,15 +143,15 @@ class ShadowDPOTrainer(ShadowMixin, DPOTrainer):
         with ExitStack() as here:
             if self._reference is not None and self.ref_model is None:
                 self._hold_reference(self._initialising or here)
-            here.callback(setattr, self, "_precompute_model_hash", self._precompute_model_hash)
             model = self.accelerator.unwrap_model(self.ref_model or self.model)
             # TRL's is of the policy as it starts, whatever it has become, or of the reference it was given, before FSDP
             # shares it out. ZeRO-3 has done so by then, and TRL's would be the same for all models.
             known = self._reference is None or uses_fsdp(self.args)
             shared = any(map(is_shared_out, model.parameters()))
-            weights = str(self._precompute_model_hash) if known and not shared else weights_hash(model)
+            weights = hash_at_start(self, model) if known and not shared else weights_hash(model)
             precision = f"{self.accelerator.mixed_precision} {dtype_at_start(self.accelerator, model)}"
-            self._precompute_model_hash = reference_key(weights, model, self.args, self.data_collator, precision)
+            key = reference_key(weights, model, self.args, self.data_collator, precision)
+            here.enter_context(kept_as(self, key))
             return super()._precompute_ref_logps(dataset, name, batch_size)
 
     def _compute_loss(self, model: Any, inputs: Any, return_outputs: bool) -> Any:

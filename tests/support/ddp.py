@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from peft import LoraConfig
 from tiny import preference_data
 from transformers import TrainerCallback
 
@@ -59,7 +58,6 @@ def run(rank: int, base: str, instruct: str, output: str, mode: str) -> dict[str
         ),
         train_dataset=preference_data(),
         eval_dataset=preference_data(4),
-        peft_config=LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM") if mode == "lora" else None,
         callbacks=[BlockTheOutput()] if mode == "blocked" else None,
     )
     # A run that fell back to one process would pass every other check.

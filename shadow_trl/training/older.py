@@ -1,0 +1,72 @@
+"""What the oldest releases of TRL and transformers that are supported lack.
+
+Each piece names the release that made it unnecessary: it is deleted when that one is the oldest in
+`runtime.versions`. The one of PEFT is in `adapters.peft_layers`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import field
+from typing import Any, TypeVar
+from unittest.mock import patch
+
+from transformers import PreTrainedModel, TrainingArguments
+from trl import DPOTrainer
+from trl.trainer import dpo_trainer, sft_trainer
+
+_Config = TypeVar("_Config")
+
+
+def with_new_names(config: type[_Config]) -> type[_Config]:
+    """Give a class of arguments, before it is made a dataclass, those that TRL's lacks by their names of today.
+
+    Until transformers 5.21: `activation_checkpointing`, which was called `gradient_checkpointing`.
+    """
+    if not hasattr(TrainingArguments, "activation_checkpointing"):
+        more = {"help": "Recompute activations in the backward pass: slower, less memory.", "nargs": "?", "const": True}
+        config.__annotations__["activation_checkpointing"] = "bool | None"
+        config.activation_checkpointing = field(default=None, metadata=more)  # type: ignore[attr-defined]
+    return config
+
+
+def use_new_names(args: Any) -> None:
+    """Give what `args` say by the names of today the names that the libraries read. Until transformers 5.21."""
+    if args.activation_checkpointing is not None:
+        args.gradient_checkpointing = args.activation_checkpointing
+
+
+def add_head(model: PreTrainedModel, args: Any, outputs: tuple[str, ...]) -> None:
+    """Give a model the head that TRL gives the policy before it computes `outputs` of each token.
+
+    Until TRL 1.15: one of its own for each trainer, and for DPO none.
+    """
+    if hasattr(dpo_trainer, "add_fused_lm_head"):
+        dpo_trainer.add_fused_lm_head(model, outputs=outputs)
+    elif args.loss_type == "chunked_nll":
+        size, nested = sft_trainer._CHUNKED_LM_HEAD_CHUNK_SIZE, hasattr(model.config, "text_config")
+        sft_trainer._patch_chunked_ce_lm_head(model, chunk_size=size, is_vlm=nested)
+
+
+def hash_at_start(trainer: DPOTrainer, model: PreTrainedModel) -> str:
+    """Return TRL's hash of the weights that the reference values come from. Until TRL 1.14: as they are now."""
+    if hasattr(trainer, "_precompute_model_hash"):
+        return str(trainer._precompute_model_hash)
+    return dpo_trainer.hash_module(model)
+
+
+@contextmanager
+def kept_as(trainer: DPOTrainer, key: str) -> Iterator[None]:
+    """Let `key` stand for the model where TRL looks for kept reference values. Until TRL 1.14: in place of its hash."""
+    with ExitStack() as stack:
+        if hasattr(trainer, "_precompute_model_hash"):
+            stack.enter_context(patch.object(trainer, "_precompute_model_hash", key))
+        else:
+            stack.enter_context(patch.object(dpo_trainer, "hash_module", lambda _: key))
+        yield
+
+
+def has_own_liger_loss(args: Any) -> bool:
+    """Whether TRL computes the loss of DPO past `_compute_loss`, which Shadow-DPO overrides. Until TRL 1.14."""
+    return hasattr(args, "ref_policy") and hasattr(DPOTrainer, "_compute_loss_liger")
