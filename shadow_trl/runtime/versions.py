@@ -16,7 +16,7 @@ RELEASES = {
     "peft": (">=0.19", "0.21"),
     "torch": (">=2.13", "2.13"),
     "transformers": (">=5.12", "5.23"),
-    "trl": (">=1.10,!=1.15.*", "1.16"),  # 1.15: its trainers fail on a CPU
+    "trl": (">=1.10,!=1.15.*", "1.16"),  # 1.15 needs Triton, which CPUs lack
 }
 """Library -> the releases that work, and the newest series that was tested.
 

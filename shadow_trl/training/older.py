@@ -44,7 +44,7 @@ def add_head(model: PreTrainedModel, args: Any, outputs: tuple[str, ...]) -> Non
     """
     if hasattr(dpo_trainer, "add_fused_lm_head"):
         dpo_trainer.add_fused_lm_head(model, outputs=outputs)
-    elif args.loss_type == "chunked_nll":
+    elif getattr(args, "loss_type", None) == "chunked_nll":
         size, nested = sft_trainer._CHUNKED_LM_HEAD_CHUNK_SIZE, hasattr(model.config, "text_config")
         sft_trainer._patch_chunked_ce_lm_head(model, chunk_size=size, is_vlm=nested)
 

@@ -136,7 +136,7 @@ def _installed(config: Any) -> Iterator[str]:
     if config.use_liger_kernel and not is_liger_kernel_available():
         yield "use_liger_kernel needs liger-kernel, which is not installed: pip install liger-kernel."
     if config.use_liger_kernel and has_own_liger_loss(config):
-        yield "use_liger_kernel in DPO needs TRL 1.14: before, its loss knows no reference of ref_policy."
+        yield "use_liger_kernel in DPO needs TRL 1.14 or newer: in older releases its loss takes the reference of TRL."
 
 
 def _adapter(peft_config: Any) -> Iterator[str]:
