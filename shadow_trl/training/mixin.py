@@ -57,6 +57,7 @@ from .engines import (
 )
 from .evaluation import GraftedEvaluation
 from .loading import bare_model, dtypes_before, load_adapter, reload_converted
+from .older import refuse_lost_biases
 from .origins import Start
 from .preflight import GRAFTED_FOLDER, check_before_loading, is_conversational, refuse_unsupported
 from .resuming import checkpoint_of, of_another_run
@@ -151,6 +152,7 @@ class ShadowMixin(GraftedEvaluation):
             )
         grafts = config.graft or config.eval_grafted
         if grafts:
+            refuse_lost_biases(self.model)
             refuse_offloaded(self.model)
             lifts_weights(self.accelerator, self.model)
             check_as_saved(start, self.model, self.processing_class, config.graft_options())

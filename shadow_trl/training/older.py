@@ -1,7 +1,7 @@
-"""What the oldest releases of TRL and transformers that are supported lack.
+"""What the oldest releases of TRL, transformers and PEFT that are supported lack.
 
 Each piece names the release that made it unnecessary: it is deleted when that one is the oldest in
-`runtime.versions`. The one of PEFT is in `adapters.peft_layers`.
+`runtime.versions`. `adapters.peft_layers` has two more of PEFT 0.21, `checkpoints.hub` one of huggingface_hub 2.0.
 """
 
 from __future__ import annotations
@@ -12,9 +12,14 @@ from dataclasses import field
 from typing import Any, TypeVar
 from unittest.mock import patch
 
+from packaging.version import Version
+from peft import __version__ as peft_release
 from transformers import PreTrainedModel, TrainingArguments
 from trl import DPOTrainer
 from trl.trainer import dpo_trainer, sft_trainer
+
+from ..errors import AdapterError
+from .loading import is_adapted
 
 _Config = TypeVar("_Config")
 
@@ -70,3 +75,19 @@ def kept_as(trainer: DPOTrainer, key: str) -> Iterator[None]:
 def has_own_liger_loss(args: Any) -> bool:
     """Whether TRL computes the loss of DPO past `_compute_loss`, which Shadow-DPO overrides. Until TRL 1.14."""
     return hasattr(args, "ref_policy") and hasattr(DPOTrainer, "_compute_loss_liger")
+
+
+def refuse_lost_biases(model: Any) -> None:
+    """Refuse an adapter whose biases are trained and not saved. Until PEFT 0.21: those of adapted layers alone.
+
+    Raises:
+        AdapterError: `bias` of its settings ends in `_only`.
+    """
+    if not is_adapted(model) or Version(peft_release) >= Version("0.21"):
+        return
+    bias = str(getattr(model.peft_config[model.active_adapters[0]], "bias", "none"))
+    if bias.endswith("_only"):
+        raise AdapterError(
+            f"bias={bias!r} of the adapter needs PEFT 0.21 or newer: {peft_release} trains these biases and does not "
+            "save them. Install it, or pass bias='none' or bias='all'."
+        )

@@ -17,9 +17,9 @@ import adapter_starts as starts
 import peft
 import torch
 from families import load
-from packaging.version import Version
 from peft import get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
+from releases import has_peft
 from safetensors.torch import load_file, save_file
 from tiny import make_pair
 from transformers import AutoModelForCausalLM
@@ -64,7 +64,7 @@ class Case:
         """Skip the test where PEFT is too old for it, or needs a package that is not there."""
         import pytest  # the benchmark has these cases too
 
-        if Version(peft.__version__) < Version(self.since):
+        if not has_peft(self.since):
             pytest.skip(f"{self.name} came with PEFT {self.since}")
         if self.needs is not None:
             pytest.importorskip(self.needs, reason=f"PEFT needs {self.needs} for {self.name}")
@@ -100,14 +100,14 @@ CASES = [
          untied_only=True),
     Case("LoRA, trainable tokens", _lora(target_modules=["q_proj"], trainable_token_indices=[2, 5, 7]), True),
     Case("LoRA, bias all", _lora(bias="all"), True),
-    Case("LoRA, bias lora_only", _lora(bias="lora_only"), True),
+    Case("LoRA, bias lora_only", _lora(bias="lora_only"), True, since="0.21"),
     Case("LoRA, on embeddings", _lora(target_modules=["embed_tokens", "q_proj"]), True, untied_only=True),
     Case("LoRA, on the head", _lora(target_modules=["lm_head", "q_proj"]), True, untied_only=True),
     Case("LoRA, PiSSA", _lora(init_lora_weights="pissa"), True, keep_start=True),
     Case("LoRA, PiSSA niter", _lora(init_lora_weights="pissa_niter_4"), True, keep_start=True),
     Case("LoRA, OLoRA", _lora(init_lora_weights="olora"), True, keep_start=True),
     Case("LoRA, EVA", _lora(init_lora_weights="eva"), True, wrap=starts.eva),
-    Case("LoRA, MiCA", _lora(init_lora_weights="mica"), True),
+    Case("LoRA, MiCA", _lora(init_lora_weights="mica"), True, since="0.20"),
     Case("LoRA, not zero at first", _lora(init_lora_weights=False), True),
     Case("LoRA, CorDA", _lora(init_lora_weights="corda"), True, keep_start=True, wrap=starts.corda, loads=False,
          needs="attr"),
