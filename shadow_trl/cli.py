@@ -82,6 +82,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_gap(commands.add_parser("gap", help="how far INSTRUCT is from BASE", allow_abbrev=False))
     _add_delta(commands.add_parser("delta", help="write TUNED - BASE on its own, or as a LoRA", allow_abbrev=False))
     _add_verify(commands.add_parser("verify", help="is a folder the graft it says it is?", allow_abbrev=False))
+    _add_push(commands.add_parser("push", help="upload a graft or a delta to the hub", allow_abbrev=False))
     _add_chat(commands.add_parser("chat", help="talk to a model in the terminal", allow_abbrev=False))
     _add_compare(
         commands.add_parser("compare", help="which scale serves a run best, and did it help?", allow_abbrev=False)
@@ -96,8 +97,8 @@ def _add_graft(parser: argparse.ArgumentParser) -> None:
         "Write INSTRUCT + scale * (TUNED - BASE) to a folder. Models are folders or hub ids, with @revision."
     )
     need = parser.add_argument_group("models")
-    need.add_argument("--base", metavar="B", help="BASE, before training; an adapter names it itself")
-    need.add_argument("--instruct", metavar="I", required=True, help="INSTRUCT, which receives the delta")
+    need.add_argument("--base", metavar="B", help="BASE, before training; an adapter, or a run, names it itself")
+    need.add_argument("--instruct", metavar="I", help="INSTRUCT, which receives the delta; a run names it itself")
     learnt = need.add_mutually_exclusive_group(required=True)
     learnt.add_argument(
         "--tuned", metavar="T[:WEIGHT]", action="append",
@@ -109,7 +110,40 @@ def _add_graft(parser: argparse.ArgumentParser) -> None:
     for name, option in declared().items():
         _add_option(sums if option.recorded else form, name)
     _add_output(form)
+    hub = parser.add_argument_group("hub")
+    hub.add_argument("--push-to-hub", metavar="REPO[@BRANCH]", help="upload the result to owner/name afterwards")
+    _add_private(hub)
     parser.set_defaults(run=_graft)
+
+
+def _add_push(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Upload a graft or a delta to a repository of the Hugging Face hub. The paths of this machine stay here."
+    )
+    parser.add_argument("folder", metavar="FOLDER", type=Path, help="folder of the graft or delta")
+    parser.add_argument("repo", metavar="REPO[@BRANCH]", help="owner/name, made if there is none")
+    _add_private(parser)
+    parser.set_defaults(run=_push)
+
+
+def _add_private(parser: argparse._ActionsContainer) -> None:
+    parser.add_argument("--private", action="store_true", default=None, help="make a new repository private")
+
+
+def _push(options: argparse.Namespace) -> int:
+    from .results.upload import check_publishable, upload
+
+    check_publishable(options.folder)
+    repo, branch = _claimed(options.repo, options.private)
+    print(upload(options.folder, repo, revision=branch).commit_url)
+    return 0
+
+
+def _claimed(given: str, private: bool | None) -> tuple[str, str | None]:
+    from .results.upload import claim
+
+    name, _, branch = given.partition("@")
+    return claim(name, private=private, revision=branch or None), branch or None
 
 
 def _add_chat(parser: argparse.ArgumentParser) -> None:
@@ -137,8 +171,8 @@ def _add_compare(parser: argparse.ArgumentParser) -> None:
     )
     models = parser.add_argument_group("models")
     add = models.add_argument
-    add("--base", metavar="B", help="BASE, before training; an adapter names it itself")
-    add("--instruct", metavar="I", help="INSTRUCT")
+    add("--base", metavar="B", help="BASE, before training; an adapter, or a run, names it itself")
+    add("--instruct", metavar="I", help="INSTRUCT; a run names it itself")
     add("--tuned", metavar="T", help="BASE after training")
     add("--direct", metavar="D", help="INSTRUCT after the same training")
     scales = (0.25, 0.5, 0.75, 1.0, 1.25)
@@ -195,12 +229,15 @@ def _compare(options: argparse.Namespace) -> int:
 
     if options.config is not None:
         return _compare_arms(options)
-    for name in ("instruct", "tuned"):
-        if getattr(options, name) is None:
-            raise ConfigError(f"--{name} is missing (or --config, to train the arms first).")
-    from .evaluation.scales import Data, Sources, compare_scales, graft_command
+    if options.tuned is None:
+        raise ConfigError("--tuned is missing (or --config, to train the arms first).")
+    from accelerate import PartialState
 
-    sources = Sources(options.instruct, options.tuned, options.base, options.direct)
+    from .evaluation.scales import Data, Sources, compare_scales, graft_command
+    from .grafting.tuned import recorded_sides
+
+    sides = recorded_sides([(options.tuned, 1.0)], base=options.base, instruct=options.instruct)
+    sources = Sources(sides["instruct"], options.tuned, sides.get("base"), options.direct)
     data = Data(
         options.rows, options.validation_rows, options.conversations, options.preferences, tuple(options.metric),
         tuple(options.kept), options.batch_size, options.max_new_tokens,
@@ -210,7 +247,7 @@ def _compare(options: argparse.Namespace) -> int:
         graft_dtype=options.dtype, target=options.target, keep=options.keep, within=options.within,
         margin=options.margin, dtype=options.score_dtype, device=options.device, progress=not options.quiet,
     )  # fmt: skip
-    if not options.quiet:
+    if not options.quiet and PartialState().is_main_process:
         print(summary(found, graft_command(found, sources, options.dtype)))
     return 0
 
@@ -232,8 +269,8 @@ def _add_option(parser: argparse._ActionsContainer, name: str, **changes: Any) -
 
 def _add_gap(parser: argparse.ArgumentParser) -> None:
     parser.description = "Measure sigma = sum|B-I| / (sum|B| + sum|I|) overall, by kind of weight and by layer."
-    parser.add_argument("--base", metavar="B", required=True, help="BASE: folder or hub id, with @revision")
-    parser.add_argument("--instruct", metavar="I", required=True, help="INSTRUCT")
+    parser.add_argument("--base", metavar="B", help="BASE: folder or hub id, with @revision; a run names it itself")
+    parser.add_argument("--instruct", metavar="I", help="INSTRUCT; a run names it itself")
     parser.add_argument("--tuned", metavar="T", help="BASE after training: set its delta against the gap")
     parser.add_argument("--json", metavar="FILE", type=Path, help="write the figures as JSON")
     parser.add_argument("--plot", metavar="FILE.png", type=Path, help="draw sigma by layer (needs matplotlib)")
@@ -245,7 +282,7 @@ def _add_delta(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         "Write TUNED - BASE to a folder of its own; `shadow-trl graft --delta` adds it to any INSTRUCT of that BASE."
     )
-    parser.add_argument("--base", metavar="B", help="BASE, before training; an adapter names it itself")
+    parser.add_argument("--base", metavar="B", help="BASE, before training; an adapter, or a run, names it itself")
     parser.add_argument("--tuned", metavar="T", required=True, help="BASE after training")
     parser.add_argument("--output", metavar="D", required=True, help="folder of the result; must not exist")
     _add_option(parser, "rank", help="write a LoRA adapter for BASE of this rank instead")
@@ -282,7 +319,19 @@ def _add_output(parser: argparse._ActionsContainer, more: str = "") -> None:
 def _graft(options: argparse.Namespace) -> int:
     from .operations.graft import graft
 
-    return _show(graft(**_named(options)), options.quiet, options.json)
+    given = _named(options)
+    repo, private = given.pop("push_to_hub"), given.pop("private")
+    if repo is None:
+        return _show(graft(**given), options.quiet, options.json)
+    from .results.upload import check_adapter_base, upload
+
+    if options.format == "adapter" or options.rank is not None:
+        check_adapter_base(options.instruct)
+    name, branch = _claimed(repo, private)
+    report = graft(**given)
+    _show(report, options.quiet, options.json)
+    upload(report.output, name, revision=branch)
+    return 0
 
 
 def _gap(options: argparse.Namespace) -> int:

@@ -38,17 +38,28 @@ def _of_graft(name: str) -> Any:
 @dataclass
 @with_new_names
 class ShadowArguments:
-    """Arguments of the graft `grafted = instruct + graft_scale * (tuned - base)`, shared by the SFT and DPO configs.
+    """Arguments of the graft `grafted = instruct + graft_scale * (tuned - base)`, shared by all configs.
+
+    Put before a TRL config in the list of bases of a dataclass: `class MyConfig(ShadowArguments, SFTConfig)`.
 
     Args:
         instruct_model: folder or hub id of INSTRUCT, the model that receives the delta. The trainer's argument of the
             same name wins. Left out when `model` came from a shadow run.
         base_model: folder or hub id of the origin of the delta. Default: `model` itself, or what the run in `model`
             started from.
-        instruct_revision, base_revision: branch, tag or commit of either on the hub.
+        instruct_revision: branch, tag or commit of INSTRUCT on the hub.
+        base_revision: the same of BASE.
         graft: whether `train()` ends with saving TUNED and grafting. Default True.
-        graft_scale, instruct_scale, graft_modules, graft_format, graft_dtype, graft_rounding, graft_seed, graft_vocab,
-            graft_chat_template, graft_overwrite: the options of `shadow_trl.graft`, with its values and defaults.
+        graft_scale: the option `scale` of `shadow_trl.graft`, with its values and default.
+        instruct_scale: the option `instruct_scale` of `shadow_trl.graft`, with its values and default.
+        graft_modules: the option `modules` of `shadow_trl.graft`, with its values and default.
+        graft_format: the option `format` of `shadow_trl.graft`, with its values and default.
+        graft_dtype: the option `dtype` of `shadow_trl.graft`, with its values and default.
+        graft_rounding: the option `rounding` of `shadow_trl.graft`, with its values and default.
+        graft_seed: the option `seed` of `shadow_trl.graft`, with its values and default.
+        graft_vocab: the option `vocab` of `shadow_trl.graft`, with its values and default.
+        graft_chat_template: the option `chat_template` of `shadow_trl.graft`, with its values and default.
+        graft_overwrite: the option `overwrite` of `shadow_trl.graft`, with its values and default.
         pair_check: how BASE and INSTRUCT are compared before training: `headers` (configs, shapes, tokenizers) or
             `weights` (their distance as well). Default: `weights` for full fine-tuning, `headers` for adapters.
         graft_every_save: graft every checkpoint as well, into `checkpoint-N/shadow/grafted`. Default False.
@@ -119,26 +130,43 @@ class ShadowSFTConfig(ShadowArguments, SFTConfig):
 
 
 @dataclass
-class ShadowDPOConfig(ShadowArguments, DPOConfig):
-    """TRL's `DPOConfig` with the arguments of the graft (`ShadowArguments`) and the choice of the reference policy.
+class ReferenceArguments(ShadowArguments):
+    """Arguments of the graft (`ShadowArguments`) and the choice of the reference policy, where the loss has one.
 
     Args:
-        ref_policy: which policy pi_ref of the DPO loss (2305.18290, equation 7) is: `init` (the policy as it starts,
-            TRL's default), `base` (the origin of the delta), `instruct`, or `grafted` (what a graft of the start
-            would ship: INSTRUCT itself when training starts from a raw BASE). Default `init`.
+        ref_policy: which policy pi_ref of the loss (of DPO, 2305.18290, equation 7) is: `init` (the policy as it
+            starts, TRL's default), `base` (the origin of the delta), `instruct`, or `grafted` (what a graft of the
+            start would ship: INSTRUCT itself when training starts from a raw BASE). Default `init`.
+    """
+
+    ref_policy: str = _argument("init", "Which model is the reference policy of the loss.", choices=REF_POLICIES)
+
+    def __post_init__(self) -> None:
+        one_of("ref_policy", self.ref_policy, REF_POLICIES)
+        super().__post_init__()
+
+
+@dataclass
+class PrecomputingArguments(ReferenceArguments):
+    """The same (`ReferenceArguments`), where the reference can be used before training and released.
+
+    Args:
         precompute_ref_log_probs: as in TRL, or None: True when the reference is not `init` and the data is map-style
             text, else False with a notice. Default None.
     """
 
-    ref_policy: str = _argument("init", "Which model is the reference policy of the DPO loss.", choices=REF_POLICIES)
-    precompute_ref_log_probs: bool | None = _argument(  # type: ignore[assignment]
+    precompute_ref_log_probs: bool | None = _argument(
         None,
         "Whether to compute the reference log probabilities before training. Default: True when the reference is not "
         "init and the data is map-style text.",
     )
 
+
+@dataclass
+class ShadowDPOConfig(PrecomputingArguments, DPOConfig):  # type: ignore[misc]
+    """TRL's `DPOConfig` with the arguments of the graft and of the reference policy (`PrecomputingArguments`)."""
+
     def __post_init__(self) -> None:
-        one_of("ref_policy", self.ref_policy, REF_POLICIES)
         losses = [self.loss_type] if isinstance(self.loss_type, str) else self.loss_type
         for loss in losses:
             one_of("loss_type", loss, DPO_LOSSES)

@@ -28,11 +28,12 @@ from ..grafting.reports import GraftReport
 from ..operations.checks import check_left_out
 from ..operations.graft import graft
 from ..pair.templates import check_processing_class
+from ..results.cards import without_local_models
 from ..results.folder import check_free
 from ..results.lock import RunLock
 from ..results.parents import missing_parents
 from ..results.written import tells_what_is_written
-from ..runtime.processes import run_on_main, together
+from ..runtime.processes import count_here, run_on_main, together
 from .adapter import (
     announced,
     check_same_start,
@@ -53,13 +54,23 @@ from .engines import (
     load_for,
     refuse_engines,
     refuse_offloaded,
-    whole_weights,
+    refuse_trained_tokens,
+    refuses_data_parallel,
 )
 from .evaluation import GraftedEvaluation
+from .gathering import no_word_of_shards, whole_weights
 from .loading import bare_model, dtypes_before, load_adapter, reload_converted
 from .older import refuse_lost_biases
 from .origins import Start
-from .preflight import GRAFTED_FOLDER, check_before_loading, is_conversational, refuse_unsupported
+from .preflight import (
+    GRAFTED_FOLDER,
+    check_before_loading,
+    check_head,
+    is_conversational,
+    refuse_rewards,
+    refuse_unsupported,
+)
+from .publishing import Publishing, described
 from .resuming import checkpoint_of, of_another_run
 from .saved import check_as_saved
 from .settings import Forms, bound, check_columns, check_first_row, check_settings, removed_if_refused
@@ -70,10 +81,11 @@ if TYPE_CHECKING:
 logger = get_logger(__name__)
 
 
-class ShadowMixin(GraftedEvaluation):
+class ShadowMixin(GraftedEvaluation, Publishing):
     """Makes a TRL trainer tune BASE and graft the delta onto INSTRUCT: `grafted = instruct + scale * (tuned - base)`.
 
-    Put before a TRL trainer in the list of bases. Every argument is that trainer's own, and two more.
+    Put before a TRL trainer in the list of bases, with `config_class` set to its config behind `ShadowArguments`. Every
+    argument is that trainer's own, and two more.
 
     Args:
         model: BASE (folder, hub id or loaded model), or the folder of an earlier shadow run (model or adapter).
@@ -89,9 +101,15 @@ class ShadowMixin(GraftedEvaluation):
         OutputExistsError: `output_dir` already holds a graft, or is an input of the run.
     """
 
-    _config_class: ClassVar[type[ShadowArguments]]
+    config_class: ClassVar[type[ShadowArguments]]
     _name: ClassVar[str]
+    _loads_as: ClassVar[str] = "float32"  # the dtype in which TRL's trainer loads a model where it is told none
     args: Any
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Refuse what could not be grafted, whatever it is given."""
+        super().__init_subclass__(**kwargs)
+        refuse_rewards(cls)
 
     @ends_with("Nothing was written.")
     def __init__(
@@ -99,6 +117,8 @@ class ShadowMixin(GraftedEvaluation):
     ) -> None:
         call = bound(super().__init__, args, kwargs)
         given = call.arguments
+        if given.get("model") is None or given.get("model_init") is not None:
+            raise ConfigError("the trainer takes model=..., the name of BASE or the loaded BASE, and no model_init.")
         if isinstance(given["model"], os.PathLike):
             given["model"] = os.fspath(given["model"])
         config = self._read_config(given)
@@ -115,6 +135,7 @@ class ShadowMixin(GraftedEvaluation):
         """Check everything that can be checked before training, and let TRL make its trainer."""
         given = call.arguments
         refuse_unsupported(config)
+        self._check_can_evaluate(config)
         check_settings(config, given.get("quantization_config"), given.get("peft_config"))
         refuse_engines(config, given["model"])
         load_for(config)
@@ -122,8 +143,11 @@ class ShadowMixin(GraftedEvaluation):
             for name in ("train_dataset", "eval_dataset"):
                 check_columns(name, given.get(name), self._data_forms(config))
                 check_first_row(name, given.get(name), self._data_forms(config))
-        self._start = start = Start.of(given, config, base_model=base_model, instruct_model=instruct_model)
+        self._start = start = Start.of(
+            given, config, base_model=base_model, instruct_model=instruct_model, loads_as=self._loads_as
+        )
         self.origins = start.origins
+        refuse_trained_tokens(config, start.adapter)
         self.graft_report: GraftReport | None = None
         check_before_loading(start, config, given)
         self._choose_processing_class(config, given)
@@ -134,7 +158,7 @@ class ShadowMixin(GraftedEvaluation):
                 self._load_adapter(given)
             elif not start.in_memory:
                 self._pin_model(given)
-            with without_second_start(given["model"]):
+            with without_second_start(given["model"]), refuses_data_parallel(config):
                 super().__init__(*call.args, **call.kwargs)
             gather_trained_head(self.accelerator, self.model)
             with gathered(trained_by_adapter(self.model)):  # ZeRO-3 has shared it out where a reference was computed
@@ -153,6 +177,7 @@ class ShadowMixin(GraftedEvaluation):
         grafts = config.graft or config.eval_grafted
         if grafts:
             refuse_lost_biases(self.model)
+            check_head(type(bare_model(self.model)))
             refuse_offloaded(self.model)
             lifts_weights(self.accelerator, self.model)
             check_as_saved(start, self.model, self.processing_class, config.graft_options())
@@ -189,6 +214,8 @@ class ShadowMixin(GraftedEvaluation):
                 output = super().train(*call.args, **call.kwargs)
                 if self.args.graft:
                     self.graft()
+                    if self.args.push_to_hub:
+                        self.push_to_hub()
                 return output
             finally:
                 lock.release()
@@ -224,6 +251,7 @@ class ShadowMixin(GraftedEvaluation):
                 instruct=instruct,
                 tuned=tuned,
                 output=output,
+                processes=count_here(),  # those of the run wait: their cores are free
                 progress=not self.args.disable_tqdm,
                 **{**self.args.graft_options(), **changes},
             )
@@ -231,11 +259,15 @@ class ShadowMixin(GraftedEvaluation):
         return run_on_main(self.accelerator, write, what="the graft")
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """As in `Trainer`; whole weights where a graft will read them and the engine would leave none, nor shards."""
+        """As in `Trainer`, but nothing is pushed where a graft is to be published.
+
+        Whole weights are saved where a graft will read them and the engine would leave none, nor shards.
+        """
         shards = in_shards(self.accelerator) and not self.args.save_only_model
         read = not _internal_call or (self.args.graft_every_save and not shards)
-        with whole_weights(self.accelerator, wanted=self.args.graft and read):
-            super().save_model(output_dir, _internal_call)
+        folder = Path(output_dir or self.args.output_dir)
+        with whole_weights(self.accelerator, wanted=self.args.graft and read, folder=folder):
+            super().save_model(output_dir, _internal_call or self.args.graft)  # which it takes for: do not push
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
@@ -248,11 +280,13 @@ class ShadowMixin(GraftedEvaluation):
         self._describe(folder)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        self._await_push()  # of the checkpoint before, which may be removed now
         super()._save_checkpoint(model, trial)
         if self.args.graft and self.args.graft_every_save:
             folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
             # Two deep: a folder with an adapter right inside a checkpoint is taken for one of its adapters on resume.
-            self._write_graft(str(folder), folder / "shadow" / GRAFTED_FOLDER, overwrite=True)
+            report = self._write_graft(str(folder), folder / "shadow" / GRAFTED_FOLDER, overwrite=True)
+            self._push_checkpoint(report.output)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         with of_another_run(resume_from_checkpoint):
@@ -282,27 +316,35 @@ class ShadowMixin(GraftedEvaluation):
     # What belongs together passes through here, at the end and in every checkpoint: a run that dies leaves the files of
     # the run before as they were.
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        with without_reference_adapter(self.model):
+        with without_reference_adapter(self.model), no_word_of_shards():
             super()._save(output_dir, state_dict)
-        if self.args.should_save and state_dict != {}:  # which ZeRO-3 gives where it saves its shards alone
-            self._describe(Path(output_dir or self.args.output_dir))
+            if self.args.should_save and state_dict != {}:  # which ZeRO-3 gives where it saves its shards alone
+                self._describe(Path(output_dir or self.args.output_dir))
 
     def _describe(self, folder: Path) -> None:
         """Write what tells a graft of the weights in `folder` where their delta starts."""
         write_start(folder, self.model, self._adapter_start, self.origins.adapter)
-        write_manifest(folder, {**self._manifest, "weights": weight_digests(folder, START_FOLDER)})
+        without_local_models(folder)
+        weights = weight_digests(folder, START_FOLDER)
+        write_manifest(folder, {**self._manifest, **described(self), "weights": weights})
 
     @property
     def _grafted_folder(self) -> Path:
         return Path(self.args.output_dir) / GRAFTED_FOLDER
 
     def _read_config(self, given: dict[str, Any]) -> Any:
+        if not hasattr(self, "config_class"):
+            name = type(self).__name__
+            raise ConfigError(
+                f"{name} does not say which config it takes. Write `config_class = {name}Config` into it, where "
+                f"{name}Config is a dataclass with the bases ShadowArguments and TRL's config, in this order."
+            )
         args = given.get("args")
         if args is None:
             name = given["model"] if isinstance(given["model"], str) else get_config_model_id(given["model"].config)
-            args = self._config_class(f"{Path(name).name}-Shadow-{self._name}")
+            args = self.config_class(f"{Path(name).name}-Shadow-{self._name}")
         # A copy: what is decided here must not reach a config that the user may use again.
-        given["args"] = copy.copy(self._config_class.upgrade(args))
+        given["args"] = copy.copy(self.config_class.upgrade(args))
         return given["args"]
 
     def _data_forms(self, config: Any) -> Forms:

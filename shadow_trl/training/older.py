@@ -16,9 +16,10 @@ from packaging.version import Version
 from peft import __version__ as peft_release
 from transformers import PreTrainedModel, TrainingArguments
 from trl import DPOTrainer
+from trl import __version__ as trl_release
 from trl.trainer import dpo_trainer, sft_trainer
 
-from ..errors import AdapterError
+from ..errors import AdapterError, VersionError
 from .loading import is_adapted
 
 _Config = TypeVar("_Config")
@@ -42,19 +43,29 @@ def use_new_names(args: Any) -> None:
         args.gradient_checkpointing = args.activation_checkpointing
 
 
-def add_head(model: PreTrainedModel, args: Any, outputs: tuple[str, ...]) -> None:
-    """Give a model the head that TRL gives the policy before it computes `outputs` of each token.
+def add_head(model: PreTrainedModel, args: Any, **head: Any) -> None:
+    """Give a model the head that TRL gives the policy; `head` says what it is to compute.
 
     Until TRL 1.15: one of its own for each trainer, and for DPO none.
     """
     if hasattr(dpo_trainer, "add_fused_lm_head"):
-        dpo_trainer.add_fused_lm_head(model, outputs=outputs)
+        dpo_trainer.add_fused_lm_head(model, **head)
     elif getattr(args, "loss_type", None) == "chunked_nll":
         size, nested = sft_trainer._CHUNKED_LM_HEAD_CHUNK_SIZE, hasattr(model.config, "text_config")
         sft_trainer._patch_chunked_ce_lm_head(model, chunk_size=size, is_vlm=nested)
 
 
-def hash_at_start(trainer: DPOTrainer, model: PreTrainedModel) -> str:
+def needs_newest_trl(what: str) -> None:
+    """Refuse `what` with a TRL whose trainers have not the head that it builds on. Until TRL 1.15.
+
+    Raises:
+        VersionError: TRL is older.
+    """
+    if not hasattr(dpo_trainer, "add_fused_lm_head"):
+        raise VersionError(f"{what} needs TRL 1.16 or newer; {trl_release} is installed: pip install -U 'trl>=1.16'.")
+
+
+def hash_at_start(trainer: Any, model: PreTrainedModel) -> str:
     """Return TRL's hash of the weights that the reference values come from. Until TRL 1.14: as they are now."""
     if hasattr(trainer, "_precompute_model_hash"):
         return str(trainer._precompute_model_hash)
@@ -62,7 +73,7 @@ def hash_at_start(trainer: DPOTrainer, model: PreTrainedModel) -> str:
 
 
 @contextmanager
-def kept_as(trainer: DPOTrainer, key: str) -> Iterator[None]:
+def kept_as(trainer: Any, key: str) -> Iterator[None]:
     """Let `key` stand for the model where TRL looks for kept reference values. Until TRL 1.14: in place of its hash."""
     with ExitStack() as stack:
         if hasattr(trainer, "_precompute_model_hash"):

@@ -19,6 +19,7 @@ from ..pair.pairs import ModelPair
 from .adapter import rescaled_modules
 from .loading import bare_model, is_adapted
 from .origins import Start, check_unchanged
+from .publishing import refuse_local_adapter, refuse_publishing
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -30,17 +31,27 @@ GRAFTED_FOLDER = "grafted"
 _NOT_FORM = {"base_model_name_or_path", "revision", "inference_mode", "task_type", "peft_version", "auto_mapping"}
 
 
+def refuse_rewards(trainer: type) -> None:
+    """Refuse a class of trainers that learn to score answers, ConfigError.
+
+    By its name: to import TRL's would take every start its time.
+    """
+    for base in trainer.__mro__:
+        if base.__name__ == "RewardTrainer" and base.__module__.startswith("trl."):
+            raise ConfigError(
+                f"{trainer.__name__} trains a reward model: the head that scores answers is made anew for it, INSTRUCT "
+                "has none that could receive its delta, and a graft would be no reward model. Use RewardTrainer itself "
+                "on INSTRUCT."
+            )
+
+
 def refuse_unsupported(config: Any) -> None:
     """Refuse options of a config with which no graft could be written or published.
 
     Raises:
-        ConfigError: `push_to_hub`, or a `chat_template_path` that resizes the embeddings.
+        ConfigError: options of the hub, or a `chat_template_path` that resizes the embeddings.
     """
-    if config.push_to_hub:
-        raise ConfigError(
-            "push_to_hub=True would publish the tuned BASE, not the graft. Pass push_to_hub=False and upload the "
-            f"folder {GRAFTED_FOLDER}/ when the run has ended."
-        )
+    refuse_publishing(config)
     template = getattr(config, "chat_template_path", None)
     if template and not (os.path.isfile(template) and template.endswith((".jinja", ".j2"))):
         raise ConfigError(
@@ -59,6 +70,7 @@ def check_before_loading(start: Start, config: Any, given: Mapping[str, Any]) ->
         check_same_adapter(given["peft_config"], str(start.origins.adapter))
     if config.graft:
         check_folders(Path(config.output_dir), start)
+        refuse_local_adapter(config, start)
     if config.eval_grafted and start.is_quantised:
         raise ConfigError(
             "eval_grafted=True is not possible here: BASE is quantised and the graft is not, so it may not fit where "
@@ -139,9 +151,15 @@ def check_predicts_tokens(start: Start) -> None:
     else:  # TRL makes the class that the config names first; one of remote code is not known here
         names = Checkpoint.open(str(start.origins.policy), weights=False).config.get("architectures") or [""]
         kind = getattr(transformers, names[0], None)
-    if kind is not None and not kind.can_generate():
+    if kind is not None:
+        check_head(kind)
+
+
+def check_head(kind: Any) -> None:
+    """Refuse a class of models that predicts no tokens with ConfigError."""
+    if not kind.can_generate():
         raise ConfigError(
-            f"the model is a {kind.__name__}, which predicts no tokens: SFT and DPO need a causal language model. Load "
+            f"the model is a {kind.__name__}, which predicts no tokens: INSTRUCT has no counterpart of its head. Load "
             "BASE with AutoModelForCausalLM, or name a folder whose config.json has such a class in `architectures`."
         )
 

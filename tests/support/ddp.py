@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from peft import LoraConfig
 from tiny import preference_data
 from transformers import TrainerCallback
 
@@ -34,10 +35,25 @@ def watch_the_temporary_folder(seen: list[Path]) -> None:
     reference.load_reference = load
 
 
+def watch_the_shares(seen: list[int]) -> None:
+    """Note over how many processes each graft of this rank is shared out."""
+    from shadow_trl.grafting import stream
+
+    original = stream.in_workers
+
+    def share(work, items, progress):
+        seen.append(len(items))
+        return original(work, items, progress)
+
+    stream.in_workers = share
+
+
 def run(rank: int, base: str, instruct: str, output: str, mode: str) -> dict[str, Any]:
     """Train and graft; return the reference values of a second stage, and the figure of the graft after a full one."""
     seen: list[Path] = []
+    shares: list[int] = []
     watch_the_temporary_folder(seen)
+    watch_the_shares(shares)
     trainer = ShadowDPOTrainer(
         model=base,
         instruct_model=instruct,
@@ -58,6 +74,7 @@ def run(rank: int, base: str, instruct: str, output: str, mode: str) -> dict[str
         ),
         train_dataset=preference_data(),
         eval_dataset=preference_data(4),
+        peft_config=LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM") if mode == "lora" else None,
         callbacks=[BlockTheOutput()] if mode == "blocked" else None,
     )
     # A run that fell back to one process would pass every other check.
@@ -73,4 +90,4 @@ def run(rank: int, base: str, instruct: str, output: str, mode: str) -> dict[str
     assert trainer.graft_report.output == Path(output) / "grafted"
     if mode == "full":
         found["figure"] = trainer.evaluate()["eval_grafted_loss"]
-    return found
+    return {**found, "shares": shares}
