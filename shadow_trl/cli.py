@@ -415,7 +415,8 @@ def _verify(options: argparse.Namespace) -> int:
 
 
 def _recipe(name: str, argv: list[str]) -> int:
-    from .recipes import launch
+    with ends_with("Nothing was written."):
+        from .recipes import launch
 
     return launch.main(name, argv)
 

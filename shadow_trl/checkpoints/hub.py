@@ -6,7 +6,7 @@ import os
 import re
 import stat
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ..errors import CheckpointError, ConfigError
 from .json_files import is_file_name, is_there
@@ -185,19 +185,23 @@ def brief(error: Exception) -> str:
 
 
 def _download(name: str, revision: str | None, weights: bool, card: bool) -> Path:
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import constants, snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    # Before huggingface_hub 2.0, offline mode does not keep it from asking for the files of a commit.
+    here: Any = {"local_files_only": constants.is_offline_mode()}
 
     def fetch(*patterns: str) -> Path:
         # Weights in sub-folders are other formats of the same model.
-        return Path(snapshot_download(name, revision=revision, allow_patterns=list(patterns), ignore_patterns=["*/*"]))
+        kept: Any = {"allow_patterns": list(patterns), "ignore_patterns": ["*/*"], **here}
+        return Path(snapshot_download(name, revision=revision, **kept))
 
     try:
         if card:
             return fetch("README.md")
         folder = fetch(*_SMALL)
         revision = folder.name  # the branch may move before the next request
-        snapshot_download(name, revision=revision, allow_patterns=["additional_chat_templates/*.jinja"])
+        snapshot_download(name, revision=revision, allow_patterns=["additional_chat_templates/*.jinja"], **here)
         if weights:
             names = {entry.name for entry in folder.iterdir()}
             pickled = "pytorch_model.bin.index.json" in names and "model.safetensors.index.json" not in names

@@ -10,6 +10,7 @@ from trl import DPOConfig, SFTConfig
 
 from ..errors import ConfigError, one_of
 from ..grafting.options import declared
+from .older import use_new_names, with_new_names
 
 _Config = TypeVar("_Config", bound="ShadowArguments")
 
@@ -35,6 +36,7 @@ def _of_graft(name: str) -> Any:
 
 
 @dataclass
+@with_new_names
 class ShadowArguments:
     """Arguments of the graft `grafted = instruct + graft_scale * (tuned - base)`, shared by all configs.
 
@@ -105,6 +107,7 @@ class ShadowArguments:
                 setattr(self, name, option.checked(name, getattr(self, name)))
         if self.pair_check is not None:
             one_of("pair_check", self.pair_check, PAIR_CHECKS)
+        use_new_names(self)
         super().__post_init__()  # type: ignore[misc]
 
     def graft_options(self) -> dict[str, Any]:

@@ -61,6 +61,7 @@ from .engines import (
 from .evaluation import GraftedEvaluation
 from .gathering import no_word_of_shards, whole_weights
 from .loading import bare_model, dtypes_before, load_adapter, reload_converted
+from .older import refuse_lost_biases
 from .origins import Start
 from .preflight import (
     check_before_loading,
@@ -187,6 +188,7 @@ class ShadowMixin(GraftedEvaluation, Publishing):
         check_head_is_plain(self.model)
         grafts = config.graft or config.eval_grafted
         if grafts:
+            refuse_lost_biases(self.model)
             check_head(type(bare_model(self.model)))
             refuse_offloaded(self.model)
             lifts_weights(self.accelerator, self.model)
