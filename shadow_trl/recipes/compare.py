@@ -123,7 +123,7 @@ def _graft_figures(run: Path, origins: Origins, *, scored: bool) -> dict[str, An
     manifest = read_manifest(run / GRAFTED_FOLDER)
     assert manifest is not None  # there is a graft
     found = {**manifest["options"], **manifest, "output": str(run / GRAFTED_FOLDER)}
-    figures = {field.name: found[field.name] for field in fields(GraftReport)}
+    figures = {field.name: found[field.name] for field in fields(GraftReport) if field.name in found}
     full = (run / "config.json").is_file()
     if not full and not scored:
         return figures

@@ -8,6 +8,7 @@ from typing import Any
 
 from ..checkpoints.hub import Source, is_hub_id
 from ..checkpoints.manifest import MANIFEST_NAME, Entry
+from .usage import loading_lines
 
 _CITATION = """\
 @article{shadowft2025,
@@ -29,8 +30,11 @@ _TEMPLATE = {
 }
 
 
-def write_model_card(folder: Source, manifest: Mapping[str, Any], *, adapter: bool = False) -> Path:
-    """Write the `README.md` of a graft, a model or an `adapter`, from its manifest into `folder`; return its path."""
+def write_model_card(folder: Source, manifest: Mapping[str, Any], *, adapter: bool = False, load: str = "") -> Path:
+    """Write the `README.md` of a graft, a model or an `adapter`, from its manifest into `folder`; return its path.
+
+    `load` is the Python call that loads the result.
+    """
     names = _names(manifest, "instruct", "base", "tuned")
     options = manifest.get("options", {})
     scales = {name: options.get(name, 1.0) for name in ("scale", "instruct_scale")}
@@ -42,6 +46,7 @@ def write_model_card(folder: Source, manifest: Mapping[str, Any], *, adapter: bo
         f"The update was learnt on the base model and added to the instruct model. `{MANIFEST_NAME}` beside this file "
         f"says what was added, with digests and figures. {_TEMPLATE[manifest.get('chat_template')]}"
     ]
+    lines += loading_lines(manifest, load)
     front = _base_models(manifest, "instruct", "base", relation="adapter" if adapter else "merge")
     front += ["library_name: " + ("peft" if adapter else "transformers")]
     return _write(folder, front, ["trl", *(["lora"] if adapter else [])], lines)

@@ -12,8 +12,8 @@ from families import family
 from shadow_trl import graft
 from shadow_trl.checkpoints.checkpoint import Checkpoint, Place
 from shadow_trl.grafting import stream
+from shadow_trl.grafting.blocks import blocks_of
 from shadow_trl.grafting.jobs import LowRank, WeightJob
-from shadow_trl.grafting.stream import blocks_of
 
 
 def job(*shape: int, product: bool = False, delta: bool = True, runs=None) -> WeightJob:
