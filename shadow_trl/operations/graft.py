@@ -298,8 +298,7 @@ def _write_provenance(
     if inputs.template.whose is not None:
         facts["chat_template"] = inputs.template.whose
     content = {"kind": "graft", **inputs.tuned.recorded, **named, **facts}
-    load = loading_call(part, inputs.instruct)
-    card = write_model_card(part, content, adapter=report.form == "adapter", load=load)
+    card = write_model_card(part, content, adapter=report.form == "adapter", instruct=inputs.instruct)
     write_manifest(part, {**content, "card": file_digest(card), "files": files_in(part)})
 
 

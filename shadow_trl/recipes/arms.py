@@ -47,6 +47,8 @@ class Design:
         config: YAML file of that recipe: data, settings, and a pair where `pairs` names none.
         pairs: name -> [BASE, INSTRUCT].
         learning_rates, seeds, ref_policies: of the trainings; left out: the config's own.
+        guidance_powers: of SFT, each a training of its own with that `guidance_power` of INSTRUCT; 0 for one without
+            guidance. Left out: the config's own.
         direct: whether INSTRUCT is tuned directly too. Default True.
         scales: multipliers of what training changed.
         modules: choices of weights that receive it.
@@ -64,6 +66,7 @@ class Design:
     learning_rates: list[float] = field(default_factory=list)
     seeds: list[int] = field(default_factory=list)
     ref_policies: list[str] = field(default_factory=list)
+    guidance_powers: list[float] = field(default_factory=list)
     direct: bool = True
     scales: list[float] = field(default_factory=lambda: [0.25, 0.5, 0.75, 1.0, 1.25])
     modules: list[str] = field(default_factory=lambda: ["all"])
@@ -112,12 +115,14 @@ class Design:
         faults = [] if self.recipe in ("sft", "dpo") else [f"recipe: {self.recipe!r} is neither sft nor dpo"]
         if self.ref_policies and self.recipe != "dpo":
             faults.append("ref_policies: only dpo has a reference")
+        if self.guidance_powers and self.recipe != "sft":
+            faults.append("guidance_powers: only sft is guided")
         for name, pair in self.pairs.items():
             if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(side, str) for side in pair):
                 faults.append(f"pairs: {name} is not [BASE, INSTRUCT]")
             if not re.fullmatch(r"\w[\w.-]*", str(name)):
                 faults.append(f"pairs: {name!r} is no name of a folder (letters, digits, dots, hyphens)")
-        for name in ("learning_rates", "scales", "instruct_scales"):
+        for name in ("learning_rates", "scales", "instruct_scales", "guidance_powers"):
             if not all(isinstance(one, (int, float)) and not isinstance(one, bool) for one in getattr(self, name)):
                 faults.append(f"{name}: not all are numbers (write 1.0e-4, which YAML reads as a number)")
         if not all(isinstance(seed, int) for seed in self.seeds):
@@ -136,6 +141,16 @@ class Design:
             tuple(self.kept), self.batch_size, self.max_new_tokens,
         )  # fmt: skip
 
+    def tried(self) -> list[tuple[Settings, Any]]:
+        """Return the settings of the graft and of `re-adapt`."""
+        tried = tried_with(self.scales, self.modules, self.graft_dtype)
+        more = [
+            (replace(one, arm="re-adapt", instruct_scale=scale), replace(how, instruct_scale=scale))
+            for scale in self.instruct_scales
+            for one, how in tried
+        ]
+        return [*tried, *more]
+
     def trainings(self) -> Iterator[Training]:
         """Yield what is trained: BASE for all, and INSTRUCT directly once for all reference policies."""
         values = read_yaml(Path(self.config))
@@ -145,19 +160,23 @@ class Design:
             pairs.items(),
             dict.fromkeys(map(float, self.learning_rates or [own.training.learning_rate])),
             dict.fromkeys(self.seeds or [own.training.seed]),
+            dict.fromkeys(map(float, self.guidance_powers))
+            or [own.recipe.guidance_power if own.recipe.sft_guidance else None],
         )
         policies: list[str | None] = list(dict.fromkeys(self.ref_policies)) or [
             getattr(own.training, "ref_policy", None)
         ]
-        for (pair, (base, instruct)), rate, seed in cases:
+        for (pair, (base, instruct)), rate, seed, power in cases:
+            guidance = {} if power is None else {"sft_guidance": "instruct" if power else None, "guidance_power": power}
             for policy in policies:
                 chosen = {
                     **values, "learning_rate": rate,
-                    "seed": seed, "graft": False, "compare_direct": self.direct and policy == policies[0],
+                    "seed": seed, "graft": False, "push_to_hub": False,
+                    "compare_direct": self.direct and policy == policies[0],
                     "score_rows": None, "score_kept": None, "score_scales": None,
                 }  # fmt: skip
-                chosen |= {} if policy is None else {"ref_policy": policy}
-                yield Training(pair, base, instruct, rate, seed, policy, chosen)
+                chosen |= guidance | ({} if policy is None else {"ref_policy": policy})
+                yield Training(pair, base, instruct, rate, seed, policy, power or None, chosen)
 
 
 @dataclass(frozen=True)
@@ -170,12 +189,14 @@ class Training:
     learning_rate: float
     seed: int
     ref_policy: str | None
+    guidance: float | None
     values: dict[str, Any]
 
     @property
     def name(self) -> str:
         """Name of its folder."""
-        parts = [self.pair, repr(self.learning_rate), str(self.seed), self.ref_policy]
+        guidance = None if self.guidance is None else f"guided-{self.guidance!r}"
+        parts = [self.pair, repr(self.learning_rate), str(self.seed), self.ref_policy, guidance]
         return "_".join(part for part in parts if part is not None)
 
     def options(self, design: Design, folder: Path) -> Options:
@@ -207,10 +228,10 @@ def compare_arms(config: Path, output: str | Path, *, progress: bool = True) -> 
         exams = design.data.exams()
         metrics = exams["test"].metrics
         chosen = choose_target(metrics, design.target, design.keep)
-        tried = _tried(design)
+        tried = design.tried()
         trainings = list(design.trainings())
         digests: dict[str, Any] = {}
-        prepared = [_prepared(design, training, folder, digests) for training in trainings]
+        prepared = [prepare_training(design, training, folder, digests) for training in trainings]
         for options, _ in prepared:
             if design.chat_vector and options.model.use_peft:
                 raise ConfigError(
@@ -221,13 +242,13 @@ def compare_arms(config: Path, output: str | Path, *, progress: bool = True) -> 
         lock.acquire()
         try:
             seconds = {
-                training.name: _train(design, folder / RUNS / training.name, *ready, progress)
+                training.name: train_once(design, folder / RUNS / training.name, *ready, progress)
                 for training, ready in zip(trainings, prepared, strict=True)
             }
             models: list[Measured] = []
             for training in trainings:
                 tell = say if progress else lambda text: None
-                models += _measured(design, training, folder, tried, exams, models, seconds[training.name], tell)
+                models += measure_arms(design, training, folder, tried, exams, models, seconds[training.name], tell)
             models.sort(key=lambda model: model.settings.arm != "instruct")
             found = Comparison(
                 models, metrics, *chosen, within=design.within, margin=design.margin,
@@ -254,18 +275,7 @@ def _trained(trainings: list[Training]) -> str:
     return f"Pairs: {pairs}. Seeds: {seeds}. The intervals are over trainings and rows."
 
 
-def _tried(design: Design) -> list[tuple[Settings, Any]]:
-    """Return the settings of the graft and of `re-adapt`."""
-    tried = tried_with(design.scales, design.modules, design.graft_dtype)
-    more = [
-        (replace(one, arm="re-adapt", instruct_scale=scale), replace(how, instruct_scale=scale))
-        for scale in design.instruct_scales
-        for one, how in tried
-    ]
-    return [*tried, *more]
-
-
-def _prepared(
+def prepare_training(
     design: Design, training: Training, folder: Path, digests: dict[str, Any]
 ) -> tuple[Options, dict[str, Any]]:
     """Check a training; return its options and all that its weights depend on. `digests` keeps those of models."""
@@ -285,7 +295,7 @@ def _prepared(
     return options, record
 
 
-def _train(design: Design, run: Path, options: Options, record: dict[str, Any], progress: bool) -> dict[str, float]:
+def train_once(design: Design, run: Path, options: Options, record: dict[str, Any], progress: bool) -> dict[str, float]:
     """Make the training in `run` unless it is complete; return the seconds of its steps."""
     direct = run / DIRECT_FOLDER
     if (run / DONE).exists() and (direct.exists() or not options.recipe.compare_direct):
@@ -299,14 +309,14 @@ def _train(design: Design, run: Path, options: Options, record: dict[str, Any], 
     return seconds
 
 
-def _measured(
+def measure_arms(
     design: Design, training: Training, folder: Path, tried: list[tuple[Settings, Any]], exams: dict[str, Any],
     known: list[Measured], seconds: dict[str, float], tell: Callable[[str], None],
 ) -> Iterator[Measured]:  # fmt: skip
     """Measure the arms of a training; INSTRUCT once a pair."""
     run = folder / RUNS / training.name
     direct = run / DIRECT_FOLDER
-    made = str(direct) if direct.exists() else None
+    made = str(direct) if design.direct and direct.exists() else None
     sources = Sources(training.instruct, str(run), training.base, made, design.chat_vector)
     tokenizer, ends = tokenizer_and_ends(training.instruct)
     with ExitStack() as opened:
@@ -329,5 +339,6 @@ def _step_of(training: Training, step: Step) -> Step:
     if step.grafts is None:
         return step._replace(pair=training.pair)
     policy = None if step.settings.arm == "direct" else training.ref_policy
-    settings = replace(step.settings, learning_rate=training.learning_rate, ref_policy=policy)
+    how: dict[str, Any] = {"ref_policy": policy, "guidance_power": training.guidance}
+    settings = replace(step.settings, learning_rate=training.learning_rate, **how)
     return step._replace(settings=settings, pair=training.pair, seed=training.seed)
