@@ -7,12 +7,12 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from ..arithmetic.sums import Sums, is_whole
+from ..arithmetic.sums import Sums
 from ..checkpoints.header import dtype_of
 from .blocks import JobGrafter, blocks_of
 from .jobs import Jobs, WeightJob
 from .options import GraftOptions
-from .reports import POOR_NOISE
+from .reports import drowns
 
 _HALF = ("BF16", "F16")
 _SAMPLE = 16 * 2**20
@@ -44,16 +44,17 @@ def choose_precision(jobs: Jobs, options: GraftOptions) -> Precision:
     """
     if options.rounding != "auto":
         return Precision(jobs, options)
-    nearest, stochastic = (replace(options, rounding=rounding) for rounding in ("nearest", "stochastic"))
+    nearest = replace(options, rounding="nearest")
     near = _tried(jobs, nearest)
     # What is not finite ends the graft, with its names.
-    if near.realised is None or not near.finite or is_whole(near.realised):
+    if near.realised is None or not near.finite or not drowns(near.realised, near.noise, "nearest"):
         return Precision(jobs, nearest)
     because = f"rounding to nearest would keep {near.realised:.2g} of the delta"
-    noise = _tried(jobs, stochastic).noise or 0.0
-    if noise <= POOR_NOISE or options.dtype != "auto":
+    stochastic = replace(options, rounding="stochastic")
+    drawn = _tried(jobs, stochastic)
+    if options.dtype != "auto" or not drowns(drawn.realised, drawn.noise, "stochastic"):
         return Precision(jobs, stochastic, because)
-    because += f", and stochastic rounding would add {noise:.2g} times its norm as noise"
+    because += f", and stochastic rounding {drawn.realised:.2g} with noise of {drawn.noise:.2g} times its norm"
     wide = replace(nearest, dtype="float32")
     return Precision(jobs.in_dtype(wide), wide, because)
 

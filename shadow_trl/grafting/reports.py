@@ -212,11 +212,18 @@ def graft_warnings(figures: Mapping[str, Any], dtype: str, rounding: str, way_ou
             f"base and instruct are far apart: sigma is {sigma:.3g}, pairs of one family lie below 0.05. The graft may "
             "carry over badly."
         )
-    if realised is not None and not is_whole(realised) and rounding != "stochastic":
-        found.append(f"{dtype} rounded to nearest keeps {realised:.3g} of the delta, not all of it.{way_out}")
-    if noise is not None and noise > POOR_NOISE and rounding == "stochastic":
-        found.append(f"{dtype} rounded stochastically puts noise of {noise:.3g} times its norm on the delta.{way_out}")
+    if drowns(realised, noise, rounding):
+        how = "stochastically" if rounding == "stochastic" else "to nearest"
+        kept_share = f"{realised:.3g} of the delta with noise of {noise:.3g} times its norm"
+        found.append(f"{dtype} rounded {how} keeps {kept_share}.{way_out}")
     return found
+
+
+def drowns(realised: float | None, noise: float | None, rounding: str) -> bool:
+    """Whether rounding changes what the delta does: its size, or stochastically by noise that hides it."""
+    if realised is None or noise is None:
+        return False
+    return not is_whole(realised) or (rounding == "stochastic" and noise > POOR_NOISE)
 
 
 def realised_in_bf16(sums: Mapping[str, Sums], stats: bool) -> float | None:

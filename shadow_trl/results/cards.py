@@ -55,8 +55,8 @@ def write_model_card(
         folder: of the graft.
         manifest: of the graft; `trained` says how TUNED was trained.
         adapter: whether the graft is an adapter. Default: a model.
-        instruct: INSTRUCT, whose card has the licence and the pipeline tag. Default: neither is known, nor how the graft
-            is loaded.
+        instruct: INSTRUCT, whose card has the licence and the pipeline tag. Default: these are not known, nor is how
+            the graft is loaded.
     """
     names = _names(manifest, "instruct", "base", "tuned")
     options = manifest.get("options", {})

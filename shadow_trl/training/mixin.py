@@ -63,7 +63,7 @@ from .preflight import GRAFTED_FOLDER, check_before_loading, is_conversational, 
 from .publishing import Publishing, described
 from .resuming import checkpoint_of, of_another_run
 from .saved import check_as_saved
-from .settings import Forms, bound, check_columns, check_first_row, check_settings, removed_if_refused
+from .settings import Forms, bound, check_columns, check_first_row, check_settings, removed_if_refused, signature_of
 
 if TYPE_CHECKING:
     from transformers.trainer_utils import TrainOutput
@@ -90,9 +90,15 @@ class ShadowMixin(GraftedEvaluation, Publishing):
         OutputExistsError: `output_dir` already holds a graft, or is an input of the run.
     """
 
+    __signature__: ClassVar[inspect.Signature]
     _config_class: ClassVar[type[ShadowArguments]]
     _name: ClassVar[str]
     args: Any
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        # `help` and editors show TRL's arguments and ours; a subclass with a constructor of its own has that one's.
+        cls.__signature__ = signature_of(cls, ours=ShadowMixin)
 
     @ends_with("Nothing was written.")
     def __init__(
@@ -126,7 +132,9 @@ class ShadowMixin(GraftedEvaluation, Publishing):
         self._start = start = Start.of(given, config, base_model=base_model, instruct_model=instruct_model)
         self.origins = start.origins
         self.graft_report: GraftReport | None = None
-        check_before_loading(start, config, given)
+        self._told: list[str] = []
+        start.take_over(config)
+        self._tell(check_before_loading(start, config, given))
         self._choose_processing_class(config, given)
         self._made = missing_parents(Path(config.output_dir))
         with removed_if_refused(self._made, config):
@@ -155,7 +163,7 @@ class ShadowMixin(GraftedEvaluation, Publishing):
         if grafts:
             refuse_offloaded(self.model)
             lifts_weights(self.accelerator, self.model)
-            check_as_saved(start, self.model, self.processing_class, config.graft_options())
+            self._tell(check_as_saved(start, self.model, self.processing_class, config.graft_options()))
         if grafts and start.adapter_on_base:
             check_left_out(
                 base=str(start.base), instruct=str(start.instruct), adapter=announced(self.model),
@@ -211,10 +219,18 @@ class ShadowMixin(GraftedEvaluation, Publishing):
         with together(self.accelerator, what="saving TUNED for the graft"):
             self.save_model()
         self.graft_report = self._write_graft(self.args.output_dir, Path(output or self._grafted_folder))
-        for warning in self.graft_report.warnings:
-            logger.warning(warning)
-        logger.info("The grafted model is in %s.", self.graft_report.output)
+        self._tell(self.graft_report.warnings)
+        if self.accelerator.is_main_process:
+            where = f"BASE as it was trained is in {self.args.output_dir}. Its graft:"
+            print(f"\n{where}\n{self.graft_report.text()}", flush=True)
         return self.graft_report
+
+    def _tell(self, warnings: list[str]) -> None:
+        """Log each warning once in the life of the trainer."""
+        for warning in warnings:
+            if warning not in self._told:
+                self._told.append(warning)
+                logger.warning(warning)
 
     def _write_graft(self, tuned: str, output: Path, **changes: Any) -> GraftReport:
         instruct, base = str(self._start.instruct), str(self._start.base)

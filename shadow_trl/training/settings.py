@@ -258,6 +258,29 @@ def _is_turn(turn: Any) -> bool:
     return isinstance(known.get(speaker), str) and said
 
 
+def signature_of(trainer: type, *, ours: type) -> inspect.Signature:
+    """Return the arguments of `trainer`: those of the trainer below it, which `ours` passes on, and its own.
+
+    Args:
+        trainer: a subclass of `ours` and of a TRL trainer.
+        ours: whose constructor adds arguments by keyword to any others.
+    """
+    package = __name__.partition(".")[0]
+    chain = [one for one in trainer.__mro__ if "__init__" in vars(one)]
+    passing = [one for one in chain if one.__module__.partition(".")[0] == package]
+    first = next(iter(chain))
+    found = inspect.signature(vars(first)["__init__"])
+    if first in passing:
+        below = next((one for one in chain if one not in passing), object)
+        found = inspect.signature(vars(below)["__init__"])
+    parameters = list(found.parameters.values())[1:]
+    if first in passing:
+        added = [one for one in inspect.signature(vars(ours)["__init__"]).parameters.values()
+                 if one.kind is inspect.Parameter.KEYWORD_ONLY]  # fmt: skip
+        parameters += added
+    return found.replace(parameters=parameters, return_annotation=inspect.Signature.empty)
+
+
 def bound(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> inspect.BoundArguments:
     """Bind the arguments of TRL's trainer; TypeError, with the nearest name, for one that neither it nor we have."""
     signature = inspect.signature(function)

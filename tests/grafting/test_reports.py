@@ -122,9 +122,15 @@ def test_figures_of_sums():
         ({"delta_norm": 1.0, "sigma": WIDE_GAP, "realised": 1.0, "noise": POOR_NOISE}, None),
         ({"delta_norm": 0.0}, "the delta is zero"),
         ({"sigma": WIDE_GAP + 1e-6}, "far apart: sigma is 0.1"),
-        ({"realised": 1 - POOR_REALISED + 1e-6}, None),
-        ({"realised": 1 - POOR_REALISED - 1e-6}, "bfloat16 rounded to nearest keeps 0.9 of the delta"),
-        ({"realised": 1 + POOR_REALISED + 1e-6}, "bfloat16 rounded to nearest keeps 1.1 of the delta"),
+        ({"realised": 1 - POOR_REALISED + 1e-6, "noise": 0.5}, None),
+        (
+            {"realised": 1 - POOR_REALISED - 1e-6, "noise": 0.5},
+            "bfloat16 rounded to nearest keeps 0.9 of the delta, with",
+        ),
+        (
+            {"realised": 1 + POOR_REALISED + 1e-6, "noise": 0.5},
+            "bfloat16 rounded to nearest keeps 1.1 of the delta, with",
+        ),
         ({"realised": 1.0, "noise": 2 * POOR_NOISE}, None),  # realised says it all
     ],
 )
@@ -137,10 +143,10 @@ def test_a_warning_begins_at_its_threshold(figures, words):
 
 
 def test_stochastic_rounding_is_warned_of_only_where_its_noise_hides_the_delta():
-    def found(noise):
-        return graft_warnings({"realised": 0.8, "noise": noise}, "bfloat16", "stochastic", " Way out.")
+    def found(noise, realised=1.0):
+        return graft_warnings({"realised": realised, "noise": noise}, "bfloat16", "stochastic", " Way out.")
 
     assert found(POOR_NOISE) == []
-    assert found(POOR_NOISE + 1.0) == [
-        "bfloat16 rounded stochastically puts noise of 6 times its norm on the delta. Way out."
-    ]
+    text = "bfloat16 rounded stochastically keeps {} of the delta with noise of {} times its norm. Way out."
+    assert found(POOR_NOISE + 1.0) == [text.format(1, 6)]
+    assert found(1.0, 0.5) == [text.format(0.5, 1)]  # of a few weights, too few went up
