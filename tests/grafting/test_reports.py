@@ -125,11 +125,11 @@ def test_figures_of_sums():
         ({"realised": 1 - POOR_REALISED + 1e-6, "noise": 0.5}, None),
         (
             {"realised": 1 - POOR_REALISED - 1e-6, "noise": 0.5},
-            "bfloat16 rounded to nearest keeps 0.9 of the delta, with",
+            "bfloat16 rounded to nearest keeps 0.9 of the delta with",
         ),
         (
             {"realised": 1 + POOR_REALISED + 1e-6, "noise": 0.5},
-            "bfloat16 rounded to nearest keeps 1.1 of the delta, with",
+            "bfloat16 rounded to nearest keeps 1.1 of the delta with",
         ),
         ({"realised": 1.0, "noise": 2 * POOR_NOISE}, None),  # realised says it all
     ],
