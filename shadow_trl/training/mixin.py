@@ -57,7 +57,7 @@ from .engines import (
     whole_weights,
 )
 from .evaluation import GraftedEvaluation
-from .loading import bare_model, dtypes_before, load_adapter, reload_converted
+from .loading import bare_model, dtypes_before, load_adapter, reload_converted, slow_precision
 from .origins import Start
 from .preflight import GRAFTED_FOLDER, check_before_loading, is_conversational, refuse_unsupported
 from .publishing import Publishing, described
@@ -145,6 +145,7 @@ class ShadowMixin(GraftedEvaluation, Publishing):
                 self._pin_model(given)
             with without_second_start(given["model"]):
                 super().__init__(*call.args, **call.kwargs)
+            self._tell(slow_precision(self.accelerator, self.model))
             gather_trained_head(self.accelerator, self.model)
             with gathered(trained_by_adapter(self.model)):  # ZeRO-3 has shared it out where a reference was computed
                 self._check_loaded(config)

@@ -6,8 +6,11 @@ import dataclasses
 import inspect
 import json
 import pickle
+import re
+from types import SimpleNamespace
 
 import pytest
+import torch
 from runs import lora, settings, sft
 from tiny import preference_data, sft_data
 from transformers import HfArgumentParser
@@ -16,6 +19,7 @@ from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 from shadow_trl import ShadowDPOConfig, ShadowDPOTrainer, ShadowSFTConfig, ShadowSFTTrainer
 from shadow_trl.errors import ConfigError, InputError
 from shadow_trl.training.config import ShadowArguments
+from shadow_trl.training.loading import slow_precision
 
 TRAINERS = [(ShadowSFTTrainer, SFTTrainer), (ShadowDPOTrainer, DPOTrainer)]
 CONFIGS = [(ShadowSFTConfig, SFTConfig), (ShadowDPOConfig, DPOConfig)]
@@ -149,3 +153,27 @@ def test_a_stage_takes_over_what_it_can(tmp_path, recorded, changes, taken):
     start = Start(str(tmp_path), origins, Loading(config, None), None, False)
     start.take_over(config)
     assert (config.graft_format, config.graft_dtype) == taken
+
+
+@pytest.mark.parametrize(
+    ("mixed", "weights", "supported", "words"),
+    [
+        ("bf16", "float32", (), "no instructions for bfloat16.*Pass bf16=False"),
+        ("no", "bfloat16", (), "no instructions for bfloat16.*Pass the model in float32"),
+        ("fp16", "float32", ("_is_avx512_bf16_supported",), "no instructions for float16"),
+        ("bf16", "float32", ("_is_avx512_bf16_supported",), None),
+        ("bf16", "float32", ("_is_amx_tile_supported",), None),
+        ("no", "float32", (), None),
+    ],
+)
+def test_slow_16_bits_have_one_line_of_notice(monkeypatch, mixed, weights, supported, words):
+    for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported", "_is_amx_fp16_supported"):
+        monkeypatch.setattr(torch.cpu, name, lambda name=name: name in supported)
+    monkeypatch.setattr("platform.machine", lambda: "x86_64")
+    accelerator = SimpleNamespace(mixed_precision=mixed, device=torch.device("cpu"))
+    model = torch.nn.Linear(2, 2, dtype=getattr(torch, weights))
+    found = slow_precision(accelerator, model)
+    assert len(found) == (words is not None)
+    assert words is None or re.search(words, found[0])
+    accelerator.device = torch.device("cuda")
+    assert slow_precision(accelerator, model) == []
