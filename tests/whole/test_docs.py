@@ -5,7 +5,9 @@ from __future__ import annotations
 import re
 import shlex
 import shutil
+import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -110,7 +112,10 @@ def test_python_runs(code: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     precision = "" if "bf16=" in code else ", bf16=False"
     code = code.replace('output_dir="out"', f'output_dir="out", use_cpu=True, max_steps=1{precision}')
     monkeypatch.chdir(tmp_path)
-    exec(compile(code, "page", "exec"), {"dataset": data})
+    page = ModuleType("page")  # with a name, since the config of a run is pickled
+    page.dataset = data
+    monkeypatch.setitem(sys.modules, "page", page)
+    exec(compile(code, "page", "exec", dont_inherit=True), vars(page))
     assert (tmp_path / "out" / "grafted" / "shadow.json").is_file()
 
 
