@@ -46,7 +46,7 @@ def kept(figures: Mapping[str, Any]) -> str | None:
     """
     dtype, realised, loaded = (figures.get(name) for name in ("dtype", "realised", "realised_in_bf16"))
     if figures.get("form") == "adapter":
-        return "Nothing of the adapter is lost to rounding. Serve it unmerged: merging rounds it to the dtype of the weights."
+        return "Nothing of the adapter is lost to rounding. Serve it unmerged, as merging rounds it."
     if realised is None or loaded is None:
         return None
     share = f"{realised:.1%} of the delta arrives in {dtype}"

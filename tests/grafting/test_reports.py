@@ -66,7 +66,7 @@ def test_a_graft_and_a_delta_as_lines():
     assert graft.to_dict()["output"] == "out"
     assert GraftReport(Path("out"), "adapter", 3, 0, "float32").text().splitlines() == [
         "adapter in out: 3 modules grafted, 0 copied, float32",
-        "Nothing of the adapter is lost to rounding. Serve it unmerged: merging rounds it to the dtype of the weights.",
+        "Nothing of the adapter is lost to rounding. Serve it unmerged, as merging rounds it.",
     ]
 
 
