@@ -276,20 +276,16 @@ def signature_of(trainer: type, *, ours: type) -> inspect.Signature:
         trainer: a subclass of `ours` and of a TRL trainer.
         ours: whose constructor adds arguments by keyword to any others.
     """
-    package = __name__.partition(".")[0]
     chain = [one for one in trainer.__mro__ if "__init__" in vars(one)]
-    passing = [one for one in chain if one.__module__.partition(".")[0] == package]
-    first = next(iter(chain))
-    found = inspect.signature(vars(first)["__init__"])
-    if first in passing:
-        below = next((one for one in chain if one not in passing), object)
-        found = inspect.signature(vars(below)["__init__"])
+    passing = [one for one in chain if one.__module__.partition(".")[0] == __name__.partition(".")[0]]
+    shown = next(one for one in chain if one not in passing) if chain[0] in passing else chain[0]
+    found = inspect.signature(vars(shown)["__init__"])
     parameters = list(found.parameters.values())[1:]
-    if first in passing:
-        added = [one for one in inspect.signature(vars(ours)["__init__"]).parameters.values()
-                 if one.kind is inspect.Parameter.KEYWORD_ONLY]  # fmt: skip
-        parameters += added
-    return found.replace(parameters=parameters, return_annotation=inspect.Signature.empty)
+    if shown is not chain[0]:
+        own = inspect.signature(vars(ours)["__init__"]).parameters.values()
+        parameters += [one for one in own if one.kind is inspect.Parameter.KEYWORD_ONLY]
+    ordered = sorted(parameters, key=lambda one: one.kind)  # what takes all other keywords comes last
+    return found.replace(parameters=ordered, return_annotation=inspect.Signature.empty)
 
 
 def bound(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> inspect.BoundArguments:
