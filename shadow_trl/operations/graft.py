@@ -27,7 +27,8 @@ from ..grafting.jobs import check_rounding, narrow_warning
 from ..grafting.options import GraftOptions, declared
 from ..grafting.reports import GraftReport, graft_figures, graft_warnings, realised_in_bf16
 from ..grafting.trained import Full, PlainLora
-from ..grafting.tuned import one_tuned
+from ..grafting.tuned import names_base, one_tuned, recorded_sides
+from ..pair.known import taken_base
 from ..results.cards import write_model_card
 from ..results.check import check_result
 from ..results.copied import copied_files, copy_files, write_config, write_templates
@@ -49,7 +50,7 @@ BESIDE = "adapter"
 def graft(
     *,
     base: Source | None = None,
-    instruct: Source,
+    instruct: Source | None = None,
     tuned: Source | Sequence[Any] | None = None,
     delta: Source | None = None,
     output: Source,
@@ -70,6 +71,7 @@ def graft(
     processes: int = 1,
     base_dtype: Any = None,
     rank: int | None = None,
+    find_base: bool = False,
     progress: bool = True,
 ) -> GraftReport:
     """Add to INSTRUCT what training added to BASE and write the result to a folder that stands alone.
@@ -79,8 +81,9 @@ def graft(
 
     Args:
         base: folder or hub id of BASE, either with `@revision` if wished. May be left out for an adapter that names it,
-            and for a delta, against whose digests it is then only checked.
-        instruct: the same for INSTRUCT.
+            and for a delta, against whose digests it is then only checked. Default: the one that TUNED's run recorded,
+            which must be unchanged.
+        instruct: the same for INSTRUCT. Default: the one that TUNED's run recorded, which must be unchanged.
         tuned: BASE after training: a full checkpoint, or a PEFT adapter of any type that changes weights. Several are
             summed: a list of these, each with its weight as `source:0.5` or `(source, 0.5)`.
         delta: in the place of `tuned`: a delta of this BASE as `extract_delta` writes it. In fp32 and exact, as it is
@@ -113,6 +116,8 @@ def graft(
             on disk). Default: what TUNED's run recorded, else as on disk. Of an adapter on the full model of an earlier
             run: dtype in which its training loaded that model, whose own record, or weights, tell of BASE.
         rank: write the nearest LoRA of this rank for an adapter that has no exact form; the report has its error.
+        find_base: whether to take BASE from the table of known pairs, or from INSTRUCT's card, where neither `base` nor
+            `tuned` names it. Default False: an error says what was found.
         progress: whether to show a bar on a terminal. Default True.
 
     Returns:
@@ -134,7 +139,7 @@ def graft(
     target = output_folder(output)
     recover(target)
     check_free(target, settings.overwrite)
-    with _opened(base, instruct, tuned, delta, target, settings) as inputs, tells_what_is_written(target):
+    with _opened(base, instruct, tuned, delta, target, settings, find_base) as inputs, tells_what_is_written(target):
         check_place(target, inputs.folders)
         with OutputFolder(target, settings.overwrite) as place:
             if inputs.form == "adapter":
@@ -165,20 +170,25 @@ def _way_out(options: GraftOptions, target: Path, **sides: Any) -> str:
 @contextmanager
 def _opened(
     base: Source | None,
-    instruct: Source,
+    instruct: Source | None,
     tuned: Source | Sequence[Any] | None,
     delta: Source | None,
     target: Path,
     options: GraftOptions,
+    find_base: bool,
 ) -> Iterator[Inputs]:
     """Open the sides of a graft of TUNED or of a delta."""
     if (tuned is None) == (delta is None):
         raise ConfigError("give either tuned or delta: what BASE learnt is one of them.")
+    sides = recorded_sides(tuned, base=base, instruct=instruct)
     if delta is not None:
-        yield open_delta(base, instruct, delta, options)
+        yield open_delta(base, sides["instruct"], delta, options)
         return
-    with one_tuned(base, tuned, target, options.base_dtype) as single:
-        yield open_tuned_inputs(single, instruct, options)
+    start = sides.get("base")
+    if start is None and not names_base(tuned):
+        start = taken_base(sides["instruct"], confirmed=find_base, missing="base")
+    with one_tuned(start, tuned, target, options.base_dtype) as single:
+        yield open_tuned_inputs(single, sides["instruct"], options)
 
 
 def _write_dense_form(

@@ -21,19 +21,20 @@ from trl.trainer.utils import get_config_model_id
 
 from ..adapters.kinds import START_FOLDER
 from ..checkpoints.digests import weight_digests
-from ..checkpoints.manifest import write_manifest
+from ..checkpoints.manifest import Entry, write_manifest
 from ..errors import ConfigError, ends_with
 from ..grafting.options import BASE_DTYPES
 from ..grafting.reports import GraftReport
 from ..operations.checks import check_left_out
 from ..operations.graft import graft
+from ..pair.known import taken_base
 from ..pair.templates import check_processing_class
 from ..results.cards import without_local_models
 from ..results.folder import check_free
 from ..results.lock import RunLock
 from ..results.parents import missing_parents
 from ..results.written import tells_what_is_written
-from ..runtime.processes import run_on_main, together
+from ..runtime.processes import count_here, run_on_main, together
 from .adapter import (
     announced,
     check_same_start,
@@ -54,15 +55,19 @@ from .engines import (
     load_for,
     refuse_engines,
     refuse_offloaded,
-    whole_weights,
+    refuse_trained_tokens,
+    refuses_data_parallel,
 )
 from .evaluation import GraftedEvaluation
+from .gathering import no_word_of_shards, whole_weights
 from .loading import bare_model, dtypes_before, load_adapter, reload_converted, slow_precision
+from .older import refuse_lost_biases
 from .origins import Start
 from .preflight import (
     GRAFTED_FOLDER,
     check_before_loading,
     check_head,
+    check_head_is_plain,
     is_conversational,
     refuse_rewards,
     refuse_unsupported,
@@ -85,7 +90,8 @@ class ShadowMixin(GraftedEvaluation, Publishing):
     argument is that trainer's own, and two more.
 
     Args:
-        model: BASE (folder, hub id or loaded model), or the folder of an earlier shadow run (model or adapter).
+        model: BASE (folder, hub id or loaded model), or the folder of an earlier shadow run (model or adapter). With
+            `find_base` in the config it may be left out: what INSTRUCT was made from is taken.
         instruct_model: folder or hub id of INSTRUCT. Left out when `model` came from a shadow run or the config names
             it.
         base_model: folder or hub id of the origin of the delta. Default: `model`, or what the earlier run started from.
@@ -114,12 +120,14 @@ class ShadowMixin(GraftedEvaluation, Publishing):
     def __init__(
         self, *args: Any, instruct_model: str | None = None, base_model: str | None = None, **kwargs: Any
     ) -> None:
-        call = bound(super().__init__, args, kwargs)
+        call = bound(super().__init__, args, kwargs if args else {"model": None, **kwargs})
         given = call.arguments
         if given.get("model") is None or given.get("model_init") is not None:
             raise ConfigError("the trainer takes model=..., the name of BASE or the loaded BASE, and no model_init.")
         if isinstance(given["model"], os.PathLike):
             given["model"] = os.fspath(given["model"])
+        if given["model"] is None:
+            given["model"] = self._found_base(given.get("args"), instruct_model)
         config = self._read_config(given)
         # transformers makes the folder before we know all
         with (
@@ -127,6 +135,13 @@ class ShadowMixin(GraftedEvaluation, Publishing):
             together(config.distributed_state, what="the start of the run"),
         ):
             self._set_up(call, config, base_model=base_model, instruct_model=instruct_model)
+
+    def _found_base(self, args: Any, instruct_model: str | None) -> str:
+        """Return the BASE that INSTRUCT was made from, where the config says that it may be looked up."""
+        named, revision = (getattr(args, name, None) for name in ("instruct_model", "instruct_revision"))
+        named = instruct_model or named
+        instruct = str(Entry(os.fspath(named), revision)) if isinstance(named, (str, os.PathLike)) else None
+        return taken_base(instruct, confirmed=getattr(args, "find_base", False), missing="model (BASE)")
 
     def _set_up(
         self, call: inspect.BoundArguments, config: Any, *, base_model: str | None, instruct_model: str | None
@@ -146,6 +161,7 @@ class ShadowMixin(GraftedEvaluation, Publishing):
             given, config, base_model=base_model, instruct_model=instruct_model, loads_as=self._loads_as
         )
         self.origins = start.origins
+        refuse_trained_tokens(config, start.adapter)
         self.graft_report: GraftReport | None = None
         self._told: list[str] = []
         start.take_over(config)
@@ -158,7 +174,7 @@ class ShadowMixin(GraftedEvaluation, Publishing):
                 self._load_adapter(given)
             elif not start.in_memory:
                 self._pin_model(given)
-            with without_second_start(given["model"]):
+            with without_second_start(given["model"]), refuses_data_parallel(config):
                 super().__init__(*call.args, **call.kwargs)
             self._tell(slow_precision(self.accelerator, self.model))
             gather_trained_head(self.accelerator, self.model)
@@ -175,8 +191,10 @@ class ShadowMixin(GraftedEvaluation, Publishing):
                 "train_dataset has no row left: TRL drops those without a token to learn from, such as those whose "
                 "prompt alone is as long as max_length. Raise max_length, or look at the rows."
             )
+        check_head_is_plain(self.model)
         grafts = config.graft or config.eval_grafted
         if grafts:
+            refuse_lost_biases(self.model)
             check_head(type(bare_model(self.model)))
             refuse_offloaded(self.model)
             lifts_weights(self.accelerator, self.model)
@@ -259,6 +277,7 @@ class ShadowMixin(GraftedEvaluation, Publishing):
                 instruct=instruct,
                 tuned=tuned,
                 output=output,
+                processes=count_here(),  # those of the run wait: their cores are free
                 progress=not self.args.disable_tqdm,
                 **{**self.args.graft_options(), **changes},
             )
@@ -272,7 +291,8 @@ class ShadowMixin(GraftedEvaluation, Publishing):
         """
         shards = in_shards(self.accelerator) and not self.args.save_only_model
         read = not _internal_call or (self.args.graft_every_save and not shards)
-        with whole_weights(self.accelerator, wanted=self.args.graft and read):
+        folder = Path(output_dir or self.args.output_dir)
+        with whole_weights(self.accelerator, wanted=self.args.graft and read, folder=folder):
             super().save_model(output_dir, _internal_call or self.args.graft)  # which it takes for: do not push
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
@@ -322,10 +342,10 @@ class ShadowMixin(GraftedEvaluation, Publishing):
     # What belongs together passes through here, at the end and in every checkpoint: a run that dies leaves the files of
     # the run before as they were.
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        with without_reference_adapter(self.model):
+        with without_reference_adapter(self.model), no_word_of_shards():
             super()._save(output_dir, state_dict)
-        if self.args.should_save and state_dict != {}:  # which ZeRO-3 gives where it saves its shards alone
-            self._describe(Path(output_dir or self.args.output_dir))
+            if self.args.should_save and state_dict != {}:  # which ZeRO-3 gives where it saves its shards alone
+                self._describe(Path(output_dir or self.args.output_dir))
 
     def _describe(self, folder: Path) -> None:
         """Write what tells a graft of the weights in `folder` where their delta starts."""
