@@ -32,7 +32,7 @@ DATA = Path(__file__).resolve().parent.parent / "data"
 BASE, INSTRUCT = DATA / "nano-base", DATA / "nano-instruct"
 FORMS: dict[str, dict[str, str]] = {
     "fp32": {"dtype": "float32"},
-    "bf16 nearest": {"dtype": "bfloat16"},
+    "bf16 nearest": {"dtype": "bfloat16", "rounding": "nearest"},
     "bf16 stochastic": {"dtype": "bfloat16", "rounding": "stochastic"},
 }
 Figures = dict[str, list[float]]

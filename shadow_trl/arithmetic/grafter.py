@@ -263,11 +263,19 @@ class BlockGrafter:
             return sums
         error = self._get("spare", total.dtype, out.numel()).copy_(out).sub_(total)
         sums.dd, sums.ed, sums.ee = _dots(error, minus)
+        sums.bd = sums.ed if out.dtype == torch.bfloat16 else self._error_in_bf16(out, total, minus)
         if not math.isfinite(sums.dd + sums.ed + sums.ee):
             sums.finite = is_finite(out) and is_finite(total)
             if sums.finite:  # the squares overflow fp32, the values do not
                 sums.dd, sums.ed, sums.ee = _dots(error.double(), minus.double())
         return sums
+
+    def _error_in_bf16(self, out: Tensor, total: Tensor, minus: Tensor) -> float:
+        """Return the sum over (stored, then rounded to bf16, less exact) times the change."""
+        loaded = self._get("loaded", torch.bfloat16, out.numel()).copy_(out)
+        error = torch.sub(loaded, total, out=self._get("lost", total.dtype, out.numel()))
+        _, along, _ = _dots(error, minus)
+        return along if math.isfinite(along) else _dots(error.double(), minus.double())[1]
 
     def _get(self, name: str, dtype: torch.dtype, n: int) -> Tensor:
         key = (name, dtype)

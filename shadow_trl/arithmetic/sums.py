@@ -3,7 +3,15 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
+
+POOR_REALISED = 0.1
+"""Distance of `realised` from 1 from which rounding changes what the delta does (docs/precision.md)."""
+
+
+def is_whole(realised: float) -> bool:
+    """Whether stored weights hold the delta at its size, by their share `realised` of it."""
+    return abs(realised - 1) <= POOR_REALISED
 
 
 @dataclass
@@ -17,6 +25,7 @@ class Sums:
         dd: sum of d*d.
         ed: sum of e*d.
         ee: sum of e*e.
+        bd: sum of f*d, where f is the error of what is stored once it is rounded to bf16.
         finite: False when an input or an output is not finite.
     """
 
@@ -26,6 +35,7 @@ class Sums:
     dd: float = 0.0
     ed: float = 0.0
     ee: float = 0.0
+    bd: float = 0.0
     finite: bool = True
 
     def __iadd__(self, other: Sums) -> Sums:
@@ -33,6 +43,11 @@ class Sums:
             setattr(self, part.name, getattr(self, part.name) + getattr(other, part.name))
         self.finite = self.finite and other.finite
         return self
+
+    def times(self, factor: float) -> Sums:
+        """Return the sums over `factor` times as many elements of the same kind."""
+        figures = {part.name: getattr(self, part.name) * factor for part in fields(self)[1:-1]}
+        return replace(self, elements=round(self.elements * factor), **figures)
 
     @property
     def sigma(self) -> float | None:
@@ -48,6 +63,11 @@ class Sums:
     def realised(self) -> float | None:
         """<r,d>/<d,d> with r the change that was stored: 1 where the dtype keeps all of the delta. None for d = 0."""
         return 1.0 + self.ed / self.dd if self.dd > 0 else None
+
+    @property
+    def realised_in_bf16(self) -> float | None:
+        """The same share after the stored weights were loaded in bf16, to nearest."""
+        return 1.0 + self.bd / self.dd if self.dd > 0 and math.isfinite(self.bd) else None
 
     @property
     def noise(self) -> float | None:

@@ -288,6 +288,11 @@ class Checkpoint:
         if (in_shards := sharded.way_out(self.path)) is not None:
             raise CheckpointError(f"{self} holds {in_shards}")
         others = f" It holds {', '.join(found[:5])}, which is no layout that transformers loads." if found else ""
+        if gguf := [name for name in found if name.endswith(".gguf")]:
+            others = (
+                f" It holds {', '.join(gguf[:5])}: GGUF, the format of llama.cpp. Give the model it was made from, or "
+                "convert it to safetensors first (from_pretrained(folder, gguf_file=...), then save_pretrained)."
+            )
         raise CheckpointError(f"{self} has no weights: none of {', '.join(names)} is in {self.path}.{others}")
 
 

@@ -7,6 +7,7 @@ from typing import Any, TextIO
 
 from ..checkpoints.hub import Source, locate
 from ..errors import ConfigError, InputError
+from .models import load_folder
 
 
 def chat(model: Source, *, system: str | None = None, max_new_tokens: int = 512, lines: TextIO | None = None) -> None:
@@ -25,13 +26,13 @@ def chat(model: Source, *, system: str | None = None, max_new_tokens: int = 512,
     if max_new_tokens < 1:
         raise ConfigError(f"max_new_tokens must be at least 1, not {max_new_tokens}.")
     folder = locate(model).path
-    from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer
+    from transformers import AutoTokenizer, TextStreamer
     from transformers.utils import logging
 
     logging.disable_progress_bar()
     try:
         tokenizer: Any = AutoTokenizer.from_pretrained(folder)
-        network: Any = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", device_map="auto")
+        network: Any = load_folder(folder, dtype="auto", device_map="auto")
     except (OSError, ValueError) as reason:
         raise InputError(f"cannot load {model}: {reason}") from reason
     if not tokenizer.chat_template:

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+from ..checkpoints.checkpoint import ADAPTER_CONFIG
 from ..checkpoints.hub import Source, locate
+from ..checkpoints.json_files import is_there, read_json
+from ..checkpoints.manifest import adapter_base
+from ..checkpoints.schemas import AdapterConfig
 from ..errors import InputError
 from ..operations.in_memory import MemoryGraft
 
@@ -29,7 +34,7 @@ def load(source: Source | MemoryGraft, *, dtype: str, device: Any = "cpu") -> An
     logging.disable_progress_bar()
     try:
         if not isinstance(source, MemoryGraft):
-            found = AutoModelForCausalLM.from_pretrained(locate(source).path, dtype=dtype)
+            found = load_folder(locate(source).path, dtype=dtype)
         else:
             config = AutoConfig.from_pretrained(source.folder)
             with torch.device("meta"):
@@ -39,6 +44,23 @@ def load(source: Source | MemoryGraft, *, dtype: str, device: Any = "cpu") -> An
     except (OSError, ValueError) as reason:
         raise InputError(f"cannot load {source}: {reason}") from reason
     return found.to(device).eval()
+
+
+def load_folder(folder: Path, **options: Any) -> Any:
+    """Load the model in `folder`; of an adapter the model it names, at the commit that it names, with it.
+
+    `AutoModelForCausalLM` on an adapter's folder takes the model from the main branch of its repository.
+    """
+    from transformers import AutoModelForCausalLM
+
+    adapter = read_json(folder / ADAPTER_CONFIG, AdapterConfig) if is_there(folder / ADAPTER_CONFIG) else {}
+    if not adapter.get("base_model_name_or_path"):
+        return AutoModelForCausalLM.from_pretrained(folder, **options)
+    below = adapter_base(adapter, folder)
+    assert below is not None
+    model: Any = AutoModelForCausalLM.from_pretrained(below.source, revision=below.revision or "main", **options)
+    model.load_adapter(str(folder))
+    return model
 
 
 def tokenizer_and_ends(instruct: Source) -> tuple[Any, list[int]]:

@@ -230,7 +230,8 @@ class RunReport:
         if graft.get("realised") is not None:
             noise = f", with rounding noise of {100 * graft['noise']:.1f} % of its norm" if graft.get("noise") else ""
             lines.append(f"       {100 * graft['realised']:.1f} % of it realised in {graft['dtype']}{noise}")
-        return lines + [f"warning: {text}" for text in graft.get("warnings") or ()]
+        # The graft's own warnings were told when it was written.
+        return lines + [f"warning: {text}" for text in graft.get("notes") or ()]
 
     def _places(self) -> list[str]:
         """Return the folder of each model that this run made, the result first."""

@@ -14,8 +14,10 @@ from .options import GraftOptions
 from .trained import Full, PlainLora
 
 
-def form_of(tuned: Full, instruct: Checkpoint, options: GraftOptions) -> tuple[str, list[str]]:
-    """Return `adapter` or `model`, whichever the result takes, and why an adapter becomes dense weights.
+def form_of(tuned: Full, instruct: Checkpoint, options: GraftOptions) -> tuple[str, list[str], bool]:
+    """Return the form of the result, `adapter` or `model`, and why an adapter becomes dense weights.
+
+    The last value says whether the adapter form stands beside the dense one.
 
     Raises:
         AdapterError: an adapter is asked for and there is no exact one.
@@ -24,21 +26,22 @@ def form_of(tuned: Full, instruct: Checkpoint, options: GraftOptions) -> tuple[s
         if options.format == "adapter" or options.rank is not None:
             what = "a sum, which has an adapter form for plain LoRAs only" if tuned.stages else "a full checkpoint"
             raise no_adapter_form([f"tuned is {what}  (`shadow-trl delta --rank R` makes a LoRA for base)"], rank=False)
-        return "model", []
+        return "model", [], False
     left = left_out(tuned, instruct, options)
     if left and (options.rank is not None or options.format == "adapter"):
         raise no_adapter_form(left, rank=False)
     if options.rank is not None:
-        return "adapter", []
-    reasons = [*(f"{name} is set" for name in options.dense_only()), *left]
-    reasons += adapter_obstacles(tuned.checkpoint, options.scale)
+        return "adapter", [], False
+    chosen = [f"{name} is set" for name in options.dense_only()]
+    inexact = [*left, *adapter_obstacles(tuned.checkpoint, options.scale)]
+    reasons = [*chosen, *inexact]
     if reasons and options.format == "adapter":
         raise no_adapter_form(reasons)
-    if reasons or options.format == "adapter":
-        return ("model" if reasons else "adapter"), reasons
+    if options.format == "adapter" or not (reasons or is_local(instruct)):
+        return "adapter", [], False
     if is_local(instruct):
-        return "model", [f"instruct {instruct} is a local folder, which an adapter would have to name"]
-    return "adapter", []
+        reasons = reasons or [f"instruct {instruct} is a local folder, which an adapter would have to name"]
+    return "model", reasons, is_local(instruct) and not inexact and options.for_adapter() is not None
 
 
 def left_out(tuned: Full, instruct: Checkpoint, options: GraftOptions) -> list[str]:

@@ -39,6 +39,7 @@ class Inputs:
         warnings: what the user should know.
         reasons: why the result is dense, where an adapter was trained.
         template: whose chat template the result has.
+        beside: whether the adapter form stands beside the dense one.
     """
 
     instruct: Checkpoint
@@ -47,6 +48,7 @@ class Inputs:
     warnings: list[str] = field(default_factory=list)
     reasons: list[str] = field(default_factory=list)
     template: TemplateChoice = field(default_factory=TemplateChoice)
+    beside: bool = False
 
     @property
     def sides(self) -> dict[str, Checkpoint]:
@@ -91,9 +93,9 @@ def open_tuned_inputs(
     template = TemplateChoice()
     if check_pair:
         template = choose_template(tuned.trained_with, receiver.path, options.chat_template)
-    form, reasons = form_of(tuned, receiver, options)
+    form, reasons, beside = form_of(tuned, receiver, options)
     warnings += [*template.warnings, *adapter_warnings(tuned, receiver, reasons)]
-    return Inputs(receiver, tuned, form, warnings, reasons, template)
+    return Inputs(receiver, tuned, form, warnings, reasons, template, beside)
 
 
 def open_delta(base: Source | None, instruct: Source, delta: Source, options: GraftOptions) -> Inputs:

@@ -94,6 +94,11 @@ class Jobs:
         still = options.scale == 0.0 and options.instruct_scale == 1.0
         return cls([job.copied() for job in weights] if still else weights, layout, **facts)
 
+    def in_dtype(self, options: GraftOptions) -> Jobs:
+        """Return the same plan for another output dtype."""
+        weights = [replace(job, code=output_code(job.instruct.spec.code, options)) for job in self.weights]
+        return replace(self, weights=weights)
+
 
 def full_jobs(
     base: Checkpoint,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from typing import Any
 
@@ -32,6 +32,7 @@ class Option:
         argument: its name in the configs of the trainers. Default None: they do not have it.
         recorded: whether the manifest has it, as what the weights and their files depend on. Default False.
         dense_only: whether dense weights alone can honour another value than the default. Default False.
+        of_any_form: values beside the default that an adapter honours too, of a `dense_only` option. Default: none.
 
     """
 
@@ -43,6 +44,7 @@ class Option:
     argument: str | None = None
     recorded: bool = False
     dense_only: bool = False
+    of_any_form: tuple[Any, ...] = ()
 
     def checked(self, name: str, value: Any) -> Any:
         """Return `value` as it is kept; raise ConfigError, with `name`, for one that the option cannot have."""
@@ -139,12 +141,13 @@ class GraftOptions:
         choices=("auto", "model", "adapter"), argument="graft_format",
     )  # fmt: skip
     dtype: str = _option(
-        "auto", "dtype of the result; auto: that of each INSTRUCT weight",
+        "auto", "dtype of the result; auto: that of each INSTRUCT weight, or what `rounding` takes",
         choices=DTYPES, argument="graft_dtype", recorded=True, dense_only=True,
     )  # fmt: skip
     rounding: str = _option(
-        "nearest", "how sums are rounded to the dtype of the result",
-        choices=("nearest", "stochastic"), argument="graft_rounding", recorded=True, dense_only=True,
+        "auto", "how sums are rounded; auto: to nearest, or else what keeps a small delta: stochastic, or float32",
+        choices=("auto", "nearest", "stochastic"), argument="graft_rounding", recorded=True, dense_only=True,
+        of_any_form=("nearest",),
     )  # fmt: skip
     seed: int = _option(
         0, "seed of stochastic rounding", check=_integer, flags={"type": int}, argument="graft_seed", recorded=True
@@ -201,7 +204,18 @@ class GraftOptions:
 
     def dense_only(self) -> list[str]:
         """Return the names of the options set to values that only the dense form can honour."""
-        return [name for name, item in declared().items() if item.dense_only and getattr(self, name) != item.default]
+        return [
+            name
+            for name, item in declared().items()
+            if item.dense_only and getattr(self, name) not in (item.default, *item.of_any_form)
+        ]
+
+    def for_adapter(self) -> GraftOptions | None:
+        """Return the options of the same graft as an adapter; None where dense weights alone can be that graft."""
+        if not {"dtype", "rounding", "max_shard_size"}.issuperset(self.dense_only()):
+            return None
+        defaults = {name: declared()[name].default for name in self.dense_only()}
+        return replace(self, format="adapter", **defaults)
 
     def patterns(self) -> list[re.Pattern[str]] | None:
         """Return the compiled expressions of `modules`, None for `all`."""

@@ -7,18 +7,16 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..arithmetic.sums import Sums
+from ..arithmetic.sums import Sums, is_whole
 from ..checkpoints.weight_names import kind_of, layer_key, layer_of
+from ..results.usage import kept
 
 WIDE_GAP = 0.1
 """sigma above which grafts of this pair are doubtful; families of the paper lie below 0.05."""
-POOR_REALISED = 0.1
-"""Distance of `realised` from 1 that is worth a warning."""
-POOR_NOISE = 0.5
-"""`noise` that is worth a warning: rounding puts half as much beside the delta as the delta itself."""
+POOR_NOISE = 5.0
+"""`noise` of stochastic rounding above which it does: it averages out in part (docs/precision.md)."""
 FIGURES = ("sigma", "delta_norm", "realised", "noise")
 """Of `Sums`, as reports have them."""
-_FLOAT32 = "fp32 output (--dtype float32; in training graft_dtype)"
 
 
 class _Report:
@@ -49,9 +47,14 @@ class GraftReport(_Report):
         delta_norm: Euclidean norm of the change, scale included; None where nothing was measured.
         realised: <r,d>/<d,d>, the share of the change d that the stored weights r - the rounded ones - hold.
         noise: |r-d|/|d|, what rounding put beside the change.
+        realised_in_bf16: the same share after a load in bf16; None where nothing was measured.
         by_kind: kind of weight -> the same figures and the number of weights and elements.
         warnings: what the user should know.
         dense_because: why an adapter became dense weights, where `auto` chose them.
+        rounding: `nearest` or `stochastic`, for dense weights.
+        rounded_because: why the sums are not rounded to nearest in INSTRUCT's dtype, where `auto` chose that.
+        beside: folder below `output` with the same graft as an adapter; None where there is none.
+        load: the Python call that loads the result.
     """
 
     output: Path
@@ -65,9 +68,14 @@ class GraftReport(_Report):
     delta_norm: float | None = None
     realised: float | None = None
     noise: float | None = None
+    realised_in_bf16: float | None = None
     by_kind: dict[str, dict[str, Any]] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
     dense_because: list[str] = field(default_factory=list)
+    rounding: str | None = None
+    rounded_because: str | None = None
+    beside: str | None = None
+    load: str = ""
 
     def text(self) -> str:
         """Return the report as lines for a terminal."""
@@ -75,7 +83,14 @@ class GraftReport(_Report):
         lines = [f"{self.form} in {self.output}: {self.grafted} {unit} grafted, {self.copied} copied, {self.dtype}"]
         if self.dense_because:
             lines.append(f"dense because {'; '.join(self.dense_because)}")
-        return "\n".join([*lines, *self._figures()])
+        if self.rounded_because:
+            how = "rounded stochastically" if self.rounding == "stochastic" else f"in {self.dtype}"
+            lines.append(f"{how} because {self.rounded_because}")
+        lines += self._figures()
+        lines += [line for line in (kept(vars(self)),) if line is not None]
+        if self.beside is not None:
+            lines.append(f"The same as an adapter for instruct: {self.output / self.beside}")
+        return "\n".join([*lines, *([f"Load it with  {self.load}"] if self.load else [])])
 
 
 @dataclass(frozen=True)
@@ -186,8 +201,8 @@ def graft_figures(sums: Mapping[str, Sums], stats: bool, *, sigma: bool = True) 
     return {**figures(_total(sums.values())), "by_kind": _grouped(kind_of, figures, sums)}
 
 
-def graft_warnings(figures: Mapping[str, Any], dtype: str, rounding: str) -> list[str]:
-    """Return what the figures of a graft say against it, each with the way out that helps."""
+def graft_warnings(figures: Mapping[str, Any], dtype: str, rounding: str, way_out: str = "") -> list[str]:
+    """Return what the figures of a graft say against it; `way_out` follows where rounding lost a part of the delta."""
     found = []
     sigma, realised, noise = (figures.get(name) for name in ("sigma", "realised", "noise"))
     if figures and figures.get("delta_norm") == 0:
@@ -197,18 +212,23 @@ def graft_warnings(figures: Mapping[str, Any], dtype: str, rounding: str) -> lis
             f"base and instruct are far apart: sigma is {sigma:.3g}, pairs of one family lie below 0.05. The graft may "
             "carry over badly."
         )
-    if realised is not None and abs(realised - 1) > POOR_REALISED:
-        nearest = "stochastic rounding (--rounding stochastic; in training graft_rounding), "
-        found.append(
-            f"{dtype} holds only part of the delta: realised is {realised:.3g} instead of 1, its size is lost to "
-            f"rounding. Ways out: {nearest if rounding == 'nearest' else ''}{_FLOAT32}, or the adapter form for a LoRA."
-        )
-    if noise is not None and noise > POOR_NOISE:
-        found.append(
-            f"rounding to {dtype} adds noise of {noise:.3g} times the delta's norm. Ways out: {_FLOAT32}, or the "
-            "adapter form for a LoRA; stochastic rounding would raise it."
-        )
+    if drowns(realised, noise, rounding):
+        how = "stochastically" if rounding == "stochastic" else "to nearest"
+        kept_share = f"{realised:.3g} of the delta with noise of {noise:.3g} times its norm"
+        found.append(f"{dtype} rounded {how} keeps {kept_share}.{way_out}")
     return found
+
+
+def drowns(realised: float | None, noise: float | None, rounding: str) -> bool:
+    """Whether rounding changes what the delta does: its size, or stochastically by noise that hides it."""
+    if realised is None or noise is None:
+        return False
+    return not is_whole(realised) or (rounding == "stochastic" and noise > POOR_NOISE)
+
+
+def realised_in_bf16(sums: Mapping[str, Sums], stats: bool) -> float | None:
+    """Return the field of `GraftReport`; None where nothing was measured."""
+    return _total(sums.values()).realised_in_bf16 if stats and sums else None
 
 
 def gap_report(gaps: Mapping[str, Sums], deltas: Mapping[str, Sums] | None, warnings: list[str]) -> GapReport:

@@ -10,22 +10,22 @@ from __future__ import annotations
 import math
 import mmap
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import torch
-from torch import Tensor
 
-from ..arithmetic.grafter import BLOCK, BlockGrafter, is_finite
+from ..arithmetic.grafter import BLOCK, is_finite
 from ..arithmetic.sums import Sums
 from ..checkpoints.header import TORCH_NAMES, dtype_of
 from ..results.shard_writer import ShardWriter
 from ..runtime.threads import run_threads
 from ..runtime.workers import in_workers
+from .blocks import JobGrafter, blocks_of
 from .files import OutputFile
-from .jobs import LowRank, WeightJob
+from .jobs import WeightJob
 from .options import GraftOptions
 
 CHUNK = 4 * 2**20
@@ -181,10 +181,8 @@ class _Worker:
         self.lock = lock
         self.buffer = mmap.mmap(-1, CHUNK)
         self.bytes = torch.frombuffer(self.buffer, dtype=torch.uint8)
-        how = {name: getattr(options, name) for name in ("scale", "instruct_scale", "rounding", "seed", "stats")}
-        self.grafter = BlockGrafter(**how)
+        self.grafter = JobGrafter(options)
         self.spare = torch.empty(BLOCK, dtype=torch.float64).view(torch.uint8)
-        self.factors: dict[str, tuple[LowRank, Tensor]] = {}
 
     def fill(self, file: OutputFile, low: int, high: int) -> list[tuple[str, Sums]]:
         """Compute bytes `low` to `high` of `file` into the buffer."""
@@ -212,7 +210,7 @@ class _Worker:
         target = self.bytes[at : at + nbytes] if whole else self.spare[:nbytes]
         out = target.view(dtype)
         if delta:
-            sums = self._graft(job, out, start, stop)
+            sums = self.grafter.graft(job, out, start, stop)
         else:
             out.copy_(job.instruct.block(start, stop))
             sums = Sums()
@@ -226,37 +224,6 @@ class _Worker:
             self.bytes[max(at, 0) : max(at, 0) + room] = target[skip : skip + room]
         return sums
 
-    def _graft(self, job: WeightJob, out: Tensor, start: int, stop: int) -> Sums:
-        instruct = job.instruct.block(start, stop)
-        base = job.base.block(start, stop) if job.base is not None else None
-        if job.tuned is not None and base is not None:
-            return self.grafter.graft(
-                out, instruct, base, job.tuned.block(start, stop), name=job.instruct.name, index=start
-            )
-        assert job.low_rank is not None
-        row, skip = divmod(start, job.low_rank.columns)
-        rows = -(-stop // job.low_rank.columns) - row
-        left, right = self._factors(job.low_rank, row, rows)
-        return self.grafter.add_low_rank(
-            out, instruct, left, right, skip, factor=job.low_rank.factor, base=base, name=job.instruct.name, index=start
-        )
-
-    def _factors(self, low_rank: LowRank, row: int, rows: int) -> tuple[Tensor, Tensor]:
-        """Return copies of some rows of the left factor and of the right factor, fp32; the right one stays for more."""
-        left, right = low_rank.left, low_rank.right
-        cached = self.factors.get("right")
-        if cached is None or cached[0] is not low_rank:
-            whole = right.tensor()
-            whole = whole.T if low_rank.transposed else whole
-            cached = (low_rank, whole.to(torch.float32).contiguous())
-            self.factors["right"] = cached
-        if low_rank.transposed:
-            wanted = left.tensor().T[row : row + rows]
-        else:
-            rank = left.spec.shape[1]
-            wanted = left.block(row * rank, (row + rows) * rank).view(-1, rank)
-        return wanted.to(torch.float32, copy=True), cached[1]
-
     def _blame(self, job: WeightJob, start: int, stop: int, delta: bool) -> None:
         sides = []
         places = {"instruct": job.instruct, **({"base": job.base, "tuned": job.tuned} if delta else {})}
@@ -269,33 +236,3 @@ class _Worker:
         with self.lock:
             known = self.outcome.bad.setdefault(job.name, NotFinite(TORCH_NAMES[job.code])).sides
             known.extend(side for side in sides if side not in known)
-
-
-class Block(NamedTuple):
-    """Elements `start` to `stop` of a flattened weight; `grafted` says whether the delta is added to them."""
-
-    start: int
-    stop: int
-    grafted: bool
-
-
-def blocks_of(job: WeightJob, first: int, last: int) -> Iterator[Block]:
-    """Cut elements `first` to `last` of a weight into blocks, each grafted or copied as a whole."""
-    runs = job.runs if job.runs is not None else ((0, last),)
-    at = first
-    for run_start, run_stop in runs if job.grafted else ():
-        start, stop = max(run_start, at), min(run_stop, last)
-        if start >= stop:
-            continue
-        for low in range(at, start, BLOCK):
-            yield Block(low, min(low + BLOCK, start), False)
-        at = start
-        while at < stop:
-            end = min(at + BLOCK, stop)
-            if job.low_rank is not None and end < stop:  # whole rows, where a block has room for one
-                whole = end - end % job.low_rank.columns
-                end = whole if whole > at else end
-            yield Block(at, end, True)
-            at = end
-    for low in range(at, last, BLOCK):
-        yield Block(low, min(low + BLOCK, last), False)

@@ -136,5 +136,7 @@ def _options(options: dict[str, Any]) -> GraftOptions:
 
 
 def _size(instruct: Checkpoint, options: GraftOptions) -> int:
-    width = {"float32": 4, "bfloat16": 2, "float16": 2}.get(options.dtype)
+    widths = {"float32": 4, "bfloat16": 2, "float16": 2}
+    # With all left open, a delta that is too small for 16 bits is written in float32.
+    width = 4 if options.dtype == options.rounding == "auto" else widths.get(options.dtype)
     return sum(spec.numel * width if width and spec.is_float else spec.nbytes for spec in instruct.specs.values())

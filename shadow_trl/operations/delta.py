@@ -106,7 +106,7 @@ def _options(dtype: Any, rank: int | None, **options: Any) -> GraftOptions:
         raise ConfigError(f"dtype of a delta must be one of {', '.join(DTYPES[1:])}.")
     declared()["rank"].checked("rank", rank)
     # A head that only TUNED has of its own is part of the delta; whether INSTRUCT can take it is asked at the graft.
-    return GraftOptions(format="model", dtype=dtype, untie=True, **options)
+    return GraftOptions(format="model", dtype=dtype, rounding="nearest", untie=True, **options)
 
 
 @contextmanager

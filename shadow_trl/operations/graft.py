@@ -6,9 +6,11 @@ without the weights is found before anything is written.
 
 from __future__ import annotations
 
+import shlex
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,8 +24,8 @@ from ..grafting.files import main_dtype, plan_files, write_index
 from ..grafting.form import is_local
 from ..grafting.inputs import Digests, Inputs, open_delta, open_tuned_inputs, other_base
 from ..grafting.jobs import check_rounding, narrow_warning
-from ..grafting.options import GraftOptions
-from ..grafting.reports import GraftReport, graft_figures, graft_warnings
+from ..grafting.options import GraftOptions, declared
+from ..grafting.reports import GraftReport, graft_figures, graft_warnings, realised_in_bf16
 from ..grafting.trained import Full, PlainLora
 from ..grafting.tuned import names_base, one_tuned, recorded_sides
 from ..pair.known import taken_base
@@ -31,12 +33,17 @@ from ..results.cards import write_model_card
 from ..results.check import check_result
 from ..results.copied import copied_files, copy_files, write_config, write_templates
 from ..results.folder import OutputFolder, check_free, check_place, files_in, recover
+from ..results.usage import loading_call
 from ..results.written import tells_what_is_written
 from ..runtime.machine import check_space
 from ..runtime.progress import Progress
 
 if TYPE_CHECKING:
+    from ..checkpoints.checkpoint import Checkpoint
     from ..grafting.stream import Outcome
+
+BESIDE = "adapter"
+"""Folder in a dense result with the same graft as an adapter."""
 
 
 @ends_with("Nothing was written.")
@@ -52,7 +59,7 @@ def graft(
     modules: str | Sequence[str] = "all",
     format: str = "auto",
     dtype: Any = "auto",
-    rounding: str = "nearest",
+    rounding: str = "auto",
     seed: int = 0,
     vocab: str = "strict",
     chat_template: str = "instruct",
@@ -87,9 +94,12 @@ def graft(
         modules: weights that receive the delta: `all` (default), `linear` (the weights of the q, k, v, o, gate, up and
             down projections), a regular expression searched in the names of INSTRUCT's weights, or a list of these.
         format: `model` (dense weights), `adapter` (a PEFT adapter for INSTRUCT), or `auto` (default): the adapter
-            where an exact one exists and INSTRUCT is a hub id.
+            where an exact one exists and INSTRUCT is a hub id. With a local INSTRUCT the result is dense, and an exact
+            adapter form stands in its folder `adapter`.
         dtype: `auto` (default, the dtype of each INSTRUCT weight), `float32`, `bfloat16` or `float16`.
-        rounding: `nearest` (default) or `stochastic`.
+        rounding: `nearest`, `stochastic`, or `auto` (default): nearest, unless a sample of all weights shows that this
+            would keep less than 0.9 of the delta. Then stochastic; or, where its noise would be above five times the
+            delta's norm, float32 if `dtype` is `auto`.
         seed: of stochastic rounding. Default 0.
         vocab: `strict` (default) refuses sides with different token rows; `shared` grafts the rows that all have.
         chat_template: `instruct` (default) or `trained`: the templates in TUNED's folder, which it was trained with; of
@@ -135,9 +145,26 @@ def graft(
             if inputs.form == "adapter":
                 report = _write_adapter_form(inputs, place.part, target, settings, progress)
             else:
-                report = _write_dense_form(inputs, place.part, target, settings, progress)
+                way_out = _way_out(settings, target, base=base, instruct=instruct, tuned=tuned, delta=delta)
+                report = _write_dense_form(inputs, place.part, target, settings, progress, way_out)
             place.commit()
     return report
+
+
+def _way_out(options: GraftOptions, target: Path, **sides: Any) -> str:
+    """Return the sentence and the command that follow a warning that rounding lost a part of the delta."""
+    exact = replace(options, dtype="float32", rounding="auto")
+    words = ["shadow-trl", "graft"]
+    for role, source in sides.items():
+        given = source if isinstance(source, (list, tuple)) else [source]
+        parts = [":".join(map(str, part)) if isinstance(part, tuple) else str(part) for part in given]
+        words += [word for part in parts if source is not None for word in (f"--{role}", part)]
+    for name, option in declared().items():
+        value = getattr(exact, name)
+        if value != option.default and name not in ("overwrite", "digest", "stats"):
+            listed = value if isinstance(value, list) else [] if value is True else [value]
+            words += [f"--{name.replace('_', '-')}", *map(str, listed)]
+    return f" Without a loss:\n  {shlex.join([*words, '--output', f'{target}-float32'])}"
 
 
 @contextmanager
@@ -164,12 +191,17 @@ def _opened(
         yield open_tuned_inputs(single, sides["instruct"], options)
 
 
-def _write_dense_form(inputs: Inputs, part: Path, target: Path, options: GraftOptions, progress: bool) -> GraftReport:
+def _write_dense_form(
+    inputs: Inputs, part: Path, target: Path, options: GraftOptions, progress: bool, way_out: str
+) -> GraftReport:
+    from ..grafting.precision import choose_precision
     from ..grafting.stream import stream_in_processes
 
     scratch = part / ".converted"
     jobs = inputs.tuned.jobs(inputs.instruct, options, scratch)
     check_rounding(jobs, options)
+    precision = choose_precision(jobs, options)
+    jobs, options = precision.jobs, precision.options
     files = plan_files(jobs.weights, jobs.layout, options.max_shard_size)  # type: ignore[arg-type]
     small = copied_files(inputs.instruct, templates=not inputs.template.source)
     check_space(target, sum(file.size for file in files) + sum(path.stat().st_size for path in small))
@@ -184,21 +216,26 @@ def _write_dense_form(inputs: Inputs, part: Path, target: Path, options: GraftOp
         dtype = main_dtype(jobs.weights)
         write_config(part, dtype, jobs.config_edits)
         figures = graft_figures(outcome.sums, options.stats, sigma="base" in inputs.sides)
-        notes = [*inputs.warnings, *jobs.warnings, *graft_warnings(figures, dtype or "", options.rounding)]
+        notes = [*inputs.warnings, *jobs.warnings]
+        notes += graft_warnings(figures, dtype or "", options.rounding, way_out)
         if options.untie and not jobs.config_edits:
             notes.append("untie changes nothing: no head has a delta of its own on a tied embedding.")
         report = GraftReport(
             target, "model", jobs.grafted, len(jobs.weights) - jobs.grafted, dtype or "", options.scale,
             options.instruct_scale, **figures, warnings=notes, dense_because=inputs.reasons,
+            realised_in_bf16=realised_in_bf16(outcome.sums, options.stats),
+            rounding=options.rounding, rounded_because=precision.because, beside=BESIDE if inputs.beside else None,
+            load=loading_call(part, inputs.instruct, str(target)),
         )  # fmt: skip
-        _write_provenance(part, inputs, report, options, sides=digests.collect(), left_out=jobs.left_out)
+        sides = digests.collect()
+        if inputs.beside:
+            _write_beside(inputs, part / BESIDE, target / BESIDE, options, sides)
+        _write_provenance(part, inputs, report, options, sides=sides, left_out=jobs.left_out)
     check_result(part, target, small, inputs.instruct.path)
     return report
 
 
 def _write_adapter_form(inputs: Inputs, part: Path, target: Path, options: GraftOptions, progress: bool) -> GraftReport:
-    from ..adapters.repoint import write_adapter
-
     scratch, notes = part / ".truncated", list(inputs.warnings)
     base, adapter = inputs.tuned.base, inputs.tuned.checkpoint
     if options.rank is not None:
@@ -215,21 +252,42 @@ def _write_adapter_form(inputs: Inputs, part: Path, target: Path, options: Graft
     check_space(target, 2 * sum(path.stat().st_size for path in (*small, *adapter.files)))
     read = {"instruct": small, **inputs.template.files}
     with Digests(inputs.sides, read, options) as digests:
-        modules, narrow = write_adapter(adapter, base, inputs.instruct, options.scale, part)
-        notes += narrow_warning(narrow)
+        report = _write_adapter(inputs, adapter, part, target, options, small)
+        report.warnings[:0] = notes
         shutil.rmtree(scratch, ignore_errors=True)
-        copy_files(small, inputs.instruct, part)
-        write_templates(inputs.template.templates, part)
-        if is_local(inputs.instruct):
-            notes.append(
-                f"the adapter names the local folder {inputs.instruct.source} as its model: it loads only where that "
-                "path leads there."
-            )
-        code = next(iter(adapter.specs.values())).code
-        report = GraftReport(target, "adapter", modules, 0, TORCH_NAMES[code], options.scale, warnings=notes)
         _write_provenance(part, inputs, report, options, sides=digests.collect(), left_out=[])
     check_result(part, target, small, inputs.instruct.path)
     return report
+
+
+def _write_beside(inputs: Inputs, part: Path, target: Path, options: GraftOptions, sides: Mapping[str, Entry]) -> None:
+    """Write the same graft as an adapter, whole, below the dense one, whose `sides` were digested."""
+    exact = options.for_adapter()
+    assert exact is not None  # else there would be none beside
+    small = copied_files(inputs.instruct, adapter=True, templates=not inputs.template.source)
+    part.mkdir()
+    report = _write_adapter(inputs, inputs.tuned.checkpoint, part, target, exact, small)
+    _write_provenance(part, inputs, report, exact, sides=sides, left_out=[])
+    check_result(part, target, small, inputs.instruct.path)
+
+
+def _write_adapter(
+    inputs: Inputs, adapter: Checkpoint, part: Path, target: Path, options: GraftOptions, small: list[Path]
+) -> GraftReport:
+    """Write `adapter`, made one for INSTRUCT, and the files beside it."""
+    from ..adapters.repoint import write_adapter
+
+    modules, narrow = write_adapter(adapter, inputs.tuned.base, inputs.instruct, options.scale, part)
+    notes = narrow_warning(narrow)
+    copy_files(small, inputs.instruct, part)
+    write_templates(inputs.template.templates, part)
+    if is_local(inputs.instruct):
+        notes.append(
+            f"the adapter names the local folder {inputs.instruct.source} as its model: it loads only where that "
+            "path leads there."
+        )
+    code, load = next(iter(adapter.specs.values())).code, loading_call(part, inputs.instruct, str(target))
+    return GraftReport(target, "adapter", modules, 0, TORCH_NAMES[code], options.scale, warnings=notes, load=load)
 
 
 def _write_provenance(
@@ -243,7 +301,8 @@ def _write_provenance(
 ) -> None:
     report.warnings.extend(other_base(inputs.tuned, sides))
     found = report.to_dict()
-    del found["output"], found["scale"], found["instruct_scale"]
+    for name in ("output", "scale", "instruct_scale", "rounding", "load"):  # places of today, and what `options` has
+        del found[name]
     named = {role: vars(entry) for role, entry in sides.items()}
     facts = {"options": options.to_dict(), "left_out": left_out, **found}
     if inputs.template.whose is not None:

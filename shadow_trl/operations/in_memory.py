@@ -91,12 +91,15 @@ class OpenGrafts:
             GraftError: values that are not finite.
         """
         from ..grafting.in_memory import in_memory
+        from ..grafting.precision import choose_precision
 
         inputs = open_tuned_inputs(self.single, self.instruct, options)
         folder = Path(mkdtemp(dir=self.scratch))
         jobs = inputs.tuned.jobs(inputs.instruct, options, folder / ".converted")
         check_rounding(jobs, options)
-        weights, outcome = in_memory(jobs, options)
+        precision = choose_precision(jobs, options)
+        jobs = precision.jobs
+        weights, outcome = in_memory(jobs, precision.options)
         shutil.rmtree(folder / ".converted", ignore_errors=True)
         check_finite(outcome)
         copy_files(copied_files(inputs.instruct), inputs.instruct, folder)

@@ -25,14 +25,17 @@ from ..grafting.options import GraftOptions, declared
 from ..grafting.tuned import weighted_sources
 from ..results.folder import Scratch
 from ..runtime.machine import check_space
-from .graft import graft
+from .graft import BESIDE, graft
 
 if TYPE_CHECKING:
     import torch
 
 _CARD = "README.md"
 # What of the manifest is no figure: facts about the files, prose, and what the graft is made again from.
-_NO_FIGURES = {"trained", "kind", "format", "versions", "card", "files", "options", "warnings", "dense_because"}
+_NO_FIGURES = {
+    "trained", "kind", "format", "versions", "card", "files", "options", "warnings", "dense_because",
+    "rounded_because", "beside",
+}  # fmt: skip
 _FIGURE_TOLERANCE = 1e-6
 """Sums of another processor or torch may add up in another order."""
 
@@ -157,8 +160,14 @@ def verify(
             del remade["loaded_in"]
         if "chat_template" not in recorded:  # by 0.1.0
             remade.pop("chat_template", None)
+        if "realised_in_bf16" not in manifest:  # the same
+            remade.pop("realised_in_bf16", None)
         figures = _other_figures(manifest, remade)
     left = [f"warnings, versions and paths in {MANIFEST_NAME}", *_compare_card(there, manifest, equal, files)]
+    if manifest.get("beside"):
+        folder_beside = f"{BESIDE}{os.sep}"
+        files = [row for row in files if not row.startswith(folder_beside)]
+        left.append(f"{BESIDE}/, a graft of its own that can be verified as this one")
     if "max_shard_size" not in recorded:  # by 0.1.0
         left.append("which file holds which weight, the index and the metadata of headers, as the size is not recorded")
         files = [row for row in files if row.split("  ")[0] not in _stored_in(there, again)]

@@ -143,7 +143,7 @@ def _graft_figures(run: Path, origins: Origins, *, scored: bool) -> dict[str, An
     manifest = read_manifest(run / GRAFTED_FOLDER)
     assert manifest is not None  # there is a graft
     found = {**manifest["options"], **manifest, "output": str(run / GRAFTED_FOLDER)}
-    figures = {field.name: found[field.name] for field in fields(GraftReport)}
+    figures = {field.name: found[field.name] for field in fields(GraftReport) if field.name in found}
     full = (run / "config.json").is_file()
     if not full and not scored:
         return figures
@@ -151,7 +151,7 @@ def _graft_figures(run: Path, origins: Origins, *, scored: bool) -> dict[str, An
     try:
         measured = gap(base, instruct, str(run) if full else None, progress=False)
     except ShadowError as reason:  # the result is on the disk; its report must not fail for a figure
-        return {**figures, "warnings": [*figures["warnings"], f"the gap was not measured: {reason}"]}
+        return {**figures, "notes": [f"the gap was not measured: {reason}"]}
     sigma, share = figures["sigma"], measured.delta_to_gap
     figures["sigma"] = measured.sigma if sigma is None else sigma
     return {**figures, "delta_to_gap": share * abs(figures["scale"]) if share is not None else None}

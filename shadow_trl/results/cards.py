@@ -16,6 +16,7 @@ import yaml
 from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.hub import Source, is_hub_id, local_folder
 from ..checkpoints.manifest import MANIFEST_NAME, Entry
+from .usage import loading_call, loading_lines
 
 CARD_NAME = "README.md"
 
@@ -54,7 +55,8 @@ def write_model_card(
         folder: of the graft.
         manifest: of the graft; `trained` says how TUNED was trained.
         adapter: whether the graft is an adapter. Default: a model.
-        instruct: INSTRUCT, whose card has the licence and the pipeline tag. Default: neither is known.
+        instruct: INSTRUCT, whose card has the licence and the pipeline tag. Default: these are not known, nor is how
+            the graft is loaded.
     """
     names = _names(manifest, "instruct", "base", "tuned")
     options = manifest.get("options", {})
@@ -69,6 +71,8 @@ def write_model_card(
         f"The update was learnt on the base model and added to the instruct model. `{MANIFEST_NAME}` beside this file "
         f"says what was added, with digests and figures. {_TEMPLATE[manifest.get('chat_template')]}"
     ]
+    if instruct is not None:
+        lines += loading_lines(manifest, loading_call(Path(folder), instruct))
     trained = manifest.get("trained", {})
     for title, rows in (("How the update was learnt", _training(trained)), ("Scores", trained.get("scores", {}))):
         lines += ["", f"## {title}", "", *_table(rows)[:-1]] if rows else []

@@ -116,7 +116,10 @@ class ShadowArguments:
 
     @classmethod
     def upgrade(cls: type[_Config], args: Any) -> _Config:
-        """Return `args`, a plain TRL or transformers config, as this class, with our defaults for what it lacks."""
+        """Return `args`, a plain TRL or transformers config, as this class, with our defaults for what it lacks.
+
+        Fields that a subclass of TRL's config has besides are kept as attributes.
+        """
         if isinstance(args, cls):
             return args
         values = args.to_dict()
@@ -124,9 +127,13 @@ class ShadowArguments:
         values.update({name: getattr(args, name) for name in values if name.endswith("_token")})
         known = {item.name for item in dataclasses.fields(cls) if item.init}
         unknown = sorted(set(values) - known)
-        if unknown:
+        trl_config = cls.__mro__[cls.__mro__.index(ShadowArguments) + 1]
+        if unknown and not isinstance(args, trl_config):
             raise ConfigError(f"{type(args).__name__} has arguments that {cls.__name__} lacks: {', '.join(unknown)}.")
-        return cls(**values)
+        config = cls(**{name: value for name, value in values.items() if name in known})
+        for name in unknown:
+            setattr(config, name, getattr(args, name))
+        return config
 
 
 @dataclass
@@ -164,6 +171,8 @@ class PrecomputingArguments(ReferenceArguments):
         None,
         "Whether to compute the reference log probabilities before training. Default: True when the reference is not "
         "init and the data is map-style text.",
+        nargs="?",
+        const=True,
     )
 
 

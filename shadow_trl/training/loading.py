@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import platform
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, cast
@@ -17,6 +18,7 @@ from ..grafting.tuned import loaded_in, loaded_like
 from .engines import is_shared_out
 
 if TYPE_CHECKING:
+    from accelerate import Accelerator
     from peft import PeftModel
     from transformers import PreTrainedModel
 
@@ -104,6 +106,23 @@ def load_adapter(adapter: str, model: PreTrainedModel, *, trainable: bool) -> Pe
     wide = not any(map(is_shared_out, model.parameters()))
     with torch.random.fork_rng():
         return PeftModel.from_pretrained(model, adapter, is_trainable=trainable, autocast_adapter_dtype=wide)
+
+
+def slow_precision(accelerator: Accelerator, model: Any) -> list[str]:
+    """Return the notice that training in 16 bits is slow here: on a CPU without instructions for that dtype."""
+    mixed = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision)
+    dtype = mixed or next((one.dtype for one in model.parameters() if one.requires_grad), torch.float32)
+    known = {torch.bfloat16: ("_is_avx512_bf16_supported", "_is_amx_tile_supported"),
+             torch.float16: ("_is_amx_fp16_supported",)}  # fmt: skip
+    if accelerator.device.type != "cpu" or platform.machine() not in ("x86_64", "AMD64") or dtype not in known:
+        return []
+    if any(getattr(torch.cpu, name)() for name in known[dtype]):
+        return []
+    name = str(dtype).removeprefix("torch.")
+    way_out = "bf16=False and fp16=False" if mixed else "the model in float32, TRL's default"
+    return [
+        f"this CPU has no instructions for {name}: a step can take several times as long as in float32. Pass {way_out}."
+    ]
 
 
 def is_adapted(model: Any) -> bool:

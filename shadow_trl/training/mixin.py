@@ -60,7 +60,7 @@ from .engines import (
 )
 from .evaluation import GraftedEvaluation
 from .gathering import no_word_of_shards, whole_weights
-from .loading import bare_model, dtypes_before, load_adapter, reload_converted
+from .loading import bare_model, dtypes_before, load_adapter, reload_converted, slow_precision
 from .older import refuse_lost_biases
 from .origins import Start
 from .preflight import (
@@ -74,7 +74,7 @@ from .preflight import (
 from .publishing import Publishing, described
 from .resuming import checkpoint_of, of_another_run
 from .saved import check_as_saved
-from .settings import Forms, bound, check_columns, check_first_row, check_settings, removed_if_refused
+from .settings import Forms, bound, check_columns, check_first_row, check_settings, removed_if_refused, signature_of
 
 if TYPE_CHECKING:
     from transformers.trainer_utils import TrainOutput
@@ -103,15 +103,17 @@ class ShadowMixin(GraftedEvaluation, Publishing):
         OutputExistsError: `output_dir` already holds a graft, or is an input of the run.
     """
 
+    __signature__: ClassVar[inspect.Signature]
     config_class: ClassVar[type[ShadowArguments]]
     _name: ClassVar[str]
     _loads_as: ClassVar[str] = "float32"  # the dtype in which TRL's trainer loads a model where it is told none
     args: Any
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
-        """Refuse what could not be grafted, whatever it is given."""
+        """Refuse what could not be grafted, whatever it is given; show TRL's arguments and ours."""
         super().__init_subclass__(**kwargs)
         refuse_rewards(cls)
+        cls.__signature__ = signature_of(cls, ours=ShadowMixin)  # for `help` and editors
 
     @ends_with("Nothing was written.")
     def __init__(
@@ -160,7 +162,9 @@ class ShadowMixin(GraftedEvaluation, Publishing):
         self.origins = start.origins
         refuse_trained_tokens(config, start.adapter)
         self.graft_report: GraftReport | None = None
-        check_before_loading(start, config, given)
+        self._told: list[str] = []
+        start.take_over(config)
+        self._tell(check_before_loading(start, config, given))
         self._choose_processing_class(config, given)
         self._made = missing_parents(Path(config.output_dir))
         with removed_if_refused(self._made, config):
@@ -171,6 +175,7 @@ class ShadowMixin(GraftedEvaluation, Publishing):
                 self._pin_model(given)
             with without_second_start(given["model"]), refuses_data_parallel(config):
                 super().__init__(*call.args, **call.kwargs)
+            self._tell(slow_precision(self.accelerator, self.model))
             gather_trained_head(self.accelerator, self.model)
             with gathered(trained_by_adapter(self.model)):  # ZeRO-3 has shared it out where a reference was computed
                 self._check_loaded(config)
@@ -192,7 +197,7 @@ class ShadowMixin(GraftedEvaluation, Publishing):
             check_head(type(bare_model(self.model)))
             refuse_offloaded(self.model)
             lifts_weights(self.accelerator, self.model)
-            check_as_saved(start, self.model, self.processing_class, config.graft_options())
+            self._tell(check_as_saved(start, self.model, self.processing_class, config.graft_options()))
         if grafts and start.adapter_on_base:
             check_left_out(
                 base=str(start.base), instruct=str(start.instruct), adapter=announced(self.model),
@@ -248,10 +253,18 @@ class ShadowMixin(GraftedEvaluation, Publishing):
         with together(self.accelerator, what="saving TUNED for the graft"):
             self.save_model()
         self.graft_report = self._write_graft(self.args.output_dir, Path(output or self._grafted_folder))
-        for warning in self.graft_report.warnings:
-            logger.warning(warning)
-        logger.info("The grafted model is in %s.", self.graft_report.output)
+        self._tell(self.graft_report.warnings)
+        if self.accelerator.is_main_process:
+            where = f"BASE as it was trained is in {self.args.output_dir}. Its graft:"
+            print(f"\n{where}\n{self.graft_report.text()}", flush=True)
         return self.graft_report
+
+    def _tell(self, warnings: list[str]) -> None:
+        """Log each warning once in the life of the trainer."""
+        for warning in warnings:
+            if warning not in self._told:
+                self._told.append(warning)
+                logger.warning(warning)
 
     def _write_graft(self, tuned: str, output: Path, **changes: Any) -> GraftReport:
         instruct, base = str(self._start.instruct), str(self._start.base)

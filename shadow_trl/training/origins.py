@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate.logging import get_logger
 from trl.trainer.utils import get_config_model_id
 
 from ..checkpoints.checkpoint import ADAPTER_CONFIG, Checkpoint
@@ -22,10 +23,13 @@ from ..checkpoints.json_files import read_json
 from ..checkpoints.manifest import Entry, adapter_base, check_weights, from_manifest, read_manifest
 from ..checkpoints.schemas import AdapterConfig
 from ..errors import AdapterError, ConfigError, InputError, list_names
+from ..grafting.options import declared
 from .loading import Loading, bare_model, is_adapted
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+logger = get_logger(__name__)
 
 _BELOW = re.compile(r"\.(?:token_adapter\.)?(?:base_layer|original_module)(?=\.)")
 
@@ -197,6 +201,12 @@ def check_unchanged(model: PreTrainedModel, source: Entry, *, adapter: bool) -> 
         )
 
 
+def _revision(model: Any, config: Any) -> str | None:
+    """Return the revision that the model is loaded at; `main`, TRL's default, means nothing of a folder."""
+    revision = (config.model_init_kwargs or {}).get("revision")
+    return None if revision == "main" and isinstance(model, str) and Path(model).is_dir() else revision
+
+
 @dataclass(frozen=True)
 class Start:
     """What training starts from, and what the delta is measured from.
@@ -234,7 +244,7 @@ class Start:
             (model if isinstance(model, str) else get_config_model_id(bare_model(model).config)) or None,
             base=base,
             instruct=instruct_model or config.instruct_model,
-            policy_revision=(config.model_init_kwargs or {}).get("revision"),
+            policy_revision=_revision(model, config),
             base_revision=config.base_revision,
             instruct_revision=config.instruct_revision,
         ).pinned()
@@ -249,6 +259,24 @@ class Start:
         loading = Loading(copy.copy(config), given.get("quantization_config"), loads_as=loads_as)
         loading = loading.like(origins.policy if origins.adapter or isinstance(model, str) else model)
         return cls(model, origins, loading, adapter, bool(base))
+
+    def take_over(self, config: Any) -> None:
+        """Set form and dtype of the graft, where `config` leaves them open, to those of the stage before."""
+        manifest = (read_manifest(Path(self.stage)) if self.stage and Path(self.stage).is_dir() else None) or {}
+        recorded = manifest.get("options")
+        for name in ("format", "dtype"):
+            option = declared()[name]
+            value = recorded.get(name, option.default) if isinstance(recorded, dict) else option.default
+            argument = str(option.argument)
+            if getattr(config, argument) != option.default or value == option.default:
+                continue
+            if value == "adapter" and not self.adapter_on_base:
+                continue  # which a full model, or an adapter on one, has not
+            if name == "dtype" and value == "float32" and config.graft_rounding == "stochastic":
+                continue
+            logger.warning("%s is %s, as in the stage before, %s.", argument, value, self.stage)
+            for one in (config, self.loading.args):
+                setattr(one, argument, option.checked(argument, value))
 
     @property
     def in_memory(self) -> bool:

@@ -7,8 +7,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from accelerate.logging import get_logger
-
 from ..adapters.kinds import check_has_delta, is_subtracted, kind_of, lost_start, more_than_a_product, start_setting
 from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.hub import local_folder
@@ -24,8 +22,6 @@ from .publishing import refuse_local_adapter, refuse_publishing
 
 if TYPE_CHECKING:
     from peft import PeftConfig
-
-logger = get_logger(__name__)
 
 # What an adapter's config says of its origin and use, not of its form.
 _NOT_FORM = {"base_model_name_or_path", "revision", "inference_mode", "task_type", "peft_version", "auto_mapping"}
@@ -53,15 +49,23 @@ def refuse_unsupported(config: Any) -> None:
     """
     refuse_publishing(config)
     template = getattr(config, "chat_template_path", None)
-    if template and not (os.path.isfile(template) and template.endswith((".jinja", ".j2"))):
+    if (
+        template
+        and (config.graft or config.eval_grafted)
+        and not (os.path.isfile(template) and template.endswith((".jinja", ".j2")))
+    ):
         raise ConfigError(
             f"chat_template_path={template!r} would resize the embeddings of BASE, which then no longer fit INSTRUCT. "
             "Leave it out (INSTRUCT's template is used) or give a .jinja file."
         )
 
 
-def check_before_loading(start: Start, config: Any, given: Mapping[str, Any]) -> None:
-    """Find before any model is loaded what would keep the run from ending in a graft, or from evaluating one."""
+def check_before_loading(start: Start, config: Any, given: Mapping[str, Any]) -> list[str]:
+    """Find before any model is loaded what would keep the run from ending in a graft, or from evaluating one.
+
+    Returns:
+        what the user should know of the pair.
+    """
     grafts = config.graft or config.eval_grafted
     refuse_shards(start)
     check_predicts_tokens(start)
@@ -76,23 +80,22 @@ def check_before_loading(start: Start, config: Any, given: Mapping[str, Any]) ->
             "eval_grafted=True is not possible here: BASE is quantised and the graft is not, so it may not fit where "
             "BASE does. Pass eval_grafted=False and score the grafted folder after training."
         )
-    if grafts:
-        _check_graft(start, config, given)
+    warnings = _check_graft(start, config, given) if grafts else []
     has_adapter = start.adapter is not None
     if start.is_compared and not (has_adapter and start.is_quantised):
         check_unchanged(start.model, start.origins.policy or start.base, adapter=has_adapter)
+    return warnings
 
 
-def _check_graft(start: Start, config: Any, given: Mapping[str, Any]) -> None:
+def _check_graft(start: Start, config: Any, given: Mapping[str, Any]) -> list[str]:
     instruct, base = str(start.instruct), str(start.base)
-    for warning in ModelPair.open(base, instruct).check(
+    warnings = ModelPair.open(base, instruct).check(
         level=config.pair_check or ("weights" if start.adapter is None else "headers"),
         need_template=given.get("processing_class") is None and is_conversational(given.get("train_dataset")),
         template=template_of(config, given.get("processing_class")),
         allow_wide_gap=config.allow_wide_gap,
         vocab=config.graft_vocab,
-    ):
-        logger.warning(warning)
+    )
     check_graft(
         base=base,
         instruct=instruct,
@@ -103,6 +106,7 @@ def _check_graft(start: Start, config: Any, given: Mapping[str, Any]) -> None:
         adapter_config=start.adapter,
         **config.graft_options(),
     )
+    return warnings
 
 
 def check_folders(output_dir: Path, start: Start) -> None:

@@ -18,6 +18,7 @@ from accelerate.utils.memory import clear_device_cache
 from ..adapters.kinds import is_subtracted, start_setting
 from ..adapters.lora import place_on, read_lora, streams
 from ..arithmetic.grafter import graft_low_rank
+from ..arithmetic.rounding import HALF
 from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.manifest import GRAFTED_FOLDER, Entry
 from ..grafting.options import GraftOptions
@@ -153,6 +154,8 @@ def _graft_in_memory(start: Start) -> PreTrainedModel | None:
     if not (start.loads_adapter and start.adapter_on_base) or start.loading.quantization_config is not None:
         return None
     if args.instruct_scale != 1.0 or args.graft_vocab != "strict":
+        return None
+    if args.graft_rounding == "auto" and start.loading.kwargs["dtype"] in HALF:  # it is chosen from the files
         return None
     adapter, instruct = Checkpoint.open(str(start.origins.adapter)), Checkpoint.open(str(start.instruct))
     if not streams(adapter, instruct):

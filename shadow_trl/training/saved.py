@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.logging import get_logger
 
 from ..checkpoints.header import CODES, TensorSpec
 from ..checkpoints.json_files import read_json
@@ -23,8 +22,6 @@ from ..pair.trained_templates import template_rows
 from ..results.folder import Scratch
 from .loading import bare_model
 from .origins import Start
-
-logger = get_logger(__name__)
 
 _WRAPPED = re.compile(r"\.(?:base_layer|original_module|token_adapter)(?=\.)")
 
@@ -47,8 +44,8 @@ def as_saved(model: Any, processing_class: Any) -> Iterator[Announced]:
         yield Announced(label, None, folder, config=read_json(folder / "config.json"), specs=specs, trained=trained)
 
 
-def check_as_saved(start: Start, model: Any, processing_class: Any, options: Mapping[str, Any]) -> None:
-    """Find before the first step what would be found wrong with the model after the last; log what is to be known.
+def check_as_saved(start: Start, model: Any, processing_class: Any, options: Mapping[str, Any]) -> list[str]:
+    """Find before the first step what would be found wrong with the model after the last.
 
     Args:
         start: of the run.
@@ -56,26 +53,30 @@ def check_as_saved(start: Start, model: Any, processing_class: Any, options: Map
         processing_class: that of the trainer.
         options: of the graft.
 
+    Returns:
+        what the user should know.
+
     Raises:
         InputError: what was trained could not be grafted.
     """
+    warnings = []
     with as_saved(model, processing_class) as tuned:
         if start.stage is not None:
             before = template_rows(read_templates(Path(start.stage)), read_templates(tuned.path), ("before", "now"))
             if before:
-                logger.warning(
-                    "%s was trained with another chat template than this run:\n%s\nTo train with that one, pass its "
-                    "tokenizer as processing_class.", start.stage, list_names(before),
-                )  # fmt: skip
-        for warning in check_trained(
+                warnings.append(
+                    f"{start.stage} was trained with another chat template than this run:\n{list_names(before)}\nTo "
+                    "train with that one, pass its tokenizer as processing_class."
+                )
+        warnings += check_trained(
             base=str(start.base),
             instruct=str(start.instruct),
             tuned=tuned,
             adapter=start.adapter is not None,
             has_weights=not start.is_quantised,
             **options,
-        ):
-            logger.warning(warning)
+        )
+    return warnings
 
 
 def _weights(bare: Any) -> tuple[dict[str, TensorSpec], frozenset[str]]:

@@ -272,6 +272,25 @@ def _is_turn(turn: Any) -> bool:
     return isinstance(known.get(speaker), str) and said
 
 
+def signature_of(trainer: type, *, ours: type) -> inspect.Signature:
+    """Return the arguments of `trainer`: those of the trainer below it, which `ours` passes on, and its own.
+
+    Args:
+        trainer: a subclass of `ours` and of a TRL trainer.
+        ours: whose constructor adds arguments by keyword to any others.
+    """
+    chain = [one for one in trainer.__mro__ if "__init__" in vars(one)]
+    passing = [one for one in chain if one.__module__.partition(".")[0] == __name__.partition(".")[0]]
+    shown = next(one for one in chain if one not in passing) if chain[0] in passing else chain[0]
+    found = inspect.signature(vars(shown)["__init__"])
+    parameters = list(found.parameters.values())[1:]
+    if shown is not chain[0]:
+        own = inspect.signature(vars(ours)["__init__"]).parameters.values()
+        parameters += [one for one in own if one.kind is inspect.Parameter.KEYWORD_ONLY]
+    ordered = sorted(parameters, key=lambda one: one.kind)  # what takes all other keywords comes last
+    return found.replace(parameters=ordered, return_annotation=inspect.Signature.empty)
+
+
 def bound(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> inspect.BoundArguments:
     """Bind the arguments of TRL's trainer; TypeError, with the nearest name, for one that neither it nor we have."""
     signature = inspect.signature(function)

@@ -367,3 +367,9 @@ def test_a_bin_file_with_a_tensor_without_values_is_refused_before_it_is_compare
     torch.save({"w": torch.empty(2, device="meta"), "v": torch.ones(2)}, tmp_path / "pytorch_model.bin")
     with pytest.raises(CheckpointError, match=r"pytorch_model\.bin(.|\n)*'w'  is a tensor without values"):
         pickled_specs(tmp_path / "pytorch_model.bin")
+
+
+def test_a_folder_of_gguf_is_called_that(model):
+    (model / "model.safetensors").rename(model / "model-Q4_K_M.gguf")
+    with pytest.raises(CheckpointError, match=r"It holds model-Q4_K_M\.gguf: GGUF.*convert it to safetensors first"):
+        Checkpoint.open(model)

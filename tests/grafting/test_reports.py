@@ -7,10 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from shadow_trl.arithmetic.sums import Sums
+from shadow_trl.arithmetic.sums import POOR_REALISED, Sums
 from shadow_trl.grafting.reports import (
     POOR_NOISE,
-    POOR_REALISED,
     WIDE_GAP,
     DeltaReport,
     GapReport,
@@ -55,10 +54,36 @@ def test_a_graft_and_a_delta_as_lines():
         "dense because one; two",
         "sigma 0.5  delta_norm 2  realised 0.25  noise 0.125",
     ]
+    how = {"realised_in_bf16": 0.125, "rounding": "stochastic", "rounded_because": "of that"}
+    more = GraftReport(Path("out"), "model", 3, 4, "bfloat16", **figures, **how, beside="adapter", load="load(out)")
+    assert more.text().splitlines()[1:] == [
+        "rounded stochastically because of that",
+        "sigma 0.5  delta_norm 2  realised 0.25  noise 0.125",
+        "25.0% of the delta arrives in bfloat16. Serve in bfloat16.",
+        "The same as an adapter for instruct: out/adapter",
+        "Load it with  load(out)",
+    ]
     assert graft.to_dict()["output"] == "out"
-    assert GraftReport(Path("out"), "adapter", 3, 0, "float32").text() == (
-        "adapter in out: 3 modules grafted, 0 copied, float32"
-    )
+    assert GraftReport(Path("out"), "adapter", 3, 0, "float32").text().splitlines() == [
+        "adapter in out: 3 modules grafted, 0 copied, float32",
+        "Nothing of the adapter is lost to rounding. Serve it unmerged, as merging rounds it.",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "loaded", "words"),
+    [
+        ("float32", 0.02, "99.0% of the delta arrives in float32, 2.0% after a load in bfloat16. Serve in float32."),
+        ("float32", 0.95, "95.0% after a load in bfloat16. Serve in float32 or bfloat16."),
+        ("float16", 0.5, "99.0% of the delta arrives in float16, 50.0% after a load in bfloat16. Serve in float16."),
+    ],
+)
+def test_the_dtype_to_serve_with(dtype, loaded, words):
+    report = GraftReport(Path("out"), "model", 1, 0, dtype, realised=0.99, realised_in_bf16=loaded)
+    assert words in report.text()
+
+
+def test_a_delta_as_lines():
     for exact, word in ((True, ", exact"), (False, ", rounded"), (None, "")):
         assert (
             DeltaReport(Path("d"), "delta", 2, "float32", exact=exact).text() == f"delta in d: 2 weights, float32{word}"
@@ -97,19 +122,31 @@ def test_figures_of_sums():
         ({"delta_norm": 1.0, "sigma": WIDE_GAP, "realised": 1.0, "noise": POOR_NOISE}, None),
         ({"delta_norm": 0.0}, "the delta is zero"),
         ({"sigma": WIDE_GAP + 1e-6}, "far apart: sigma is 0.1"),
-        ({"realised": 1 - POOR_REALISED + 1e-6}, None),
-        ({"realised": 1 - POOR_REALISED - 1e-6}, "realised is 0.9 instead of 1"),
-        ({"realised": 1 + POOR_REALISED + 1e-6}, "realised is 1.1 instead of 1"),
-        ({"noise": POOR_NOISE + 1e-6}, "noise of 0.5 times"),
+        ({"realised": 1 - POOR_REALISED + 1e-6, "noise": 0.5}, None),
+        (
+            {"realised": 1 - POOR_REALISED - 1e-6, "noise": 0.5},
+            "bfloat16 rounded to nearest keeps 0.9 of the delta with",
+        ),
+        (
+            {"realised": 1 + POOR_REALISED + 1e-6, "noise": 0.5},
+            "bfloat16 rounded to nearest keeps 1.1 of the delta with",
+        ),
+        ({"realised": 1.0, "noise": 2 * POOR_NOISE}, None),  # realised says it all
     ],
 )
 def test_a_warning_begins_at_its_threshold(figures, words):
-    found = graft_warnings(figures, "bfloat16", "nearest")
+    found = graft_warnings(figures, "bfloat16", "nearest", " Way out.")
     assert len(found) == (words is not None)
     assert words is None or words in found[0]
+    lost = "realised" in figures
+    assert words is None or found[0].endswith(" Way out.") == lost
 
 
-def test_stochastic_rounding_is_no_way_out_of_itself():
-    for rounding in ("nearest", "stochastic"):
-        (found,) = graft_warnings({"realised": 0.0}, "bfloat16", rounding)
-        assert ("--rounding stochastic" in found) == (rounding == "nearest")
+def test_stochastic_rounding_is_warned_of_only_where_its_noise_hides_the_delta():
+    def found(noise, realised=1.0):
+        return graft_warnings({"realised": realised, "noise": noise}, "bfloat16", "stochastic", " Way out.")
+
+    assert found(POOR_NOISE) == []
+    text = "bfloat16 rounded stochastically keeps {} of the delta with noise of {} times its norm. Way out."
+    assert found(POOR_NOISE + 1.0) == [text.format(1, 6)]
+    assert found(1.0, 0.5) == [text.format(0.5, 1)]  # of a few weights, too few went up

@@ -11,9 +11,9 @@ from families import family
 
 from shadow_trl import graft
 from shadow_trl.checkpoints.checkpoint import Checkpoint, Place
-from shadow_trl.grafting import stream
+from shadow_trl.grafting import blocks, stream
+from shadow_trl.grafting.blocks import blocks_of
 from shadow_trl.grafting.jobs import LowRank, WeightJob
-from shadow_trl.grafting.stream import blocks_of
 
 
 def job(*shape: int, product: bool = False, delta: bool = True, runs=None) -> WeightJob:
@@ -41,7 +41,7 @@ def job(*shape: int, product: bool = False, delta: bool = True, runs=None) -> We
     ],
 )  # fmt: skip
 def test_a_weight_is_cut_into_blocks(monkeypatch, weight, first, last, wanted):
-    monkeypatch.setattr(stream, "BLOCK", 8)
+    monkeypatch.setattr(blocks, "BLOCK", 8)
     assert list(itertools.islice(blocks_of(weight, first, last), 10)) == wanted
 
 

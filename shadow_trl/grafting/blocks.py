@@ -1,0 +1,85 @@
+"""A weight in blocks: how it is cut, and one block of its graft computed from the sides on the disk."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..arithmetic.grafter import BLOCK, BlockGrafter
+from ..arithmetic.sums import Sums
+from .jobs import LowRank, WeightJob
+from .options import GraftOptions
+
+
+class JobGrafter:
+    """Computes blocks of weights as the options say, with scratch memory of its own; one for each thread."""
+
+    def __init__(self, options: GraftOptions) -> None:
+        how = {name: getattr(options, name) for name in ("scale", "instruct_scale", "rounding", "seed", "stats")}
+        self.blocks = BlockGrafter(**how)
+        self.factors: dict[str, tuple[LowRank, Tensor]] = {}
+
+    def graft(self, job: WeightJob, out: Tensor, start: int, stop: int) -> Sums:
+        """Write elements `start` to `stop` of a weight, delta added, into `out`, in its dtype; return their sums."""
+        instruct = job.instruct.block(start, stop)
+        base = job.base.block(start, stop) if job.base is not None else None
+        if job.tuned is not None and base is not None:
+            return self.blocks.graft(
+                out, instruct, base, job.tuned.block(start, stop), name=job.instruct.name, index=start
+            )
+        assert job.low_rank is not None
+        row, skip = divmod(start, job.low_rank.columns)
+        rows = -(-stop // job.low_rank.columns) - row
+        left, right = self._factors(job.low_rank, row, rows)
+        return self.blocks.add_low_rank(
+            out, instruct, left, right, skip, factor=job.low_rank.factor, base=base, name=job.instruct.name, index=start
+        )
+
+    def _factors(self, low_rank: LowRank, row: int, rows: int) -> tuple[Tensor, Tensor]:
+        """Return copies of some rows of the left factor and of the right factor, fp32; the right one stays for more."""
+        left, right = low_rank.left, low_rank.right
+        cached = self.factors.get("right")
+        if cached is None or cached[0] is not low_rank:
+            whole = right.tensor()
+            whole = whole.T if low_rank.transposed else whole
+            cached = (low_rank, whole.to(torch.float32).contiguous())
+            self.factors["right"] = cached
+        if low_rank.transposed:
+            wanted = left.tensor().T[row : row + rows]
+        else:
+            rank = left.spec.shape[1]
+            wanted = left.block(row * rank, (row + rows) * rank).view(-1, rank)
+        return wanted.to(torch.float32, copy=True), cached[1]
+
+
+class Block(NamedTuple):
+    """Elements `start` to `stop` of a flattened weight; `grafted` says whether the delta is added to them."""
+
+    start: int
+    stop: int
+    grafted: bool
+
+
+def blocks_of(job: WeightJob, first: int, last: int) -> Iterator[Block]:
+    """Cut elements `first` to `last` of a weight into blocks, each grafted or copied as a whole."""
+    runs = job.runs if job.runs is not None else ((0, last),)
+    at = first
+    for run_start, run_stop in runs if job.grafted else ():
+        start, stop = max(run_start, at), min(run_stop, last)
+        if start >= stop:
+            continue
+        for low in range(at, start, BLOCK):
+            yield Block(low, min(low + BLOCK, start), False)
+        at = start
+        while at < stop:
+            end = min(at + BLOCK, stop)
+            if job.low_rank is not None and end < stop:  # whole rows, where a block has room for one
+                whole = end - end % job.low_rank.columns
+                end = whole if whole > at else end
+            yield Block(at, end, True)
+            at = end
+    for low in range(at, last, BLOCK):
+        yield Block(low, min(low + BLOCK, last), False)
