@@ -243,7 +243,8 @@ def test_the_command_at_the_head_of_a_config_launches_it(path: Path, monkeypatch
     program, name, *words = command.removeprefix("#   ").split()
     if program == "shadow-trl":
         (args,) = launched(name, *words)
-        assert (args.num_processes, args.training_script_args[-1]) == (8, words[-1])
+        asked = int(words[words.index("--num_processes") + 1])
+        assert (args.num_processes, args.training_script_args[-1]) == (asked, words[-1])
     else:
         args = launch_command_parser().parse_args(words)
         assert (ROOT / args.training_script).is_file()
