@@ -201,12 +201,6 @@ def check_unchanged(model: PreTrainedModel, source: Entry, *, adapter: bool) -> 
         )
 
 
-def _revision(model: Any, config: Any) -> str | None:
-    """Return the revision that the model is loaded at; `main`, TRL's default, means nothing of a folder."""
-    revision = (config.model_init_kwargs or {}).get("revision")
-    return None if revision == "main" and isinstance(model, str) and Path(model).is_dir() else revision
-
-
 @dataclass(frozen=True)
 class Start:
     """What training starts from, and what the delta is measured from.
@@ -244,7 +238,7 @@ class Start:
             (model if isinstance(model, str) else get_config_model_id(bare_model(model).config)) or None,
             base=base,
             instruct=instruct_model or config.instruct_model,
-            policy_revision=_revision(model, config),
+            policy_revision=(config.model_init_kwargs or {}).get("revision"),
             base_revision=config.base_revision,
             instruct_revision=config.instruct_revision,
         ).pinned()

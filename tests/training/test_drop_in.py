@@ -17,7 +17,7 @@ from transformers import HfArgumentParser
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 from shadow_trl import ShadowDPOConfig, ShadowDPOTrainer, ShadowSFTConfig, ShadowSFTTrainer
-from shadow_trl.errors import ConfigError, InputError
+from shadow_trl.errors import ConfigError
 from shadow_trl.training.config import ShadowArguments
 from shadow_trl.training.loading import slow_precision
 
@@ -91,8 +91,6 @@ def test_a_config_of_a_user_keeps_its_fields(tmp_path):
 def test_the_revision_that_scripts_of_trl_set_means_nothing_of_a_folder(pair, tmp_path):
     trainer = sft(pair, tmp_path / "main", model_init_kwargs={"revision": "main"})
     assert (trainer.origins.policy.source, trainer.origins.policy.revision) == (str(pair[0]), None)
-    with pytest.raises(InputError, match="local folder, which has no revision"):
-        sft(pair, tmp_path / "other", model_init_kwargs={"revision": "v2"})
 
 
 def test_graft_false_refuses_nothing_of_the_graft_alone(pair, tmp_path):
