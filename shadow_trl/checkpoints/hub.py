@@ -182,7 +182,7 @@ def _download(name: str, revision: str | None, weights: bool) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     # Before huggingface_hub 2.0, offline mode does not keep it from asking for the files of a commit.
-    here = {"local_files_only": constants.is_offline_mode()}
+    here: Any = {"local_files_only": constants.is_offline_mode()}
 
     def fetch(*patterns: str) -> Path:
         # Weights in sub-folders are other formats of the same model.
