@@ -51,9 +51,9 @@ def add_head(model: PreTrainedModel, args: Any, **head: Any) -> None:
     if hasattr(dpo_trainer, "add_fused_lm_head"):
         dpo_trainer.add_fused_lm_head(model, **head)
     elif getattr(args, "loss_type", None) == "chunked_nll":
-        before: Any = sft_trainer
-        size, nested = before._CHUNKED_LM_HEAD_CHUNK_SIZE, hasattr(model.config, "text_config")
-        before._patch_chunked_ce_lm_head(model, chunk_size=size, is_vlm=nested)
+        older: Any = sft_trainer
+        size, nested = older._CHUNKED_LM_HEAD_CHUNK_SIZE, hasattr(model.config, "text_config")
+        older._patch_chunked_ce_lm_head(model, chunk_size=size, is_vlm=nested)
 
 
 def needs_newest_trl(what: str) -> None:

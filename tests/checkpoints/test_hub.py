@@ -121,7 +121,7 @@ def remote(tmp_path, monkeypatch):
     """A repository behind a stand-in for `snapshot_download`: what was asked for is copied."""
     source, copied = tmp_path / "remote", tmp_path / "copied"
 
-    def download(name, *, revision=None, allow_patterns=(), ignore_patterns=()):
+    def download(name, *, revision=None, allow_patterns=(), ignore_patterns=(), local_files_only=False):
         for path in source.rglob("*"):
             relative = str(path.relative_to(source))
             ours = any(fnmatch.fnmatch(relative, pattern) for pattern in allow_patterns)
