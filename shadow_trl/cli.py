@@ -195,14 +195,14 @@ def _compare_arms(options: argparse.Namespace) -> int:
     from .recipes.arms import compare_arms
 
     found = compare_arms(Path(options.config), options.output, progress=not options.quiet)
-    return _tell(found, summary(found), options)
+    return _tell(found, summary, options)
 
 
-def _tell(found: Any, text: str, options: argparse.Namespace) -> int:
+def _tell(found: Any, summary: Callable[[Any], str], options: argparse.Namespace) -> int:
     from accelerate import PartialState
 
     if (options.json or not options.quiet) and PartialState().is_main_process:
-        print(json.dumps(found.to_dict(), indent=2) if options.json else text)
+        print(json.dumps(found.to_dict(), indent=2) if options.json else summary(found))
     return 0
 
 
@@ -237,7 +237,7 @@ def _compare(options: argparse.Namespace) -> int:
         graft_dtype=options.dtype, target=options.target, keep=options.keep, within=options.within,
         margin=options.margin, dtype=options.score_dtype, device=options.device, progress=not options.quiet,
     )  # fmt: skip
-    return _tell(found, summary(found), options)
+    return _tell(found, summary, options)
 
 
 def _add_option(parser: argparse._ActionsContainer, name: str, **changes: Any) -> None:

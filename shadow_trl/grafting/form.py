@@ -41,7 +41,9 @@ def form_of(tuned: Full, instruct: Checkpoint, options: GraftOptions) -> tuple[s
         return "adapter", [], False
     if is_local(instruct):
         reasons = reasons or [f"instruct {instruct} is a local folder, which an adapter would have to name"]
-    return "model", reasons, is_local(instruct) and not inexact and options.for_adapter() is not None
+    # With `shared`, the stored rows of an adapter may be other ones than INSTRUCT's.
+    exact = not inexact and options.vocab == "strict" and options.for_adapter() is not None
+    return "model", reasons, is_local(instruct) and exact
 
 
 def left_out(tuned: Full, instruct: Checkpoint, options: GraftOptions) -> list[str]:

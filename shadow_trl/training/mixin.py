@@ -121,7 +121,7 @@ class ShadowMixin(GraftedEvaluation, Publishing):
     ) -> None:
         call = bound(super().__init__, args, kwargs if args else {"model": None, **kwargs})
         given = call.arguments
-        if given.get("model") is None or given.get("model_init") is not None:
+        if given.get("model_init") is not None:
             raise ConfigError("the trainer takes model=..., the name of BASE or the loaded BASE, and no model_init.")
         if isinstance(given["model"], os.PathLike):
             given["model"] = os.fspath(given["model"])

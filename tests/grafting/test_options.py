@@ -14,7 +14,7 @@ from shadow_trl.checkpoints.manifest import read_manifest
 from shadow_trl.errors import ConfigError
 from shadow_trl.grafting.options import GraftOptions, declared
 
-MODELS = {"base", "instruct", "tuned", "delta", "output", "progress"}
+MODELS = {"base", "instruct", "tuned", "delta", "output", "progress", "find_base"}
 ARGUMENTS = {
     "scale": "graft_scale", "instruct_scale": "instruct_scale", "modules": "graft_modules", "format": "graft_format",
     "dtype": "graft_dtype", "rounding": "graft_rounding", "seed": "graft_seed", "vocab": "graft_vocab",

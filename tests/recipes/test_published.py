@@ -33,6 +33,7 @@ def test_the_pipeline_publishes_its_last_stage(tmp_path, monkeypatch, stages, pu
 def test_instruct_tuned_directly_is_not_published(tmp_path, monkeypatch):
     trainer = SimpleNamespace(
         origins=SimpleNamespace(base="b", instruct=SimpleNamespace(source="i")), train=lambda **_: None,
+        save_state=lambda: None,
         args=SimpleNamespace(),
     )  # fmt: skip
     seen = []

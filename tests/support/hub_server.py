@@ -169,11 +169,12 @@ class _Handler(BaseHTTPRequestHandler):
 @contextmanager
 def client(hub: HubServer) -> Iterator[None]:
     """Let huggingface_hub in this process, which the tests keep offline, talk to `hub` and to nothing else."""
-    from huggingface_hub import constants
+    from huggingface_hub import constants, hf_api
 
     changes = {"ENDPOINT": hub.url, "HF_HUB_OFFLINE": False, "HF_HUB_DISABLE_XET": True}
     changes["HUGGINGFACE_CO_URL_TEMPLATE"] = hub.url + "/{repo_id}/resolve/{revision}/{filename}"
-    with patch.multiple(constants, **changes):
+    # The client behind the module's functions has taken its endpoint when it was made.
+    with patch.multiple(constants, **changes), patch.object(hf_api.api, "endpoint", hub.url):
         yield
 
 

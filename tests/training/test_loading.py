@@ -35,7 +35,7 @@ def test_the_arguments_are_those_of_the_policy_with_another_revision(tmp_path, m
         ("own/base", {**how, "revision": COMMIT}),
         ("folder", {**how, "dtype": torch.float16, "revision": None, "quantization_config": "four bits"}),
         ("own/base", {**how, "revision": COMMIT, "trust_remote_code": False}),
-        ("folder", {"revision": None, "trust_remote_code": trust}),
+        ("folder", {"dtype": "float32", "revision": None, "trust_remote_code": trust}),
     ]
 
 

@@ -272,9 +272,15 @@ def test_an_existing_graft_is_refused_before_a_model_is_loaded(pair, tmp_path, k
         build(kind, pair, tmp_path / "out")
 
 
-@pytest.mark.parametrize("changes", [{"model": None, "model_init": lambda: None}, {"model": None}])
-def test_a_trainer_without_a_model_is_refused(pair, tmp_path, changes):
-    with pytest.raises(ConfigError, match=r"the trainer takes model=\.\.\."):
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"model": None, "model_init": lambda: None}, r"the trainer takes model=\.\.\."),
+        ({"model": None}, r"model \(BASE\) is missing"),
+    ],
+)
+def test_a_trainer_without_a_model_is_refused(tmp_path, changes, said):
+    with pytest.raises(ConfigError, match=said):
         shadow_trl.ShadowCPOTrainer(
             args=shadow_trl.ShadowCPOConfig(**settings(tmp_path)), train_dataset=preference_data(), **changes
         )
