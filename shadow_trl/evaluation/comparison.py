@@ -171,27 +171,32 @@ class Comparison:
         return tests
 
     def _compared(self, a: Settings, b: Settings, metric: Metric) -> Difference:
-        left, right = self._tables(a, b, metric)
-        return compare(left, right, bound=metric.factor if metric.share else None)
+        left, right, pairs = self._tables(a, b, metric)
+        return compare(left, right, bound=metric.factor if metric.share else None, pairs=pairs)
 
-    def _tables(self, a: Settings, b: Settings, metric: Metric) -> tuple[dict[str, Table], dict[str, Table]]:
-        """Return the test values of both, one line for each training that both have; INSTRUCT stands for all seeds."""
+    def _tables(self, a: Settings, b: Settings, metric: Metric) -> tuple[dict[str, Table], dict[str, Table], int]:
+        """Return the test values of both, one line for each training that both have, and of how many pairs they are.
+
+        INSTRUCT stands for all seeds. Pairs count as one where they have not as many trainings each.
+        """
         sides = [{model.training: model for model in self.groups[one]} for one in (a, b)]
         keys = sorted({*sides[0], *sides[1]}, key=str)
         both: list[list[Measured]] = [[], []]
+        sizes: dict[str, int] = {}
         for training in keys:
             pair, seed = training
             found = [side.get(training, side.get((pair, None)) if seed is not None else None) for side in sides]
             if found[0] is not None and found[1] is not None:
                 both[0].append(found[0])
                 both[1].append(found[1])
+                sizes[pair] = sizes.get(pair, 0) + 1
         if not both[0]:
             raise InputError(f"{a.arm} and {b.arm} have no training in common.")
         left, right = (
             {part: metric.factor * np.array([model.values["test"][part] for model in side]) for part in metric.parts}
             for side in both
         )
-        return left, right
+        return left, right, len(sizes) if len(set(sizes.values())) == 1 else 1
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything as plain values for JSON; shares, their differences and intervals are in percent."""
