@@ -82,6 +82,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_gap(commands.add_parser("gap", help="how far INSTRUCT is from BASE", allow_abbrev=False))
     _add_delta(commands.add_parser("delta", help="write TUNED - BASE on its own, or as a LoRA", allow_abbrev=False))
     _add_verify(commands.add_parser("verify", help="is a folder the graft it says it is?", allow_abbrev=False))
+    _add_push(commands.add_parser("push", help="upload a graft or a delta to the hub", allow_abbrev=False))
     _add_chat(commands.add_parser("chat", help="talk to a model in the terminal", allow_abbrev=False))
     _add_compare(
         commands.add_parser("compare", help="which scale serves a run best, and did it help?", allow_abbrev=False)
@@ -109,7 +110,40 @@ def _add_graft(parser: argparse.ArgumentParser) -> None:
     for name, option in declared().items():
         _add_option(sums if option.recorded else form, name)
     _add_output(form)
+    hub = parser.add_argument_group("hub")
+    hub.add_argument("--push-to-hub", metavar="REPO[@BRANCH]", help="upload the result to owner/name afterwards")
+    _add_private(hub)
     parser.set_defaults(run=_graft)
+
+
+def _add_push(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Upload a graft or a delta to a repository of the Hugging Face hub. The paths of this machine stay here."
+    )
+    parser.add_argument("folder", metavar="FOLDER", type=Path, help="folder of the graft or delta")
+    parser.add_argument("repo", metavar="REPO[@BRANCH]", help="owner/name, made if there is none")
+    _add_private(parser)
+    parser.set_defaults(run=_push)
+
+
+def _add_private(parser: argparse._ActionsContainer) -> None:
+    parser.add_argument("--private", action="store_true", default=None, help="make a new repository private")
+
+
+def _push(options: argparse.Namespace) -> int:
+    from .results.upload import check_publishable, upload
+
+    check_publishable(options.folder)
+    repo, branch = _claimed(options.repo, options.private)
+    print(upload(options.folder, repo, revision=branch).commit_url)
+    return 0
+
+
+def _claimed(given: str, private: bool | None) -> tuple[str, str | None]:
+    from .results.upload import claim
+
+    name, _, branch = given.partition("@")
+    return claim(name, private=private, revision=branch or None), branch or None
 
 
 def _add_chat(parser: argparse.ArgumentParser) -> None:
@@ -282,7 +316,19 @@ def _add_output(parser: argparse._ActionsContainer, more: str = "") -> None:
 def _graft(options: argparse.Namespace) -> int:
     from .operations.graft import graft
 
-    return _show(graft(**_named(options)), options.quiet, options.json)
+    given = _named(options)
+    repo, private = given.pop("push_to_hub"), given.pop("private")
+    if repo is None:
+        return _show(graft(**given), options.quiet, options.json)
+    from .results.upload import check_adapter_base, upload
+
+    if options.format == "adapter" or options.rank is not None:
+        check_adapter_base(options.instruct)
+    name, branch = _claimed(repo, private)
+    report = graft(**given)
+    _show(report, options.quiet, options.json)
+    upload(report.output, name, revision=branch)
+    return 0
 
 
 def _gap(options: argparse.Namespace) -> int:

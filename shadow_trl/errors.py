@@ -55,6 +55,10 @@ class GraftError(ShadowError, RuntimeError):
     """A graft failed after it had started: values that are not finite, a full disk."""
 
 
+class UploadError(ShadowError, RuntimeError):
+    """What was written could not be published; it is whole on the disk."""
+
+
 def with_ending(text: str, ending: str) -> str:
     """Return `text` with `ending` as its last sentence."""
     if not ending:

@@ -12,7 +12,19 @@ from ..errors import CheckpointError, ConfigError
 from .json_files import is_file_name, is_there
 
 Source = str | os.PathLike[str]
-_SMALL = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.spm", "LICENSE*", "NOTICE*", "USE_POLICY*", "*.py")
+_SMALL = (
+    "*.json",
+    "*.txt",
+    "*.model",
+    "*.jinja",
+    "*.tiktoken",
+    "*.spm",
+    "LICENSE*",
+    "NOTICE*",
+    "USE_POLICY*",
+    "*.py",
+    "README.md",
+)
 _LONGEST_NAME = 200
 """Bytes of a folder's name that leave room, of the 255 of a disk, for the endings of what lies beside it meanwhile."""
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
@@ -159,6 +171,12 @@ def leads_out(folder: Path, name: str) -> bool:
     )
 
 
+def brief(error: Exception) -> str:
+    """Return what the hub's client says first, without an address on lines of its own, or the kind of its error."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return " ".join(lines[:2] if lines and "Error." in lines[0] else lines[:1]) or type(error).__name__
+
+
 def _download(name: str, revision: str | None, weights: bool) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
@@ -179,10 +197,9 @@ def _download(name: str, revision: str | None, weights: bool) -> Path:
             if not pickled and not any(folder.glob("*.safetensors")):
                 folder = fetch(*_SMALL, "pytorch_model*.bin", "adapter_model.bin")
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         at = f"@{revision}" if revision else ""
         raise CheckpointError(
-            f"{name}{at} is neither a folder here nor a repository that could be fetched from the hub: {reason} "
-            "Check the name, the revision, your access to it and whether offline mode is on."
+            f"{name}{at} is neither a folder here nor a repository that could be fetched from the hub: "
+            f"{brief(error)} Check the name, the revision, your access to it and whether offline mode is on."
         ) from error
     return folder

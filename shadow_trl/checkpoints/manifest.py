@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import CheckpointError, InputError, list_names
 from .digests import file_digest, weight_digests
-from .hub import Source, is_commit, leads_out, local_folder, locate
+from .hub import Source, is_commit, is_hub_id, leads_out, local_folder, locate
 from .json_files import check, is_there, read_json
 from .schemas import Delta, Graft, Manifest, Run, Side
 
@@ -31,6 +31,8 @@ logger = logging.getLogger(__name__)
 MANIFEST_NAME = "shadow.json"
 FORMAT = 1
 KINDS = {"run": Run, "graft": Graft, "delta": Delta}
+TRAINED = ("trainer", "ref_policy", "training", "datasets", "scores")
+"""What the manifest of a run says of how it was trained, which that of a graft repeats as `trained`."""
 _ROLES = re.compile(r"(?:base|instruct|policy|start|adapter|tuned|delta)(?:_\d+)?")
 
 _PACKAGES = ("shadow-trl", "torch", "transformers", "trl", "peft", "accelerate", "safetensors")
@@ -74,6 +76,14 @@ class Entry:
 
     def __str__(self) -> str:
         return f"{self.source}@{self.revision}" if self.revision else self.source
+
+    @property
+    def is_folder(self) -> bool:
+        """Whether it is, or was, a folder of this machine."""
+        if self.folder is not None:
+            return self.folder
+        places = map(local_folder, (self.source, self.source.partition("@")[0]))
+        return any(place is not None for place in places) or not is_hub_id(self.source)
 
     def recorded(self) -> dict[str, Any]:
         """Return what a run writes of the side as it is now: of a local folder with digests of its weights."""
@@ -163,6 +173,12 @@ def read_manifest(folder: Source) -> dict[str, Any] | None:
     check(content, KINDS[content["kind"]], path)
     check({role: side for role, side in content.items() if _ROLES.fullmatch(role)}, dict[str, Side | None], path)
     return content
+
+
+def entries_of(manifest: Mapping[str, Any]) -> dict[str, Entry]:
+    """Return what a manifest says of every side, by role."""
+    found = {role: Entry.read(manifest, role) for role in manifest if _ROLES.fullmatch(role)}
+    return {role: entry for role, entry in found.items() if entry is not None}
 
 
 def kind_found(manifest: Mapping[str, Any] | None) -> str:

@@ -97,7 +97,17 @@ class Manifest(TypedDict, total=False):
     format: Count
 
 
-class Run(Manifest, total=False):
+class Trained(TypedDict, total=False):
+    """How a run was trained."""
+
+    trainer: str
+    ref_policy: str | None
+    training: dict[str, Any]
+    datasets: list[str]
+    scores: dict[str, float]
+
+
+class Run(Manifest, Trained, total=False):
     """The manifest of a run or of one of its checkpoints."""
 
     weights: Digests | None
@@ -112,6 +122,7 @@ class Graft(Manifest, total=False):
     form: Required[Literal["model", "adapter"]]
     options: Required[dict[str, Any]]
     tuned_weights: list[float] | None
+    trained: Trained
     loaded_in: list[Dtype] | None
     files: list[str]
     card: str

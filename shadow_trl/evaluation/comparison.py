@@ -28,6 +28,7 @@ class Settings:
         modules: weights that receive the delta.
         ref_policy: of DPO.
         instruct_scale: multiplier of INSTRUCT, where it is not 1.
+        guidance_power: of SFT that INSTRUCT guided.
     """
 
     arm: str
@@ -36,6 +37,7 @@ class Settings:
     modules: str | None = None
     ref_policy: str | None = None
     instruct_scale: float | None = None
+    guidance_power: float | None = None
 
     def words(self) -> str:
         """Return the settings beside the arm, as a table shows them."""
@@ -44,6 +46,7 @@ class Settings:
         said += [self.modules] if self.modules is not None and self.modules != "all" else []
         said += [f"instruct scale {self.instruct_scale:g}"] if self.instruct_scale is not None else []
         said += [f"reference {self.ref_policy}"] if self.ref_policy is not None else []
+        said += [f"guidance {self.guidance_power:g}"] if self.guidance_power is not None else []
         return ", ".join(said)
 
 

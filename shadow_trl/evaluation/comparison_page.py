@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from html import escape
 from itertools import groupby
 
@@ -95,7 +96,7 @@ def _panel(comparison: Comparison, rate: float | None) -> str:
     drawn = _grid(across, up, target.name + (", %" if target.share else ""), keep.name + (", %" if keep.share else ""))
     labels: list[str] = []
     taken: list[tuple[float, float, float]] = []
-    for (arm, *_), line in groupby(shown, key=lambda one: (one.arm, one.modules, one.ref_policy, one.instruct_scale)):
+    for (arm, *_), line in groupby(shown, key=lambda one: (one.arm, *vars(replace(one, arm="", scale=None)).values())):
         along = sorted(line, key=lambda one: one.scale or 0.0)
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y in map(place, along))
         drawn.append(f'<polyline points="{path}" fill="none" stroke="{_MARKS[arm][0]}" stroke-width="2"/>')

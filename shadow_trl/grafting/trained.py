@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 from ..adapters.lora import LoraModule, place_on
 from ..checkpoints.checkpoint import Checkpoint, Place
 from ..checkpoints.delta import TRAINED_WITH, DeltaCheckpoint
+from ..checkpoints.manifest import TRAINED, read_manifest
 from ..checkpoints.overlay import Overlay
 from ..checkpoints.weight_names import is_of_tokens
 from ..errors import ConfigError
@@ -64,8 +65,12 @@ class Full:
     @property
     def recorded(self) -> dict[str, Any]:
         """What the manifest of a graft says of TUNED beside its sides."""
-        summed = {} if self.weights == (1.0,) else {"tuned_weights": list(self.weights)}
-        return {"loaded_in": list(self.base.loaded_in), **summed}
+        recorded = {"loaded_in": list(self.base.loaded_in)}
+        if self.weights != (1.0,):
+            return {**recorded, "tuned_weights": list(self.weights)}
+        run = read_manifest(self.sides["tuned"].path) or {}
+        trained = {name: run[name] for name in TRAINED if run.get(name)} if run.get("kind") == "run" else {}
+        return {**recorded, **({"trained": trained} if trained else {})}
 
     def jobs(self, instruct: Checkpoint, options: GraftOptions, scratch: Path) -> Jobs:
         """Plan the weights of a dense result; merged weights and copies in another layout go to `scratch`.

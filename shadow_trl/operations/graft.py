@@ -239,7 +239,7 @@ def _write_provenance(
     if inputs.template.whose is not None:
         facts["chat_template"] = inputs.template.whose
     content = {"kind": "graft", **inputs.tuned.recorded, **named, **facts}
-    card = write_model_card(part, content, adapter=report.form == "adapter")
+    card = write_model_card(part, content, adapter=report.form == "adapter", instruct=inputs.instruct)
     write_manifest(part, {**content, "card": file_digest(card), "files": files_in(part)})
 
 

@@ -47,6 +47,8 @@ class Design:
         config: YAML file of that recipe: data, settings, and a pair where `pairs` names none.
         pairs: name -> [BASE, INSTRUCT].
         learning_rates, seeds, ref_policies: of the trainings; left out: the config's own.
+        guidance_powers: of SFT, each a training of its own with that `guidance_power` of INSTRUCT; 0 for one without
+            guidance. Left out: the config's own.
         direct: whether INSTRUCT is tuned directly too. Default True.
         scales: multipliers of what training changed.
         modules: choices of weights that receive it.
@@ -64,6 +66,7 @@ class Design:
     learning_rates: list[float] = field(default_factory=list)
     seeds: list[int] = field(default_factory=list)
     ref_policies: list[str] = field(default_factory=list)
+    guidance_powers: list[float] = field(default_factory=list)
     direct: bool = True
     scales: list[float] = field(default_factory=lambda: [0.25, 0.5, 0.75, 1.0, 1.25])
     modules: list[str] = field(default_factory=lambda: ["all"])
@@ -112,12 +115,14 @@ class Design:
         faults = [] if self.recipe in ("sft", "dpo") else [f"recipe: {self.recipe!r} is neither sft nor dpo"]
         if self.ref_policies and self.recipe != "dpo":
             faults.append("ref_policies: only dpo has a reference")
+        if self.guidance_powers and self.recipe != "sft":
+            faults.append("guidance_powers: only sft is guided")
         for name, pair in self.pairs.items():
             if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(side, str) for side in pair):
                 faults.append(f"pairs: {name} is not [BASE, INSTRUCT]")
             if not re.fullmatch(r"\w[\w.-]*", str(name)):
                 faults.append(f"pairs: {name!r} is no name of a folder (letters, digits, dots, hyphens)")
-        for name in ("learning_rates", "scales", "instruct_scales"):
+        for name in ("learning_rates", "scales", "instruct_scales", "guidance_powers"):
             if not all(isinstance(one, (int, float)) and not isinstance(one, bool) for one in getattr(self, name)):
                 faults.append(f"{name}: not all are numbers (write 1.0e-4, which YAML reads as a number)")
         if not all(isinstance(seed, int) for seed in self.seeds):
@@ -155,19 +160,23 @@ class Design:
             pairs.items(),
             dict.fromkeys(map(float, self.learning_rates or [own.training.learning_rate])),
             dict.fromkeys(self.seeds or [own.training.seed]),
+            dict.fromkeys(map(float, self.guidance_powers))
+            or [own.recipe.guidance_power if own.recipe.sft_guidance else None],
         )
         policies: list[str | None] = list(dict.fromkeys(self.ref_policies)) or [
             getattr(own.training, "ref_policy", None)
         ]
-        for (pair, (base, instruct)), rate, seed in cases:
+        for (pair, (base, instruct)), rate, seed, power in cases:
+            guidance = {} if power is None else {"sft_guidance": "instruct" if power else None, "guidance_power": power}
             for policy in policies:
                 chosen = {
                     **values, "learning_rate": rate,
-                    "seed": seed, "graft": False, "compare_direct": self.direct and policy == policies[0],
+                    "seed": seed, "graft": False, "push_to_hub": False,
+                    "compare_direct": self.direct and policy == policies[0],
                     "score_rows": None, "score_kept": None, "score_scales": None,
                 }  # fmt: skip
-                chosen |= {} if policy is None else {"ref_policy": policy}
-                yield Training(pair, base, instruct, rate, seed, policy, chosen)
+                chosen |= guidance | ({} if policy is None else {"ref_policy": policy})
+                yield Training(pair, base, instruct, rate, seed, policy, power or None, chosen)
 
 
 @dataclass(frozen=True)
@@ -180,12 +189,14 @@ class Training:
     learning_rate: float
     seed: int
     ref_policy: str | None
+    guidance: float | None
     values: dict[str, Any]
 
     @property
     def name(self) -> str:
         """Name of its folder."""
-        parts = [self.pair, repr(self.learning_rate), str(self.seed), self.ref_policy]
+        guidance = None if self.guidance is None else f"guided-{self.guidance!r}"
+        parts = [self.pair, repr(self.learning_rate), str(self.seed), self.ref_policy, guidance]
         return "_".join(part for part in parts if part is not None)
 
     def options(self, design: Design, folder: Path) -> Options:
@@ -328,5 +339,6 @@ def _step_of(training: Training, step: Step) -> Step:
     if step.grafts is None:
         return step._replace(pair=training.pair)
     policy = None if step.settings.arm == "direct" else training.ref_policy
-    settings = replace(step.settings, learning_rate=training.learning_rate, ref_policy=policy)
+    how: dict[str, Any] = {"ref_policy": policy, "guidance_power": training.guidance}
+    settings = replace(step.settings, learning_rate=training.learning_rate, **how)
     return step._replace(settings=settings, pair=training.pair, seed=training.seed)

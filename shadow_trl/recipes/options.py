@@ -6,6 +6,7 @@ What TRL's parser lets through is an error here: unknown and repeated keys, abbr
 from __future__ import annotations
 
 import difflib
+import math
 import os
 import re
 import reprlib
@@ -19,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from trl import ModelConfig, ScriptArguments, TrlParser
+from trl import ModelConfig, ScriptArguments, SFTConfig, TrlParser
 
 from ..errors import ConfigError, InputError, ShadowError, ends_with, list_names, one_of
 from ..grafting.options import DTYPES, declared
@@ -28,6 +29,9 @@ from ..training.engines import load_for
 from .launch_options import LAUNCHING, without_launch_keys
 
 CONFIGS: dict[str, type[ShadowSFTConfig] | type[ShadowDPOConfig]] = {"sft": ShadowSFTConfig, "dpo": ShadowDPOConfig}
+
+GUIDES = ("instruct",)
+"""Values of `sft_guidance`."""
 
 PATH_KEYS = ("model_name_or_path", "instruct_model", "base_model", "dataset_name", "score_rows")
 """Keys whose value may be a path inside the repository of a shipped config."""
@@ -77,6 +81,21 @@ class RecipeArguments:
         "float32", "Dtype in which all models answer, for a fair comparison; auto: that of their files.", choices=DTYPES
     )
     train_rows: int | None = _option(None, "Train on this many rows, drawn with the run's seed, instead of all.")
+    sft_guidance: str | None = _option(
+        None,
+        "SFT: weigh the loss of each answer token by the probability that INSTRUCT gives it, to guidance_power. An "
+        "experiment, see docs/results.md. Default: no weights.",
+        choices=GUIDES,
+    )
+    guidance_power: float = _option(0.5, "Power of the probabilities of sft_guidance.")
+    freeze: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Expressions searched in the names of weights, such as vision_tower: what matches is not trained. "
+            "For full fine-tuning; adapters have lora_target_modules.",
+            "nargs": "+",
+        },
+    )
     merge_adapter: bool = _option(
         False,
         "In the DPO stage of the pipeline: merge the adapter of the SFT stage into BASE and train the result in full, "
@@ -93,6 +112,10 @@ class RecipeArguments:
             if value is not None and value < 1:
                 raise ConfigError(f"{name} must be at least 1, not {value}.")
         one_of("score_dtype", self.score_dtype, DTYPES)
+        if self.sft_guidance is not None:
+            one_of("sft_guidance", self.sft_guidance, GUIDES)
+        if not 0.0 <= self.guidance_power < math.inf:
+            raise ConfigError(f"guidance_power must be a number from 0, not {self.guidance_power}.")
         if self.score_scales:
             checked = (declared()["scale"].checked("each of score_scales", scale) for scale in self.score_scales)
             self.score_scales = list(dict.fromkeys(checked))
@@ -229,6 +252,10 @@ def _check_together(options: Options) -> None:
             "compare_direct cannot resume from a checkpoint: resume_from_checkpoint is one of BASE. Resume without "
             "compare_direct."
         )
+    if recipe.sft_guidance and not isinstance(training, SFTConfig):
+        raise ConfigError("sft_guidance is for SFT: the loss of DPO has a reference.")
+    if recipe.freeze and options.model.use_peft:
+        raise ConfigError("freeze is for full fine-tuning; with an adapter, lora_target_modules says what is trained.")
     if recipe.train_rows is not None and options.script.dataset_streaming:
         raise ConfigError("train_rows draws rows at random, which streamed data do not allow; leave one of them out.")
 

@@ -100,6 +100,7 @@ def _run_stage(plan: Plan, stage: str, root: Path, data: dict[str, Any]) -> None
     options, checkpoint = plan.options[stage], plan.left[stage]
     options.training.output_dir = str(root / stage)
     options.training.resume_from_checkpoint = checkpoint
+    options.training.push_to_hub &= stage == plan.stages[-1]  # one graft is published: the last
     if stage != STAGES[0]:
         start = root / STAGES[0]
         if options.recipe.merge_adapter:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy
 import gc
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +26,10 @@ from ..results.parents import remove_empty
 from ..results.written import tells_what_is_written
 from ..runtime import endings
 from ..runtime.machine import lack
+from ..runtime.patterns import check_patterns
 from ..runtime.processes import check_known, run_on_main, say
 from ..training.engines import forget, load_for, whole_weights
+from ..training.guidance import GuidedSFTTrainer, GuidedShadowSFTTrainer
 from ..training.origins import Origins, require_instruct
 from ..training.preflight import GRAFTED_FOLDER, refuse_unsupported
 from ..training.resuming import checkpoint_of
@@ -38,6 +42,9 @@ from .record import write_record
 
 TRAINERS: dict[str, tuple[Any, Any]] = {"sft": (ShadowSFTTrainer, SFTTrainer), "dpo": (ShadowDPOTrainer, DPOTrainer)}
 """For each kind of recipe the Shadow trainer and TRL's own, which tunes INSTRUCT directly."""
+
+GUIDED: dict[Any, Any] = {ShadowSFTTrainer: GuidedShadowSFTTrainer, SFTTrainer: GuidedSFTTrainer}
+"""Their counterparts with `sft_guidance`."""
 
 DIRECT_FOLDER = "direct"
 
@@ -152,7 +159,7 @@ def train_stage(
     _set_model_options(options)
     # Copied before the first trainer, so that its changes to the arguments do not leak into the second run.
     direct_args = copy.copy(training)
-    direct_args.output_dir = str(Path(training.output_dir) / DIRECT_FOLDER)
+    direct_args.output_dir, direct_args.push_to_hub = str(Path(training.output_dir) / DIRECT_FOLDER), False
     seconds: dict[str, float] = {}
     with _engine_of_its_own(training):
         trainer = _shadow_trainer(kind, options, Path(direct_args.output_dir), data)
@@ -201,6 +208,8 @@ def _shadow_trainer(kind: str, options: Options, direct: Path, data: dict[str, A
         if lack(reason) is not None:
             raise
         raise ConfigError(f"the trainer rejected this run: {type(reason).__name__}: {reason}") from reason
+    if not Path(str(options.script.dataset_name)).exists():  # of the hub
+        trainer.dataset_ids = [str(options.script.dataset_name)]
     if trainer.origins.instruct is None and (recipe.compare_direct or recipe.score_rows):
         raise ConfigError("compare_direct and score_rows need an instruct_model.")
     return trainer
@@ -263,6 +272,8 @@ def _claim_folder(name: str) -> str:
 
 def _trainer(trainer_class: Any, model: str | None, args: Any, options: Options, data: dict[str, Any]) -> Any:
     """Build a trainer of the run, Shadow's or TRL's own."""
+    if options.recipe.sft_guidance is not None:
+        trainer_class = partial(GUIDED[trainer_class], guidance_power=options.recipe.guidance_power)
     trainer = trainer_class(
         model=model,
         args=args,
@@ -270,12 +281,27 @@ def _trainer(trainer_class: Any, model: str | None, args: Any, options: Options,
         peft_config=get_peft_config(options.model),
         **data,
     )
+    _freeze(trainer.model, options.recipe.freeze or ())
     if options.script.ignore_bias_buffers:
         # DDP broadcasts no boolean buffers.
         trainer.model._ddp_params_and_buffers_to_ignore = [
             name for name, buffer in trainer.model.named_buffers() if buffer.dtype == torch.bool
         ]
     return trainer
+
+
+def _freeze(model: torch.nn.Module, expressions: Sequence[str]) -> None:
+    """Leave the weights that the expressions find out of the training."""
+    weights = dict(model.named_parameters())
+    check_patterns("freeze", expressions, weights)
+    for expression in expressions:
+        found = [name for name in weights if re.search(expression, name)]
+        if not found:
+            raise ConfigError(f"freeze: no weight of the model has {expression!r} in its name.")
+        for name in found:
+            weights[name].requires_grad_(False)
+    if not any(weight.requires_grad for weight in weights.values()):
+        raise ConfigError("freeze leaves no weight to train.")
 
 
 @contextmanager

@@ -43,10 +43,19 @@ class ShadowArguments:
             same name wins. Left out when `model` came from a shadow run.
         base_model: folder or hub id of the origin of the delta. Default: `model` itself, or what the run in `model`
             started from.
-        instruct_revision, base_revision: branch, tag or commit of either on the hub.
+        instruct_revision: branch, tag or commit of INSTRUCT on the hub.
+        base_revision: the same of BASE.
         graft: whether `train()` ends with saving TUNED and grafting. Default True.
-        graft_scale, instruct_scale, graft_modules, graft_format, graft_dtype, graft_rounding, graft_seed, graft_vocab,
-            graft_chat_template, graft_overwrite: the options of `shadow_trl.graft`, with its values and defaults.
+        graft_scale: the option `scale` of `shadow_trl.graft`, with its values and default.
+        instruct_scale: the option `instruct_scale` of `shadow_trl.graft`, with its values and default.
+        graft_modules: the option `modules` of `shadow_trl.graft`, with its values and default.
+        graft_format: the option `format` of `shadow_trl.graft`, with its values and default.
+        graft_dtype: the option `dtype` of `shadow_trl.graft`, with its values and default.
+        graft_rounding: the option `rounding` of `shadow_trl.graft`, with its values and default.
+        graft_seed: the option `seed` of `shadow_trl.graft`, with its values and default.
+        graft_vocab: the option `vocab` of `shadow_trl.graft`, with its values and default.
+        graft_chat_template: the option `chat_template` of `shadow_trl.graft`, with its values and default.
+        graft_overwrite: the option `overwrite` of `shadow_trl.graft`, with its values and default.
         pair_check: how BASE and INSTRUCT are compared before training: `headers` (configs, shapes, tokenizers) or
             `weights` (their distance as well). Default: `weights` for full fine-tuning, `headers` for adapters.
         graft_every_save: graft every checkpoint as well, into `checkpoint-N/shadow/grafted`. Default False.

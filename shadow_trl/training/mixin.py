@@ -28,6 +28,7 @@ from ..grafting.reports import GraftReport
 from ..operations.checks import check_left_out
 from ..operations.graft import graft
 from ..pair.templates import check_processing_class
+from ..results.cards import without_local_models
 from ..results.folder import check_free
 from ..results.lock import RunLock
 from ..results.parents import missing_parents
@@ -59,6 +60,7 @@ from .evaluation import GraftedEvaluation
 from .loading import bare_model, dtypes_before, load_adapter, reload_converted
 from .origins import Start
 from .preflight import GRAFTED_FOLDER, check_before_loading, is_conversational, refuse_unsupported
+from .publishing import Publishing, described
 from .resuming import checkpoint_of, of_another_run
 from .saved import check_as_saved
 from .settings import Forms, bound, check_columns, check_first_row, check_settings, removed_if_refused
@@ -69,7 +71,7 @@ if TYPE_CHECKING:
 logger = get_logger(__name__)
 
 
-class ShadowMixin(GraftedEvaluation):
+class ShadowMixin(GraftedEvaluation, Publishing):
     """Makes a TRL trainer tune BASE and graft the delta onto INSTRUCT: `grafted = instruct + scale * (tuned - base)`.
 
     Put before a TRL trainer in the list of bases. Every argument is that trainer's own, and two more.
@@ -187,6 +189,8 @@ class ShadowMixin(GraftedEvaluation):
                 output = super().train(*call.args, **call.kwargs)
                 if self.args.graft:
                     self.graft()
+                    if self.args.push_to_hub:
+                        self.push_to_hub()
                 return output
             finally:
                 lock.release()
@@ -229,11 +233,14 @@ class ShadowMixin(GraftedEvaluation):
         return run_on_main(self.accelerator, write, what="the graft")
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """As in `Trainer`; whole weights where a graft will read them and the engine would leave none, nor shards."""
+        """As in `Trainer`, but nothing is pushed where a graft is to be published.
+
+        Whole weights are saved where a graft will read them and the engine would leave none, nor shards.
+        """
         shards = in_shards(self.accelerator) and not self.args.save_only_model
         read = not _internal_call or (self.args.graft_every_save and not shards)
         with whole_weights(self.accelerator, wanted=self.args.graft and read):
-            super().save_model(output_dir, _internal_call)
+            super().save_model(output_dir, _internal_call or self.args.graft)  # which it takes for: do not push
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
@@ -246,11 +253,13 @@ class ShadowMixin(GraftedEvaluation):
         self._describe(folder)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        self._await_push()  # of the checkpoint before, which may be removed now
         super()._save_checkpoint(model, trial)
         if self.args.graft and self.args.graft_every_save:
             folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
             # Two deep: a folder with an adapter right inside a checkpoint is taken for one of its adapters on resume.
-            self._write_graft(str(folder), folder / "shadow" / GRAFTED_FOLDER, overwrite=True)
+            report = self._write_graft(str(folder), folder / "shadow" / GRAFTED_FOLDER, overwrite=True)
+            self._push_checkpoint(report.output)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         with of_another_run(resume_from_checkpoint):
@@ -288,7 +297,9 @@ class ShadowMixin(GraftedEvaluation):
     def _describe(self, folder: Path) -> None:
         """Write what tells a graft of the weights in `folder` where their delta starts."""
         write_start(folder, self.model, self._adapter_start, self.origins.adapter)
-        write_manifest(folder, {**self._manifest, "weights": weight_digests(folder, START_FOLDER)})
+        without_local_models(folder)
+        weights = weight_digests(folder, START_FOLDER)
+        write_manifest(folder, {**self._manifest, **described(self), "weights": weights})
 
     @property
     def _grafted_folder(self) -> Path:

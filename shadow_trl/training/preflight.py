@@ -19,6 +19,7 @@ from ..pair.pairs import ModelPair
 from .adapter import rescaled_modules
 from .loading import bare_model, is_adapted
 from .origins import Start, check_unchanged
+from .publishing import refuse_local_adapter, refuse_publishing
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -34,13 +35,9 @@ def refuse_unsupported(config: Any) -> None:
     """Refuse options of a config with which no graft could be written or published.
 
     Raises:
-        ConfigError: `push_to_hub`, or a `chat_template_path` that resizes the embeddings.
+        ConfigError: options of the hub, or a `chat_template_path` that resizes the embeddings.
     """
-    if config.push_to_hub:
-        raise ConfigError(
-            "push_to_hub=True would publish the tuned BASE, not the graft. Pass push_to_hub=False and upload the "
-            f"folder {GRAFTED_FOLDER}/ when the run has ended."
-        )
+    refuse_publishing(config)
     template = getattr(config, "chat_template_path", None)
     if template and not (os.path.isfile(template) and template.endswith((".jinja", ".j2"))):
         raise ConfigError(
@@ -59,6 +56,7 @@ def check_before_loading(start: Start, config: Any, given: Mapping[str, Any]) ->
         check_same_adapter(given["peft_config"], str(start.origins.adapter))
     if config.graft:
         check_folders(Path(config.output_dir), start)
+        refuse_local_adapter(config, start)
     if config.eval_grafted and start.is_quantised:
         raise ConfigError(
             "eval_grafted=True is not possible here: BASE is quantised and the graft is not, so it may not fit where "

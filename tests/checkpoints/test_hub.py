@@ -54,7 +54,7 @@ def test_all_sides_by_hub_id_and_revision(tmp_path, cached):
         "tuned": ("nano/tuned", "2" * 40, "2" * 40),
     }
     card = (tmp_path / "a" / "README.md").read_text()
-    assert "base_model:\n- nano/instruct\n- nano/base\n" in card
+    assert "base_model:\n- nano/instruct\nbase_model_relation: finetune\n" in card
     assert verify(tmp_path / "a", progress=False).same
     assert verify(tmp_path / "a", instruct="nano/instruct", progress=False).digests == ["instruct: model.safetensors"]
 

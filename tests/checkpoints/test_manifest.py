@@ -12,6 +12,7 @@ from families import family, lora, shapes
 from huggingface_hub import ModelCard
 
 from shadow_trl import graft
+from shadow_trl.checkpoints.checkpoint import Checkpoint
 from shadow_trl.checkpoints.manifest import (
     FORMAT,
     Entry,
@@ -58,8 +59,8 @@ def test_the_card_of_a_graft_of_hub_models(tmp_path):
     sides = {"base": "Qwen/Qwen3-0.6B-Base", "instruct": "Qwen/Qwen3-0.6B@v1", "tuned": "me/tuned"}
     manifest = {role: {"source": source} for role, source in sides.items()} | {"options": {"scale": 0.5}}
     card = card_of(manifest, tmp_path)
-    assert card.data.base_model == ["Qwen/Qwen3-0.6B", "Qwen/Qwen3-0.6B-Base"]
-    assert card.data.to_dict()["base_model_relation"] == "merge"
+    assert card.data.base_model == ["Qwen/Qwen3-0.6B"]
+    assert card.data.to_dict()["base_model_relation"] == "finetune"
     assert card.data.library_name == "transformers"
     assert {"shadow-trl", "shadow-ft"} <= set(card.data.tags)
     assert "`grafted = instruct + scale * (tuned - base)`" in card.text
@@ -84,6 +85,37 @@ def test_the_card_of_an_adapter_and_of_another_instruct_scale(tmp_path):
     assert "lora" in card.data.tags
     card = card_of({**manifest, "options": {"scale": 1.0, "instruct_scale": 0.5}}, tmp_path)
     assert "base + scale * (tuned - base) + instruct_scale * (instruct - base)" in card.text
+
+
+def test_a_card_says_what_instruct_is_and_how_the_update_was_learnt(tmp_path):
+    trained = {
+        "trainer": "ShadowDPOTrainer", "ref_policy": None, "datasets": ["own/rows"],
+        "training": {"learning_rate": 1e-05, "rows_per_step": 32, "adapter": "LORA of rank 8"},
+        "scores": {"eval_grafted_loss": 0.25},
+    }  # fmt: skip
+    manifest = {"instruct": {"source": "own/it", "folder": False}, "sigma": 0.01234567, "realised": 0.5, "noise": None}
+    sides = family(tmp_path)
+    (sides["instruct"] / "README.md").write_text(
+        "---\nlicense: other\nlicense_name: own|licence\nlicense_link: LICENSE\npipeline_tag: text-to-text\n"
+        "base_model: own/base\nlanguage:\n- de\nextra_gated_prompt: no\n---\nIts text.\n"
+    )
+    card = card_of({**manifest, "trained": trained}, tmp_path, instruct=Checkpoint.open(sides["instruct"]))
+    assert card.data.to_dict() == {
+        "license": "other", "license_name": "own|licence", "license_link": "LICENSE", "pipeline_tag": "text-to-text",
+        "language": ["de"], "base_model": ["own/it"], "base_model_relation": "finetune", "datasets": ["own/rows"],
+        "library_name": "transformers", "tags": ["shadow-trl", "shadow-ft", "trl"],
+    }  # fmt: skip
+    for line in (
+        "| sigma | 0.01235 |", "| realised | 0.5 |", "| trainer | ShadowDPOTrainer |", "| learning rate | 1e-05 |",
+        "| rows per step | 32 |", "| adapter | LORA of rank 8 |", "| data sets | own/rows |",
+        "| eval_grafted_loss | 0.25 |",
+    ):  # fmt: skip
+        assert line in card.text
+    assert "noise" not in card.text
+    for broken in ("---\n[\n---\n", "no head", "---\n- a\n---\n"):
+        (sides["instruct"] / "README.md").write_text(broken)
+        data = card_of(manifest, tmp_path, instruct=Checkpoint.open(sides["instruct"])).data
+        assert (data.license, data.pipeline_tag) == (None, "text-generation")
 
 
 def test_a_card_tells_no_path_of_this_machine(tmp_path):

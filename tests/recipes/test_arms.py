@@ -9,7 +9,7 @@ import pytest
 import yaml
 from repository import COMPARISONS, ROOT
 from rows import SETTINGS, write_rows
-from tiny import preference_data
+from tiny import preference_data, sft_data
 
 from shadow_trl.cli import main
 from shadow_trl.recipes import arms
@@ -148,3 +148,21 @@ def test_options_beside_the_file_are_refused(workspace, capsys):
     assert "--margin beside --config" in capsys.readouterr().err
     assert main(["compare", "--output", "out", "--instruct", "instruct"]) == 2
     assert "--tuned is missing" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_guided_arms_of_sft(workspace):
+    """The same rows with and without INSTRUCT as a guide: two trainings of BASE and two of INSTRUCT."""
+    write_rows(Path("sft.jsonl"), list(sft_data()))
+    values = {"model_name_or_path": "base", "instruct_model": "instruct", "dataset_name": "sft.jsonl", **SETTINGS}
+    Path("sft.yaml").write_text(yaml.safe_dump(values))
+    design = {"recipe": "sft", "config": "sft.yaml", "guidance_powers": [0, 0.5], "scales": [1.0],
+              "conversations": "talks.jsonl", "within": 100.0}  # fmt: skip
+    Path("guided.yaml").write_text(yaml.safe_dump(design))
+    assert main(["compare", "--config", "guided.yaml", "--output", "out"]) == 0
+    shown = [arm for arm in without_seconds("out")["arms"] if arm["split"] == "test"]
+    scores = {(arm["arm"], arm["guidance_power"]): arm["scores"]["loss"] for arm in shown}
+    assert scores.keys() == {("instruct", None), *((arm, how) for arm in ("direct", "shadow") for how in (None, 0.5))}
+    assert len(set(scores.values())) == 5
+    Path("wrong.yaml").write_text(yaml.safe_dump({**DESIGN, "guidance_powers": [1]}))
+    assert main(["compare", "--config", "wrong.yaml", "--output", "none"]) == 2

@@ -208,7 +208,7 @@ def test_bad_input_ends_with_one_error_and_nothing_written(
         (["--instruct_model", "/nothing"], "there is no folder /nothing"),
         (["--base_model", "/nothing"], "there is no folder /nothing"),
         (["--eval_strategy", "steps"], "split train only"),
-        (["--push_to_hub"], "push_to_hub"),
+        (["--push_to_hub", "--hub_strategy", "checkpoint"], "would publish checkpoints"),
         (["--chat_template_path", "nothing.jinja"], "chat_template_path"),
         (["--use_peft", "--lora_r", "0"], "lora_r"),
         (["--use_peft", "--lora_task_type", "ZZZ"], "the options of the model are not valid"),
