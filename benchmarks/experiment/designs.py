@@ -72,7 +72,7 @@ def folder_of(design: Design, output: Path) -> Path:
 
 
 def cells(output: Path, real: Path | None, only: list[str] | None) -> list[Cell]:
-    """Return the cells in order: the first seeds of the core, each other design, the other seeds of the core."""
+    """Return the cells: those of the core's first seeds, of each other design, of the core's rest; seed after seed."""
     sources = {path.stem: path for path in sorted(FOLDER.glob("*.yaml"))}
     if real is not None:
         from real import prepare
@@ -81,15 +81,14 @@ def cells(output: Path, real: Path | None, only: list[str] | None) -> list[Cell]
     if only and (unknown := set(only) - set(sources)):
         raise SystemExit(f"no such designs: {', '.join(sorted(unknown))}. There are: {', '.join(sources)}.")
     found: list[tuple[int, int, Cell]] = []
-    for name, source in sources.items():
+    for place, (name, source) in enumerate(sources.items(), start=1):
         if only and name not in only:
             continue
         design = read_design(name, source, output)
-        seeds = design.seeds
-        for at, cell in enumerate(_cells_of(name, source, design)):
-            later = name in CORE and seeds.index(cell.seed) >= FIRST
-            rank = 2 if later else 0 if name in CORE else 1
-            found.append((rank, seeds.index(cell.seed) if name in CORE else at // 1000, cell))
+        for cell in _cells_of(name, source, design):
+            seed = design.seeds.index(cell.seed)
+            core = 0 if seed < FIRST else len(sources) + 1
+            found.append((core if name in CORE else place, seed, cell))
     return [cell for *_, cell in sorted(found, key=lambda item: item[:2])]
 
 

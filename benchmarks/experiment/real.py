@@ -67,6 +67,8 @@ SETS: dict[str, tuple[str, str, Callable[[Row], Row]]] = {
     "real_preferences": ("dpo", "preferences.json", _preferences),
 }
 """Name of each design -> its recipe, file, and how a row of the file becomes one of TRL's."""
+KEPT = ["rule", "skill", "refuse"]
+"""Kinds of the embedded pair's rows that measure what is kept."""
 RATES = {"sft": 1e-4, "dpo": 5e-5}
 
 
@@ -111,14 +113,19 @@ def _write(name: str, recipe: str, rows: list[Row], folder: Path) -> Path:
     config = yaml.safe_load(Path(f"recipes/configs/nano/shadow_{recipe}.yaml").read_text(encoding="utf-8"))
     # A configuration outside of recipes/ has its paths from the current folder.
     config |= {"dataset_name": str(folder / f"{name}_train.jsonl"), "max_length": 256}
-    design = yaml.safe_load(Path(f"benchmarks/experiment/designs/core_{recipe}.yaml").read_text(encoding="utf-8"))
+    design = yaml.safe_load(Path("benchmarks/experiment/designs/core_sft.yaml").read_text(encoding="utf-8"))
     measured = {"sft": "conversations", "dpo": "preferences"}[recipe]
+    for key in ("rows", "validation_rows"):
+        given = Path(design[key])
+        lines = (line for line in given.read_text(encoding="utf-8").splitlines() if json.loads(line)["kind"] in KEPT)
+        design[key] = str(folder / given.name)
+        Path(design[key]).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
     design |= {
-        "config": str(folder / f"{name}.config.yaml"), measured: str(folder / f"{name}_held_out.jsonl"),
+        "recipe": recipe, "config": str(folder / f"{name}.config.yaml"), measured: str(folder / f"{name}_held_out.jsonl"),
         "pairs": {"pair-1": design["pairs"]["pair-1"]}, "learning_rates": [RATES[recipe]],
         "seeds": design["seeds"][:3], "scales": [0.5, 1.0],
         "target": {"sft": "loss", "dpo": "preference accuracy"}[recipe],
-        "kept": ["rule", "skill", "refuse"],
+        "kept": KEPT,
     }  # fmt: skip
     for path, content in ((folder / f"{name}.config.yaml", config), (folder / f"{name}.yaml", design)):
         path.write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")

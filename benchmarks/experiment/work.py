@@ -81,7 +81,7 @@ def _digest(design: Design, record: dict[str, Any]) -> str:
     measured = {
         name: file_digest(Path(value)) if name in ("rows", "validation_rows", "conversations", "preferences") else value
         for name, value in asdict(design).items()
-        if value is not None and name not in ("seeds", "learning_rates", "pairs", "config")
+        if value and name not in ("seeds", "learning_rates", "pairs", "config")
     }
     text = json.dumps([record, measured], sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()
