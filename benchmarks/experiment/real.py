@@ -121,7 +121,8 @@ def _write(name: str, recipe: str, rows: list[Row], folder: Path) -> Path:
         design[key] = str(folder / given.name)
         Path(design[key]).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
     design |= {
-        "recipe": recipe, "config": str(folder / f"{name}.config.yaml"), measured: str(folder / f"{name}_held_out.jsonl"),
+        "recipe": recipe, "config": str(folder / f"{name}.config.yaml"),
+        measured: str(folder / f"{name}_held_out.jsonl"),
         "pairs": {"pair-1": design["pairs"]["pair-1"]}, "learning_rates": [RATES[recipe]],
         "seeds": design["seeds"][:3], "scales": [0.5, 1.0],
         "target": {"sft": "loss", "dpo": "preference accuracy"}[recipe],
