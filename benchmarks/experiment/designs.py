@@ -71,13 +71,19 @@ def folder_of(design: Design, output: Path) -> Path:
     return runs_of(output, design.config)
 
 
+def sources_of(output: Path) -> dict[str, Path]:
+    """Return the files of the designs by name; those of real data are in the output."""
+    made = (path for path in (output / "real").glob("*.yaml") if not path.name.endswith(".config.yaml"))
+    return {path.stem: path for path in sorted([*FOLDER.glob("*.yaml"), *made])}
+
+
 def cells(output: Path, real: Path | None, only: list[str] | None) -> list[Cell]:
     """Return the cells: those of the core's first seeds, of each other design, of the core's rest; seed after seed."""
-    sources = {path.stem: path for path in sorted(FOLDER.glob("*.yaml"))}
     if real is not None:
         from real import prepare
 
-        sources |= prepare(real, output / "real")
+        prepare(real, output / "real")
+    sources = sources_of(output)
     if only and (unknown := set(only) - set(sources)):
         raise SystemExit(f"no such designs: {', '.join(sorted(unknown))}. There are: {', '.join(sources)}.")
     found: list[tuple[int, int, Cell]] = []

@@ -72,17 +72,17 @@ KEPT = ["rule", "skill", "refuse"]
 RATES = {"sft": 1e-4, "dpo": 5e-5}
 
 
-def prepare(source: Path, folder: Path) -> dict[str, Path]:
-    """Write rows, configuration and design of each file that is there; return the designs by name."""
-    found = {}
+def prepare(source: Path, folder: Path) -> None:
+    """Write rows, configuration and design of each file that is there."""
+    found = False
     folder.mkdir(parents=True, exist_ok=True)
     for name, (recipe, file, convert) in SETS.items():
         if (source / file).is_file():
             rows = list(_rows(source / file, convert))
-            found[name] = _write(name, recipe, rows, folder)
+            _write(name, recipe, rows, folder)
+            found = True
     if not found:
         raise SystemExit(f"{source} has none of {', '.join(file for _, file, _ in SETS.values())}.")
-    return found
 
 
 def _rows(path: Path, convert: Callable[[Row], Row]) -> Iterable[Row]:
@@ -103,7 +103,7 @@ def is_held_out(row: Row) -> bool:
     return hashlib.sha256(row["prompt"][0]["content"].encode()).digest()[0] % 5 >= 3
 
 
-def _write(name: str, recipe: str, rows: list[Row], folder: Path) -> Path:
+def _write(name: str, recipe: str, rows: list[Row], folder: Path) -> None:
     train, held = ([row for row in rows if is_held_out(row) == held][:MOST] for held in (False, True))
     if recipe == "sft":
         held = [{"messages": [*row["prompt"], *row["completion"]]} for row in held]
@@ -130,4 +130,3 @@ def _write(name: str, recipe: str, rows: list[Row], folder: Path) -> Path:
     }  # fmt: skip
     for path, content in ((folder / f"{name}.config.yaml", config), (folder / f"{name}.yaml", design)):
         path.write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
-    return folder / f"{name}.yaml"

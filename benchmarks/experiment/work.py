@@ -30,9 +30,8 @@ def run(todo: list[Cell], output: Path, workers: int) -> int:
     """Make the cells in their order; return 1 if one failed, after all others were made."""
     (output / "cells").mkdir(parents=True, exist_ok=True)
     started, failed = time.perf_counter(), 0
-    # A new process from time to time: what libraries keep of a training adds up.
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=context, max_tasks_per_child=20) as pool:
+    with ProcessPoolExecutor(workers, mp_context=context) as pool:
         waiting = {pool.submit(make, cell, output): cell for cell in todo}
         for number, done in enumerate(as_completed(waiting), start=1):
             cell, reason = waiting[done], done.exception()

@@ -164,7 +164,7 @@ class Comparison:
         chosen = [settings for settings in self.selected.values() if settings is not None]
         pairs = [(a, b) for b, a in itertools.combinations(chosen, 2)]
         cases = [(a, b, metric) for a, b in pairs for metric in self.metrics]
-        found = [self._compared(a, b, metric) for a, b, metric in cases]
+        found = [self.compared(a, b, metric) for a, b, metric in cases]
         adjusted = holm([one.p for one in found])
         tests = []
         for (a, b, metric), one, p in zip(cases, found, adjusted, strict=True):
@@ -173,7 +173,7 @@ class Comparison:
             tests.append(Test(a.arm, b.arm, metric, one, p, said))
         return tests
 
-    def _compared(self, a: Settings, b: Settings, metric: Metric) -> Difference:
+    def compared(self, a: Settings, b: Settings, metric: Metric) -> Difference:
         left, right, pairs = self._tables(a, b, metric)
         return compare(left, right, bound=metric.factor if metric.share else None, pairs=pairs)
 
