@@ -14,8 +14,20 @@ __version__ = "0.2.0.dev0"
 # No room may have the name of a public function: importing a submodule sets an attribute of its name on the package,
 # and `__getattr__` below would never be asked again.
 _ROOM_OF = {
+    "ShadowArguments": "training.config",
+    "ShadowCPOConfig": "training.experimental",
+    "ShadowCPOTrainer": "training.experimental",
     "ShadowDPOConfig": "training.config",
     "ShadowDPOTrainer": "training.trainers",
+    "ShadowGRPOConfig": "training.online",
+    "ShadowGRPOTrainer": "training.online",
+    "ShadowKTOConfig": "training.kto",
+    "ShadowKTOTrainer": "training.kto",
+    "ShadowMixin": "training.mixin",
+    "ShadowORPOConfig": "training.experimental",
+    "ShadowORPOTrainer": "training.experimental",
+    "ShadowRLOOConfig": "training.online",
+    "ShadowRLOOTrainer": "training.online",
     "ShadowSFTConfig": "training.config",
     "ShadowSFTTrainer": "training.trainers",
     "extract_delta": "operations.delta",
@@ -25,8 +37,20 @@ _ROOM_OF = {
 }
 
 __all__ = [
+    "ShadowArguments",
+    "ShadowCPOConfig",
+    "ShadowCPOTrainer",
     "ShadowDPOConfig",
     "ShadowDPOTrainer",
+    "ShadowGRPOConfig",
+    "ShadowGRPOTrainer",
+    "ShadowKTOConfig",
+    "ShadowKTOTrainer",
+    "ShadowMixin",
+    "ShadowORPOConfig",
+    "ShadowORPOTrainer",
+    "ShadowRLOOConfig",
+    "ShadowRLOOTrainer",
     "ShadowSFTConfig",
     "ShadowSFTTrainer",
     "extract_delta",
@@ -40,7 +64,11 @@ if TYPE_CHECKING:
     from .operations.gap import gap
     from .operations.graft import graft
     from .operations.verify import verify
-    from .training.config import ShadowDPOConfig, ShadowSFTConfig
+    from .training.config import ShadowArguments, ShadowDPOConfig, ShadowSFTConfig
+    from .training.experimental import ShadowCPOConfig, ShadowCPOTrainer, ShadowORPOConfig, ShadowORPOTrainer
+    from .training.kto import ShadowKTOConfig, ShadowKTOTrainer
+    from .training.mixin import ShadowMixin
+    from .training.online import ShadowGRPOConfig, ShadowGRPOTrainer, ShadowRLOOConfig, ShadowRLOOTrainer
     from .training.trainers import ShadowDPOTrainer, ShadowSFTTrainer
 
 

@@ -232,6 +232,8 @@ def _compare(options: argparse.Namespace) -> int:
     for name in ("instruct", "tuned"):
         if getattr(options, name) is None:
             raise ConfigError(f"--{name} is missing (or --config, to train the arms first).")
+    from accelerate import PartialState
+
     from .evaluation.scales import Data, Sources, compare_scales, graft_command
 
     sources = Sources(options.instruct, options.tuned, options.base, options.direct)
@@ -244,7 +246,7 @@ def _compare(options: argparse.Namespace) -> int:
         graft_dtype=options.dtype, target=options.target, keep=options.keep, within=options.within,
         margin=options.margin, dtype=options.score_dtype, device=options.device, progress=not options.quiet,
     )  # fmt: skip
-    if not options.quiet:
+    if not options.quiet and PartialState().is_main_process:
         print(summary(found, graft_command(found, sources, options.dtype)))
     return 0
 

@@ -22,6 +22,7 @@ from .open_files import OpenFiles
 from .pieces import gathered
 from .schemas import AdapterConfig, Index, ModelConfig
 from .shards import read_shards
+from .weight_names import COMPUTED_ON_LOAD
 
 if TYPE_CHECKING:
     import numpy
@@ -31,6 +32,7 @@ ADAPTER_CONFIG = "adapter_config.json"
 # In the order in which transformers and PEFT look for them.
 _MODEL = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 _ADAPTER = ("adapter_model.safetensors", "adapter_model.bin")
+_COMPILED = "_orig_mod."  # what torch.compile calls the module that it wraps
 
 # Tensors that stand beside or instead of a weight in GPTQ, AWQ, bitsandbytes and compressed-tensors checkpoints.
 _PACKED_NAME = re.compile(
@@ -227,6 +229,12 @@ class Checkpoint:
             self._check_index(read_json(self.path / self.index, Index)["weight_map"])
         if not self.specs:
             raise CheckpointError(f"{self} has weight files without a tensor. Download or save the model again.")
+        if compiled := [name for name in self.specs if _COMPILED in name]:
+            raise CheckpointError(
+                f"{self} was saved from inside torch.compile: {len(compiled)} names have its {_COMPILED!r} in them, by "
+                f"which no model is loaded.\n{list_names(compiled)}\nSave the model that it holds "
+                "(model._orig_mod.save_pretrained(folder)), or take that part out of the names in the files."
+            )
 
     def _read_shards(self, folder: Path) -> None:
         self.specs, self.stamps = read_shards(folder)
@@ -240,10 +248,11 @@ class Checkpoint:
             )
 
     def _check_index(self, weight_map: dict[str, str]) -> None:
+        # torchtune lists all weights of the checkpoint that it read, and writes those that a model has.
         wrong = [
             f"{name}  {file}"
             for name, file in weight_map.items()
-            if name not in self.specs or self.specs[name].file.name != file
+            if (self.specs[name].file.name != file if name in self.specs else not COMPUTED_ON_LOAD.search(name))
         ]
         if wrong:
             raise CheckpointError(

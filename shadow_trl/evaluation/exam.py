@@ -8,11 +8,13 @@ import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from ..errors import ConfigError, GraftError, InputError, list_names
+from ..runtime.processes import share_out
 from .likelihood import losses, margins
-from .scoring import Row, score
+from .scoring import Row, answered_right
 
 Values = Mapping[str, tuple[float, ...]]
 """Part (a kind of rows, or a measure of other data) -> the value of each row."""
@@ -110,7 +112,7 @@ class Exam:
         return tuple(found)
 
     def take(self, model: Any, tokenizer: Any, ends: Sequence[int]) -> Values:
-        """Measure a model on all data.
+        """Measure a model on all data; several processes measure different rows, and all return the values of all.
 
         Args:
             model: a causal language model of transformers in evaluation mode.
@@ -123,22 +125,32 @@ class Exam:
         found: dict[str, tuple[float, ...]] = {}
         size = self.batch_size
         if self.rows:
-            hits = score(
-                model, tokenizer, self.rows, batch_size=size, max_new_tokens=self.max_new_tokens, eos_token_ids=ends
-            ).hits
-            found |= {kind: tuple(map(float, right)) for kind, right in hits.items()}
+            right = share_out(
+                self.rows,
+                partial(
+                    answered_right, model, tokenizer, batch_size=size, max_new_tokens=self.max_new_tokens,
+                    eos_token_ids=ends,
+                ),
+                what="answering the rows",
+            )  # fmt: skip
+            for kind in self.kinds:
+                of_kind = (hit for row, hit in zip(self.rows, right, strict=True) if row.get("kind", "all") == kind)
+                found[kind] = tuple(map(float, of_kind))
         if self.conversations:
-            loss, right = losses(model, tokenizer, self.conversations, batch_size=size)
-            found |= {"loss": tuple(loss), "token accuracy": tuple(right)}
+            both = share_out(
+                self.conversations,
+                lambda some: list(zip(*losses(model, tokenizer, some, batch_size=size), strict=True)),
+                what="reading the conversations",
+            )
+            found |= {"loss": tuple(loss for loss, _ in both), "token accuracy": tuple(right for _, right in both)}
         if self.pairs:
-            margin = margins(model, tokenizer, self.pairs, batch_size=size)
+            margin = share_out(
+                self.pairs, partial(margins, model, tokenizer, batch_size=size), what="reading the preferences"
+            )
             found["preference margin"] = tuple(margin)
             found["preference accuracy"] = tuple(float(value > 0.0) for value in margin)
         for name, function in (self.functions or {}).items():
-            values = [float(value) for value in function(model, tokenizer, list(self.rows))]
-            if len(values) != len(self.rows):
-                raise GraftError(f"the metric {name} returned {len(values)} numbers for {len(self.rows)} rows.")
-            found[name] = tuple(values)
+            found[name] = tuple(share_out(self.rows, partial(_called, name, function, model, tokenizer), what=name))
         if bad := [name for name, values in found.items() if not all(map(math.isfinite, values))]:
             raise GraftError(f"{len(bad)} measures have values that are not finite:\n{list_names(bad)}")
         return found
@@ -155,6 +167,15 @@ class Exam:
             for rows, talks, pairs in zip(*split, strict=True)
         )
         return {"validation": first, "test": second}
+
+
+def _called(
+    name: str, function: Callable[..., Sequence[float]], model: Any, tokenizer: Any, rows: Sequence[Row]
+) -> list[float]:
+    values = [float(value) for value in function(model, tokenizer, list(rows))]
+    if len(values) != len(rows):
+        raise GraftError(f"the metric {name} returned {len(values)} numbers for {len(rows)} rows.")
+    return values
 
 
 def _halves(rows: Sequence[Row], sort: str) -> tuple[list[Row], list[Row]]:

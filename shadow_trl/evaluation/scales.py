@@ -19,7 +19,7 @@ from ..errors import ConfigError, ends_with, list_names
 from ..grafting.options import GraftOptions
 from ..operations.in_memory import OpenGrafts, open_grafts
 from ..results.folder import OutputFolder, check_free, check_place, recover
-from ..runtime.processes import say
+from ..runtime.processes import run_on_main, say, together
 from .comparison import Comparison, Measured, Settings, choose_target
 from .comparison_report import write_comparison
 from .exam import Exam, Values, function_named
@@ -152,31 +152,32 @@ def compare_scales(
         GraftError: values that are not finite.
     """
     folder = output_folder(output)
-    recover(folder)
-    check_free(folder, overwrite=False)
-    exams = data.exams()
-    metrics = exams["test"].metrics
-    chosen = choose_target(metrics, target, keep)
-    tried = tried_with(scales, modules, graft_dtype)
-    if not (within >= 0.0 and margin > 0.0):
-        raise ConfigError("a comparison needs `within` of at least 0 and a margin above 0.")
     state = PartialState()
-    if state.num_processes > 1:
-        raise ConfigError(f"compare works in one process, and {state.num_processes} were started. Start one.")
-    tokenizer, ends = tokenizer_and_ends(sources.instruct)
-    with ExitStack() as opened, OutputFolder(folder) as place:
-        plan = steps_of(sources, tried, folder, opened)
-        warnings = check_all(plan, folder, scales[0])
-        take = partial(measure, exams=exams, tokenizer=tokenizer, ends=ends, dtype=dtype)
-        models = []
-        for number, step in enumerate(plan, start=1):
-            if progress:
-                say(f"{number} of {len(plan)}: {' '.join([step.settings.arm, step.settings.words()]).strip()}")
-            models.append(take(step, device=device or state.device))
-        notes = [*_notes(sources, data, exams), *(f"Warning: {warning}" for warning in warnings)]
-        comparison = Comparison(models, metrics, *chosen, within=within, margin=margin, notes=notes)
-        write_comparison(comparison, place.part, command=graft_command(comparison, sources, graft_dtype))
-        place.commit()
+    with together(state, what="the comparison"):
+        run_on_main(state, lambda: recover(folder), what="looking at the output")
+        check_free(folder, overwrite=False)
+        exams = data.exams()
+        metrics = exams["test"].metrics
+        chosen = choose_target(metrics, target, keep)
+        tried = tried_with(scales, modules, graft_dtype)
+        if not (within >= 0.0 and margin > 0.0):
+            raise ConfigError("a comparison needs `within` of at least 0 and a margin above 0.")
+        tokenizer, ends = tokenizer_and_ends(sources.instruct)
+        with ExitStack() as opened:
+            place = opened.enter_context(OutputFolder(folder)) if state.is_main_process else None
+            plan = steps_of(sources, tried, folder, opened)
+            warnings = check_all(plan, folder, scales[0])
+            take = partial(measure, exams=exams, tokenizer=tokenizer, ends=ends, dtype=dtype)
+            models = []
+            for number, step in enumerate(plan, start=1):
+                if progress:
+                    say(f"{number} of {len(plan)}: {' '.join([step.settings.arm, step.settings.words()]).strip()}")
+                models.append(take(step, device=device or state.device))
+            notes = [*_notes(sources, data, exams), *(f"Warning: {warning}" for warning in warnings)]
+            comparison = Comparison(models, metrics, *chosen, within=within, margin=margin, notes=notes)
+            if place is not None:
+                write_comparison(comparison, place.part, command=graft_command(comparison, sources, graft_dtype))
+                place.commit()
     return comparison
 
 

@@ -209,6 +209,27 @@ def score(
         InputError: no rows, no chat template, or no end token.
 
     """
+    right = answered_right(
+        model, tokenizer, rows, batch_size=batch_size, max_new_tokens=max_new_tokens, eos_token_ids=eos_token_ids,
+        progress=progress,
+    )  # fmt: skip
+    hits: dict[str, list[bool]] = {}
+    for row, hit in zip(rows, right, strict=True):
+        hits.setdefault(row.get("kind", "all"), []).append(hit)
+    return Scores({kind: tuple(values) for kind, values in hits.items()})
+
+
+def answered_right(
+    model: Any,
+    tokenizer: Any,
+    rows: Sequence[Row],
+    *,
+    batch_size: int = 128,
+    max_new_tokens: int = 32,
+    eos_token_ids: Iterable[int] | None = None,
+    progress: str | None = None,
+) -> list[bool]:
+    """Return for each row whether `model` answers it right; arguments and errors as of `score`."""
     if not rows:
         raise InputError("there are no rows to score.")
     if not getattr(tokenizer, "chat_template", None):
@@ -227,11 +248,9 @@ def score(
             batch = order[start : start + batch_size]
             for prompt, tokens in zip(batch, _answer(model, batch, ends), strict=True):
                 given[prompt] = tokenizer.decode(tokens, skip_special_tokens=True).strip()
-    hits: dict[str, list[bool]] = {}
-    for row, prompt in zip(rows, prompts, strict=True):
-        right = given[prompt] in (answer.strip() for answer in _answers(row))
-        hits.setdefault(row.get("kind", "all"), []).append(right)
-    return Scores({kind: tuple(values) for kind, values in hits.items()})
+    return [
+        given[prompt] in (answer.strip() for answer in _answers(row)) for row, prompt in zip(rows, prompts, strict=True)
+    ]
 
 
 def end_tokens(generation: Any, tokenizer: Any) -> list[int]:

@@ -10,7 +10,7 @@ import json
 import os
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from threading import Event, Thread
@@ -21,6 +21,7 @@ from ..errors import ConfigError, GraftError, ShadowError
 if TYPE_CHECKING:
     from accelerate import Accelerator, PartialState
 
+_Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
 
 _LOOK_EVERY = 0.1
@@ -87,6 +88,32 @@ def run_on_main(accelerator: Accelerator | PartialState, work: Callable[[], _Res
 
         broadcast_object_list(outcome, from_process=0)
     return outcome[0]  # type: ignore[return-value]
+
+
+def share_out(items: Sequence[_Item], work: Callable[[Sequence[_Item]], list[_Result]], *, what: str) -> list[_Result]:
+    """Let each process do its share of `items`, and return the results of all of them in the order of the items.
+
+    Args:
+        items: the same on all processes, which must all make this call.
+        work: called with some items; returns a picklable result for each. Never called with none.
+        what: name of the work for the error on the other processes.
+
+    Raises:
+        Exception: what `work` raised here.
+        GraftError: another process failed.
+    """
+    from accelerate import PartialState
+    from accelerate.utils import gather_object
+
+    state = PartialState()
+    if state.num_processes == 1:
+        return work(items)
+    mine = items[state.process_index :: state.num_processes]
+    with together(state, what=what):
+        done = work(mine) if mine else []
+    found = iter(gather_object(done))
+    places = [at for first in range(state.num_processes) for at in range(first, len(items), state.num_processes)]
+    return [result for _, result in sorted(zip(places, found, strict=True), key=lambda pair: pair[0])]
 
 
 def check_shared(accelerator: Accelerator | PartialState, folder: Path, *, what: str) -> None:

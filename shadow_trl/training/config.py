@@ -36,7 +36,9 @@ def _of_graft(name: str) -> Any:
 
 @dataclass
 class ShadowArguments:
-    """Arguments of the graft `grafted = instruct + graft_scale * (tuned - base)`, shared by the SFT and DPO configs.
+    """Arguments of the graft `grafted = instruct + graft_scale * (tuned - base)`, shared by all configs.
+
+    Put before a TRL config in the list of bases of a dataclass: `class MyConfig(ShadowArguments, SFTConfig)`.
 
     Args:
         instruct_model: folder or hub id of INSTRUCT, the model that receives the delta. The trainer's argument of the
@@ -125,26 +127,43 @@ class ShadowSFTConfig(ShadowArguments, SFTConfig):
 
 
 @dataclass
-class ShadowDPOConfig(ShadowArguments, DPOConfig):
-    """TRL's `DPOConfig` with the arguments of the graft (`ShadowArguments`) and the choice of the reference policy.
+class ReferenceArguments(ShadowArguments):
+    """Arguments of the graft (`ShadowArguments`) and the choice of the reference policy, where the loss has one.
 
     Args:
-        ref_policy: which policy pi_ref of the DPO loss (2305.18290, equation 7) is: `init` (the policy as it starts,
-            TRL's default), `base` (the origin of the delta), `instruct`, or `grafted` (what a graft of the start
-            would ship: INSTRUCT itself when training starts from a raw BASE). Default `init`.
+        ref_policy: which policy pi_ref of the loss (of DPO, 2305.18290, equation 7) is: `init` (the policy as it
+            starts, TRL's default), `base` (the origin of the delta), `instruct`, or `grafted` (what a graft of the
+            start would ship: INSTRUCT itself when training starts from a raw BASE). Default `init`.
+    """
+
+    ref_policy: str = _argument("init", "Which model is the reference policy of the loss.", choices=REF_POLICIES)
+
+    def __post_init__(self) -> None:
+        one_of("ref_policy", self.ref_policy, REF_POLICIES)
+        super().__post_init__()
+
+
+@dataclass
+class PrecomputingArguments(ReferenceArguments):
+    """The same (`ReferenceArguments`), where the reference can be used before training and released.
+
+    Args:
         precompute_ref_log_probs: as in TRL, or None: True when the reference is not `init` and the data is map-style
             text, else False with a notice. Default None.
     """
 
-    ref_policy: str = _argument("init", "Which model is the reference policy of the DPO loss.", choices=REF_POLICIES)
-    precompute_ref_log_probs: bool | None = _argument(  # type: ignore[assignment]
+    precompute_ref_log_probs: bool | None = _argument(
         None,
         "Whether to compute the reference log probabilities before training. Default: True when the reference is not "
         "init and the data is map-style text.",
     )
 
+
+@dataclass
+class ShadowDPOConfig(PrecomputingArguments, DPOConfig):  # type: ignore[misc]
+    """TRL's `DPOConfig` with the arguments of the graft and of the reference policy (`PrecomputingArguments`)."""
+
     def __post_init__(self) -> None:
-        one_of("ref_policy", self.ref_policy, REF_POLICIES)
         losses = [self.loss_type] if isinstance(self.loss_type, str) else self.loss_type
         for loss in losses:
             one_of("loss_type", loss, DPO_LOSSES)

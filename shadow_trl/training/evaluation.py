@@ -11,7 +11,7 @@ from collections import defaultdict, deque
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy
 import torch
@@ -20,7 +20,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from ..checkpoints.manifest import Entry
-from ..errors import GraftError, ends_with
+from ..errors import ConfigError, GraftError, ends_with
 from ..grafting.reports import GraftReport
 from .engines import whole_weights
 from .loading import load_adapter
@@ -72,9 +72,19 @@ class GraftedEvaluation(_Trainer):
 
     args: Any
     _start: Start
-    _metrics: dict[str, Any]
+    # The attribute in which TRL's trainer collects what it logs of an evaluation; None: `eval_grafted` is refused.
+    _figures: ClassVar[str | None] = None
     _references: KeptReferences | None = None  # while both passes last
     _write_graft: Callable[..., GraftReport]
+
+    def _check_can_evaluate(self, config: Any) -> None:
+        """Refuse `eval_grafted` with ConfigError where the evaluation cannot be repeated on a graft."""
+        if config.eval_grafted and self._figures is None:
+            raise ConfigError(
+                f"eval_grafted=True is not possible with {type(self).__name__}, of whose evaluation it is not known "
+                "that it can be repeated on the graft. Pass eval_grafted=False and score the grafted folder after "
+                "training."
+            )
 
     def evaluation_loop(
         self,
@@ -88,19 +98,24 @@ class GraftedEvaluation(_Trainer):
         run = super().evaluation_loop
         if not self.args.eval_grafted or description != "Evaluation":
             return run(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
+        assert self._figures is not None  # or the option was refused
+        figures = getattr(self, self._figures)
         self._references = KeptReferences()
         try:
             output = run(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
             self._references.again = True
             # TRL's `log` adds what is in here to the figures of the evaluation; the graft's must not be among them.
-            plain, self._metrics["eval"] = self._metrics["eval"], defaultdict(list)
+            plain, figures["eval"] = figures["eval"], defaultdict(list)
             prefix = f"{metric_key_prefix}_grafted"
             try:
                 with self._shipped():
                     second = run(dataloader, description, prediction_loss_only, ignore_keys, prefix)
-                means = {f"{prefix}_{key}": sum(values) / len(values) for key, values in self._metrics["eval"].items()}
+                means = {  # some trainers have `eval_` in the names already
+                    f"{prefix}_{key.removeprefix('eval_')}": sum(values) / len(values)
+                    for key, values in figures["eval"].items()
+                }
             finally:
-                self._metrics["eval"] = plain
+                figures["eval"] = plain
         finally:
             self._references = None
         return output._replace(metrics={**(output.metrics or {}), **(second.metrics or {}), **means})

@@ -31,11 +31,13 @@ class Loading:
         args: a TRL config; its `model_init_kwargs` load the policy.
         quantization_config: as given for the policy.
         kwargs: keyword arguments that win over `model_init_kwargs`, `dtype` of the policy above all.
+        loads_as: dtype where none is given.
     """
 
     args: Any
     quantization_config: Any = None
     kwargs: Mapping[str, Any] = field(default_factory=dict)
+    loads_as: str = "float32"
 
     def load(self, source: Entry) -> PreTrainedModel:
         """Load the model in `source`, whose revision replaces the policy's (None: the main branch).
@@ -46,7 +48,7 @@ class Loading:
 
         # The config's own parsing has made a dictionary of what was a string on the command line.
         given = cast("dict[str, Any]", self.args.model_init_kwargs or {})
-        kwargs = {**given, **self.kwargs, "revision": source.revision}
+        kwargs = {"dtype": self.loads_as, **given, **self.kwargs, "revision": source.revision}
         kwargs.setdefault("trust_remote_code", self.args.trust_remote_code)
         if self.quantization_config is not None:
             kwargs["quantization_config"] = self.quantization_config
@@ -60,7 +62,7 @@ class Loading:
         if not isinstance(model, Entry):
             bare = bare_model(model)
             return replace(self, kwargs={"dtype": bare.dtype, "attn_implementation": bare.config._attn_implementation})
-        dtype = (self.args.model_init_kwargs or {}).get("dtype", "float32")
+        dtype = (self.args.model_init_kwargs or {}).get("dtype", self.loads_as)
         if dtype in ("auto", None):
             from transformers import AutoConfig
 

@@ -59,7 +59,14 @@ from .engines import (
 from .evaluation import GraftedEvaluation
 from .loading import bare_model, dtypes_before, load_adapter, reload_converted
 from .origins import Start
-from .preflight import GRAFTED_FOLDER, check_before_loading, is_conversational, refuse_unsupported
+from .preflight import (
+    GRAFTED_FOLDER,
+    check_before_loading,
+    check_head,
+    is_conversational,
+    refuse_rewards,
+    refuse_unsupported,
+)
 from .publishing import Publishing, described
 from .resuming import checkpoint_of, of_another_run
 from .saved import check_as_saved
@@ -74,7 +81,8 @@ logger = get_logger(__name__)
 class ShadowMixin(GraftedEvaluation, Publishing):
     """Makes a TRL trainer tune BASE and graft the delta onto INSTRUCT: `grafted = instruct + scale * (tuned - base)`.
 
-    Put before a TRL trainer in the list of bases. Every argument is that trainer's own, and two more.
+    Put before a TRL trainer in the list of bases, with `config_class` set to its config behind `ShadowArguments`. Every
+    argument is that trainer's own, and two more.
 
     Args:
         model: BASE (folder, hub id or loaded model), or the folder of an earlier shadow run (model or adapter).
@@ -90,9 +98,15 @@ class ShadowMixin(GraftedEvaluation, Publishing):
         OutputExistsError: `output_dir` already holds a graft, or is an input of the run.
     """
 
-    _config_class: ClassVar[type[ShadowArguments]]
+    config_class: ClassVar[type[ShadowArguments]]
     _name: ClassVar[str]
+    _loads_as: ClassVar[str] = "float32"  # the dtype in which TRL's trainer loads a model where it is told none
     args: Any
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Refuse what could not be grafted, whatever it is given."""
+        super().__init_subclass__(**kwargs)
+        refuse_rewards(cls)
 
     @ends_with("Nothing was written.")
     def __init__(
@@ -100,6 +114,8 @@ class ShadowMixin(GraftedEvaluation, Publishing):
     ) -> None:
         call = bound(super().__init__, args, kwargs)
         given = call.arguments
+        if given.get("model") is None or given.get("model_init") is not None:
+            raise ConfigError("the trainer takes model=..., the name of BASE or the loaded BASE, and no model_init.")
         if isinstance(given["model"], os.PathLike):
             given["model"] = os.fspath(given["model"])
         config = self._read_config(given)
@@ -116,6 +132,7 @@ class ShadowMixin(GraftedEvaluation, Publishing):
         """Check everything that can be checked before training, and let TRL make its trainer."""
         given = call.arguments
         refuse_unsupported(config)
+        self._check_can_evaluate(config)
         check_settings(config, given.get("quantization_config"), given.get("peft_config"))
         refuse_engines(config, given["model"])
         load_for(config)
@@ -123,7 +140,9 @@ class ShadowMixin(GraftedEvaluation, Publishing):
             for name in ("train_dataset", "eval_dataset"):
                 check_columns(name, given.get(name), self._data_forms(config))
                 check_first_row(name, given.get(name), self._data_forms(config))
-        self._start = start = Start.of(given, config, base_model=base_model, instruct_model=instruct_model)
+        self._start = start = Start.of(
+            given, config, base_model=base_model, instruct_model=instruct_model, loads_as=self._loads_as
+        )
         self.origins = start.origins
         self.graft_report: GraftReport | None = None
         check_before_loading(start, config, given)
@@ -153,6 +172,7 @@ class ShadowMixin(GraftedEvaluation, Publishing):
             )
         grafts = config.graft or config.eval_grafted
         if grafts:
+            check_head(type(bare_model(self.model)))
             refuse_offloaded(self.model)
             lifts_weights(self.accelerator, self.model)
             check_as_saved(start, self.model, self.processing_class, config.graft_options())
@@ -306,12 +326,18 @@ class ShadowMixin(GraftedEvaluation, Publishing):
         return Path(self.args.output_dir) / GRAFTED_FOLDER
 
     def _read_config(self, given: dict[str, Any]) -> Any:
+        if not hasattr(self, "config_class"):
+            name = type(self).__name__
+            raise ConfigError(
+                f"{name} does not say which config it takes. Write `config_class = {name}Config` into it, where "
+                f"{name}Config is a dataclass with the bases ShadowArguments and TRL's config, in this order."
+            )
         args = given.get("args")
         if args is None:
             name = given["model"] if isinstance(given["model"], str) else get_config_model_id(given["model"].config)
-            args = self._config_class(f"{Path(name).name}-Shadow-{self._name}")
+            args = self.config_class(f"{Path(name).name}-Shadow-{self._name}")
         # A copy: what is decided here must not reach a config that the user may use again.
-        given["args"] = copy.copy(self._config_class.upgrade(args))
+        given["args"] = copy.copy(self.config_class.upgrade(args))
         return given["args"]
 
     def _data_forms(self, config: Any) -> Forms:

@@ -216,8 +216,19 @@ class Start:
     base_named: bool
 
     @classmethod
-    def of(cls, given: Mapping[str, Any], config: Any, *, base_model: str | None, instruct_model: str | None) -> Start:
-        """Return the start of a run with the arguments `given` to the TRL trainer and the two of ours."""
+    def of(
+        cls,
+        given: Mapping[str, Any],
+        config: Any,
+        *,
+        base_model: str | None,
+        instruct_model: str | None,
+        loads_as: str = "float32",
+    ) -> Start:
+        """Return the start of a run with the arguments `given` to the TRL trainer and the two of ours.
+
+        `loads_as` is the dtype in which that trainer loads a model where it is told none.
+        """
         model, base = given["model"], base_model or config.base_model
         origins = resolve_origins(
             (model if isinstance(model, str) else get_config_model_id(bare_model(model).config)) or None,
@@ -235,7 +246,7 @@ class Start:
         elif origins.adapter is not None:
             adapter = read_json(Path(origins.adapter) / ADAPTER_CONFIG, AdapterConfig)
         # A copy: the trainer changes its config while it is built.
-        loading = Loading(copy.copy(config), given.get("quantization_config"))
+        loading = Loading(copy.copy(config), given.get("quantization_config"), loads_as=loads_as)
         loading = loading.like(origins.policy if origins.adapter or isinstance(model, str) else model)
         return cls(model, origins, loading, adapter, bool(base))
 

@@ -31,6 +31,20 @@ GRAFTED_FOLDER = "grafted"
 _NOT_FORM = {"base_model_name_or_path", "revision", "inference_mode", "task_type", "peft_version", "auto_mapping"}
 
 
+def refuse_rewards(trainer: type) -> None:
+    """Refuse a class of trainers that learn to score answers, ConfigError.
+
+    By its name: to import TRL's would take every start its time.
+    """
+    for base in trainer.__mro__:
+        if base.__name__ == "RewardTrainer" and base.__module__.startswith("trl."):
+            raise ConfigError(
+                f"{trainer.__name__} trains a reward model: the head that scores answers is made anew for it, INSTRUCT "
+                "has none that could receive its delta, and a graft would be no reward model. Use RewardTrainer itself "
+                "on INSTRUCT."
+            )
+
+
 def refuse_unsupported(config: Any) -> None:
     """Refuse options of a config with which no graft could be written or published.
 
@@ -137,9 +151,15 @@ def check_predicts_tokens(start: Start) -> None:
     else:  # TRL makes the class that the config names first; one of remote code is not known here
         names = Checkpoint.open(str(start.origins.policy), weights=False).config.get("architectures") or [""]
         kind = getattr(transformers, names[0], None)
-    if kind is not None and not kind.can_generate():
+    if kind is not None:
+        check_head(kind)
+
+
+def check_head(kind: Any) -> None:
+    """Refuse a class of models that predicts no tokens with ConfigError."""
+    if not kind.can_generate():
         raise ConfigError(
-            f"the model is a {kind.__name__}, which predicts no tokens: SFT and DPO need a causal language model. Load "
+            f"the model is a {kind.__name__}, which predicts no tokens: INSTRUCT has no counterpart of its head. Load "
             "BASE with AutoModelForCausalLM, or name a folder whose config.json has such a class in `architectures`."
         )
 

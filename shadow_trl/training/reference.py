@@ -1,10 +1,10 @@
-"""Reference policies of DPO: one is loaded as the policy was and released again; its values are kept between runs."""
+"""Reference policies: one is loaded as the policy was and released again; its values are kept between runs."""
 
 from __future__ import annotations
 
 import copy
 import secrets
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,11 +33,8 @@ from .preflight import GRAFTED_FOLDER
 if TYPE_CHECKING:
     from accelerate import Accelerator, PartialState
     from transformers import PreTrainedModel
-    from trl import DPOConfig
 
 logger = get_logger(__name__)
-
-REF_COLUMNS = frozenset({"ref_chosen_logps", "ref_rejected_logps"})
 
 
 @dataclass(frozen=True)
@@ -182,25 +179,24 @@ def _graft_in_memory(start: Start) -> PreTrainedModel | None:
     return model
 
 
-@contextmanager
-def prepared(
-    model: PreTrainedModel, accelerator: Accelerator, *, outputs: tuple[str, ...] = ("log_probs",)
-) -> Iterator[PreTrainedModel]:
-    """Give `model` to the accelerator for evaluation with TRL's fused head; take it back and free it at the end.
-
-    `outputs` are what that head computes of each token.
-    """
+def prepare(model: PreTrainedModel, accelerator: Accelerator, **head: Any) -> Any:
+    """Give `model` to the accelerator for evaluation, with TRL's fused head; `head`: what that head is to compute."""
     from trl.trainer.utils import add_fused_lm_head
 
-    add_fused_lm_head(bare_model(model), outputs=outputs)
+    add_fused_lm_head(bare_model(model), **head)
     if getattr(accelerator.state, "fsdp_plugin", None) is not None:
-        ready: Any = shard_reference(model, accelerator)
-    elif uses_deepspeed(accelerator):
+        return shard_reference(model, accelerator)
+    if uses_deepspeed(accelerator):
         from trl.models.utils import prepare_deepspeed
 
-        ready = prepare_deepspeed(model, accelerator)
-    else:
-        ready = accelerator.prepare_model(model, evaluation_mode=True)
+        return prepare_deepspeed(model, accelerator)
+    return accelerator.prepare_model(model, evaluation_mode=True)
+
+
+@contextmanager
+def prepared(model: PreTrainedModel, accelerator: Accelerator, **head: Any) -> Iterator[PreTrainedModel]:
+    """Give `model` to the accelerator as `prepare` does; take it back and free it at the end."""
+    ready = prepare(model, accelerator, **head)
     try:
         yield ready
     finally:
@@ -226,21 +222,24 @@ def release(model: Any, accelerator: Accelerator) -> None:
     accelerator._models = [kept for kept in accelerator._models if kept is not model]
 
 
-def decide_precompute(config: Any, given: Mapping[str, Any], *, preferred: bool) -> None:
+def decide_precompute(
+    config: Any, given: Mapping[str, Any], *, preferred: bool, has_values: Callable[[Collection[str]], bool]
+) -> None:
     """Decide `config.precompute_ref_log_probs` where the user left it open (None), and where the data has the values.
 
     Args:
-        config: a `ShadowDPOConfig`; changed in place.
+        config: one with `PrecomputingArguments`; changed in place.
         given: arguments of the trainer.
         preferred: whether values computed before training are wanted, because the reference is another model than the
             policy as it starts, or is the policy but not what its name says.
+        has_values: whether rows with the given columns come with the values.
     """
     from datasets import Dataset
 
     data, evaluated = given.get("train_dataset"), given.get("eval_dataset")
     columns = set(getattr(data, "column_names", None) or ())
     possible = isinstance(data, Dataset) and not columns & {"image", "images"}
-    if possible and columns >= REF_COLUMNS:
+    if possible and has_values(columns):
         config.precompute_ref_log_probs = True
     if config.precompute_ref_log_probs is not None:
         return
@@ -265,14 +264,14 @@ def weights_hash(model: Any) -> str:
     return Hasher.hash(found)
 
 
-def reference_key(model_hash: str, model: Any, args: DPOConfig, collator: Any, precision: str) -> str:
+def reference_key(model_hash: str, model: Any, args: Any, collator: Any, precision: str) -> str:
     """Return the part of the cache's key that does not come from the rows: the model, and how its values are summed.
 
     Args:
         model_hash: of the reference's weights, stored buffers and dtypes, all that TRL's own key has of it.
         model: the reference; its config turns weights into values, and so do buffers that are not stored, what its
             adapters are multiplied by, and the dtype that it was cast to since.
-        args: of the run; `ld_alpha` weighs tokens, dropout and TF32 blur values.
+        args: of the run; `ld_alpha` of DPO weighs tokens, dropout and TF32 blur values.
         collator: makes batches of rows; it cuts and fills them. One that cannot be hashed is never the same again.
         precision: mixed precision of the accelerator, which need not come from `args`.
     """
@@ -282,7 +281,7 @@ def reference_key(model_hash: str, model: Any, args: DPOConfig, collator: Any, p
     settings = {name: {**config.to_dict(), "base_model_name_or_path": None} for name, config in adapters.items()}
     stored = bare.state_dict().keys()
     buffers = {name: _bits(value) for name, value in bare.named_buffers() if name not in stored}
-    how = (precision, args.ld_alpha, args.disable_dropout, args.tf32)
+    how = (precision, getattr(args, "ld_alpha", None), args.disable_dropout, args.tf32)
     try:
         batches = Hasher.hash(collator)
     except Exception as error:  # of any kind: it is pickled

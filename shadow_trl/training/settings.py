@@ -59,7 +59,7 @@ def check_settings(config: Any, quantization_config: Any = None, peft_config: An
         ConfigError: numbers that are not finite or out of range, an optimizer, schedule, tracker, kernel, quantiser or
             adapter that cannot be had, an `output_dir` that cannot be one. All of them are named.
     """
-    faults = [*_kwargs(config), *_numbers(config)]
+    faults = [*_kwargs(config), *_numbers(config), *_choices(config)]
     if not faults:  # what the others use
         faults = [*_optimizer(config), *_schedule(config), *_installed(config), *_adapter(peft_config)]
         faults += _quantiser(quantization_config or (config.model_init_kwargs or {}).get("quantization_config"))
@@ -93,6 +93,14 @@ def _numbers_in(value: Any) -> Iterator[float]:
             yield from _numbers_in(inner)
     elif isinstance(value, (int, float)) and not isinstance(value, bool):
         yield value
+
+
+def _choices(config: Any) -> Iterator[str]:
+    """Check what a command line alone is held to."""
+    for field in dataclasses.fields(config):
+        value, choices = getattr(config, field.name), field.metadata.get("choices")
+        if choices and value is not None and value not in choices:
+            yield f"{field.name} is {value!r}; it must be one of: {', '.join(map(str, choices))}."
 
 
 def _optimizer(config: Any) -> Iterator[str]:
@@ -235,12 +243,15 @@ def check_first_row(name: str, data: Any, forms: Forms) -> None:
 def _wrong_values(row: Mapping[str, Any]) -> list[str]:
     """Return the values that are neither text nor messages; or all, where one is text and the other is not."""
     found = {name: _kind_of(name, value) for name, value in row.items()}
-    wrong = [name for name, kind in found.items() if not kind] or (list(found) if len(set(found.values())) > 1 else [])
+    said = {kind for name, kind in found.items() if name != "label"}
+    wrong = [name for name, kind in found.items() if not kind] or (list(found) if len(said) > 1 else [])
     return [f"{name}  {reprlib.repr(row[name])}" for name in wrong]
 
 
 def _kind_of(name: str, value: Any) -> str:
-    """Return what a value is: `text`, `messages` or `tokens`; "" for anything else."""
+    """Return what a value is: `text`, `messages`, `tokens` or `label`; "" for anything else."""
+    if name == "label":
+        return "label" if value in (True, False) else ""
     if name == "input_ids":
         return "" if value is None or isinstance(value, str) else "tokens"
     if isinstance(value, str):

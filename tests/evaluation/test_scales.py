@@ -7,7 +7,9 @@ import shlex
 from pathlib import Path
 
 import pytest
+import rank_cases
 import torch
+from ranks import in_processes
 from rows import write_rows
 from tiny import make_pair, save_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -100,6 +102,30 @@ def test_scores_are_those_of_the_written_grafts(workspace, tmp_path, monkeypatch
     chosen = content["selected"]["shadow"]
     options = json.loads((tmp_path / "chosen" / "shadow.json").read_text())["options"]
     assert (options["scale"], options["modules"]) == (chosen["scale"], chosen["modules"])
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.parametrize("count", [2, 3])
+def test_several_processes_share_the_rows_and_write_what_one_writes(workspace, tmp_path, monkeypatch, count):
+    monkeypatch.chdir(workspace)
+    more = ["--conversations", "talks.jsonl", "--preferences", "pairs.jsonl", "--scales", "0.5", "1", "--within", "99"]
+    words = [*MODELS, *DATA, *more, "--output"]
+    ends = in_processes(rank_cases.compare, str(workspace), [*words, str(tmp_path / "shared")], count=count)
+    assert [end.error for end in ends] == [""] * count
+    assert main(["compare", *words, str(tmp_path / "alone"), "--quiet"]) == 0
+    assert [end.value["code"] for end in ends] == [0] * count
+    assert [bool(end.value["printed"]) for end in ends] == [True] + [False] * (count - 1)
+    asked = [end.value["asked"] for end in ends]
+    assert sum(asked) == 3 * len(ASKED)  # INSTRUCT and two scales
+    assert max(asked) - min(asked) <= 3 * 2  # of two splits
+    alone, shared = (json.loads((tmp_path / name / "comparison.json").read_text()) for name in ("alone", "shared"))
+    for one, other in zip(alone["arms"], shared["arms"], strict=True):
+        assert {**one, "scores": 0, "seconds": 0} == {**other, "scores": 0, "seconds": 0}
+        assert one["scores"] == pytest.approx(other["scores"], rel=1e-5)
+        assert all(one["scores"][kind] == other["scores"][kind] for kind in ("target", "rule"))
+    failed = in_processes(rank_cases.compare, str(workspace), [*words, str(tmp_path / "alone")], count=count)
+    assert [end.value["code"] for end in failed] == [2] * count
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import io
 import os
 import signal
 import time
@@ -103,3 +105,22 @@ def in_a_folder_of_its_own(rank: int, folder: str, *, private: bool, data: bool 
         return shared_on_disk(datasets.Dataset.from_list([{"row": 1}]), state)["row"][:]
     check_shared(state, Path(folder), what="the values")
     return ["seen"]
+
+
+def compare(rank: int, folder: str, words: list[str]) -> dict[str, Any]:
+    """Run `shadow-trl compare`; return its exit code, what it printed and how many rows were answered here."""
+    from shadow_trl.cli import main
+    from shadow_trl.evaluation import exam
+
+    state_of_all()
+    asked, answered_right = [0], exam.answered_right
+
+    def counted(model: Any, tokenizer: Any, rows: Any, **more: Any) -> list[bool]:
+        asked[0] += len(rows)
+        return answered_right(model, tokenizer, rows, **more)
+
+    exam.answered_right = counted
+    os.chdir(folder)
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        code = main(["compare", *words])
+    return {"code": code, "printed": printed.getvalue(), "asked": asked[0]}

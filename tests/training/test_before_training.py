@@ -259,7 +259,7 @@ def test_a_run_without_a_config_is_named_after_its_model(pair, tmp_path, monkeyp
         def __init__(self, folder):
             super().__init__(folder, use_cpu=True, bf16=False, report_to="none")
 
-    monkeypatch.setattr(ShadowSFTTrainer, "_config_class", OnCpu)
+    monkeypatch.setattr(ShadowSFTTrainer, "config_class", OnCpu)
     for model in (str(pair[0]), AutoModelForCausalLM.from_pretrained(pair[0])):
         made = ShadowSFTTrainer(model, instruct_model=str(pair[1]), train_dataset=sft_data(4))
         assert made.args.output_dir == f"{pair[0].name}-Shadow-SFT"

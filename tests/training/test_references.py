@@ -208,7 +208,7 @@ def test_reference_is_released_and_comes_back_for_new_data(pair, tmp_path, with_
         return model
 
     original = reference.load_reference
-    monkeypatch.setattr("shadow_trl.training.trainers.load_reference", load)
+    monkeypatch.setattr("shadow_trl.training.policies.load_reference", load)
     trainer = dpo(
         pair, tmp_path, ref_policy="instruct", graft=False, peft_config=lora() if with_lora else None, max_steps=1,
         learning_rate=0,
@@ -501,7 +501,7 @@ def test_an_adapter_that_goes_on_is_part_of_the_key(fp32_pair, lora_run, tmp_pat
 
 def test_reference_columns_in_the_data_are_used_and_nothing_is_loaded(pair, tmp_path, monkeypatch):
     monkeypatch.setattr(
-        "shadow_trl.training.trainers.load_reference", lambda *_, **__: pytest.fail("loaded a reference")
+        "shadow_trl.training.policies.load_reference", lambda *_, **__: pytest.fail("loaded a reference")
     )
     rows = preference_data(4)
     rows = rows.add_column("ref_chosen_logps", [-1.0] * 4).add_column("ref_rejected_logps", [-2.0] * 4)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import re
 import shlex
 import shutil
+import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -106,9 +108,14 @@ def test_python_runs(code: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     data = Dataset.from_list(pairs if "DPO" in code else rows)
     code = re.sub(r"Qwen/Qwen3-[\d.]+B-Base", str(ROOT / "data/nano-base"), code)
     code = re.sub(r"Qwen/Qwen3-[\d.]+B", str(ROOT / "data/nano-instruct"), code)
-    code = code.replace('output_dir="out"', 'output_dir="out", use_cpu=True, bf16=False, max_steps=1')
+    code = re.sub(r'load_dataset\("trl-lib.*?\)', "dataset", code)
+    precision = "" if "bf16=" in code else ", bf16=False"
+    code = code.replace('output_dir="out"', f'output_dir="out", use_cpu=True, max_steps=1{precision}')
     monkeypatch.chdir(tmp_path)
-    exec(compile(code, "page", "exec"), {"dataset": data})
+    page = ModuleType("page")  # with a name, since the config of a run is pickled
+    page.dataset = data
+    monkeypatch.setitem(sys.modules, "page", page)
+    exec(compile(code, "page", "exec", dont_inherit=True), vars(page))
     assert (tmp_path / "out" / "grafted" / "shadow.json").is_file()
 
 
