@@ -40,8 +40,6 @@ def predictors(experiment: Experiment) -> str:
 
 def correlations(experiment: Experiment) -> str:
     """Rank correlations of what could predict with each gain, over the pairs and rates of a task."""
-    from scipy.stats import spearmanr
-
     rows = []
     for task in TASKS:
         gains = [figures for _, figures in _gains(experiment, task)]
@@ -51,23 +49,25 @@ def correlations(experiment: Experiment) -> str:
         ):  # fmt: skip
             cells = [TASKS[task], label, str(len({round(one[key], 9) for one in gains}))]
             for name in SHOWN:
-                columns = [[one[of] for one in gains] for of in (key, name)]
-                found = spearmanr(*columns)
-                # All orders of so few: the normal approximation means nothing here.
-                cells.append(f"{found.statistic:+.2f} (p {_all_orders(*columns):.2g})")
+                correlation, p = all_orders([one[key] for one in gains], [one[name] for one in gains])
+                cells.append(f"{correlation:+.2f} (p {p:.2g})")
             rows.append(cells)
     return table(["task", "figure", "values", *SHOWN], rows)
 
 
-def _all_orders(x: Sequence[float], y: Sequence[float]) -> float:
-    """Return the p value of a rank correlation over all orders of `y`."""
-    from scipy.stats import permutation_test, rankdata, spearmanr
+def all_orders(x: Sequence[float], y: Sequence[float]) -> tuple[float, float]:
+    """Return the rank correlation of x and y, and its p value over all orders of y.
 
-    ranks = rankdata(y)
+    The usual approximation means nothing for so few values.
+    """
+    from scipy.stats import permutation_test, rankdata
+
+    ranks, others = ((values - values.mean()) / values.std() for values in (rankdata(x), rankdata(y)))
     found = permutation_test(
-        (ranks,), lambda order: spearmanr(x, order).statistic, permutation_type="pairings", n_resamples=10**6
-    )
-    return float(found.pvalue)
+        (others,), lambda order, axis=-1: (order * ranks).mean(axis), permutation_type="pairings", vectorized=True,
+        n_resamples=10**6,
+    )  # fmt: skip
+    return float(found.statistic), float(found.pvalue)
 
 
 def kinds(experiment: Experiment) -> str:

@@ -174,6 +174,7 @@ class Comparison:
         return tests
 
     def compared(self, a: Settings, b: Settings, metric: Metric) -> Difference:
+        """Return how much more `a` has of a metric than `b`, on the test rows of the trainings that both have."""
         left, right, pairs = self._tables(a, b, metric)
         return compare(left, right, bound=metric.factor if metric.share else None, pairs=pairs)
 
