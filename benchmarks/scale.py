@@ -182,9 +182,9 @@ class Run:
 
     @property
     def host(self) -> float:
-        """Bytes of the first machine: one process loads whole models there, and gathers TUNED in fp32."""
+        """Bytes of the first machine: one process loads whole models there."""
         models = 2 if self.trainer == "dpo" else 1
-        return max(models * self.size * self.model.weights, 4 * self.trained)
+        return models * self.size * self.model.weights
 
     def disk(self) -> dict[str, float]:
         """Bytes of each folder."""

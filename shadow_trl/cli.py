@@ -97,8 +97,8 @@ def _add_graft(parser: argparse.ArgumentParser) -> None:
         "Write INSTRUCT + scale * (TUNED - BASE) to a folder. Models are folders or hub ids, with @revision."
     )
     need = parser.add_argument_group("models")
-    need.add_argument("--base", metavar="B", help="BASE, before training; an adapter names it itself")
-    need.add_argument("--instruct", metavar="I", required=True, help="INSTRUCT, which receives the delta")
+    need.add_argument("--base", metavar="B", help="BASE, before training; an adapter, or a run, names it itself")
+    need.add_argument("--instruct", metavar="I", help="INSTRUCT, which receives the delta; a run names it itself")
     learnt = need.add_mutually_exclusive_group(required=True)
     learnt.add_argument(
         "--tuned", metavar="T[:WEIGHT]", action="append",
@@ -171,8 +171,8 @@ def _add_compare(parser: argparse.ArgumentParser) -> None:
     )
     models = parser.add_argument_group("models")
     add = models.add_argument
-    add("--base", metavar="B", help="BASE, before training; an adapter names it itself")
-    add("--instruct", metavar="I", help="INSTRUCT")
+    add("--base", metavar="B", help="BASE, before training; an adapter, or a run, names it itself")
+    add("--instruct", metavar="I", help="INSTRUCT; a run names it itself")
     add("--tuned", metavar="T", help="BASE after training")
     add("--direct", metavar="D", help="INSTRUCT after the same training")
     scales = (0.25, 0.5, 0.75, 1.0, 1.25)
@@ -229,14 +229,15 @@ def _compare(options: argparse.Namespace) -> int:
 
     if options.config is not None:
         return _compare_arms(options)
-    for name in ("instruct", "tuned"):
-        if getattr(options, name) is None:
-            raise ConfigError(f"--{name} is missing (or --config, to train the arms first).")
+    if options.tuned is None:
+        raise ConfigError("--tuned is missing (or --config, to train the arms first).")
     from accelerate import PartialState
 
     from .evaluation.scales import Data, Sources, compare_scales, graft_command
+    from .grafting.tuned import recorded_sides
 
-    sources = Sources(options.instruct, options.tuned, options.base, options.direct)
+    sides = recorded_sides([(options.tuned, 1.0)], base=options.base, instruct=options.instruct)
+    sources = Sources(sides["instruct"], options.tuned, sides.get("base"), options.direct)
     data = Data(
         options.rows, options.validation_rows, options.conversations, options.preferences, tuple(options.metric),
         tuple(options.kept), options.batch_size, options.max_new_tokens,
@@ -268,8 +269,8 @@ def _add_option(parser: argparse._ActionsContainer, name: str, **changes: Any) -
 
 def _add_gap(parser: argparse.ArgumentParser) -> None:
     parser.description = "Measure sigma = sum|B-I| / (sum|B| + sum|I|) overall, by kind of weight and by layer."
-    parser.add_argument("--base", metavar="B", required=True, help="BASE: folder or hub id, with @revision")
-    parser.add_argument("--instruct", metavar="I", required=True, help="INSTRUCT")
+    parser.add_argument("--base", metavar="B", help="BASE: folder or hub id, with @revision; a run names it itself")
+    parser.add_argument("--instruct", metavar="I", help="INSTRUCT; a run names it itself")
     parser.add_argument("--tuned", metavar="T", help="BASE after training: set its delta against the gap")
     parser.add_argument("--json", metavar="FILE", type=Path, help="write the figures as JSON")
     parser.add_argument("--plot", metavar="FILE.png", type=Path, help="draw sigma by layer (needs matplotlib)")
@@ -281,7 +282,7 @@ def _add_delta(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         "Write TUNED - BASE to a folder of its own; `shadow-trl graft --delta` adds it to any INSTRUCT of that BASE."
     )
-    parser.add_argument("--base", metavar="B", help="BASE, before training; an adapter names it itself")
+    parser.add_argument("--base", metavar="B", help="BASE, before training; an adapter, or a run, names it itself")
     parser.add_argument("--tuned", metavar="T", required=True, help="BASE after training")
     parser.add_argument("--output", metavar="D", required=True, help="folder of the result; must not exist")
     _add_option(parser, "rank", help="write a LoRA adapter for BASE of this rank instead")

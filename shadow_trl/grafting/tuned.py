@@ -21,7 +21,14 @@ from ..checkpoints.checkpoint import Checkpoint, Place
 from ..checkpoints.delta import refuse_deltas
 from ..checkpoints.header import TORCH_NAMES, narrower
 from ..checkpoints.hub import Source, local_folder
-from ..checkpoints.manifest import as_trained, check_weights, read_manifest, stage_below
+from ..checkpoints.manifest import (
+    MANIFEST_NAME,
+    as_trained,
+    check_weights,
+    from_manifest,
+    read_manifest,
+    stage_below,
+)
 from ..checkpoints.overlay import Overlay
 from ..errors import AdapterError, ConfigError, list_names
 from ..results.folder import Scratch
@@ -251,6 +258,42 @@ def weighted_sources(tuned: Any) -> list[tuple[Source, float]]:
         if not math.isfinite(found[-1][1]):
             raise ConfigError(f"tuned: {weight!r} is no weight of {source}.")
     return found
+
+
+def recorded_sides(tuned: Any, **given: Source | None) -> dict[str, Source]:
+    """Return the other sides of `tuned` by role: those given, else those that the run which trained it recorded.
+
+    An adapter names its BASE itself, which is left out here.
+
+    Args:
+        tuned: one or several, as in `weighted_sources`; None where nothing was trained.
+        given: `base`, `instruct` or both, None where the user did not name it.
+
+    Raises:
+        ConfigError: several runs recorded different ones, or no INSTRUCT is known.
+        InputError: the manifest names a folder that is not to be found or has changed.
+    """
+    missing = [role for role, source in given.items() if source is None]
+    found: dict[str, list[str]] = {role: [] for role in missing}
+    for source, _ in weighted_sources(tuned) if missing and tuned is not None else ():
+        learnt = Checkpoint.open(source, weights=False)
+        manifest = read_manifest(learnt.path) or {}
+        for role in missing if manifest.get("kind") == "run" else ():
+            entry = None if role == "base" and learnt.is_adapter else from_manifest(role, manifest, learnt.path)
+            found[role] += [str(entry)] if entry is not None else []
+    for role, names in found.items():
+        if len(others := sorted(set(names))) > 1:
+            raise ConfigError(
+                f"the runs of the tuned models had {len(others)} different {role} models.\n{list_names(others)}\nName "
+                f"one: --{role}."
+            )
+    if "instruct" in missing and not found["instruct"]:
+        raise ConfigError(
+            "instruct is missing: the model that receives the delta. Name it (--instruct), or give the folder of a run "
+            f"as tuned, whose {MANIFEST_NAME} does."
+        )
+    named = {role: source for role, source in given.items() if source is not None}
+    return {**named, **{role: names[0] for role, names in found.items() if names}}
 
 
 def _is_weighted(item: Any) -> bool:

@@ -25,7 +25,7 @@ from ..grafting.inputs import Digests, Inputs, base_of, open_tuned_inputs, other
 from ..grafting.jobs import Jobs, WeightJob
 from ..grafting.options import DTYPES, GraftOptions, declared
 from ..grafting.reports import DeltaReport, graft_figures
-from ..grafting.tuned import one_tuned
+from ..grafting.tuned import one_tuned, recorded_sides
 from ..pair.templates import read_templates
 from ..results.cards import write_delta_card
 from ..results.check import check_result
@@ -58,6 +58,7 @@ def extract_delta(
 
     Args:
         base: folder or hub id of BASE, either with `@revision` if wished. May be left out for an adapter that names it.
+            Default: the one that TUNED's run recorded, which must be unchanged.
         tuned: BASE after training: a full checkpoint, or an adapter, whose dense delta is written then.
         output: folder of the result; must not exist.
         rank: writes a LoRA adapter for BASE with this rank in the place of the dense delta, by truncated singular value
@@ -112,6 +113,7 @@ def _options(dtype: Any, rank: int | None, **options: Any) -> GraftOptions:
 def _opened(base: Source | None, tuned: Source, target: Path, options: GraftOptions) -> Iterator[Inputs]:
     """Open BASE and TUNED; BASE is the receiver as well, so that the plan is one of BASE's own weights."""
     refuse_deltas(base=base, tuned=tuned)
+    base = recorded_sides([(tuned, 1.0)], base=base).get("base")
     with one_tuned(base, [(tuned, 1.0)], target, options.base_dtype) as single:
         home = base_of(single)
         yield open_tuned_inputs(replace(single, base=home), home, options, check_pair=False)

@@ -8,7 +8,7 @@ from pathlib import Path
 from ..checkpoints.checkpoint import Checkpoint, Place
 from ..checkpoints.delta import refuse_deltas
 from ..checkpoints.hub import Source
-from ..errors import AdapterError, GraftError, PairMismatchError, ends_with, list_names
+from ..errors import AdapterError, ConfigError, GraftError, PairMismatchError, ends_with, list_names
 from ..grafting.reports import GapReport, gap_report
 from ..layouts.plan import resolve
 from ..pair.architectures import compare_architectures
@@ -17,11 +17,13 @@ from ..runtime.progress import Progress
 
 
 @ends_with("Nothing was written.")
-def gap(base: Source, instruct: Source, tuned: Source | None = None, *, progress: bool = True) -> GapReport:
+def gap(
+    base: Source | None = None, instruct: Source | None = None, tuned: Source | None = None, *, progress: bool = True
+) -> GapReport:
     """Measure how far INSTRUCT lies from BASE: `sigma = sum|B - I| / (sum|B| + sum|I|)`.
 
     Args:
-        base: folder or hub id of BASE, either with `@revision` if wished.
+        base: folder or hub id of BASE, either with `@revision` if wished. Default: the one that TUNED's run recorded.
         instruct: the same for INSTRUCT.
         tuned: BASE after training, a full checkpoint; the size and direction of its delta are then set against the
             gap. Default none.
@@ -38,7 +40,14 @@ def gap(base: Source, instruct: Source, tuned: Source | None = None, *, progress
 
     """
     refuse_deltas(base=base, instruct=instruct, tuned=tuned)
-    sides = {"base": Checkpoint.open(base), "instruct": Checkpoint.open(instruct)}
+    named = {"base": base, "instruct": instruct}
+    if None in named.values():
+        from ..grafting.tuned import recorded_sides
+
+        named.update(recorded_sides(None if tuned is None else [(tuned, 1.0)], **named))
+    if (base := named["base"]) is None:
+        raise ConfigError("base is missing: name it (--base), or give the folder of a run as tuned.")
+    sides = {role: Checkpoint.open(source) for role, source in named.items() if source is not None}
     if tuned is not None:
         sides["tuned"] = Checkpoint.open(tuned)
     for role, side in sides.items():

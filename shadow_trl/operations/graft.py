@@ -25,7 +25,7 @@ from ..grafting.jobs import check_rounding, narrow_warning
 from ..grafting.options import GraftOptions
 from ..grafting.reports import GraftReport, graft_figures, graft_warnings
 from ..grafting.trained import Full, PlainLora
-from ..grafting.tuned import one_tuned
+from ..grafting.tuned import one_tuned, recorded_sides
 from ..results.cards import write_model_card
 from ..results.check import check_result
 from ..results.copied import copied_files, copy_files, write_config, write_templates
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 def graft(
     *,
     base: Source | None = None,
-    instruct: Source,
+    instruct: Source | None = None,
     tuned: Source | Sequence[Any] | None = None,
     delta: Source | None = None,
     output: Source,
@@ -72,8 +72,9 @@ def graft(
 
     Args:
         base: folder or hub id of BASE, either with `@revision` if wished. May be left out for an adapter that names it,
-            and for a delta, against whose digests it is then only checked.
-        instruct: the same for INSTRUCT.
+            and for a delta, against whose digests it is then only checked. Default: the one that TUNED's run recorded,
+            which must be unchanged.
+        instruct: the same for INSTRUCT. Default: the one that TUNED's run recorded, which must be unchanged.
         tuned: BASE after training: a full checkpoint, or a PEFT adapter of any type that changes weights. Several are
             summed: a list of these, each with its weight as `source:0.5` or `(source, 0.5)`.
         delta: in the place of `tuned`: a delta of this BASE as `extract_delta` writes it. In fp32 and exact, as it is
@@ -138,7 +139,7 @@ def graft(
 @contextmanager
 def _opened(
     base: Source | None,
-    instruct: Source,
+    instruct: Source | None,
     tuned: Source | Sequence[Any] | None,
     delta: Source | None,
     target: Path,
@@ -147,11 +148,12 @@ def _opened(
     """Open the sides of a graft of TUNED or of a delta."""
     if (tuned is None) == (delta is None):
         raise ConfigError("give either tuned or delta: what BASE learnt is one of them.")
+    sides = recorded_sides(tuned, base=base, instruct=instruct)
     if delta is not None:
-        yield open_delta(base, instruct, delta, options)
+        yield open_delta(base, sides["instruct"], delta, options)
         return
-    with one_tuned(base, tuned, target, options.base_dtype) as single:
-        yield open_tuned_inputs(single, instruct, options)
+    with one_tuned(sides.get("base"), tuned, target, options.base_dtype) as single:
+        yield open_tuned_inputs(single, sides["instruct"], options)
 
 
 def _write_dense_form(inputs: Inputs, part: Path, target: Path, options: GraftOptions, progress: bool) -> GraftReport:

@@ -95,20 +95,22 @@ def _checked(name: str, words: Sequence[str], own: Sequence[str]) -> Any:
     # As the processes will find it.
     found = {LAUNCHED: "1", "ACCELERATE_MIXED_PRECISION": args.mixed_precision, "ACCELERATE_USE_CPU": cpu}
     with patch_environment(**found):
-        on_cpu = [options.training.use_cpu for options in _own_options(name, own)]
-    alone = "--num_processes" not in words and defaults is not None and str(defaults.distributed_type).endswith(".NO")
-    _check_machines(args)
-    _check_processes(args, asked=1 if alone else args.num_processes, on_cpu=cpu or all(on_cpu))
+        options = _own_options(name, own)
+        on_cpu = cpu or all(one.training.use_cpu for one in options)
+        alone = "--num_processes" not in words and defaults is not None
+        asked = 1 if alone and str(defaults.distributed_type).endswith(".NO") else args.num_processes
+        # First: without accelerators no other option helps.
+        _check_machines(args)
+        _check_processes(args, asked=asked, on_cpu=on_cpu)
+        for one in options:
+            prepare(one)
     return args
 
 
 def _own_options(name: str, own: Sequence[str]) -> list[Options]:
-    """Read and check the options of the recipe, as each process will do again."""
+    """Read the options of the recipe, as each process will do again."""
     plan = read_plan(own) if name == "sft-dpo" else None
-    found = [plan.options[stage] for stage in plan.stages] if plan is not None else [parse(name, own)]
-    for options in found:
-        prepare(options)
-    return found
+    return [plan.options[stage] for stage in plan.stages] if plan is not None else [parse(name, own)]
 
 
 def _launches_several(args: Any) -> bool:

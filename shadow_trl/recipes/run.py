@@ -28,7 +28,8 @@ from ..runtime import endings
 from ..runtime.machine import lack
 from ..runtime.patterns import check_patterns
 from ..runtime.processes import check_known, run_on_main, say
-from ..training.engines import forget, load_for, whole_weights
+from ..training.engines import forget, load_for
+from ..training.gathering import whole_weights
 from ..training.guidance import GuidedSFTTrainer, GuidedShadowSFTTrainer
 from ..training.origins import Origins, require_instruct
 from ..training.preflight import GRAFTED_FOLDER, refuse_unsupported
@@ -134,9 +135,11 @@ def _check_precision(training: Any) -> None:
     """Refuse a mixed precision of the launcher that the options switch off: transformers would take the launcher's."""
     asked = "fp16" if training.fp16 else "bf16" if training.bf16 else "no"
     if training.mixed_precision != asked:
+        # On a CPU it would only be slower.
+        way_out = "Give" if training.use_cpu else f"Pass --{training.mixed_precision} true, or give"
         raise ConfigError(
             f"the launcher's mixed precision is {training.mixed_precision}, and the options of the training have bf16 "
-            f"and fp16 off. Pass --{training.mixed_precision} true, or give the launcher --mixed_precision no."
+            f"and fp16 off. {way_out} the launcher --mixed_precision no."
         )
 
 
@@ -323,7 +326,7 @@ def _engine_of_its_own(training: Any) -> Iterator[None]:
 
 def _save(trainer: Any) -> None:
     """Save the model whole, whatever the engine keeps for itself: it is loaded again to be scored."""
-    with whole_weights(trainer.accelerator, wanted=True):
+    with whole_weights(trainer.accelerator, wanted=True, folder=Path(trainer.args.output_dir)):
         trainer.save_model()
 
 

@@ -127,7 +127,7 @@ def check_shared(accelerator: Accelerator | PartialState, folder: Path, *, what:
     Raises:
         ConfigError: on each process that does not see them.
     """
-    if accelerator.num_processes == int(os.environ.get("LOCAL_WORLD_SIZE", "1")):
+    if accelerator.num_processes == count_here():
         return  # all on one machine
 
     def write() -> str:
@@ -149,6 +149,11 @@ def check_shared(accelerator: Accelerator | PartialState, folder: Path, *, what:
     finally:
         if accelerator.is_main_process:
             token.unlink(missing_ok=True)
+
+
+def count_here() -> int:
+    """Return how many processes of the run are on this machine; 1 where the launcher does not say."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def check_known(accelerator: Accelerator | PartialState) -> None:

@@ -7,7 +7,7 @@ before a model is loaded.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -115,6 +115,28 @@ def _check_zero(config: Any, model: Any) -> None:
         )
 
 
+def refuse_trained_tokens(config: Any, adapter: Mapping[str, Any] | None) -> None:
+    """Refuse single token rows that are trained under ZeRO-3, with ConfigError; `adapter` has PEFT's settings."""
+    plugin, settings = config.deepspeed_plugin, adapter or {}
+    is_zero3 = plugin is not None and plugin.deepspeed_config.get("zero_optimization", {}).get("stage") == 3
+    if is_zero3 and (settings.get("trainable_token_indices") or settings.get("peft_type") == "TRAINABLE_TOKENS"):
+        raise ConfigError(
+            "PEFT cannot train single token rows (trainable_token_indices) under ZeRO-3, which has shared the "
+            "embeddings out. Use ZeRO-2, or leave trainable_token_indices out."
+        )
+
+
+@contextmanager
+def refuses_data_parallel(config: Any) -> Iterator[None]:
+    """Let TRL's refusal of several GPUs in one process be a ConfigError: it is known once the model is loaded."""
+    try:
+        yield
+    except ValueError as error:
+        if config.n_gpu > 1 and "nn.DataParallel" in str(error):
+            raise ConfigError(str(error)) from error
+        raise
+
+
 def refuse_tensor_parallel(config: Any, model: Any) -> None:
     """Refuse reference values computed before training where single weights are shared out over the processes.
 
@@ -173,29 +195,6 @@ def in_shards(accelerator: Accelerator) -> bool:
     """Whether FSDP writes the model of a checkpoint in shards."""
     plugin = getattr(accelerator.state, "fsdp_plugin", None)
     return plugin is not None and plugin.state_dict_type is type(plugin.state_dict_type).SHARDED_STATE_DICT
-
-
-@contextmanager
-def whole_weights(accelerator: Accelerator, *, wanted: bool) -> Iterator[None]:
-    """Let the engine save whole weights, if `wanted`.
-
-    FSDP with SHARDED_STATE_DICT writes none and says nothing; nor does ZeRO-3 that was not told to gather.
-    """
-    plugin = getattr(accelerator.state, "fsdp_plugin", None)
-    engine: Any = getattr(accelerator, "deepspeed_engine_wrapped", None)  # once it has prepared the model
-    if not wanted or (plugin is None and engine is None):
-        yield
-        return
-    if plugin is not None:
-        settings, name, whole = plugin, "state_dict_type", type(plugin.state_dict_type).FULL_STATE_DICT
-    else:
-        settings, name, whole = engine.engine._config.zero_config, "gather_16bit_weights_on_model_save", True
-    before = getattr(settings, name)
-    setattr(settings, name, whole)
-    try:
-        yield
-    finally:
-        setattr(settings, name, before)
 
 
 def gather_trained_head(accelerator: Accelerator, model: Any) -> None:

@@ -22,7 +22,7 @@ from torch.distributed.tensor import DTensor
 from ..checkpoints.manifest import Entry
 from ..errors import ConfigError, GraftError, ends_with
 from ..grafting.reports import GraftReport
-from .engines import whole_weights
+from .gathering import whole_weights
 from .loading import load_adapter
 from .origins import Start
 from .reference import prepared, shared_scratch
@@ -147,8 +147,8 @@ class GraftedEvaluation(_Trainer):
             ends_with("The graft was to be evaluated; nothing of it was kept.", instead=True),
             shared_scratch(self.accelerator, self.args.output_dir) as folder,
         ):
-            with whole_weights(self.accelerator, wanted=True):
-                self.save_model(str(folder / "tuned"), _internal_call=True)
+            with whole_weights(self.accelerator, wanted=True, folder=folder):
+                super().save_model(str(folder / "tuned"), _internal_call=True)
             self._write_graft(str(folder / "tuned"), folder / "grafted", digest="none", stats=False)
             yield folder / "grafted"
 
@@ -163,7 +163,8 @@ class GraftedEvaluation(_Trainer):
 def in_host_memory(model: nn.Module) -> Iterator[None]:
     """Move the weights and buffers of `model` off the accelerator while the context lasts.
 
-    Every tensor stays the same object, with its ties: only its storage is emptied, and filled again bit for bit.
+    Every tensor stays the same object, with its ties: only its storage is emptied, and filled again bit for bit. One of
+    a fixed size stays where it is.
     """
     for module in model.modules():
         if isinstance(module, FSDPModule):
@@ -171,7 +172,7 @@ def in_host_memory(model: nn.Module) -> Iterator[None]:
     storages = {
         tensor.untyped_storage().data_ptr(): tensor.untyped_storage()
         for tensor in map(_of_this_process, (*model.parameters(), *model.buffers()))
-        if tensor.device.type not in _HOST
+        if tensor.device.type not in _HOST and tensor.untyped_storage().resizable()
     }
     kept = [(storage, torch.UntypedStorage(storage.nbytes()).copy_(storage)) for storage in storages.values()]
     for storage, _ in kept:

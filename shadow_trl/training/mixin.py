@@ -33,7 +33,7 @@ from ..results.folder import check_free
 from ..results.lock import RunLock
 from ..results.parents import missing_parents
 from ..results.written import tells_what_is_written
-from ..runtime.processes import run_on_main, together
+from ..runtime.processes import count_here, run_on_main, together
 from .adapter import (
     announced,
     check_same_start,
@@ -54,9 +54,11 @@ from .engines import (
     load_for,
     refuse_engines,
     refuse_offloaded,
-    whole_weights,
+    refuse_trained_tokens,
+    refuses_data_parallel,
 )
 from .evaluation import GraftedEvaluation
+from .gathering import no_word_of_shards, whole_weights
 from .loading import bare_model, dtypes_before, load_adapter, reload_converted
 from .origins import Start
 from .preflight import (
@@ -144,6 +146,7 @@ class ShadowMixin(GraftedEvaluation, Publishing):
             given, config, base_model=base_model, instruct_model=instruct_model, loads_as=self._loads_as
         )
         self.origins = start.origins
+        refuse_trained_tokens(config, start.adapter)
         self.graft_report: GraftReport | None = None
         check_before_loading(start, config, given)
         self._choose_processing_class(config, given)
@@ -154,7 +157,7 @@ class ShadowMixin(GraftedEvaluation, Publishing):
                 self._load_adapter(given)
             elif not start.in_memory:
                 self._pin_model(given)
-            with without_second_start(given["model"]):
+            with without_second_start(given["model"]), refuses_data_parallel(config):
                 super().__init__(*call.args, **call.kwargs)
             gather_trained_head(self.accelerator, self.model)
             with gathered(trained_by_adapter(self.model)):  # ZeRO-3 has shared it out where a reference was computed
@@ -246,6 +249,7 @@ class ShadowMixin(GraftedEvaluation, Publishing):
                 instruct=instruct,
                 tuned=tuned,
                 output=output,
+                processes=count_here(),  # those of the run wait: their cores are free
                 progress=not self.args.disable_tqdm,
                 **{**self.args.graft_options(), **changes},
             )
@@ -259,7 +263,8 @@ class ShadowMixin(GraftedEvaluation, Publishing):
         """
         shards = in_shards(self.accelerator) and not self.args.save_only_model
         read = not _internal_call or (self.args.graft_every_save and not shards)
-        with whole_weights(self.accelerator, wanted=self.args.graft and read):
+        folder = Path(output_dir or self.args.output_dir)
+        with whole_weights(self.accelerator, wanted=self.args.graft and read, folder=folder):
             super().save_model(output_dir, _internal_call or self.args.graft)  # which it takes for: do not push
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
@@ -309,10 +314,10 @@ class ShadowMixin(GraftedEvaluation, Publishing):
     # What belongs together passes through here, at the end and in every checkpoint: a run that dies leaves the files of
     # the run before as they were.
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        with without_reference_adapter(self.model):
+        with without_reference_adapter(self.model), no_word_of_shards():
             super()._save(output_dir, state_dict)
-        if self.args.should_save and state_dict != {}:  # which ZeRO-3 gives where it saves its shards alone
-            self._describe(Path(output_dir or self.args.output_dir))
+            if self.args.should_save and state_dict != {}:  # which ZeRO-3 gives where it saves its shards alone
+                self._describe(Path(output_dir or self.args.output_dir))
 
     def _describe(self, folder: Path) -> None:
         """Write what tells a graft of the weights in `folder` where their delta starts."""

@@ -172,7 +172,9 @@ FSDP2 = ["--accelerate_config", "fsdp2", "--bf16=true", "--use_cpu", "false"]
         (8, ["--accelerate_config", "fsdp3"], "fsdp3 is neither a file nor"),
         (8, ["--accelerate_config", "fsdp2", "--config_file", "x"], "give one of them"),
         (8, ["--config_file", "none.yaml"], "accelerate launch rejects these options"),
-        (8, ["--accelerate_config", "fsdp2"], "Pass --bf16 true, or give the launcher --mixed_precision no"),
+        (8, [*FSDP2, "--bf16=false"], "Pass --bf16 true, or give the launcher --mixed_precision no"),
+        (0, ["--accelerate_config", "multi_gpu"], "fp16 off. Give the launcher --mixed_precision no"),
+        (0, ["--accelerate_config", "multi_gpu", "--use_cpu", "false"], "which has 0 accelerators for them"),
         (
             4,
             FSDP2,

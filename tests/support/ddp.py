@@ -35,10 +35,25 @@ def watch_the_temporary_folder(seen: list[Path]) -> None:
     reference.load_reference = load
 
 
+def watch_the_shares(seen: list[int]) -> None:
+    """Note over how many processes each graft of this rank is shared out."""
+    from shadow_trl.grafting import stream
+
+    original = stream.in_workers
+
+    def share(work, items, progress):
+        seen.append(len(items))
+        return original(work, items, progress)
+
+    stream.in_workers = share
+
+
 def run(rank: int, base: str, instruct: str, output: str, mode: str) -> dict[str, Any]:
     """Train and graft; return the reference values of a second stage, and the figure of the graft after a full one."""
     seen: list[Path] = []
+    shares: list[int] = []
     watch_the_temporary_folder(seen)
+    watch_the_shares(shares)
     trainer = ShadowDPOTrainer(
         model=base,
         instruct_model=instruct,
@@ -75,4 +90,4 @@ def run(rank: int, base: str, instruct: str, output: str, mode: str) -> dict[str
     assert trainer.graft_report.output == Path(output) / "grafted"
     if mode == "full":
         found["figure"] = trainer.evaluate()["eval_grafted_loss"]
-    return found
+    return {**found, "shares": shares}

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import hashlib
 import importlib
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from threading import Event, Thread
 from typing import Any
 
 from rank_cases import hide
@@ -148,6 +152,7 @@ def run(
         "kept": _elements_beside(trainer.model),
         "room": _room_in_evaluation(trainer),
     }
+    kept_on_disk(seen)
     trainer.train(resume_from_checkpoint=resume)
     if plain:
         trainer.save_model()
@@ -159,6 +164,73 @@ def run(
     ]
     state.wait_for_everyone()
     return seen
+
+
+def kept_on_disk(seen: dict[str, Any]) -> None:
+    """Let the smallest weight be kept on the disk while others are gathered; count the bytes of all in `seen`."""
+    from shadow_trl.training import gathering
+
+    original, gathering._SMALL, seen["on_disk"] = gathering._in_file, 0, 0
+
+    def keep(tensor: Any, folder: Path) -> Any:
+        seen["on_disk"] += tensor.nbytes
+        return original(tensor, folder)
+
+    gathering._in_file = keep
+
+
+def save_whole(rank: int, out: str, *, layers: int, on_disk: bool) -> int:
+    """Save a model that is sharded by FSDP2 whole, as accelerate gathers it; 13 MiB a layer.
+
+    Return the bytes of anonymous memory, which only a process that ends gives back, that this one took for it at most.
+    """
+    from contextlib import nullcontext
+
+    import torch
+    import torch.distributed
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+    from torch.distributed.fsdp import fully_shard
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    from shadow_trl.training.gathering import copies_on_disk
+
+    torch.distributed.init_process_group("gloo")
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": layers, "vocab_size": 512}
+    model = AutoModelForCausalLM.from_config(LlamaConfig(**sizes, num_attention_heads=8))
+    for layer in model.model.layers:
+        fully_shard(layer)
+    fully_shard(model)
+    with watched_memory() as seen, copies_on_disk(Path(out)) if on_disk and rank == 0 else nullcontext():
+        options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, cpu_offload=True)
+        state = get_model_state_dict(model, options=options)
+        if rank == 0:
+            model.save_pretrained(out, state_dict=state)
+    torch.distributed.destroy_process_group()
+    return max(seen) - seen[0]
+
+
+@contextmanager
+def watched_memory() -> Iterator[list[int]]:
+    """Give a list that gets the bytes of anonymous memory of this process, every few milliseconds."""
+
+    def now() -> int:
+        return int(Path("/proc/self/status").read_text().partition("RssAnon:")[2].split()[0]) * 1024
+
+    def watch() -> None:
+        while not over.wait(0.002):
+            seen.append(now())
+
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    over, seen = Event(), [now()]
+    thread = Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield seen
+    finally:
+        over.set()
+        thread.join()
 
 
 def save_shards(rank: int, model: str, out: str, name: str) -> None:

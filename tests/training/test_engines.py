@@ -8,12 +8,13 @@ import pytest
 import torch
 from accelerate import PartialState
 from accelerate.utils import ParallelismConfig
+from peft import PeftType
 from runs import settings
-from tiny import tiny_config
+from tiny import sft_data, tiny_config
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from shadow_trl import ShadowDPOConfig, ShadowSFTConfig
+from shadow_trl import ShadowDPOConfig, ShadowSFTConfig, ShadowSFTTrainer
 from shadow_trl.errors import ConfigError
 from shadow_trl.runtime.processes import run_on_main
 from shadow_trl.training.engines import (
@@ -22,6 +23,7 @@ from shadow_trl.training.engines import (
     refuse_engines,
     refuse_offloaded,
     refuse_tensor_parallel,
+    refuse_trained_tokens,
 )
 from shadow_trl.training.resuming import fault_of
 
@@ -91,6 +93,25 @@ def test_zero_is_taken_and_zero3_with_the_name_of_a_model(tmp_path):
     refuse_engines(deepspeed_config(tmp_path, zero=offload), "model")
     with pytest.raises(ConfigError, match=r"given as an object(.|\n)*Pass the name or the folder"):
         refuse_engines(deepspeed_config(tmp_path), model)
+
+
+@pytest.mark.parametrize(
+    "adapter", [{"peft_type": "LORA", "trainable_token_indices": [3]}, {"peft_type": PeftType.TRAINABLE_TOKENS}]
+)
+def test_single_token_rows_are_refused_under_zero3_alone(tmp_path, adapter):
+    with pytest.raises(ConfigError, match=r"trainable_token_indices(.|\n)*Use ZeRO-2"):
+        refuse_trained_tokens(deepspeed_config(tmp_path), adapter)
+    refuse_trained_tokens(deepspeed_config(tmp_path, zero={"stage": 2}), adapter)
+    refuse_trained_tokens(deepspeed_config(tmp_path), {"peft_type": "LORA", "trainable_token_indices": None})
+    refuse_trained_tokens(ShadowSFTConfig(**settings(tmp_path)), adapter)
+
+
+def test_several_gpus_in_one_process_are_refused_with_the_way_out(pair, tmp_path):
+    config = ShadowSFTConfig(**settings(tmp_path / "out"))
+    config._n_gpu = 2  # as transformers finds them where no launcher started the process
+    with pytest.raises(ConfigError, match=r"nn\.DataParallel(.|\n)*accelerate launch(.|\n)*Nothing was written"):
+        ShadowSFTTrainer(str(pair[0]), instruct_model=str(pair[1]), args=config, train_dataset=sft_data())
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(

@@ -100,7 +100,7 @@ def test_bad_input_is_one_error_with_code_2_and_nothing_written(tmp_path, capsys
         (["graft", "--colour", "x"], "there is no option --colour. See"),
         (arguments(sides, out, "--dtype", "int4"), "--dtype: invalid choice"),
         (["graft", "--instruct", "x"], "the following arguments are required"),
-        (["gap", "--base", str(sides["base"])], "required: --instruct"),
+        (["gap", "--base", str(sides["base"])], "instruct is missing"),
         (["gap", "--base", str(tmp_path / "no"), "--instruct", str(sides["base"])], "there is no folder"),
         (["gap", "--base", "a", "--instruct", "b", "--json", str(tmp_path / "no" / "x.json")], "does not exist"),
         (["knit"], "invalid choice: 'knit'"),

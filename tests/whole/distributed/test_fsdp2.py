@@ -49,12 +49,28 @@ def test_tuned_is_that_of_trl_and_the_graft_is_of_that_folder(pair, tmp_path, ki
     plain = run(pair, tmp_path / "plain", kind, lora=lora, fsdp=whole, plain=True, **changes)
     assert engines.weights(tmp_path / "ours") == engines.weights(tmp_path / "plain")
     assert (seen["losses"], seen["references"]) == (plain["losses"], plain["references"])
+    # All that the engine gathers lies on the disk meanwhile, of an adapter with the weights that it would not save.
+    assert seen["on_disk"] >= sum(path.stat().st_size for path in (tmp_path / "ours").glob("*.safetensors")) - 10_000
+    assert plain["on_disk"] == 0
+    assert not list((tmp_path / "ours").glob(".*"))
     check_graft(pair, tmp_path / "ours", tmp_path / "ours/grafted", tmp_path / "again")
     # Of a checkpoint there are shards only, which are grafted without being gathered.
     (last,) = (tmp_path / "ours").glob("checkpoint-*")
     assert not list(last.glob("*.safetensors"))
     assert engines.weights(last / "shadow/grafted") == engines.weights(tmp_path / "ours/grafted")
     check_graft(pair, last / "pytorch_model_fsdp_0", last / "shadow/grafted", tmp_path / "by its shards")
+
+
+def test_whole_weights_take_the_memory_of_a_few_and_not_of_all(tmp_path):
+    layers, taken = 6, {}
+    for on_disk in (False, True):
+        out = tmp_path / str(on_disk)
+        ends = in_processes(engines.save_whole, str(out), layers=layers, on_disk=on_disk)
+        assert [end.error for end in ends] == ["", ""]
+        taken[on_disk] = ends[0].value
+    assert engines.weights(tmp_path / "True") == engines.weights(tmp_path / "False") != {}
+    assert taken[False] > 0.9 * layers * 13 * 2**20
+    assert taken[True] < 32 * 2**20  # gathered weights of 3 MiB, what gloo sends them by, and Python's own
 
 
 @pytest.mark.parametrize("name", ["qwen3", "llama", "qwen3_moe", "gemma3"])
