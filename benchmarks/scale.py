@@ -17,10 +17,12 @@ from typing import Any
 
 import yaml
 
+from shadow_trl.runtime.needs import GPU, USED, Needs, Shape, gigabytes
+
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "benchmarks" / "scale_page.md"
-GPU, USED, PER_MACHINE = 80e9, 0.8, 8
-"""Bytes of a GPU, the share of them that a run may take here, and GPUs of a machine."""
+PER_MACHINE = 8
+"""GPUs of a machine."""
 GLOBAL_BATCH = {("sft", "full"): 32, ("sft", "lora"): 32, ("dpo", "full"): 128, ("dpo", "lora"): 32}
 """Rows of a step in the recipes."""
 
@@ -53,10 +55,13 @@ class Model:
         """Weights of one layer."""
         return _count(self.build(1).model.layers[0])
 
-    @property
-    def outside(self) -> int:
-        """Weights outside the layers: embeddings, head, last norm."""
-        return self.weights - self.shape["num_hidden_layers"] * self.block
+    @cached_property
+    def sizes(self) -> Shape:
+        """What the arithmetic takes."""
+        shape = self.shape
+        inner = shape.get("moe_intermediate_size", shape["intermediate_size"]) * shape.get("num_experts_per_tok", 1)
+        heads = (shape["num_attention_heads"] + shape["num_key_value_heads"]) * shape["head_dim"]
+        return Shape(self.weights, self.block, shape["num_hidden_layers"], shape["hidden_size"], inner, heads)
 
     def adapter(self, rank: int) -> int:
         """Weights of a LoRA on all linear layers; the layers are alike."""
@@ -109,11 +114,11 @@ MODELS = [
 ]  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Run:
-    """One model, trained in one way with one row a GPU, and what that takes; bytes.
+class Run(Needs):
+    """One model, trained in one way as its recipe says.
 
-    Attributes:
+    Args:
+        model: the pair.
         trainer: `sft` or `dpo`.
         form: `full` or `lora`.
     """
@@ -121,81 +126,23 @@ class Run:
     model: Model
     trainer: str
     form: str
+    settings: dict[str, Any]
 
-    @cached_property
-    def settings(self) -> dict[str, Any]:
-        """What the recipe says."""
-        path = ROOT / "recipes" / "configs" / self.model.recipe / f"{self.trainer}_{self.form}.yaml"
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
-
-    @property
-    def size(self) -> int:
-        """Bytes in which a weight is loaded."""
-        return {"float32": 4, "bfloat16": 2}[self.settings["dtype"]]
-
-    @cached_property
-    def trained(self) -> int:
-        """Weights that are trained."""
-        return self.model.weights if self.form == "full" else self.model.adapter(self.settings["lora_r"])
-
-    def state(self, gpus: int) -> float:
-        """Bytes a GPU of weights, gradients and AdamW's moments."""
-        frozen = 0 if self.form == "full" else self.size * self.model.weights
-        return (frozen + 16 * self.trained) / gpus
-
-    def gathered(self, gpus: int, *, trains: bool) -> float:
-        """Bytes a GPU of bf16 weights in whole, and their gradients; on one GPU the casts of fp32 weights."""
-        if gpus == 1:
-            return 2 * self.model.weights if self.size == 4 else 0
-        weights = self.model.outside + 2 * self.model.block
-        gradients = self.model.outside + self.model.block if trains and self.form == "full" else 0
-        return 2 * (weights + gradients)
-
-    def activations(self) -> float:
-        """Bytes a GPU of what a step keeps: the input of each layer, and the inside of the one that is recomputed."""
-        shape, tokens = self.model.shape, self.settings["max_length"] * (2 if self.trainer == "dpo" else 1)
-        inner = shape.get("moe_intermediate_size", shape["intermediate_size"]) * shape.get("num_experts_per_tok", 1)
-        heads = (shape["num_attention_heads"] + shape["num_key_value_heads"]) * shape["head_dim"]
-        inside = 16 * shape["hidden_size"] + 4 * heads + 8 * inner
-        return tokens * (2 * shape["hidden_size"] * shape["num_hidden_layers"] + inside)
-
-    def training(self, gpus: int) -> float:
-        """Bytes a GPU while training."""
-        return self.state(gpus) + self.gathered(gpus, trains=True) + self.activations()
-
-    def reference(self, gpus: int) -> float:
-        """Bytes a GPU while the reference values are computed: with one GPU the policy is there too."""
-        models = 2 if gpus == 1 else 1
-        return models * self.size * self.model.weights / gpus + self.gathered(gpus, trains=False) + self.activations()
-
-    def memory(self, gpus: int) -> float:
-        """The larger of both; SFT has no reference."""
-        return max(self.training(gpus), self.reference(gpus) if self.trainer == "dpo" else 0)
+    def __init__(self, model: Model, trainer: str, form: str) -> None:
+        path = ROOT / "recipes" / "configs" / model.recipe / f"{trainer}_{form}.yaml"
+        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+        is_full, size = form == "full", {"float32": 4, "bfloat16": 2}[settings["dtype"]]
+        trained = model.weights if is_full else model.adapter(settings["lora_r"])
+        tokens = settings["max_length"] * (2 if trainer == "dpo" else 1)
+        super().__init__(model.sizes, trained, is_full, size, tokens, has_reference=trainer == "dpo")
+        vars(self).update(model=model, trainer=trainer, form=form, settings=settings)
 
     @cached_property
     def gpus(self) -> int:
         """The smallest power of two that leaves enough of each GPU free."""
-        count = 1
-        while self.memory(count) > USED * GPU:
-            count *= 2
-        return count
-
-    @property
-    def host(self) -> float:
-        """Bytes of the first machine: one process loads whole models there."""
-        models = 2 if self.trainer == "dpo" else 1
-        return models * self.size * self.model.weights
-
-    def disk(self) -> dict[str, float]:
-        """Bytes of each folder."""
-        weights, trained = self.model.weights, self.trained
-        return {
-            "BASE": 2 * weights,
-            "INSTRUCT": 2 * weights,
-            "TUNED": 4 * trained,
-            "checkpoint": 12 * trained,
-            "graft": 2 * weights if self.form == "full" else 4 * trained,
-        }
+        found = self.gpus_of(GPU)
+        assert found is not None
+        return found
 
     @property
     def seconds(self) -> float:
@@ -234,11 +181,6 @@ def rates() -> tuple[float, float]:
     size = float(re.search(r"--size ([\d.]+)GB", cold)[1]) * 1e9  # type: ignore[index]
     graft = float(re.search(r"\| graft, defaults \| ([\d.]+) \|", cold)[1])  # type: ignore[index]
     return start, (graft - start) / (4 * size)  # three checkpoints are read, one is written
-
-
-def gigabytes(size: float) -> str:
-    """Return a size in GB with at least two digits, or three."""
-    return f"{size / 1e9:.0f}" if size >= 1e10 else f"{size / 1e9:.2g}"
 
 
 def duration(seconds: float) -> str:

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from . import __version__
 from .errors import ConfigError, ends_with
 from .grafting.options import DTYPES, declared
+from .runtime.command_line import Parser, Switch
 from .runtime.endings import exit_code
 from .runtime.startup import import_torch_undisturbed
 
@@ -21,6 +21,7 @@ _RECIPES = {
     "dpo": "train BASE with DPO, then graft",
     "sft-dpo": "train BASE with SFT, then with DPO, then graft",
 }
+_STDOUT = Path("-")
 _QUIET = "print nothing but errors and warnings"
 
 
@@ -50,45 +51,18 @@ def _run(arguments: list[str]) -> int:
         return run(options)
 
 
-class _Parser(argparse.ArgumentParser):
-    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        # Before argparse, which would miss the required option that was misspelt and not say what was given.
-        known = [] if self._subparsers is not None else list(self._option_string_actions)
-        for word in args or () if known else ():
-            option = str(word).partition("=")[0]
-            if option.startswith("--") and option not in known:
-                near = difflib.get_close_matches(option, known, n=1)
-                self.error(f"there is no option {option}" + (f" (did you mean {near[0]}?)" if near else ""))
-        return super().parse_known_args(args, namespace)
-
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"{message}. See `{self.prog} --help`.")
-
-
-class _Switch(argparse.Action):
-    def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: Any = None) -> None:
-        setattr(namespace, self.dest, values == "on")
-
-
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = Parser(
         prog="shadow-trl",
         description="Graft what BASE learnt onto INSTRUCT: grafted = instruct + scale * (tuned - base).",
-        allow_abbrev=False,
+        epilog="`shadow-trl COMMAND --help` explains each.",
     )
     parser.add_argument("--version", action="version", version=f"shadow-trl {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
-    _add_graft(commands.add_parser("graft", help="add the delta of TUNED to INSTRUCT", allow_abbrev=False))
-    _add_gap(commands.add_parser("gap", help="how far INSTRUCT is from BASE", allow_abbrev=False))
-    _add_delta(commands.add_parser("delta", help="write TUNED - BASE on its own, or as a LoRA", allow_abbrev=False))
-    _add_verify(commands.add_parser("verify", help="is a folder the graft it says it is?", allow_abbrev=False))
-    _add_push(commands.add_parser("push", help="upload a graft or a delta to the hub", allow_abbrev=False))
-    _add_chat(commands.add_parser("chat", help="talk to a model in the terminal", allow_abbrev=False))
-    _add_compare(
-        commands.add_parser("compare", help="which scale serves a run best, and did it help?", allow_abbrev=False)
-    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
+    for name, (add, text, example) in _COMMANDS.items():
+        add(commands.add_parser(name, help=text, epilog=f"example:\n  shadow-trl {name} {example}"))
     for name, text in _RECIPES.items():
-        commands.add_parser(name, help=f"{text} (`shadow-trl {name} --help`)", add_help=False)
+        commands.add_parser(name, help=text, add_help=False)
     return parser
 
 
@@ -99,6 +73,8 @@ def _add_graft(parser: argparse.ArgumentParser) -> None:
     need = parser.add_argument_group("models")
     need.add_argument("--base", metavar="B", help="BASE, before training; an adapter, or a run, names it itself")
     need.add_argument("--instruct", metavar="I", help="INSTRUCT, which receives the delta; a run names it itself")
+    text = "take BASE from the table of known pairs or the card of INSTRUCT (see `shadow-trl pairs`)"
+    need.add_argument("--find-base", action="store_true", help=text)
     learnt = need.add_mutually_exclusive_group(required=True)
     learnt.add_argument(
         "--tuned", metavar="T[:WEIGHT]", action="append",
@@ -123,6 +99,7 @@ def _add_push(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", metavar="FOLDER", type=Path, help="folder of the graft or delta")
     parser.add_argument("repo", metavar="REPO[@BRANCH]", help="owner/name, made if there is none")
     _add_private(parser)
+    parser.add_argument("--json", action="store_true", help="print the commit as JSON on stdout")
     parser.set_defaults(run=_push)
 
 
@@ -135,7 +112,8 @@ def _push(options: argparse.Namespace) -> int:
 
     check_publishable(options.folder)
     repo, branch = _claimed(options.repo, options.private)
-    print(upload(options.folder, repo, revision=branch).commit_url)
+    commit = upload(options.folder, repo, revision=branch)
+    print(json.dumps({"url": commit.commit_url, "commit": commit.oid}) if options.json else commit.commit_url)
     return 0
 
 
@@ -188,6 +166,11 @@ def _add_compare(parser: argparse.ArgumentParser) -> None:
     add("--preferences", metavar="FILE", help="{prompt, chosen, rejected}: accuracy and margin")
     text = "function of (model, tokenizer, rows) that returns a number a row; may be repeated"
     add("--metric", metavar="MODULE:FUNCTION", action="append", default=[], help=text)
+    text = "task of lm-eval (extra eval), such as gsm8k:exact_match,flexible-extract; may be repeated"
+    add("--task", metavar="NAME[:METRIC,FILTER]", action="append", default=[], help=text)
+    add(
+        "--task-folder", metavar="DIR", action="append", default=[], help="with task files of your own; may be repeated"
+    )
     add("--kept", metavar="KIND", nargs="+", default=[], help="kinds whose mean is the metric kept")
     _add_choice(parser.add_argument_group("choice").add_argument)
     add = parser.add_argument_group("work").add_argument
@@ -196,12 +179,12 @@ def _add_compare(parser: argparse.ArgumentParser) -> None:
     add("--max-new-tokens", metavar="N", type=int, default=64, help="longest answer in tokens (default 64)")
     add("--score-dtype", choices=DTYPES, default="float32", help="in which all models answer (default float32)")
     add("--device", metavar="D", help="such as cpu or cuda:1 (default: the accelerator, else cpu)")
-    add("--quiet", action="store_true", help=_QUIET)
+    _add_output(parser)
     parser.set_defaults(run=_compare)
 
 
 def _compare_arms(options: argparse.Namespace) -> int:
-    given = {"config", "output", "quiet", "run", "command"}
+    given = {"config", "output", "quiet", "json", "run", "command"}
     parser = _parser()
     plain = vars(parser.parse_args(["compare", "--config", options.config, "--output", options.output]))
     if beside := [name for name, value in vars(options).items() if name not in given and value != plain[name]]:
@@ -211,8 +194,14 @@ def _compare_arms(options: argparse.Namespace) -> int:
     from .recipes.arms import compare_arms
 
     found = compare_arms(Path(options.config), options.output, progress=not options.quiet)
-    if not options.quiet:
-        print(summary(found))
+    return _tell(found, summary(found), options)
+
+
+def _tell(found: Any, text: str, options: argparse.Namespace) -> int:
+    from accelerate import PartialState
+
+    if (options.json or not options.quiet) and PartialState().is_main_process:
+        print(json.dumps(found.to_dict(), indent=2) if options.json else text)
     return 0
 
 
@@ -231,8 +220,6 @@ def _compare(options: argparse.Namespace) -> int:
         return _compare_arms(options)
     if options.tuned is None:
         raise ConfigError("--tuned is missing (or --config, to train the arms first).")
-    from accelerate import PartialState
-
     from .evaluation.scales import Data, Sources, compare_scales, graft_command
     from .grafting.tuned import recorded_sides
 
@@ -240,16 +227,15 @@ def _compare(options: argparse.Namespace) -> int:
     sources = Sources(sides["instruct"], options.tuned, sides.get("base"), options.direct)
     data = Data(
         options.rows, options.validation_rows, options.conversations, options.preferences, tuple(options.metric),
-        tuple(options.kept), options.batch_size, options.max_new_tokens,
+        tuple(options.kept), options.batch_size, options.max_new_tokens, tuple(options.task),
+        tuple(options.task_folder),
     )  # fmt: skip
     found = compare_scales(
         sources, data, output=options.output, scales=options.scales, modules=options.modules,
         graft_dtype=options.dtype, target=options.target, keep=options.keep, within=options.within,
         margin=options.margin, dtype=options.score_dtype, device=options.device, progress=not options.quiet,
     )  # fmt: skip
-    if not options.quiet and PartialState().is_main_process:
-        print(summary(found, graft_command(found, sources, options.dtype)))
-    return 0
+    return _tell(found, summary(found, graft_command(found, sources, options.dtype)), options)
 
 
 def _add_option(parser: argparse._ActionsContainer, name: str, **changes: Any) -> None:
@@ -260,7 +246,7 @@ def _add_option(parser: argparse._ActionsContainer, name: str, **changes: Any) -
         more["action"] = "store_true"
     elif default is True:
         text += " (default on)"
-        more |= {"action": _Switch, "choices": ("on", "off")}
+        more |= {"action": Switch, "choices": ("on", "off")}
     else:
         text += f" (default {default})" if default is not None else ""
         more["choices"] = known["choices"]
@@ -272,10 +258,61 @@ def _add_gap(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--base", metavar="B", help="BASE: folder or hub id, with @revision; a run names it itself")
     parser.add_argument("--instruct", metavar="I", help="INSTRUCT; a run names it itself")
     parser.add_argument("--tuned", metavar="T", help="BASE after training: set its delta against the gap")
-    parser.add_argument("--json", metavar="FILE", type=Path, help="write the figures as JSON")
+    text = "print the figures as JSON on stdout, or write them to FILE"
+    parser.add_argument("--json", metavar="FILE", nargs="?", type=Path, const=_STDOUT, help=text)
     parser.add_argument("--plot", metavar="FILE.png", type=Path, help="draw sigma by layer (needs matplotlib)")
     parser.add_argument("--quiet", action="store_true", help=_QUIET)
     parser.set_defaults(run=_gap)
+
+
+def _add_pairs(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "List the known pairs with FILTER in a name. An INSTRUCT that the table lacks is looked up in its card."
+    )
+    parser.add_argument("filter", metavar="FILTER", nargs="?", default="", help="part of a name, or an INSTRUCT")
+    parser.add_argument("--json", action="store_true", help="print the list as JSON on stdout")
+    parser.set_defaults(run=_pairs)
+
+
+def _add_doctor(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Before a training: versions, devices, what of the pair would fail, sigma, and what full fine-tuning and a "
+        "LoRA take of memory and disk. Reads both models. The exit code is 1 where something would fail."
+    )
+    parser.add_argument("--base", metavar="B", required=True, help="BASE: folder or hub id, with @revision")
+    parser.add_argument("--instruct", metavar="I", required=True, help="INSTRUCT")
+    parser.add_argument("--max-length", metavar="N", type=int, default=1024, help="tokens of a row (default 1024)")
+    parser.add_argument("--rank", metavar="R", type=int, default=16, help="of the LoRA (default 16)")
+    _add_output(parser)
+    parser.set_defaults(run=_doctor)
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from .operations.doctor import doctor
+
+    found = doctor(**_named(options))
+    _show(found, options.quiet, options.json)
+    return 1 if found.fails else 0
+
+
+def _pairs(options: argparse.Namespace) -> int:
+    from .pair.known import KnownPair, find_base, matching
+
+    found = matching(options.filter)
+    if not found and ("/" in options.filter or Path(options.filter).is_dir()):
+        base, how = find_base(options.filter)
+        found = [KnownPair(base, options.filter, "", "")]
+        print(f"BASE of {options.filter} is {base}, {how}.", file=sys.stderr)
+    rows = [pair.shown() for pair in found]
+    if options.json:
+        print(json.dumps(rows, indent=2))
+        return 0
+    if not rows:
+        raise ConfigError(f"no known pair has {options.filter!r} in a name. Give an INSTRUCT as owner/name.")
+    widths = {name: max(len(row[name]) for row in [*rows, {name: name}]) for name in rows[0]}
+    for row in [dict(zip(widths, widths, strict=True)), *rows]:
+        print("  ".join(text.ljust(widths[name]) for name, text in row.items()).rstrip())
+    return 0
 
 
 def _add_delta(parser: argparse.ArgumentParser) -> None:
@@ -335,8 +372,9 @@ def _graft(options: argparse.Namespace) -> int:
 
 
 def _gap(options: argparse.Namespace) -> int:
-    for path in (options.json, options.plot):
-        if path is not None and not path.absolute().parent.is_dir():
+    files = [path for path in (options.plot, options.json) if path not in (None, _STDOUT)]
+    for path in files:
+        if not path.absolute().parent.is_dir():
             raise ConfigError(f"the folder of {path} does not exist.")
     if options.plot is not None:
         from .operations.gap_plot import require_matplotlib
@@ -347,14 +385,14 @@ def _gap(options: argparse.Namespace) -> int:
     from .results.written import tells_what_is_written
 
     report = gap(options.base, options.instruct, options.tuned, progress=not options.quiet)
-    _show(report, options.quiet)
-    with tells_what_is_written(*(path for path in (options.plot, options.json) if path is not None)):
+    _show(report, options.quiet, options.json == _STDOUT)
+    with tells_what_is_written(*files):
         if options.plot is not None:  # before the figures: an image of an unknown format leaves nothing behind
             from .operations.gap_plot import plot_gap
 
             with whole_file(options.plot) as new:
                 plot_gap(report, new)
-        if options.json is not None:
+        if options.json in files:
             with whole_file(options.json) as new:
                 new.write_text(json.dumps(report.to_dict(), indent=2) + "\n", encoding="utf-8")
     return 0
@@ -375,7 +413,8 @@ def _verify(options: argparse.Namespace) -> int:
 
 
 def _recipe(name: str, argv: list[str]) -> int:
-    from .recipes import launch
+    with ends_with("Nothing was written."):
+        from .recipes import launch
 
     return launch.main(name, argv)
 
@@ -395,6 +434,34 @@ def _show(report: Any, quiet: bool, as_json: bool = False) -> int:
     elif not quiet:
         print(report.text())
     return 0
+
+
+_COMMANDS: dict[str, tuple[Callable[[argparse.ArgumentParser], None], str, str]] = {
+    "graft": (
+        _add_graft, "add the delta of TUNED to INSTRUCT",
+        "--base Qwen/Qwen3-0.6B-Base --instruct Qwen/Qwen3-0.6B --tuned out --output grafted",
+    ),
+    "gap": (
+        _add_gap, "how far INSTRUCT is from BASE", "--base Qwen/Qwen3-0.6B-Base --instruct Qwen/Qwen3-0.6B"
+    ),
+    "doctor": (
+        _add_doctor, "are machine and pair ready, and what will training take?",
+        "--base Qwen/Qwen3-0.6B-Base --instruct Qwen/Qwen3-0.6B",
+    ),
+    "pairs": (_add_pairs, "known pairs, and the BASE of an INSTRUCT", "gemma-3"),
+    "delta": (
+        _add_delta, "write TUNED - BASE on its own, or as a LoRA",
+        "--base Qwen/Qwen3-0.6B-Base --tuned out --output delta",
+    ),
+    "verify": (_add_verify, "is a folder the graft it says it is?", "grafted"),
+    "push": (_add_push, "upload a graft or a delta to the hub", "out/grafted me/grafted --private"),
+    "chat": (_add_chat, "talk to a model in the terminal", "out/grafted"),
+    "compare": (
+        _add_compare, "which scale serves a run best, and did it help?",
+        "--instruct Qwen/Qwen3-0.6B --tuned out --rows ROWS.jsonl --output compared",
+    ),
+}  # fmt: skip
+"""Each command: what adds its options, what it does, and the words of an example."""
 
 
 if __name__ == "__main__":

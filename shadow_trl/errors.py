@@ -51,6 +51,10 @@ class OutputExistsError(InputError):
     """The output folder already holds a result and overwriting was not asked for."""
 
 
+class VersionError(InputError, ImportError):
+    """A library is not installed in a release that can be worked with."""
+
+
 class GraftError(ShadowError, RuntimeError):
     """A graft failed after it had started: values that are not finite, a full disk."""
 

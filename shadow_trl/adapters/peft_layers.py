@@ -150,6 +150,8 @@ def _changed_by_layers(
 
     config = _peft_config(adapter)
     settings = config.to_dict()
+    # PEFT before 0.21 does not say which kinds have layers that share what they add: any might.
+    shared = getattr(PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type], "uses_shared_state", True)
     _check_start(adapter, tensors)
     model = _without_values(weights.names.model)
     modules = {name for name, _ in model.named_modules() if name}
@@ -160,7 +162,7 @@ def _changed_by_layers(
         plain = start_setting(settings) in PLAIN_STARTS and not settings.get("kasa_config")
         if plain and peft_type(settings) in _BLIND:
             yield from _merged(model, config, tensors, weights, adapter, seen=False)
-        elif PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type].uses_shared_state or None in owners.values():
+        elif shared or None in owners.values():
             _fill(model, weights, weights.names.memory)
             yield from _merged(model, config, tensors, weights, adapter, seen=True)
         else:
@@ -260,17 +262,22 @@ def _load(wrapped: Any, tensors: dict[str, Tensor], adapter: Checkpoint) -> None
 
     try:
         found: Any = set_peft_model_state_dict(wrapped, dict(tensors))
-    except (RuntimeError, KeyError) as error:
+    except (RuntimeError, KeyError, TypeError) as error:
         raise AdapterError(f"PEFT cannot load adapter {adapter}: {error}") from error
-    if found.unexpected_keys:
-        lines = nearest_names(found.unexpected_keys, dict(wrapped.get_base_model().named_modules()))
+    state = wrapped.state_dict(keep_vars=True)
+    # PEFT before 0.21 does not load the projections that the layers of VeRA share: it draws its own.
+    shared = {name for name in found.unexpected_keys if f"{name}.default" in state}
+    for name in shared:
+        state[f"{name}.default"].data.copy_(tensors[name])
+    if unexpected := [name for name in found.unexpected_keys if name not in shared]:
+        lines = nearest_names(unexpected, dict(wrapped.get_base_model().named_modules()))
         raise AdapterError(
-            f"{len(found.unexpected_keys)} of {len(tensors)} weights of adapter {adapter} have no module in its base.\n"
+            f"{len(unexpected)} of {len(tensors)} weights of adapter {adapter} have no module in its base.\n"
             f"{list_names(lines)}\nGive the base that it was trained on."
         )
     prefix = PEFT_TYPE_TO_PREFIX_MAPPING[wrapped.peft_config["default"].peft_type]
     # Layers that share a tensor have it under a name each, and one of them is in the file.
-    state, absent = wrapped.state_dict(keep_vars=True), set(found.missing_keys)
+    absent = set(found.missing_keys) - {f"{name}.default" for name in shared}
     there = {id(value) for name, value in state.items() if name not in absent}
     missing = sorted(name for name in absent if f".{prefix}" in name and id(state[name]) not in there)
     if missing:

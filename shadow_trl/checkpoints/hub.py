@@ -6,7 +6,7 @@ import os
 import re
 import stat
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ..errors import CheckpointError, ConfigError
 from .json_files import is_file_name, is_there
@@ -104,13 +104,14 @@ def is_commit(revision: str | None) -> bool:
     return bool(revision and re.fullmatch("[0-9a-f]{40}", revision))
 
 
-def locate(source: Source, revision: str | None = None, *, weights: bool = True) -> Located:
+def locate(source: Source, revision: str | None = None, *, weights: bool = True, card: bool = False) -> Located:
     """Find a folder or hub id. A branch may move; what is found has the commit that it is at now.
 
     Args:
         source: a folder, or `owner/name`, optionally with `@revision`. A folder that exists wins.
         revision: branch, tag or commit; not together with `@revision`.
         weights: whether the weights are needed too.
+        card: whether the card is needed and nothing else. Default False.
 
     Raises:
         CheckpointError: neither a folder nor a repository that can be reached.
@@ -130,7 +131,7 @@ def locate(source: Source, revision: str | None = None, *, weights: bool = True)
         raise CheckpointError(f"there is no folder {source}. Give a checkpoint's folder or a hub id like owner/name.")
     if revision is not None and (not revision.isprintable() or ".." in revision or revision.startswith("/")):
         raise CheckpointError(f"{revision!r} is no revision of {name}. Give a branch, a tag or a commit.")
-    path = _download(name, revision, weights)
+    path = _download(name, revision, weights, card)
     return Located(name, path.name, path, revision)
 
 
@@ -140,21 +141,27 @@ def is_hub_id(source: str) -> bool:
     return bool(_HUB_ID.fullmatch(name)) and not name.startswith(".") and ".." not in name
 
 
-def inside(folder: Path, name: str) -> Path:
+def inside(folder: Path, name: str, *, below: bool = False) -> Path:
     """Return the path of file `name` in `folder`.
+
+    Args:
+        folder: of a checkpoint or result.
+        name: of a weight file in it.
+        below: whether it may be any file, in a folder below too. Default False.
 
     Raises:
         CheckpointError: the name or a link leads out of the folder. Links of the hub cache into the blobs of the same
             repository are fine.
     """
-    if not is_file_name(name) or "/" in name:
+    what = "file" if below else "weight file"
+    if not is_file_name(name) or (not below and "/" in name):
         raise CheckpointError(
-            f"{folder}: the weight file {name!r} lies outside the folder; it is not read. Download or save the "
+            f"{folder}: the {what} {name!r} lies outside the folder; it is not read. Download or save the "
             "checkpoint again."
         )
     path = folder / name
     if not is_there(path):
-        raise CheckpointError(f"{folder} lacks the weight file {name}. Download or save the checkpoint again.")
+        raise CheckpointError(f"{folder} lacks the {what} {name}. Download or save the checkpoint again.")
     if leads_out(folder, name):
         raise CheckpointError(
             f"{path} is a link to {os.path.realpath(path)}, outside the checkpoint's folder; it is not read. Put the "
@@ -177,18 +184,24 @@ def brief(error: Exception) -> str:
     return " ".join(lines[:2] if lines and "Error." in lines[0] else lines[:1]) or type(error).__name__
 
 
-def _download(name: str, revision: str | None, weights: bool) -> Path:
-    from huggingface_hub import snapshot_download
+def _download(name: str, revision: str | None, weights: bool, card: bool) -> Path:
+    from huggingface_hub import constants, snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    # Before huggingface_hub 2.0, offline mode does not keep it from asking for the files of a commit.
+    here: Any = {"local_files_only": constants.is_offline_mode()}
 
     def fetch(*patterns: str) -> Path:
         # Weights in sub-folders are other formats of the same model.
-        return Path(snapshot_download(name, revision=revision, allow_patterns=list(patterns), ignore_patterns=["*/*"]))
+        kept: Any = {"allow_patterns": list(patterns), "ignore_patterns": ["*/*"], **here}
+        return Path(snapshot_download(name, revision=revision, **kept))
 
     try:
+        if card:
+            return fetch("README.md")
         folder = fetch(*_SMALL)
         revision = folder.name  # the branch may move before the next request
-        snapshot_download(name, revision=revision, allow_patterns=["additional_chat_templates/*.jinja"])
+        snapshot_download(name, revision=revision, allow_patterns=["additional_chat_templates/*.jinja"], **here)
         if weights:
             names = {entry.name for entry in folder.iterdir()}
             pickled = "pytorch_model.bin.index.json" in names and "model.safetensors.index.json" not in names

@@ -6,18 +6,17 @@ A manifest of kind `delta` is of form `delta`, or `adapter` for a LoRA made from
 from __future__ import annotations
 
 import functools
-import importlib.metadata
 import json
 import logging
 import os
 import re
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import CheckpointError, InputError, list_names
+from ..runtime.versions import installed
 from .digests import file_digest, weight_digests
 from .hub import Source, is_commit, is_hub_id, leads_out, local_folder, locate
 from .json_files import check, is_there, read_json
@@ -205,11 +204,7 @@ def write_manifest(folder: Source, content: Mapping[str, Any]) -> Path:
 @functools.cache
 def versions() -> dict[str, str]:
     """Return the installed version of every package that can change the numbers, without importing any."""
-    found = {}
-    for package in _PACKAGES:
-        with suppress(importlib.metadata.PackageNotFoundError):
-            found[package] = importlib.metadata.version(package)
-    return found
+    return {package: version for package in _PACKAGES if (version := installed(package)) is not None}
 
 
 def check_weights(folder: Path) -> None:

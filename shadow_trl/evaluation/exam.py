@@ -13,6 +13,7 @@ from typing import Any
 
 from ..errors import ConfigError, GraftError, InputError, list_names
 from ..runtime.processes import share_out
+from .harness import HarnessTask
 from .likelihood import losses, margins
 from .scoring import Row, answered_right
 
@@ -60,6 +61,7 @@ class Exam:
         kept: kinds of rows that training should leave alone, whose mean is the metric `kept`.
         batch_size: rows in a forward pass. Default 64.
         max_new_tokens: longest answer in tokens. Default 64.
+        tasks: of lm-eval, see `harness.harness_tasks`; those with one name are one metric.
     """
 
     rows: Sequence[Row] = ()
@@ -69,10 +71,11 @@ class Exam:
     kept: tuple[str, ...] = ()
     batch_size: int = 64
     max_new_tokens: int = 64
+    tasks: Sequence[HarnessTask] = ()
 
     def __post_init__(self) -> None:
-        if not (self.rows or self.conversations or self.pairs):
-            raise ConfigError("there is nothing to compare by: give rows, conversations or preferences.")
+        if not (self.rows or self.conversations or self.pairs or self.tasks):
+            raise ConfigError("there is nothing to compare by: give rows, conversations, preferences or tasks.")
         if self.functions and not self.rows:
             raise ConfigError("a function is given the rows to score, and there are none.")
         kinds = self.kinds
@@ -106,6 +109,8 @@ class Exam:
             found.append(Metric("preference margin", ("preference margin",), share=False))
         for name, function in (self.functions or {}).items():
             found.append(Metric(name, (name,), getattr(function, "higher_is_better", True), share=False))
+        for task in {task.name: task for task in self.tasks}.values():
+            found.append(Metric(task.name, (task.name,), task.higher, task.share))
         names = [metric.name for metric in found]
         if repeated := sorted({name for name in names if names.count(name) > 1}):
             raise ConfigError(f"{len(repeated)} metrics have the name of another one:\n{list_names(repeated)}")
@@ -151,6 +156,15 @@ class Exam:
             found["preference accuracy"] = tuple(float(value > 0.0) for value in margin)
         for name, function in (self.functions or {}).items():
             found[name] = tuple(share_out(self.rows, partial(_called, name, function, model, tokenizer), what=name))
+        if self.tasks:
+            # A whole task to a process: which examples it shows depends on the rows before.
+            values = share_out(
+                self.tasks,
+                lambda some: [task.values(model, tokenizer, size) for task in some],
+                what="answering the tasks",
+            )
+            for task, more in zip(self.tasks, values, strict=True):
+                found[task.name] = (*found.get(task.name, ()), *more)
         if bad := [name for name, values in found.items() if not all(map(math.isfinite, values))]:
             raise GraftError(f"{len(bad)} measures have values that are not finite:\n{list_names(bad)}")
         return found
@@ -162,9 +176,10 @@ class Exam:
         """
         rows = (validation_rows, self.rows) if validation_rows else _halves(self.rows, "rows")
         split = [rows, _halves(self.conversations, "conversations"), _halves(self.pairs, "pairs")]
+        halves = [task.halves() for task in self.tasks]
         first, second = (
-            replace(self, rows=rows, conversations=talks, pairs=pairs)
-            for rows, talks, pairs in zip(*split, strict=True)
+            replace(self, rows=rows, conversations=talks, pairs=pairs, tasks=[both[side] for both in halves])
+            for side, (rows, talks, pairs) in enumerate(zip(*split, strict=True))
         )
         return {"validation": first, "test": second}
 

@@ -23,6 +23,7 @@ from ..runtime.processes import run_on_main, say, together
 from .comparison import Comparison, Measured, Settings, choose_target
 from .comparison_report import write_comparison
 from .exam import Exam, Values, function_named
+from .harness import harness_tasks
 from .likelihood import read_conversations, read_pairs
 from .models import load, tokenizer_and_ends
 from .scoring import Row, read_rows
@@ -60,6 +61,7 @@ class Data:
         validation_rows: rows to choose the settings on. Default: half of the prompts of each file.
         functions: metrics, each as `module:function`.
         kept, batch_size, max_new_tokens: see `Exam`.
+        tasks, task_folders: of lm-eval, see `harness.harness_tasks`; half of the rows of each for each split.
     """
 
     rows: str | None = None
@@ -70,6 +72,8 @@ class Data:
     kept: tuple[str, ...] = ()
     batch_size: int = 64
     max_new_tokens: int = 64
+    tasks: tuple[str, ...] = ()
+    task_folders: tuple[str, ...] = ()
 
     def exams(self) -> dict[str, Exam]:
         """Read the files; return the exam of each split, `validation` and `test`.
@@ -84,7 +88,7 @@ class Data:
             read_conversations(self.conversations) if self.conversations else (),
             read_pairs(self.preferences) if self.preferences else (),
             {name: function_named(name) for name in self.functions},
-            self.kept, self.batch_size, self.max_new_tokens,
+            self.kept, self.batch_size, self.max_new_tokens, harness_tasks(self.tasks, self.task_folders),
         )  # fmt: skip
         if self.validation_rows is None:
             return whole.halves()

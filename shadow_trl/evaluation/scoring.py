@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from tqdm.auto import tqdm
 
 from ..errors import InputError, list_names
+from .greedy import answers, greedy
 
 Row = Mapping[str, Any]
 
@@ -190,7 +189,7 @@ def score(
     An answer ends at the first end token, or after `max_new_tokens`; special tokens and white space around it do not
     count. Sampling settings of the model's generation config are ignored, so that models that ship different ones are
     compared fairly. Rows of similar length share a batch, padded on the left; the scores keep the order of the rows.
-    Rows with the same prompt are answered once.
+    Rows with the same prompt are answered once. In float32 the answers do not depend on the batches.
 
     Args:
         model: a causal language model of transformers, on any device, in any dtype.
@@ -213,6 +212,11 @@ def score(
         model, tokenizer, rows, batch_size=batch_size, max_new_tokens=max_new_tokens, eos_token_ids=eos_token_ids,
         progress=progress,
     )  # fmt: skip
+    return scores_of(rows, right)
+
+
+def scores_of(rows: Sequence[Row], right: Sequence[bool]) -> Scores:
+    """Return the scores of `rows`, of which `right` says whether each was answered right."""
     hits: dict[str, list[bool]] = {}
     for row, hit in zip(rows, right, strict=True):
         hits.setdefault(row.get("kind", "all"), []).append(hit)
@@ -243,10 +247,10 @@ def answered_right(
     order = sorted(dict.fromkeys(prompts), key=len, reverse=True)
     starts = tqdm(range(0, len(order), batch_size), desc=progress, disable=progress is None)
     given: dict[tuple[int, ...], str] = {}
-    with _greedy(model, ends, max_new_tokens):
+    with greedy(model, ends, max_new_tokens):
         for start in starts:
             batch = order[start : start + batch_size]
-            for prompt, tokens in zip(batch, _answer(model, batch, ends), strict=True):
+            for prompt, tokens in zip(batch, answers(model, batch, ends), strict=True):
                 given[prompt] = tokenizer.decode(tokens, skip_special_tokens=True).strip()
     return [
         given[prompt] in (answer.strip() for answer in _answers(row)) for row, prompt in zip(rows, prompts, strict=True)
@@ -258,32 +262,3 @@ def end_tokens(generation: Any, tokenizer: Any) -> list[int]:
     named = getattr(generation, "eos_token_id", None)
     ids = list(named) if isinstance(named, (list, tuple)) else [named]
     return sorted({int(token) for token in (*ids, tokenizer.eos_token_id) if token is not None})
-
-
-@contextmanager
-def _greedy(model: Any, ends: list[int], max_new_tokens: int) -> Iterator[None]:
-    """Give `model` a plain greedy generation config inside the block: `generate` fills gaps from the model's own."""
-    from transformers import GenerationConfig
-
-    kept, training = model.generation_config, model.training
-    # Answers are cut at the first end token, so any id will do as padding.
-    model.generation_config = GenerationConfig(
-        do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=ends, pad_token_id=ends[0], use_cache=True
-    )
-    model.eval()
-    try:
-        with torch.inference_mode():
-            yield
-    finally:
-        model.generation_config = kept
-        model.train(training)
-
-
-def _answer(model: Any, prompts: Sequence[Sequence[int]], ends: list[int]) -> list[list[int]]:
-    """Return the token ids of the greedy answer to each prompt, without the end token."""
-    width = max(map(len, prompts))
-    padding = [width - len(prompt) for prompt in prompts]
-    ids = torch.tensor([[ends[0]] * gap + [*prompt] for gap, prompt in zip(padding, prompts, strict=True)])
-    seen = torch.tensor([[0] * gap + [1] * len(prompt) for gap, prompt in zip(padding, prompts, strict=True)])
-    written = model.generate(input_ids=ids.to(model.device), attention_mask=seen.to(model.device))[:, width:].tolist()
-    return [row[: next((at for at, token in enumerate(row) if token in ends), len(row))] for row in written]

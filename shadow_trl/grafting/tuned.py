@@ -91,6 +91,14 @@ def one_tuned(base: Source | None, tuned: Any, target: Path, base_dtype: Dtypes 
             yield _summed(found, scratch.part / "sum")
 
 
+def names_base(tuned: Any) -> bool:
+    """Whether what was trained, or one of several, says itself what it was trained on: an adapter may."""
+    sources = [source for source, _ in weighted_sources(tuned)]
+    for source in sources:
+        refuse_deltas(tuned=source)
+    return any(open_tuned(source).is_adapter for source in sources)
+
+
 def loaded_in(tuned: Checkpoint, given: Dtypes = None) -> tuple[str, ...]:
     """Return the dtypes that BASE went through to become `tuned`: those `given`, else those that its run recorded.
 

@@ -25,7 +25,8 @@ from ..grafting.jobs import check_rounding, narrow_warning
 from ..grafting.options import GraftOptions
 from ..grafting.reports import GraftReport, graft_figures, graft_warnings
 from ..grafting.trained import Full, PlainLora
-from ..grafting.tuned import one_tuned, recorded_sides
+from ..grafting.tuned import names_base, one_tuned, recorded_sides
+from ..pair.known import taken_base
 from ..results.cards import write_model_card
 from ..results.check import check_result
 from ..results.copied import copied_files, copy_files, write_config, write_templates
@@ -63,6 +64,7 @@ def graft(
     processes: int = 1,
     base_dtype: Any = None,
     rank: int | None = None,
+    find_base: bool = False,
     progress: bool = True,
 ) -> GraftReport:
     """Add to INSTRUCT what training added to BASE and write the result to a folder that stands alone.
@@ -104,6 +106,8 @@ def graft(
             on disk). Default: what TUNED's run recorded, else as on disk. Of an adapter on the full model of an earlier
             run: dtype in which its training loaded that model, whose own record, or weights, tell of BASE.
         rank: write the nearest LoRA of this rank for an adapter that has no exact form; the report has its error.
+        find_base: whether to take BASE from the table of known pairs, or from INSTRUCT's card, where neither `base` nor
+            `tuned` names it. Default False: an error says what was found.
         progress: whether to show a bar on a terminal. Default True.
 
     Returns:
@@ -125,7 +129,7 @@ def graft(
     target = output_folder(output)
     recover(target)
     check_free(target, settings.overwrite)
-    with _opened(base, instruct, tuned, delta, target, settings) as inputs, tells_what_is_written(target):
+    with _opened(base, instruct, tuned, delta, target, settings, find_base) as inputs, tells_what_is_written(target):
         check_place(target, inputs.folders)
         with OutputFolder(target, settings.overwrite) as place:
             if inputs.form == "adapter":
@@ -144,6 +148,7 @@ def _opened(
     delta: Source | None,
     target: Path,
     options: GraftOptions,
+    find_base: bool,
 ) -> Iterator[Inputs]:
     """Open the sides of a graft of TUNED or of a delta."""
     if (tuned is None) == (delta is None):
@@ -152,7 +157,10 @@ def _opened(
     if delta is not None:
         yield open_delta(base, sides["instruct"], delta, options)
         return
-    with one_tuned(sides.get("base"), tuned, target, options.base_dtype) as single:
+    start = sides.get("base")
+    if start is None and not names_base(tuned):
+        start = taken_base(sides["instruct"], confirmed=find_base, missing="base")
+    with one_tuned(start, tuned, target, options.base_dtype) as single:
         yield open_tuned_inputs(single, sides["instruct"], options)
 
 

@@ -55,7 +55,8 @@ class Design:
         instruct_scales: multipliers of INSTRUCT below 1, each an arm `re-adapt` beside the graft. Default: none.
         chat_vector: see `Sources`. Default False.
         graft_dtype: of the grafts. Default `auto`.
-        rows, validation_rows, conversations, preferences, functions, kept, batch_size, max_new_tokens: see `Data`.
+        rows, validation_rows, conversations, preferences, functions, kept, batch_size, max_new_tokens, tasks,
+            task_folders: see `Data`.
         target, keep, within, margin: see `Comparison`.
         score_dtype: in which all models answer. Default float32.
     """
@@ -81,6 +82,8 @@ class Design:
     kept: list[str] = field(default_factory=list)
     batch_size: int = 64
     max_new_tokens: int = 64
+    tasks: list[str] = field(default_factory=list)
+    task_folders: list[str] = field(default_factory=list)
     target: str | None = None
     keep: str | None = None
     within: float = 1.0
@@ -138,7 +141,7 @@ class Design:
         """The held-out data."""
         return Data(
             self.rows, self.validation_rows, self.conversations, self.preferences, tuple(self.functions),
-            tuple(self.kept), self.batch_size, self.max_new_tokens,
+            tuple(self.kept), self.batch_size, self.max_new_tokens, tuple(self.tasks), tuple(self.task_folders),
         )  # fmt: skip
 
     def tried(self) -> list[tuple[Settings, Any]]:

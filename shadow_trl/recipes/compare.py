@@ -6,19 +6,22 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+from accelerate import PartialState
 
 from ..checkpoints.manifest import read_manifest
 from ..errors import ShadowError
 from ..evaluation.models import load, tokenizer_and_ends
 from ..evaluation.report import TITLES, Arm, RunReport
-from ..evaluation.scoring import Scores, score
+from ..evaluation.scoring import Scores, answered_right, scores_of
 from ..grafting.options import GraftOptions
 from ..grafting.reports import GraftReport
 from ..operations.gap import gap
 from ..operations.in_memory import MemoryGraft, open_grafts
-from ..runtime.processes import say
+from ..runtime.processes import say, share_out, together
 from ..training.origins import Origins, require_base, require_instruct
 from ..training.preflight import GRAFTED_FOLDER
 from .options import Options
@@ -32,18 +35,17 @@ def timed(seconds: dict[str, float], name: str) -> Iterator[None]:
     seconds[name] = round(time.perf_counter() - started, 1)
 
 
-def make_report(
+def score_arms(
     options: Options,
     origins: Origins,
     models: Mapping[str, str],
     rows: list[dict[str, Any]] | None,
     *,
     seconds: dict[str, float],
-    output: str,
     titles: Mapping[str, str] = TITLES,
     unscored: tuple[str, ...] = (),
-) -> RunReport:
-    """Score the models of a run on `rows`, gather all figures and write `report.json`. For the main process.
+) -> list[Arm]:
+    """Score the models of a run on `rows`. For all processes, which answer different rows and return the same.
 
     Args:
         options: of the recipe, or of the last stage of the pipeline.
@@ -52,23 +54,39 @@ def make_report(
             "shadow", where there is a graft, the folder of its result.
         rows: as `scoring.read_rows` returns them; None scores nothing.
         seconds: wall-clock seconds of each step; those of scoring are added.
-        output: folder of the recipe or the pipeline, for `report.json`.
         titles: what the table calls each arm. Default `TITLES`.
         unscored: names of arms that are listed without scores.
     """
-    recipe, arms = options.recipe, []
+    arms = []
     if rows:
-        say(f"Scoring the models on {len(rows)} rows of {recipe.score_rows}")
-    with timed(seconds, "score"):
+        say(f"Scoring the models on {len(rows)} rows of {options.recipe.score_rows}")
+    with timed(seconds, "score"), together(PartialState(), what="scoring the models"):
         for name, source in models.items():
             if rows and name not in unscored:
                 arms += _scored(options, origins, name, models, rows, title=titles[name])
             else:
                 arms.append(Arm(name, source, _scale_of(options, name)))
+    return arms
+
+
+def make_report(
+    options: Options,
+    origins: Origins,
+    arms: list[Arm],
+    *,
+    seconds: dict[str, float],
+    output: str,
+    titles: Mapping[str, str] = TITLES,
+) -> RunReport:
+    """Gather all figures of a run and write `report.json` to `output`. For the main process; arguments as above."""
+    recipe, sources = options.recipe, {arm.name: arm.source for arm in arms}
+    figures = None
+    if "shadow" in sources:
+        figures = _graft_figures(Path(sources["tuned"]), origins, scored=bool(recipe.score_rows))
     report = RunReport(
         arms=arms,
         output=output,
-        graft=_graft_figures(Path(models["tuned"]), origins, scored=bool(rows)) if "shadow" in models else None,
+        graft=figures,
         rows=recipe.score_rows,
         kept=recipe.score_kept or (),
         seconds=seconds,
@@ -143,12 +161,13 @@ def _score_model(
     """Score one model, a folder (weights or adapter), hub id or graft, with INSTRUCT's tokenizer and end tokens."""
     recipe = options.recipe
     tokenizer, ends = tokenizer_and_ends(str(require_instruct(origins)))
-    return score(
+    answer = partial(
+        answered_right,
         load(source, dtype=recipe.score_dtype, device=options.training.device),
         tokenizer,
-        rows,
         batch_size=recipe.score_batch_size,
         max_new_tokens=recipe.score_max_new_tokens,
         progress=None if options.training.disable_tqdm else f"Scoring {title}",
         eos_token_ids=ends,
     )
+    return scores_of(rows, share_out(rows, answer, what="answering the rows"))

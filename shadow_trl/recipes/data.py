@@ -87,6 +87,8 @@ def load_split(script: ScriptArguments, split: str) -> Dataset | IterableDataset
         raise InputError(f"the split {split} of {name} has no rows.")
     if is_conversational_from_value(first):
         return _as_messages(data)
+    if set(first) == {"question", "answer"}:
+        return _as_answers(data)
     return data.remove_columns("prompt") if _repeats_prompt(first) else data
 
 
@@ -111,6 +113,18 @@ def _repeats_prompt(row: dict[str, Any]) -> bool:
     """
     whole = (row.get(name) for name in ("messages", "chosen"))
     return isinstance(row.get("prompt"), str) and any(isinstance(turns, list) and len(turns) > 1 for turns in whole)
+
+
+def _as_answers(data: Any) -> Any:
+    """Turn {question, answer}, as in GSM8K, into a prompt and a completion, which the loss covers alone."""
+
+    def convert(row: dict[str, str]) -> dict[str, list[dict[str, str]]]:
+        return {
+            "prompt": [{"role": "user", "content": row["question"]}],
+            "completion": [{"role": "assistant", "content": row["answer"]}],
+        }
+
+    return data.map(convert, remove_columns=["question", "answer"])
 
 
 def _as_messages(data: Any) -> Any:

@@ -22,6 +22,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from trl.cli.accelerate_config import resolve_accelerate_config_argument
 
 from ..errors import ConfigError, ends_with
+from .help import is_asked
 from .launch_options import LAUNCHED, launch_parser, split_keys, split_words
 from .options import Options, parse, read_yaml, take_option
 from .pipeline import main_sft_dpo
@@ -44,7 +45,7 @@ def main(name: str, argv: Sequence[str]) -> int:
         ConfigError: options of either are not usable, or more processes are asked for than there would be; none was
             launched.
     """
-    if LAUNCHED in os.environ or not {"-h", "--help"}.isdisjoint(argv):
+    if LAUNCHED in os.environ or is_asked(argv):
         return _MAINS[name](argv)
     with ends_with("Nothing was written."):
         words, own = _read(argv)

@@ -22,10 +22,13 @@ from typing import Any
 import yaml
 from trl import ModelConfig, ScriptArguments, SFTConfig, TrlParser
 
+from ..checkpoints.manifest import Entry
 from ..errors import ConfigError, InputError, ShadowError, ends_with, list_names, one_of
 from ..grafting.options import DTYPES, declared
+from ..pair.known import taken_base
 from ..training.config import ShadowDPOConfig, ShadowSFTConfig
 from ..training.engines import load_for
+from .help import help_of, is_asked
 from .launch_options import LAUNCHING, without_launch_keys
 
 CONFIGS: dict[str, type[ShadowSFTConfig] | type[ShadowDPOConfig]] = {"sft": ShadowSFTConfig, "dpo": ShadowDPOConfig}
@@ -177,6 +180,10 @@ def parse_values(
     """
     dataclass_types: Any = (ScriptArguments, CONFIGS[kind], ModelConfig, RecipeArguments)
     parser = TrlParser(dataclass_types, allow_abbrev=False, exit_on_error=False, epilog=LAUNCHING)
+    parser.prog = f"shadow-trl {kind}"
+    if is_asked(words):
+        print(help_of(kind, parser, RecipeArguments, words), end="")
+        raise SystemExit(0)
     if config is not None:
         _check_values(parser, values, config, unknown)
         parser.set_defaults_with_config(**_resolve_paths(values, config))
@@ -211,7 +218,7 @@ def find_config(
         needs: the way out of the error where there is none.
     """
     config, words = take_option("config", argv)
-    needs_none = re.compile(r"(--(sft\.)?model[-_]name[-_]or[-_]path|-h|--help)(=|$)")
+    needs_none = re.compile(r"(--(sft\.)?(model[-_]name[-_]or[-_]path|find[-_]base)|-h|--help|--help-all)(=|$)")
     if config is not None or any(needs_none.match(word) for word in words):
         return (Path(config) if config is not None else None), words
     if default_config is None or not Path(default_config).is_file():
@@ -237,13 +244,14 @@ def take_option(name: str, argv: Sequence[str]) -> tuple[str | None, list[str]]:
 
 def _check_together(options: Options) -> None:
     """Refuse what is missing or cannot be combined, as far as the options alone show it."""
-    for name, value in (
-        ("model_name_or_path (BASE)", options.model.model_name_or_path),
-        ("dataset_name", options.script.dataset_name),
-    ):
-        if not value:
-            raise ConfigError(f"{name} is missing; give it in the YAML file or on the command line.")
     recipe, training = options.recipe, options.training
+    if not options.script.dataset_name:
+        raise ConfigError("dataset_name is missing; give it in the YAML file or on the command line.")
+    if not options.model.model_name_or_path:
+        instruct = training.instruct_model and str(Entry(training.instruct_model, training.instruct_revision))
+        options.model.model_name_or_path = taken_base(
+            instruct, confirmed=training.find_base, missing="model_name_or_path (BASE)"
+        )
     unused = [name for name in ("score_kept", "score_scales") if getattr(recipe, name) and not recipe.score_rows]
     if unused:
         raise ConfigError(f"{' and '.join(unused)} without score_rows: nothing would be scored. Give score_rows too.")

@@ -17,12 +17,13 @@ from ..checkpoints.manifest import read_manifest, write_manifest
 from ..errors import InputError
 from ..evaluation.report import TITLES, RunReport
 from ..results.folder import Scratch
-from ..runtime.processes import run_on_main, say
+from ..runtime.processes import check_shared, run_on_main, say
 from ..training.loading import Loading, load_adapter
 from ..training.origins import Origins, require_instruct, resolve_origins
 from ..training.preflight import GRAFTED_FOLDER
-from .compare import make_report, timed
+from .compare import make_report, score_arms, timed
 from .data import load_data
+from .help import is_asked
 from .options import Options
 from .pipeline_options import STAGES, Plan, read_plan
 from .run import exit_code, find_models, main_remains, prepare, run_folder, train_stage
@@ -48,7 +49,7 @@ MERGED_FOLDER = "merged"
 def main_sft_dpo(argv: Sequence[str] | None = None, *, default_config: str | Path | None = None) -> int:
     """Run Shadow-SFT, then Shadow-DPO; return the exit code: 0, 2 for bad input, 1 for a failed graft."""
     words = sys.argv[1:] if argv is None else list(argv)
-    if "-h" in words or "--help" in words:
+    if is_asked(words):
         print(HELP)
         return 0
     return exit_code(lambda given: run_pipeline(given, default_config), words)
@@ -81,6 +82,8 @@ def run_pipeline(argv: Sequence[str], default_config: str | Path | None = None) 
     seconds: dict[str, float] = {}
     with run_folder("shadow_sft_dpo", plan.output, state) as output:
         root = Path(output)
+        if rows:
+            check_shared(state, root, what="the models to score")
         for stage in plan.stages:
             if stage not in plan.left:
                 say(f"{stage.upper()} is done: {root / stage / GRAFTED_FOLDER}. Remove {root / stage} to run it again.")
@@ -92,7 +95,7 @@ def run_pipeline(argv: Sequence[str], default_config: str | Path | None = None) 
                 if plan.output is None and stage != STAGES[0]:
                     say(f"SFT is done. To resume from there, add --output_dir {root} to the same command.")
                 raise
-        return _make_report(plan, root, rows, seconds) if main_remains(state) else None
+        return _make_report(plan, root, rows, seconds, state)
 
 
 def _run_stage(plan: Plan, stage: str, root: Path, data: dict[str, Any]) -> None:
@@ -143,8 +146,10 @@ def _origins(run: Path, training: Any) -> Origins:
     )
 
 
-def _make_report(plan: Plan, root: Path, rows: list[dict[str, Any]] | None, seconds: dict[str, float]) -> RunReport:
-    """Compare INSTRUCT and the graft of each stage up to the last selected one."""
+def _make_report(
+    plan: Plan, root: Path, rows: list[dict[str, Any]] | None, seconds: dict[str, float], state: PartialState
+) -> RunReport | None:
+    """Compare INSTRUCT and the graft of each stage up to the last selected one; None on all but the main process."""
     last = plan.stages[-1]
     options, run = plan.options[last], root / last
     training = options.training
@@ -154,6 +159,7 @@ def _make_report(plan: Plan, root: Path, rows: list[dict[str, Any]] | None, seco
     models = {"instruct": instruct, **sft, "shadow": str(run / GRAFTED_FOLDER), "tuned": str(run)}
     titles = {**TITLES, "sft": "graft after SFT", "shadow": f"graft after {last.upper()}"}
     # The tuned BASE is what more training starts from: it is listed, not scored.
-    return make_report(
-        options, origins, models, rows, seconds=seconds, output=str(root), titles=titles, unscored=("tuned",)
-    )
+    arms = score_arms(options, origins, models, rows, seconds=seconds, titles=titles, unscored=("tuned",))
+    if not main_remains(state):
+        return None
+    return make_report(options, origins, arms, seconds=seconds, output=str(root), titles=titles)

@@ -27,6 +27,7 @@ ORIGIN_KEYS = (
     "instruct_revision",
     "base_model",
     "base_revision",
+    "find_base",
 )
 """Keys that, at the top level, are for the SFT stage alone: the DPO stage reads them from its manifest."""
 

@@ -21,7 +21,7 @@ RECORD_NAME = "options.json"
 _NO_MATTER = re.compile(
     r"output_dir|resume_from_checkpoint|run_name|report_to|project|disable_tqdm|log_.*|logging_.*|hub_.*|push_to_hub.*|"
     r"save_.*|dataloader_(num_workers|pin_memory|persistent_workers|prefetch_factor)|trackio_.*|"
-    r"graft_overwrite|torch_threads|score_.*|compare_direct|(model_name_or_path|instruct_model|base_model)"
+    r"graft_overwrite|find_base|torch_threads|score_.*|compare_direct|(model_name_or_path|instruct_model|base_model)"
 )
 """Options that do not change the weights that a run writes; and models, which its manifest knows by their weights."""
 

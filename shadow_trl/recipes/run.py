@@ -27,7 +27,7 @@ from ..results.written import tells_what_is_written
 from ..runtime import endings
 from ..runtime.machine import lack
 from ..runtime.patterns import check_patterns
-from ..runtime.processes import check_known, run_on_main, say
+from ..runtime.processes import check_known, check_shared, run_on_main, say
 from ..training.engines import forget, load_for
 from ..training.gathering import whole_weights
 from ..training.guidance import GuidedSFTTrainer, GuidedShadowSFTTrainer
@@ -36,7 +36,7 @@ from ..training.preflight import GRAFTED_FOLDER, refuse_unsupported
 from ..training.resuming import checkpoint_of
 from ..training.settings import check_settings
 from ..training.trainers import ShadowDPOTrainer, ShadowSFTTrainer
-from .compare import make_report, timed
+from .compare import make_report, score_arms, timed
 from .data import load_data, load_scored
 from .options import Options, parse
 from .record import write_record
@@ -94,10 +94,11 @@ def run(kind: str, argv: Sequence[str], default_config: str | Path | None = None
     state = PartialState()
     with run_folder(f"shadow_{kind}", options.output, state) as output:
         options.training.output_dir = output
+        if rows:
+            check_shared(state, Path(output), what="the models to score")
         origins, models, seconds = train_stage(kind, options, data)
-        if not main_remains(state):
-            return None
-        return make_report(options, origins, models, rows, seconds=seconds, output=output)
+        arms = score_arms(options, origins, models, rows, seconds=seconds)
+        return make_report(options, origins, arms, seconds=seconds, output=output) if main_remains(state) else None
 
 
 @ends_with("Nothing was written.")
@@ -346,7 +347,7 @@ def _free(trainer: Any) -> None:
 def main_remains(state: PartialState) -> bool:
     """Destroy the process group, if there is one, and return whether this is the main process.
 
-    Nothing after training needs the other processes: they end, so no barrier can time out while the main one scores.
+    Nothing after the scores needs the other processes.
     """
     is_main = state.is_main_process
     state.wait_for_everyone()

@@ -17,12 +17,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..checkpoints.digests import file_digest
-from ..checkpoints.hub import brief, is_commit, is_hub_id, local_folder
+from ..checkpoints.hub import brief, inside, is_commit, is_hub_id, local_folder
 from ..checkpoints.json_files import read_json
 from ..checkpoints.manifest import MANIFEST_NAME, entries_of, kind_found, read_manifest
 from ..checkpoints.schemas import AdapterConfig
 from ..errors import CheckpointError, ConfigError, UploadError
 from .cards import CARD_NAME, amend
+from .folder import files_in
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo
@@ -130,18 +131,19 @@ def upload(
         tags: for the card.
 
     Raises:
-        InputError: the folder is nothing that may be published.
+        InputError: the folder is nothing that may be published, lacks a file, or has a link out of it.
         UploadError: the hub cannot be reached, or refuses.
     """
     manifest = check_publishable(folder)
     with tempfile.TemporaryDirectory(prefix="shadow-trl-upload-") as staged:
         part = Path(staged)
-        for path in sorted(folder.rglob("*")):
-            name = path.relative_to(folder)
-            if path.is_file() and not any(part.startswith(".") for part in name.parts):
-                (part / name).parent.mkdir(parents=True, exist_ok=True)
-                (part / name).symlink_to(path.absolute())
+        names = _published_files(folder, manifest)
+        for name in names:
+            (part / name).parent.mkdir(parents=True, exist_ok=True)
+            (part / name).symlink_to(inside(folder, name, below=True).absolute())
         published = _without_paths(manifest)
+        if "files" in published:
+            published["files"] = names
         if (folder / CARD_NAME).is_file():
             _replace(part / CARD_NAME, (folder / CARD_NAME).read_text(encoding="utf-8"))
             amend(part, title=title, datasets=datasets, tags=tags)
@@ -153,6 +155,17 @@ def upload(
                 repo_id=repo, folder_path=part, commit_message=message, revision=revision,
                 delete_patterns=list(_OTHER_FORM),
             )  # fmt: skip
+
+
+def _published_files(folder: Path, manifest: Mapping[str, Any]) -> list[str]:
+    """Return the files of a result that are uploaded beside its manifest: not what somebody put there.
+
+    Folders with a manifest of their own are results of their own. Before manifests listed the files, all count.
+    """
+    nested = [path.parent for path in folder.rglob(MANIFEST_NAME) if path.parent != folder]
+    found = manifest.get("files") or [name for name in files_in(folder) if not name.startswith(".")]
+    of_own = [name for name in found if not any(part in (folder / name).parents for part in nested)]
+    return sorted(set(of_own) - {MANIFEST_NAME})
 
 
 def push_command(folder: Path, repo: str, revision: str | None = None) -> str:

@@ -10,6 +10,7 @@ from trl import DPOConfig, SFTConfig
 
 from ..errors import ConfigError, one_of
 from ..grafting.options import declared
+from .older import use_new_names, with_new_names
 
 _Config = TypeVar("_Config", bound="ShadowArguments")
 
@@ -35,6 +36,7 @@ def _of_graft(name: str) -> Any:
 
 
 @dataclass
+@with_new_names
 class ShadowArguments:
     """Arguments of the graft `grafted = instruct + graft_scale * (tuned - base)`, shared by all configs.
 
@@ -47,6 +49,8 @@ class ShadowArguments:
             started from.
         instruct_revision: branch, tag or commit of INSTRUCT on the hub.
         base_revision: the same of BASE.
+        find_base: whether to take BASE from the table of known pairs, or from INSTRUCT's card, where no model is given.
+            Default False: an error says what was found.
         graft: whether `train()` ends with saving TUNED and grafting. Default True.
         graft_scale: the option `scale` of `shadow_trl.graft`, with its values and default.
         instruct_scale: the option `instruct_scale` of `shadow_trl.graft`, with its values and default.
@@ -73,6 +77,9 @@ class ShadowArguments:
     base_model: str | None = _argument(None, "Folder or hub id of the origin of the delta. Default: the model itself.")
     instruct_revision: str | None = _argument(None, "Branch, tag or commit of INSTRUCT.")
     base_revision: str | None = _argument(None, "Branch, tag or commit of BASE.")
+    find_base: bool = _argument(
+        False, "Take BASE from the table of known pairs or the card of INSTRUCT where no model is given."
+    )
     graft: bool = _argument(True, "Whether `train()` ends with saving TUNED and grafting.")
     graft_scale: float = _of_graft("scale")
     instruct_scale: float = _of_graft("instruct_scale")
@@ -100,6 +107,7 @@ class ShadowArguments:
                 setattr(self, name, option.checked(name, getattr(self, name)))
         if self.pair_check is not None:
             one_of("pair_check", self.pair_check, PAIR_CHECKS)
+        use_new_names(self)
         super().__post_init__()  # type: ignore[misc]
 
     def graft_options(self) -> dict[str, Any]:

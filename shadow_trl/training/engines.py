@@ -121,8 +121,8 @@ def refuse_trained_tokens(config: Any, adapter: Mapping[str, Any] | None) -> Non
     is_zero3 = plugin is not None and plugin.deepspeed_config.get("zero_optimization", {}).get("stage") == 3
     if is_zero3 and (settings.get("trainable_token_indices") or settings.get("peft_type") == "TRAINABLE_TOKENS"):
         raise ConfigError(
-            "PEFT cannot train single token rows (trainable_token_indices) under ZeRO-3, which has shared the "
-            "embeddings out. Use ZeRO-2, or leave trainable_token_indices out."
+            "single token rows (trainable_token_indices) are not supported under ZeRO-3: PEFT makes them on CUDA "
+            "alone, and no graft was tested with them. Use ZeRO-2, or leave trainable_token_indices out."
         )
 
 

@@ -134,7 +134,7 @@ class GraftedEvaluation(_Trainer):
             # TRL asks the model whether it is in training, which an engine of DeepSpeed round it does not know.
             self.model = self.accelerator.unwrap_model(
                 way_back.enter_context(
-                    prepared(self._load_shipped(folder, trained), self.accelerator, outputs=_OUTPUTS)
+                    prepared(self._load_shipped(folder, trained), self.accelerator, self.args, outputs=_OUTPUTS)
                 )
             )
             way_back.callback(setattr, self, "model", trained)

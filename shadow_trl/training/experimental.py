@@ -16,7 +16,10 @@ with suppress_experimental_warning():
 from ..errors import ConfigError
 from .config import ShadowArguments
 from .mixin import ShadowMixin
+from .older import needs_newest_trl
 from .settings import Forms
+
+needs_newest_trl("a Shadow trainer of TRL's experimental ones")
 
 # TRL's own warning comes with the first import of the folder, of which its other trainers import a part in silence.
 if not os.environ.get("TRL_EXPERIMENTAL_SILENCE"):

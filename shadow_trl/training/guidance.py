@@ -14,6 +14,7 @@ from trl import SFTTrainer
 from ..checkpoints.manifest import Entry
 from ..errors import ConfigError
 from .loading import Loading
+from .older import needs_newest_trl
 from .origins import require_instruct
 from .reference import prepared
 from .trainers import ShadowSFTTrainer
@@ -30,6 +31,7 @@ class _Guided:
     """
 
     def __init__(self, *args: Any, guidance_power: float, **kwargs: Any) -> None:
+        needs_newest_trl("guidance")
         super().__init__(*args, **kwargs)
         self._power = guidance_power
         self._weights: dict[bytes, torch.Tensor] = {}
@@ -49,7 +51,7 @@ class _Guided:
         """Keep `p ** power` of every answer token of the training rows."""
         trainer: Any = self
         model = Loading(trainer.args).load(self._guide()).eval().requires_grad_(False)
-        with prepared(model, trainer.accelerator) as guide, torch.no_grad():
+        with prepared(model, trainer.accelerator, trainer.args) as guide, torch.no_grad():
             for batch in trainer.get_eval_dataloader(trainer.train_dataset):
                 found = guide(**batch, use_cache=False, fused_lm_head=True).log_probs
                 for key, value in zip(_keys(batch), found, strict=True):

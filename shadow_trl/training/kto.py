@@ -11,8 +11,11 @@ from trl.trainer import kto_trainer
 
 from ..errors import ConfigError
 from .config import PrecomputingArguments
+from .older import needs_newest_trl
 from .policies import PrecomputedReference
 from .settings import Forms
+
+needs_newest_trl("ShadowKTOTrainer")
 
 
 @dataclass

@@ -21,12 +21,13 @@ from trl.trainer.utils import get_config_model_id
 
 from ..adapters.kinds import START_FOLDER
 from ..checkpoints.digests import weight_digests
-from ..checkpoints.manifest import write_manifest
+from ..checkpoints.manifest import Entry, write_manifest
 from ..errors import ConfigError, ends_with
 from ..grafting.options import BASE_DTYPES
 from ..grafting.reports import GraftReport
 from ..operations.checks import check_left_out
 from ..operations.graft import graft
+from ..pair.known import taken_base
 from ..pair.templates import check_processing_class
 from ..results.cards import without_local_models
 from ..results.folder import check_free
@@ -60,11 +61,13 @@ from .engines import (
 from .evaluation import GraftedEvaluation
 from .gathering import no_word_of_shards, whole_weights
 from .loading import bare_model, dtypes_before, load_adapter, reload_converted
+from .older import refuse_lost_biases
 from .origins import Start
 from .preflight import (
     GRAFTED_FOLDER,
     check_before_loading,
     check_head,
+    check_head_is_plain,
     is_conversational,
     refuse_rewards,
     refuse_unsupported,
@@ -87,7 +90,8 @@ class ShadowMixin(GraftedEvaluation, Publishing):
     argument is that trainer's own, and two more.
 
     Args:
-        model: BASE (folder, hub id or loaded model), or the folder of an earlier shadow run (model or adapter).
+        model: BASE (folder, hub id or loaded model), or the folder of an earlier shadow run (model or adapter). With
+            `find_base` in the config it may be left out: what INSTRUCT was made from is taken.
         instruct_model: folder or hub id of INSTRUCT. Left out when `model` came from a shadow run or the config names
             it.
         base_model: folder or hub id of the origin of the delta. Default: `model`, or what the earlier run started from.
@@ -114,12 +118,14 @@ class ShadowMixin(GraftedEvaluation, Publishing):
     def __init__(
         self, *args: Any, instruct_model: str | None = None, base_model: str | None = None, **kwargs: Any
     ) -> None:
-        call = bound(super().__init__, args, kwargs)
+        call = bound(super().__init__, args, kwargs if args else {"model": None, **kwargs})
         given = call.arguments
         if given.get("model") is None or given.get("model_init") is not None:
             raise ConfigError("the trainer takes model=..., the name of BASE or the loaded BASE, and no model_init.")
         if isinstance(given["model"], os.PathLike):
             given["model"] = os.fspath(given["model"])
+        if given["model"] is None:
+            given["model"] = self._found_base(given.get("args"), instruct_model)
         config = self._read_config(given)
         # transformers makes the folder before we know all
         with (
@@ -127,6 +133,13 @@ class ShadowMixin(GraftedEvaluation, Publishing):
             together(config.distributed_state, what="the start of the run"),
         ):
             self._set_up(call, config, base_model=base_model, instruct_model=instruct_model)
+
+    def _found_base(self, args: Any, instruct_model: str | None) -> str:
+        """Return the BASE that INSTRUCT was made from, where the config says that it may be looked up."""
+        named, revision = (getattr(args, name, None) for name in ("instruct_model", "instruct_revision"))
+        named = instruct_model or named
+        instruct = str(Entry(os.fspath(named), revision)) if isinstance(named, (str, os.PathLike)) else None
+        return taken_base(instruct, confirmed=getattr(args, "find_base", False), missing="model (BASE)")
 
     def _set_up(
         self, call: inspect.BoundArguments, config: Any, *, base_model: str | None, instruct_model: str | None
@@ -173,8 +186,10 @@ class ShadowMixin(GraftedEvaluation, Publishing):
                 "train_dataset has no row left: TRL drops those without a token to learn from, such as those whose "
                 "prompt alone is as long as max_length. Raise max_length, or look at the rows."
             )
+        check_head_is_plain(self.model)
         grafts = config.graft or config.eval_grafted
         if grafts:
+            refuse_lost_biases(self.model)
             check_head(type(bare_model(self.model)))
             refuse_offloaded(self.model)
             lifts_weights(self.accelerator, self.model)

@@ -10,9 +10,12 @@ from trl.trainer import grpo_trainer, rloo_trainer
 
 from ..errors import ConfigError, one_of
 from .config import ReferenceArguments
+from .older import needs_newest_trl
 from .policies import ReferencePolicy
 from .reference import prepare
 from .settings import Forms
+
+needs_newest_trl("a Shadow trainer that samples its data")
 
 GRPO_LOSSES = ("grpo", "dr_grpo", "dapo", "bnpo", "cispo", "sapo", "luspo", "vespo")
 """TRL's, which names them only when the loss of the first batch is computed."""
@@ -87,7 +90,7 @@ class OnlineReference(ReferencePolicy):
 
     def _after_start(self) -> None:
         self.args.beta = self.beta = self._beta
-        self.ref_model = prepare(self._held, self.accelerator, temperature=self.temperature)
+        self.ref_model = prepare(self._held, self.accelerator, self.args, temperature=self.temperature)
         del self._held
 
 

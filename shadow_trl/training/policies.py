@@ -13,6 +13,7 @@ from .adapter import drop_reference_adapter
 from .engines import dtype_at_start, is_shared_out, refuse_tensor_parallel, uses_fsdp
 from .loading import is_adapted
 from .mixin import ShadowMixin
+from .older import hash_at_start, kept_as
 from .preflight import check_reference_options
 from .reference import (
     Reference,
@@ -114,7 +115,6 @@ class PrecomputedReference(ReferencePolicy, _Trainer):
     _ref_names: ClassVar[tuple[str, str]]
     _takes_values: ClassVar[bool] = True
     precompute_ref_logps: bool
-    _precompute_model_hash: Any
 
     def _stays_in_memory(self, config: Any, given: dict[str, Any], *, preferred: bool) -> bool:
         decide_precompute(config, given, preferred=preferred, has_values=self._has_values)
@@ -136,7 +136,7 @@ class PrecomputedReference(ReferencePolicy, _Trainer):
 
     def _hold_reference(self, scope: ExitStack) -> None:
         """Load the reference; it is released when `scope` ends."""
-        self.ref_model = scope.enter_context(prepared(self._load_reference(), self.accelerator))
+        self.ref_model = scope.enter_context(prepared(self._load_reference(), self.accelerator, self.args))
         scope.callback(setattr, self, "ref_model", None)
 
     def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
@@ -164,15 +164,15 @@ class PrecomputedReference(ReferencePolicy, _Trainer):
         with ExitStack() as here:
             if self._reference is not None and self.ref_model is None:
                 self._hold_reference(self._initialising or here)
-            here.callback(setattr, self, "_precompute_model_hash", self._precompute_model_hash)
             model = self.accelerator.unwrap_model(self.ref_model or self.model)
             # TRL's is of the policy as it starts, whatever it has become, or of the reference it was given, before FSDP
             # shares it out. ZeRO-3 has done so by then, and TRL's would be the same for all models.
             known = self._reference is None or uses_fsdp(self.args)
             shared = any(map(is_shared_out, model.parameters()))
-            weights = str(self._precompute_model_hash) if known and not shared else weights_hash(model)
+            weights = hash_at_start(self, model) if known and not shared else weights_hash(model)
             precision = f"{self.accelerator.mixed_precision} {dtype_at_start(self.accelerator, model)}"
-            self._precompute_model_hash = reference_key(weights, model, self.args, self.data_collator, precision)
+            key = reference_key(weights, model, self.args, self.data_collator, precision)
+            here.enter_context(kept_as(self, key))
             return super()._precompute_ref_logps(dataset, name, batch_size)
 
     def _compute_loss(self, model: Any, inputs: Any, return_outputs: bool) -> Any:

@@ -217,6 +217,17 @@ def check_adapter(start: Start, *, grafts: bool) -> None:
         raise more_than_a_product(setting, obstacles)
 
 
+def check_head_is_plain(model: Any) -> None:
+    """Refuse a loaded model, with AdapterError, whose head TRL cannot read: its losses take weight and bias from it."""
+    head = bare_model(model).get_output_embeddings()
+    if head is not None and not hasattr(head, "bias"):
+        raise AdapterError(
+            "trainable_token_indices trains rows of the head too where it is tied to the embeddings, and TRL's losses "
+            f"cannot read such a head (a {type(head).__name__}): training would end in its first step. Leave "
+            "trainable_token_indices out, or train a BASE with a head of its own (tie_word_embeddings: false)."
+        )
+
+
 def check_same_adapter(peft_config: PeftConfig, adapter: str) -> None:
     """Check that a `peft_config` given beside the folder of an adapter describes that same adapter.
 

@@ -27,6 +27,7 @@ from ..results.folder import Scratch
 from ..runtime.processes import check_shared, run_on_main
 from .engines import forget, gathered, uses_deepspeed
 from .loading import Loading, bare_model, dtypes_before, is_adapted
+from .older import add_head
 from .origins import Start
 from .preflight import GRAFTED_FOLDER
 
@@ -179,11 +180,12 @@ def _graft_in_memory(start: Start) -> PreTrainedModel | None:
     return model
 
 
-def prepare(model: PreTrainedModel, accelerator: Accelerator, **head: Any) -> Any:
-    """Give `model` to the accelerator for evaluation, with TRL's fused head; `head`: what that head is to compute."""
-    from trl.trainer.utils import add_fused_lm_head
+def prepare(model: PreTrainedModel, accelerator: Accelerator, args: Any, **head: Any) -> Any:
+    """Give `model` to the accelerator for evaluation, with TRL's fused head.
 
-    add_fused_lm_head(bare_model(model), **head)
+    `args` are those of the trainer, `head` says what the head is to compute.
+    """
+    add_head(bare_model(model), args, **head)
     if getattr(accelerator.state, "fsdp_plugin", None) is not None:
         return shard_reference(model, accelerator)
     if uses_deepspeed(accelerator):
@@ -194,9 +196,9 @@ def prepare(model: PreTrainedModel, accelerator: Accelerator, **head: Any) -> An
 
 
 @contextmanager
-def prepared(model: PreTrainedModel, accelerator: Accelerator, **head: Any) -> Iterator[PreTrainedModel]:
+def prepared(model: PreTrainedModel, accelerator: Accelerator, args: Any, **head: Any) -> Iterator[PreTrainedModel]:
     """Give `model` to the accelerator as `prepare` does; take it back and free it at the end."""
-    ready = prepare(model, accelerator, **head)
+    ready = prepare(model, accelerator, args, **head)
     try:
         yield ready
     finally:

@@ -18,6 +18,7 @@ from ..adapters.kinds import peft_type
 from ..checkpoints.hub import output_folder
 from ..errors import ConfigError, list_names
 from ..results.parents import remove_empty
+from .older import has_own_liger_loss
 
 _WANTED: dict[str, tuple[str, Callable[[float], bool]]] = {
     **dict.fromkeys(
@@ -142,6 +143,8 @@ def _installed(config: Any) -> Iterator[str]:
             yield f"report_to names {name}, which is not installed. Install it, or pass report_to='none'."
     if config.use_liger_kernel and not is_liger_kernel_available():
         yield "use_liger_kernel needs liger-kernel, which is not installed: pip install liger-kernel."
+    if config.use_liger_kernel and has_own_liger_loss(config):
+        yield "use_liger_kernel in DPO needs TRL 1.14 or newer: in older releases its loss takes the reference of TRL."
 
 
 def _adapter(peft_config: Any) -> Iterator[str]:

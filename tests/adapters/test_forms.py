@@ -67,7 +67,8 @@ def test_both_ranks_take_every_linear_module_whatever_its_name(kind, tmp_path):
     if kind == "gpt_neox":
         sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
         config = GPTNeoXConfig(**common, **sizes)
-        modules = ["query_key_value", "dense_h_to_4h", "lm_head"]
+        head = "lm_head" if hasattr(AutoModelForCausalLM.from_config(config), "lm_head") else "embed_out"
+        modules = ["query_key_value", "dense_h_to_4h", head]
     else:
         # Square weights among those that are stored as (in, out), and nn.Linear beside them in one adapter.
         config = GPT2Config(**common, n_embd=16, n_layer=1, n_head=2)

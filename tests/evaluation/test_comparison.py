@@ -222,9 +222,8 @@ def test_metrics_follow_from_the_data():
 @pytest.mark.parametrize("result", [lambda rows: [1.0] * (len(rows) - 1), lambda rows: [float("nan")] * len(rows)])
 def test_a_function_that_returns_no_number_a_row_is_an_error(monkeypatch, result):
     from shadow_trl.evaluation import exam as module
-    from shadow_trl.evaluation.scoring import Scores
 
-    monkeypatch.setattr(module, "score", lambda *_, **__: Scores({"target": (True,) * 40, "style": (True,) * 40}))
+    monkeypatch.setattr(module, "answered_right", lambda model, tokenizer, rows, **more: [True] * len(rows))
     exam = Exam(ROWS, functions={"odd": lambda model, tokenizer, rows: result(rows)})
     with pytest.raises(GraftError, match=r"numbers for 80 rows|not finite:\n *odd"):
         exam.take(None, None, [1])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import string
@@ -80,6 +81,31 @@ def test_hits_are_those_of_greedy_decoding_row_by_row(model: Any, tokenizer: Any
         assert scores.hits == {"even": (True, False, True, False), "odd": (True, False, True, False)}
 
 
+def test_ties_are_decided_as_for_a_row_alone(model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every letter ties with another one; in a batch, rounding prefers the second, whatever the end of the others."""
+    tied = copy.deepcopy(model)
+    first, second = (tokenizer.convert_tokens_to_ids(letter) for letter in "an")
+    with torch.no_grad():
+        tied.lm_head.weight[second : second + 13] = tied.lm_head.weight[first : first + 13]
+    forward = tied.forward
+
+    def rounded(*args: Any, **named: Any) -> Any:
+        found = forward(*args, **named)
+        if found.logits.shape[0] > 1:
+            found.logits[..., second : second + 13] += 1e-6
+        return found
+
+    monkeypatch.setattr(tied, "forward", rounded)
+    rows = []
+    for question in ("a", "why is it so", "7", "count 1 2 3 4 5 6 7", "zebra", "ok", "what now", "b2"):
+        ids = tokenizer.apply_chat_template(ask(question), add_generation_prompt=True, return_dict=False)
+        answer = tokenizer.decode(greedy(tied, ids, 6, {0}), skip_special_tokens=True).strip()
+        rows.append({"prompt": ask(question), "answer": answer})
+    assert any(letter in row["answer"] for row in rows for letter in "abcdefghijklm")
+    for batch_size in (2, 3, 100):
+        assert score(tied, tokenizer, rows, batch_size=batch_size, max_new_tokens=6).share("all") == 1.0
+
+
 def test_sampling_settings_of_the_model_are_ignored_and_kept(model: Any, tokenizer: Any) -> None:
     rows = [{"prompt": ask("hello there"), "answer": "", "kind": "any"}]
     ids = tokenizer.apply_chat_template(rows[0]["prompt"], add_generation_prompt=True, return_dict=False)
@@ -103,6 +129,7 @@ class Scripted:
     """A model that says what it was told to: token ids after each prompt."""
 
     device = torch.device("cpu")
+    dtype = torch.float32
     training = False
 
     def __init__(self, answers: list[list[int]], eos: Any = None) -> None:
@@ -113,7 +140,7 @@ class Scripted:
 
     def train(self, mode: bool) -> None: ...
 
-    def generate(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+    def generate(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, **_: Any) -> torch.Tensor:
         width = max(map(len, self.answers))
         said = [answer + [0] * (width - len(answer)) for answer in self.answers[: len(input_ids)]]
         del self.answers[: len(input_ids)]

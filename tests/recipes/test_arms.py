@@ -6,10 +6,11 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from repository import COMPARISONS, ROOT
 from rows import SETTINGS, write_rows
-from tiny import preference_data, sft_data
+from tiny import make_pair, preference_data, sft_data
 
 from shadow_trl.cli import main
 from shadow_trl.recipes import arms
@@ -127,7 +128,48 @@ def test_bad_input_is_refused_before_the_first_training(workspace, monkeypatch, 
     assert not (workspace / "out").exists()
 
 
-@pytest.mark.parametrize("path", COMPARISONS, ids=lambda path: path.stem)
+NANO = [path for path in COMPARISONS if path.stem.startswith("nano")]
+REAL = {"qwen3-0.6b": "qwen3", "llama-3.2-1b": "llama", "llama-3.2-1b_full": "llama"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", sorted({*COMPARISONS} - {*NANO}), ids=lambda path: path.stem)
+def test_a_comparison_of_a_real_pair_on_tiny_models(path: Path, workspace: Path, tmp_path: Path) -> None:
+    """Both files as shipped, but for the models, rows in GSM8K's format, few steps on a CPU, and rows for the tasks."""
+    lines = path.read_text().splitlines()
+    command = next(line for line in lines if line.startswith("#   shadow-trl compare"))
+    assert command.split()[3:5] == ["--config", str(path.relative_to(ROOT))]
+    pair = make_pair(tmp_path / "real", kind=REAL[path.stem], dtype=torch.bfloat16)
+    problems = [{"question": f"what is {at} + 1?", "answer": f"{at} + 1 = {at + 1}\n#### {at + 1}"} for at in range(24)]
+    write_rows(tmp_path / "gsm8k.jsonl", problems)
+    design = yaml.safe_load(path.read_text())
+    settings = yaml.safe_load((ROOT / design["config"]).read_text())
+    assert settings["num_train_epochs"] == 1
+    small = {
+        "model_name_or_path": str(pair[0]), "instruct_model": str(pair[1]), "dataset_name": "gsm8k.jsonl",
+        "bf16": False, "use_cpu": True, "activation_checkpointing": False, "max_length": 64,
+    }  # fmt: skip
+    small |= {"train_rows": 20} if "train_rows" in settings else {}
+    settings.pop("dataset_config", None)
+    Path("small.yaml").write_text(yaml.safe_dump({**settings, **small}))
+    assert [design.pop("target"), design.pop("keep")] == [design["tasks"][0], design.pop("tasks")[-1]]
+    rates = design["learning_rates"]
+    changes = {"config": "small.yaml", "rows": "rows.jsonl", "max_new_tokens": 1, "score_dtype": "float32",
+               "learning_rates": rates[:1], "seeds": design["seeds"][:2], "within": 100.0}  # fmt: skip
+    Path("compare.yaml").write_text(yaml.safe_dump({**design, **changes}))
+    assert main(["compare", "--config", "compare.yaml", "--output", "out"]) == 0
+    content = json.loads(Path("out/comparison.json").read_text())
+    shown = [(arm["arm"], arm["learning_rate"], arm["scale"]) for arm in content["arms"] if arm["split"] == "test"]
+    assert sorted({arm for arm, *_ in shown}) == ["direct", "instruct", "shadow"]
+    assert shown.count(("shadow", rates[0], 1.0)) == shown.count(("direct", rates[0], 0.5)) == 2
+    done = next(Path("out/runs").iterdir())
+    lora = path.stem == "llama-3.2-1b"
+    assert (done / "adapter_config.json").exists() == lora
+    if lora:
+        assert json.loads((done / "adapter_config.json").read_text())["r"] == 128
+
+
+@pytest.mark.parametrize("path", NANO, ids=lambda path: path.stem)
 def test_every_shipped_comparison_can_begin(path: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """All is read and checked as before the first training, by the command at the head of the file."""
     monkeypatch.chdir(ROOT)

@@ -19,7 +19,12 @@ PIPELINES = {*(ROOT / "recipes/configs/pipelines").iterdir(), ROOT / "recipes/co
 CONFIGS = sorted({*TRAININGS} - PIPELINES)
 PICTURES = {"gemma-3-4b", "qwen2-vl-7b"}
 PAIRS = {"qwen3-0.6b", "qwen3-4b", "llama-3.2-1b", "llama-3.1-8b", "qwen2.5-7b", "gemma-3-1b", *PICTURES}
-OTHERS = {("qwen3-4b", "sft_qlora.yaml"), ("qwen3-30b-a3b", "sft_lora.yaml"), ("qwen3-30b-a3b", "dpo_lora.yaml")}
+OTHERS = {
+    ("qwen3-0.6b", "sft_gsm8k.yaml"),
+    ("qwen3-4b", "sft_qlora.yaml"),
+    ("qwen3-30b-a3b", "sft_lora.yaml"),
+    ("qwen3-30b-a3b", "dpo_lora.yaml"),
+}
 NANO = ROOT / "recipes/configs/nano/shadow_dpo.yaml"
 
 

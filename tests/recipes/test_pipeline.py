@@ -15,7 +15,7 @@ import torch
 import yaml
 from pipelines import LORA, SHARED, fill, write_config
 from repository import ROOT
-from rows import write_rows
+from rows import short, write_rows
 from stages import tuned_weights, weights
 from trl import ScriptArguments
 
@@ -429,10 +429,12 @@ def test_a_prompt_beside_whole_conversations_is_left_out(tmp_path: Path) -> None
 
 
 @pytest.mark.slow
-def test_the_embedded_pipeline_needs_no_argument(tmp_path: Path) -> None:
-    """`accelerate launch recipes/shadow_sft_dpo.py` from another folder, as a user starts it."""
+def test_the_embedded_pipeline_starts_from_any_folder(tmp_path: Path) -> None:
+    """`accelerate launch recipes/shadow_sft_dpo.py`, as a user starts it, but short."""
     launch = [sys.executable, "-m", "accelerate.commands.launch", str(ROOT / "recipes/shadow_sft_dpo.py")]
-    done = subprocess.run(launch, capture_output=True, text=True, timeout=600, cwd=tmp_path, check=False)
+    done = subprocess.run(
+        [*launch, *short(tmp_path, "dpo")], capture_output=True, text=True, timeout=600, cwd=tmp_path, check=False
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     (root,) = (tmp_path / "outputs").iterdir()
     scored = [arm for arm in json.loads((root / "report.json").read_text())["arms"] if arm["scores"]]

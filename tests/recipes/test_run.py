@@ -14,7 +14,7 @@ import pytest
 import torch
 import yaml
 from repository import ROOT
-from rows import SETTINGS, write_rows
+from rows import SETTINGS, short, write_rows
 from safetensors.torch import load_file
 from tiny import preference_data, sft_data
 
@@ -265,6 +265,12 @@ def test_sharegpt_rows_become_messages(tmp_path: Path) -> None:
     data = load_split(ScriptArguments(dataset_name=str(tmp_path / "share.jsonl")), "train")
     roles = [(message["role"], message["content"]) for message in data[0]["messages"]]
     assert roles == [("system", "s"), ("user", "q"), ("assistant", "a")]
+    write_rows(tmp_path / "sums.jsonl", [{"question": "6 * 7?", "answer": "6 * 7 = 42\n#### 42"}])
+    data = load_split(ScriptArguments(dataset_name=str(tmp_path / "sums.jsonl")), "train")  # as GSM8K's
+    assert data[:] == {
+        "prompt": [[{"role": "user", "content": "6 * 7?"}]],
+        "completion": [[{"role": "assistant", "content": "6 * 7 = 42\n#### 42"}]],
+    }
     write_rows(tmp_path / "odd.jsonl", [{"conversations": [{"from": "narrator", "value": "q"}]}])
     with pytest.raises(InputError, match="narrator"):
         load_split(ScriptArguments(dataset_name=str(tmp_path / "odd.jsonl")), "train")
@@ -298,10 +304,12 @@ def test_two_processes_make_one_run(workspace: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["sft", "dpo"])
-def test_the_embedded_run_needs_no_argument(kind: str, tmp_path: Path) -> None:
-    """`accelerate launch recipes/shadow_dpo.py` from another folder, as a user starts it."""
+def test_the_embedded_run_starts_from_any_folder(kind: str, tmp_path: Path) -> None:
+    """`accelerate launch recipes/shadow_dpo.py`, as a user starts it, but short: .ci/run has both in full."""
     launch = [sys.executable, "-m", "accelerate.commands.launch", str(ROOT / f"recipes/shadow_{kind}.py")]
-    done = subprocess.run(launch, capture_output=True, text=True, timeout=600, cwd=tmp_path, check=False)
+    done = subprocess.run(
+        [*launch, *short(tmp_path, kind)], capture_output=True, text=True, timeout=600, cwd=tmp_path, check=False
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     (run,) = (tmp_path / "outputs").iterdir()
     arms = json.loads((run / "report.json").read_text())["arms"]
@@ -309,8 +317,3 @@ def test_the_embedded_run_needs_no_argument(kind: str, tmp_path: Path) -> None:
     assert [(arm["arm"], arm["scale"]) for arm in arms] == [("instruct", None), *tuned]
     assert {"target", "in style", "rule", "skill", "refuse", "kept"} < arms[0]["scores"].keys()
     assert "What this run shows: " in done.stdout
-    if kind == "dpo":
-        judge = [sys.executable, str(ROOT / "data/goals.py"), str(run)]
-        judged = subprocess.run(judge, capture_output=True, text=True, timeout=60, check=False)
-        assert judged.returncode == 0, judged.stdout + judged.stderr
-        assert judged.stdout.count("reached: ") == 4

@@ -133,6 +133,30 @@ def test_only_grafts_and_deltas_are_uploaded(made, hub, tmp_path):
         upload(tmp_path / "run", "me/x")
 
 
+def test_what_is_not_of_the_graft_stays_here(made, hub, tmp_path):
+    copy = shutil.copytree(made, tmp_path / "copy")
+    (copy / "training_args.bin").write_bytes(b"hf_token")
+    shutil.copytree(made, copy / "adapter")  # a result of its own
+    manifest = read_manifest(copy)
+    manifest["files"] += ["adapter/shadow.json", "adapter/model.safetensors"]
+    (copy / "shadow.json").write_text(json.dumps(manifest))
+    upload(copy, claim("me/own"))
+    ours = hub.files["me/own"]["main"]
+    assert ours.keys() == {".gitattributes", *(path.name for path in made.iterdir())}
+    assert json.loads(ours["shadow.json"])["files"] == sorted(
+        path.name for path in made.iterdir() if path.name != "shadow.json"
+    )
+    (tmp_path / "secret").write_text("of the user")
+    (copy / "config.json").unlink()
+    (copy / "config.json").symlink_to(tmp_path / "secret")
+    with pytest.raises(CheckpointError, match="is a link to"):
+        upload(copy, "me/own")
+    (copy / "config.json").unlink()
+    with pytest.raises(CheckpointError, match=r"lacks the file config\.json"):
+        upload(copy, "me/own")
+    assert b"of the user" not in b"".join(hub.files["me/own"]["main"].values())
+
+
 def test_an_adapter_for_a_folder_is_refused_before_the_graft(hub, tmp_path, capsys):
     sides = family(tmp_path)
     adapter = lora(tmp_path / "lora")

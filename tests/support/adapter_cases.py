@@ -19,6 +19,7 @@ import torch
 from families import load
 from peft import get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
+from releases import has_peft
 from safetensors.torch import load_file, save_file
 from tiny import make_pair
 from transformers import AutoModelForCausalLM
@@ -43,6 +44,7 @@ class Case:
         from_start: whether training starts from other weights than BASE's, so that the delta is measured from those.
         loads: whether PEFT can load the adapter alone, without a GPU.
         needs: package that PEFT needs for it and does not depend on.
+        since: release of PEFT that brought it.
     """
 
     name: str
@@ -56,11 +58,14 @@ class Case:
     from_start: bool = False
     loads: bool = True
     needs: str | None = None
+    since: str = "0.19"
 
     def require(self) -> None:
-        """Skip the test where PEFT needs a package that is not there."""
+        """Skip the test where PEFT is too old for it, or needs a package that is not there."""
         import pytest  # the benchmark has these cases too
 
+        if not has_peft(self.since):
+            pytest.skip(f"{self.name} came with PEFT {self.since}")
         if self.needs is not None:
             pytest.importorskip(self.needs, reason=f"PEFT needs {self.needs} for {self.name}")
 
@@ -69,9 +74,10 @@ class Case:
         return [(kind, tied) for kind, tied in MODELS if not (self.untied_only if tied else self.tied_only)]
 
 
-def _lora(**options: Any) -> Callable[[], Any]:
+def _lora(*, inner: tuple[str, str] | None = None, **options: Any) -> Callable[[], Any]:
+    """Return what makes the config; `inner` is an option and the name of the config in PEFT that it takes."""
     settings = {"r": 4, "lora_alpha": 8, "target_modules": LINEAR, "task_type": "CAUSAL_LM", **options}
-    return lambda: peft.LoraConfig(**settings)
+    return lambda: peft.LoraConfig(**settings, **({inner[0]: getattr(peft, inner[1])()} if inner else {}))
 
 
 def _other(name: str, targets: list[str] | None = LINEAR, **options: Any) -> Callable[[], Any]:
@@ -94,14 +100,14 @@ CASES = [
          untied_only=True),
     Case("LoRA, trainable tokens", _lora(target_modules=["q_proj"], trainable_token_indices=[2, 5, 7]), True),
     Case("LoRA, bias all", _lora(bias="all"), True),
-    Case("LoRA, bias lora_only", _lora(bias="lora_only"), True),
+    Case("LoRA, bias lora_only", _lora(bias="lora_only"), True, since="0.21"),
     Case("LoRA, on embeddings", _lora(target_modules=["embed_tokens", "q_proj"]), True, untied_only=True),
     Case("LoRA, on the head", _lora(target_modules=["lm_head", "q_proj"]), True, untied_only=True),
     Case("LoRA, PiSSA", _lora(init_lora_weights="pissa"), True, keep_start=True),
     Case("LoRA, PiSSA niter", _lora(init_lora_weights="pissa_niter_4"), True, keep_start=True),
     Case("LoRA, OLoRA", _lora(init_lora_weights="olora"), True, keep_start=True),
     Case("LoRA, EVA", _lora(init_lora_weights="eva"), True, wrap=starts.eva),
-    Case("LoRA, MiCA", _lora(init_lora_weights="mica"), True),
+    Case("LoRA, MiCA", _lora(init_lora_weights="mica"), True, since="0.20"),
     Case("LoRA, not zero at first", _lora(init_lora_weights=False), True),
     Case("LoRA, CorDA", _lora(init_lora_weights="corda"), True, keep_start=True, wrap=starts.corda, loads=False,
          needs="attr"),
@@ -120,11 +126,11 @@ CASES = [
     Case("LoRA, PiSSA, start not saved", _lora(init_lora_weights="pissa"), False),
     Case("LoRA, OLoRA, start not saved", _lora(init_lora_weights="olora"), False),
     Case("LoRA, lora_bias", _lora(lora_bias=True, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"]), False),
-    Case("LoRA, KaSA", _lora(kasa_config=peft.KasaConfig()), False),
-    Case("LoRA, MonteCLoRA", _lora(monteclora_config=peft.MontecloraConfig()), False),
+    Case("LoRA, KaSA", _lora(inner=("kasa_config", "KasaConfig")), False, since="0.21"),
+    Case("LoRA, MonteCLoRA", _lora(inner=("monteclora_config", "MontecloraConfig")), False, since="0.20"),
     Case("LoRA, BD-LoRA",
          _lora(use_bdlora=peft.BdLoraConfig(target_modules_bd_a=["o_proj"], nblocks=2, match_strict=False)), False),
-    Case("LoRA, VeLoRA", _lora(velora_config=peft.VeloraConfig()), True),
+    Case("LoRA, VeLoRA", _lora(inner=("velora_config", "VeloraConfig")), True, since="0.20"),
     Case("DoRA", _lora(use_dora=True), False),
     Case("AdaLoRA", _other("AdaLora", init_r=4, target_r=2, total_step=20, tinit=2, tfinal=2), True),
     Case("LoHa", _other("LoHa", r=4), True),
@@ -133,9 +139,9 @@ CASES = [
     Case("PVeRA", _other("Pvera", SQUARE, r=4), True),
     Case("VB-LoRA", _other("VBLoRA", SQUARE, r=2, num_vectors=8, vector_length=8, topk=2), True),
     Case("RandLoRA", _other("RandLora", r=4), True),
-    Case("Uni-LoRA", _other("UniLora", r=2, theta_d_length=32), True, rate=1.0),
+    Case("Uni-LoRA", _other("UniLora", r=2, theta_d_length=32), True, rate=1.0, since="0.20"),
     Case("TinyLoRA", _other("TinyLora", r=2, u=4), False),
-    Case("FRoD", _other("Frod", SQUARE), False),
+    Case("FRoD", _other("Frod", SQUARE), False, since="0.20"),
     Case("FourierFT", _other("FourierFT", n_frequency=32), True),
     Case("WaveFT", _other("WaveFT", n_frequency=32), True),
     Case("C3A", _other("C3A", block_size=8), True),
@@ -145,9 +151,9 @@ CASES = [
     Case("MiSS", _other("Miss", r=4), True),
     Case("MiSS, bat", _other("Miss", r=4, init_weights="bat"), False),
     Case("AdaMSS", _other("Adamss", SQUARE, r=8, num_subspaces=2), False, needs="sklearn"),
-    Case("DEFT", _other("Deft", r=4), False),
-    Case("GLoRA", _other("Glora", r=4), False),
-    Case("HiRA", _other("Hira", r=4), False),
+    Case("DEFT", _other("Deft", r=4), False, since="0.20"),
+    Case("GLoRA", _other("Glora", r=4), False, since="0.20"),
+    Case("HiRA", _other("Hira", r=4), False, since="0.20"),
     Case("HRA", _other("HRA", r=4), False),
     Case("IA3", _other("IA3", ["k_proj", "v_proj", "down_proj"], feedforward_modules=["down_proj"]), False),
     Case("OFT", _other("OFT", oft_block_size=4, r=0), False),
@@ -156,8 +162,8 @@ CASES = [
     Case("Peanut", _other("Peanut", SQUARE, r=4), False),
     Case("PSOFT", _other("Psoft", r=4), False),
     Case("RoAd", _other("Road", group_size=8), False),
-    Case("SuperTuning", _other("Supertuning"), False),
-    Case("BEFT", _other("Beft", ["v_proj"]), True),
+    Case("SuperTuning", _other("Supertuning"), False, since="0.21"),
+    Case("BEFT", _other("Beft", ["v_proj"]), True, since="0.20"),
     Case("LN tuning", _other("LNTuning", ["input_layernorm", "norm"]), True),
     Case("Trainable tokens", _other("TrainableTokens", ["embed_tokens"], token_indices=[2, 5]), True),
 ]  # fmt: skip

@@ -39,11 +39,13 @@ def fill(folder: Path, pair: tuple[Path, Path]) -> None:
 def run(rank: int, engine: str, folder: str, *words: str) -> dict[str, Any]:
     """Run the pipeline in `folder` under `engine` (ddp, fsdp2, zero3, or alone: none).
 
-    Returns what each trainer ran with, the bytes of tensors before it was made, the exit code and what was said.
+    Returns what each trainer ran with, the bytes of tensors before it was made, the answers of the rows that each model
+    was asked here, the exit code and what was said.
     """
     import datasets
     import engines
 
+    from shadow_trl.recipes import compare
     from shadow_trl.recipes import run as recipes
     from shadow_trl.recipes.pipeline import main_sft_dpo
 
@@ -55,7 +57,14 @@ def run(rank: int, engine: str, folder: str, *words: str) -> dict[str, Any]:
             engines.deepspeed_on_the_cpu()
         os.environ.update(engines.LAUNCHED if engine == "fsdp2" else engines.LAUNCHED_ZERO3)
         words = (*words, "--use_cpu", "false")
-    seen: dict[str, Any] = {"stages": [], "before": []}
+    seen: dict[str, Any] = {"stages": [], "before": [], "answered": []}
+    answered_right = compare.answered_right
+
+    def answered(model: Any, tokenizer: Any, rows: Any, **more: Any) -> list[bool]:
+        seen["answered"].append([row["answer"] for row in rows])
+        return answered_right(model, tokenizer, rows, **more)
+
+    compare.answered_right = answered
     made = recipes._trainer
 
     def trainer(*given: Any) -> Any:

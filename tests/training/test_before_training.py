@@ -24,7 +24,7 @@ from transformers import (
 )
 
 from shadow_trl import ShadowSFTConfig, ShadowSFTTrainer, extract_delta, graft
-from shadow_trl.errors import ConfigError, InputError, OutputExistsError, PairMismatchError
+from shadow_trl.errors import AdapterError, ConfigError, InputError, OutputExistsError, PairMismatchError
 from shadow_trl.training.preflight import is_conversational
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -39,6 +39,14 @@ def trainer(pair, folder: Path, *, model=None, peft=None, tokenizer=None, **chan
         peft_config=peft,
         processing_class=tokenizer,
     )
+
+
+def test_token_rows_of_a_tied_head_are_refused(tmp_path):
+    """Training would end in its first step: TRL reads the bias of a head that has none."""
+    pair = make_pair(tmp_path / "pair")
+    with pytest.raises(AdapterError, match=r"TrainableTokensWrapper(.|\n)*Nothing was written"):
+        trainer(pair, tmp_path / "out", peft=lora(trainable_token_indices=[3]))
+    assert [path.name for path in tmp_path.iterdir()] == ["pair"]
 
 
 def lora(**changes) -> LoraConfig:

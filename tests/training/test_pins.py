@@ -11,11 +11,12 @@ import pytest
 import torch
 import xxhash
 from hub_cache import into_cache
+from other_trainers import build
 from peft import LoraConfig
 from runs import dpo, lora, settings, sft
 from safetensors.torch import load_file, save_file
 from tiny import make_pair, sft_data
-from transformers import AutoModelForCausalLM, TrainerCallback
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, TrainerCallback
 
 from shadow_trl import ShadowSFTConfig, ShadowSFTTrainer, extract_delta, graft
 from shadow_trl.checkpoints.manifest import read_manifest
@@ -116,6 +117,40 @@ def test_the_reference_of_a_loaded_model_is_the_revision_that_was_loaded(hub, pr
     first = next(row for row in trainer.state.log_history if "loss" in row)
     assert abs(first["loss"] - math.log(2)) < 1e-6
     assert abs(first["rewards/margins"]) < 1e-6
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", ["GRPO", pytest.param("RLOO", marks=pytest.mark.slow)])
+def test_a_reward_model_is_not_loaded_by_the_revision_of_base(hub, kind):
+    scores = AutoModelForSequenceClassification.from_pretrained(snapshot(OLD), num_labels=1)
+    scores.save_pretrained("scores")
+    AutoTokenizer.from_pretrained(snapshot(OLD)).save_pretrained("scores")
+    into_cache(Path("cache"), "own/scores", "d" * 40, Path("scores"), branch="main")
+    trainer = build(kind, PAIR, Path("out"), base_revision="next", reward_funcs="own/scores")
+    assert trainer.reward_funcs[0].score.weight.equal(scores.score.weight)
+    wanted = load_file(snapshot(NEW) / "model.safetensors")["model.embed_tokens.weight"]
+    assert trainer.model.get_input_embeddings().weight.equal(wanted)
+    assert trainer.ref_model.get_input_embeddings().weight.equal(wanted)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_generating_trainer_measures_a_loaded_model_from_its_revision(hub):
+    model = AutoModelForCausalLM.from_pretrained("own/base", revision="next", dtype=torch.float32)
+    trainer = build("GRPO", PAIR, Path("out"), model=model, base_revision="next", max_steps=1)
+    trainer.train()
+    assert trainer.state.log_history[0]["kl"] == pytest.approx(0, abs=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", ["CPO", pytest.param("ORPO", marks=pytest.mark.slow)])
+def test_an_experimental_trainer_loads_the_commit_and_spreads_it_over_no_devices(hub, kind):
+    """TRL takes `device_map="auto"` there once it is told anything about loading, with which DDP cannot train."""
+    trainer = build(kind, PAIR, Path("out"), base_revision="next", max_steps=1)
+    assert trainer.args.model_init_kwargs["device_map"] is None
+    wanted = load_file(snapshot(NEW) / "model.safetensors")["model.embed_tokens.weight"]
+    assert trainer.model.get_input_embeddings().weight.equal(wanted)
+    trainer.train()
+    assert read_manifest("out")["base"]["revision"] == NEW
 
 
 def test_a_loaded_model_that_is_no_longer_main_is_refused(hub):

@@ -16,6 +16,7 @@ from runs import dpo, settings
 from safetensors.torch import load_file, save_file
 from tiny import make_pair, preference_data, sft_data
 from transformers import AutoModelForSequenceClassification, BitsAndBytesConfig
+from trl import DPOTrainer
 
 from shadow_trl import ShadowDPOConfig, ShadowDPOTrainer, ShadowSFTConfig, ShadowSFTTrainer
 from shadow_trl.errors import ConfigError
@@ -115,6 +116,11 @@ def test_what_is_not_installed_is_named(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr("transformers.utils.is_liger_kernel_available", lambda: False)
     with pytest.raises(ConfigError, match="pip install liger-kernel"):
         check(tmp_path, use_liger_kernel=True)
+    monkeypatch.setattr("transformers.utils.is_liger_kernel_available", lambda: True)
+    monkeypatch.setattr(DPOTrainer, "_compute_loss_liger", None, raising=False)  # as TRL has it until 1.14
+    with pytest.raises(ConfigError, match=r"use_liger_kernel in DPO needs TRL 1\.14"):
+        check(tmp_path, use_liger_kernel=True)
+    check_settings(ShadowSFTConfig(**settings(tmp_path / "out"), use_liger_kernel=True))
     with pytest.raises(ConfigError, match="pip install bitsandbytes"):
         check(tmp_path, model_init_kwargs={"quantization_config": BitsAndBytesConfig(load_in_4bit=True)})
 

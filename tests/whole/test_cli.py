@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import json
 import subprocess
 import sys
@@ -103,7 +104,9 @@ def test_bad_input_is_one_error_with_code_2_and_nothing_written(tmp_path, capsys
         (["gap", "--base", str(sides["base"])], "instruct is missing"),
         (["gap", "--base", str(tmp_path / "no"), "--instruct", str(sides["base"])], "there is no folder"),
         (["gap", "--base", "a", "--instruct", "b", "--json", str(tmp_path / "no" / "x.json")], "does not exist"),
-        (["knit"], "invalid choice: 'knit'"),
+        (["knit"], "there is no command knit: it is one of graft, gap,"),
+        (["grafft", "--base", "x"], "there is no command grafft (did you mean graft?)"),
+        (["sftdpo"], "(did you mean sft-dpo?)"),
         ([], "required: COMMAND"),
     ):
         error = fails(capsys, argv, 2, *texts)
@@ -122,11 +125,12 @@ def test_a_failure_at_run_time_is_code_1(tmp_path, capsys):
 
 def test_gap_prints_and_writes(tmp_path, capsys):
     sides = family(tmp_path)
-    file = tmp_path / "gap.json"
     argv = ["gap", "--base", str(sides["base"]), "--instruct", str(sides["instruct"]), "--tuned", str(sides["tuned"])]
-    assert cli.main([*argv, "--json", str(file)]) == 0
+    assert cli.main([*argv, "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert cli.main([*argv, "--json", str(tmp_path / "gap.json")]) == 0
     lines = capsys.readouterr().out.splitlines()
-    report = json.loads(file.read_text())
+    assert json.loads((tmp_path / "gap.json").read_text()) == report
     assert lines[1].split() == [
         "overall",
         *(f"{report[key]:.5f}" for key in ("sigma", "delta", "delta_to_gap", "cosine")),
@@ -136,6 +140,22 @@ def test_gap_prints_and_writes(tmp_path, capsys):
     assert any(line.startswith("  q_proj ") for line in lines)
     assert cli.main([*argv[:5], "--quiet"]) == 0
     assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("command", [*cli._COMMANDS, *cli._RECIPES])
+def test_help_is_a_screen_that_names_the_command_and_has_an_example(command, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "120")
+    with contextlib.suppress(SystemExit):
+        cli.main([command, "--help"])
+    text = capsys.readouterr().out
+    assert text.startswith(f"usage: shadow-trl {command} ")
+    assert len(text.splitlines()) <= 75
+    assert max(map(len, text.splitlines())) <= 120
+    if command != "sft-dpo":
+        example = text.split("example:\n")[1].splitlines()[0].split()
+        assert example[:2] == ["shadow-trl", command]
+        if command in cli._COMMANDS:
+            assert cli._parser().parse_args(example[1:]).command == command
 
 
 def test_gap_draws(tmp_path):

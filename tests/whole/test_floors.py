@@ -129,10 +129,12 @@ def test_modules_do_not_import_each_other_in_circles():
 
 
 def test_a_folder_exports_nothing():
-    """Importing `shadow_trl.grafting.options` must not load the modules beside it."""
+    """Importing `shadow_trl.grafting.options` must not load the modules beside it; those with trainers need TRL's."""
+    check = ["from ..runtime.versions import check_releases", "check_releases()"]
     for path in ROOT.glob("*/__init__.py"):
-        (docstring,) = ast.parse(path.read_text()).body
+        docstring, *others = ast.parse(path.read_text()).body
         assert isinstance(docstring, ast.Expr)
+        assert [ast.unparse(one) for one in others] == (check if path.parent.name in MAY_IMPORT["trl"] else [])
 
 
 def test_the_law_sees_every_way_to_import(tmp_path, monkeypatch):

@@ -9,11 +9,14 @@ from types import ModuleType
 
 import pytest
 from accelerate.commands.launch import _validate_launch_command
+from releases import needs_peft
 from repository import ROOT
 from trl.cli.accelerate_config import resolve_accelerate_config_argument
 
 from shadow_trl.recipes.launch_options import launch_parser, split_words
 from shadow_trl.recipes.options import parse
+
+OF_EXPERTS = needs_peft("0.21", "older ones do not know all-linear of experts")
 
 
 @pytest.fixture(scope="module")
@@ -28,6 +31,7 @@ def script() -> ModuleType:
     return module
 
 
+@OF_EXPERTS
 def test_the_page_is_what_the_script_prints(script):
     assert (ROOT / "docs/scale.md").read_text(encoding="utf-8") == script.page()
 
@@ -79,6 +83,7 @@ def test_a_row_by_hand(script):
     assert full.seconds == pytest.approx(1.29 + per_gigabyte * moved)
 
 
+@OF_EXPERTS
 def test_every_command_asks_for_these_gpus_and_the_rows_of_the_recipe(script, monkeypatch):
     monkeypatch.chdir(ROOT)
     rows = {("sft", "full"): 32, ("sft", "lora"): 32, ("dpo", "full"): 128, ("dpo", "lora"): 32}

@@ -8,8 +8,10 @@ import sys
 from pathlib import Path
 
 import ddp
+import publishing
 import pytest
 import torch
+from hub_server import HubServer
 from ranks import in_processes
 from runs import log_probability
 from safetensors.torch import load_file
@@ -83,6 +85,20 @@ def test_error_on_the_writing_rank_ends_every_rank(pair, tmp_path):
     assert "OutputExistsError" in run.stderr
     assert "the graft failed on the main process" in run.stderr
     assert (tmp_path / "out" / "grafted" / "result.txt").read_text() == "somebody's"
+
+
+@pytest.mark.slow
+def test_one_process_uploads_and_all_know_of_a_failure(pair, tmp_path):
+    with HubServer() as hub:
+        hub.refuses["/commit/refused"] = 403
+        ends = in_processes(publishing.run, str(pair[0]), str(pair[1]), str(tmp_path / "out"), hub.url)
+        assert [end.error for end in ends] == ["", ""]
+        assert [end.value["commit"] for end in ends] == [hub.commit, None]
+        assert hub.messages == ["End of training"]
+        assert hub.files["me/out"]["taken"].keys() > {"model.safetensors", "shadow.json"}
+    command = f"shadow-trl push {tmp_path / 'out' / 'grafted'} me/out@refused"
+    assert all(command in end.value["refused"] for end in ends)
+    assert "the main process" in ends[1].value["refused"]
 
 
 @pytest.mark.slow

@@ -13,6 +13,10 @@ import pytest
 import yaml
 from ranks import in_processes
 from repository import ROOT
+from rows import write_rows
+
+from shadow_trl.evaluation.models import load, tokenizer_and_ends
+from shadow_trl.evaluation.scoring import score
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
@@ -53,7 +57,27 @@ def test_both_stages_in_one_launch_are_those_of_two(workspace: Path, engine: str
         assert [(end.error, end.value and end.value["code"]) for end in ends] == [("", 0), ("", 0)]
         return [end.value for end in ends]
 
-    for seen in run("one"):
+    rows = [
+        {
+            "prompt": [{"role": "user", "content": f"{at}"}],
+            "answer": [f"{at}", "1"],
+            "kind": "odd" if at % 2 else "even",
+        }
+        for at in range(7)
+    ]
+    write_rows(workspace / "asked.jsonl", rows)
+    first, second = run("one", "--score_rows", "asked.jsonl", "--score_max_new_tokens", "1")
+    # INSTRUCT and the graft of each stage: the processes share the rows, and the report is that of one.
+    answers = [row["answer"] for row in rows]
+    assert (first["answered"], second["answered"]) == ([answers[::2]] * 3, [answers[1::2]] * 3)
+    tokenizer, ends = tokenizer_and_ends("instruct")
+    arms = {arm["arm"]: arm["scores"] for arm in json.loads(Path("one/report.json").read_text())["arms"]}
+    for name, folder in (("instruct", "instruct"), ("sft", "one/sft/grafted"), ("shadow", "one/dpo/grafted")):
+        alone = score(load(folder, dtype="float32"), tokenizer, rows, max_new_tokens=1, eos_token_ids=ends)
+        assert {kind: arms[name][kind] for kind in alone.kinds} == pytest.approx(
+            {kind: 100 * alone.share(kind) for kind in alone.kinds}
+        )
+    for seen in (first, second):
         assert seen["stages"] == [(kind, 2, "no", 2), (kind, 2, "bf16", 1)]
         start_of_sft, start_of_dpo = seen["before"]
         assert start_of_dpo <= start_of_sft + 1024
