@@ -44,13 +44,7 @@ class Experiment:
     @cached_property
     def seeds(self) -> dict[str, list[int]]:
         """The seeds of which the core has every pair and rate, by task: the others are left out."""
-        found = {}
-        for task in TASKS:
-            keys = {(one.pair, one.settings.learning_rate, one.seed) for one in self.models(f"core_{task}") if one.seed}
-            wanted = {(pair, rate) for pair, rate, _ in keys}
-            seeds = sorted({seed for *_, seed in keys})
-            found[task] = [seed for seed in seeds if all((*one, seed) in keys for one in wanted)]
-        return found
+        return {task: whole_seeds(self.models(f"core_{task}")) for task in TASKS}
 
     def core(self, task: str, *, within: float = 1.0, pair: str | None = None, seeds: int | None = None) -> Comparison:
         """Return the core of a task, of one pair where it is named, of the first `seeds` where they are given."""
@@ -72,6 +66,13 @@ class Experiment:
     def pairs(self) -> list[str]:
         """Names of the pairs."""
         return sorted({model.pair for model in self.models("core_dpo")})
+
+
+def whole_seeds(models: Sequence[Measured]) -> list[int]:
+    """Return the seeds of which there is every training that another seed has."""
+    keys = {(one.seed, one.pair, one.settings.learning_rate, one.settings.guidance_power) for one in models if one.seed}
+    seeds, wanted = sorted({seed for seed, *_ in keys}), {tuple(rest) for _, *rest in keys}
+    return [seed for seed in seeds if all((seed, *rest) in keys for rest in wanted)]
 
 
 def compared(models: Sequence[Measured], task: str, *, within: float = 1.0) -> Comparison:

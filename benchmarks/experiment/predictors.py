@@ -64,7 +64,8 @@ def all_orders(x: Sequence[float], y: Sequence[float]) -> tuple[float, float]:
 
     ranks, others = ((values - values.mean()) / values.std() for values in (rankdata(x), rankdata(y)))
     found = permutation_test(
-        (others,), lambda order, axis=-1: (order * ranks).mean(axis), permutation_type="pairings", vectorized=True,
+        (others,), lambda order, axis=-1: (order * ranks).mean(axis).round(9) + 0.0,
+        permutation_type="pairings", vectorized=True,
         n_resamples=10**6,
     )  # fmt: skip
     return float(found.statistic), float(found.pvalue)

@@ -18,6 +18,7 @@ from experiment import (
     renamed,
     spread,
     table,
+    whole_seeds,
     without_guidance,
 )
 from predictors import correlations, kinds, predictors
@@ -186,9 +187,9 @@ def stages(experiment: Experiment) -> str:
 def guidance(experiment: Experiment) -> str:
     """With INSTRUCT as a guide and without, each at its best with at most one point of `kept` lost, pair by pair."""
     rows = []
+    seeds = {None, *whole_seeds(experiment.models("guidance_sft"))}
     for pair, arm in product(experiment.pairs, ("direct", "shadow")):
-        guided = experiment.models("guidance_sft", lambda one, pair=pair: one.pair == pair)
-        seeds = {one.seed for one in guided}
+        guided = experiment.models("guidance_sft", lambda one, pair=pair: one.pair == pair and one.seed in seeds)
         plain = [
             one for one in experiment.models("core_sft", lambda one, pair=pair: one.pair == pair)
             if one.seed in seeds and one.settings.scale in (None, 0.5, 0.75, 1.0)
@@ -205,7 +206,8 @@ def guidance(experiment: Experiment) -> str:
         label = {"direct": "direct", "shadow": "graft"}[arm]
         rows.append([pair, label, rate, three(own, without), power, three(own, with_), difference])
     heads = ["pair", "arm", "without", "target / in style / kept", "with", "target / in style / kept", "target, gained"]
-    return table(heads, rows) if rows else "Not run."
+    of = ", ".join(str(seed) for seed in sorted(filter(None, seeds)))
+    return f"{table(heads, rows)}\n\nSeeds {of}." if rows else "Not run."
 
 
 def real(experiment: Experiment) -> str:
@@ -245,7 +247,7 @@ def cost(experiment: Experiment) -> str:
     models = [model for cell in experiment.cells for model in cell["models"]]
     seeds = ", ".join(f"{len(found)} seeds of {TASKS[task]}" for task, found in experiment.seeds.items())
     return (
-        f"{len(experiment.cells)} cells, {trained} trainings, {len(models)} scored models; whole in the core: {seeds}"
+        f"{len(experiment.cells)} cells, {trained} trainings, {len(models)} scored models; whole in the core: {seeds}."
     )
 
 
