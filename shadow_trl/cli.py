@@ -158,7 +158,8 @@ def _add_compare(parser: argparse.ArgumentParser) -> None:
     add("--scales", metavar="A", type=float, nargs="+", default=scales, help=f"of the delta (default {shown})")
     text = "choices of weights to compare: all, linear, attention, mlp or expressions (default all)"
     add("--modules", metavar="M", nargs="+", default=["all"], help=text)
-    _add_option(models, "dtype")
+    text = "dtype of the grafts, rounded to nearest (default: dtype and rounding of the run's own graft, else auto)"
+    _add_option(models, "dtype", default=None, help=text)
     add = parser.add_argument_group("held-out data (JSONL)").add_argument
     add("--rows", metavar="FILE", help="{prompt, answer, kind}: exact match of greedy answers")
     add("--validation-rows", metavar="FILE", help="rows to choose on; --rows are then all for the test")
@@ -220,7 +221,8 @@ def _compare(options: argparse.Namespace) -> int:
         return _compare_arms(options)
     if options.tuned is None:
         raise ConfigError("--tuned is missing (or --config, to train the arms first).")
-    from .evaluation.scales import Data, Sources, compare_scales, graft_command
+    from .evaluation.scales import Data, compare_scales
+    from .evaluation.steps import Sources
     from .grafting.tuned import recorded_sides
 
     sides = recorded_sides([(options.tuned, 1.0)], base=options.base, instruct=options.instruct)
@@ -235,7 +237,7 @@ def _compare(options: argparse.Namespace) -> int:
         graft_dtype=options.dtype, target=options.target, keep=options.keep, within=options.within,
         margin=options.margin, dtype=options.score_dtype, device=options.device, progress=not options.quiet,
     )  # fmt: skip
-    return _tell(found, summary(found, graft_command(found, sources, options.dtype)), options)
+    return _tell(found, summary(found), options)
 
 
 def _add_option(parser: argparse._ActionsContainer, name: str, **changes: Any) -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from shadow_trl.recipes.arms import RUNS, Design, Training
+from shadow_trl.recipes.arms import RUNS
+from shadow_trl.recipes.design import Design, Training
 
 FOLDER = Path(__file__).resolve().parent / "designs"
 CORE = ("core_dpo", "core_sft")

@@ -7,8 +7,9 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
-from shadow_trl.evaluation.comparison import Comparison, Measured, Settings
+from shadow_trl.evaluation.comparison import Comparison
 from shadow_trl.evaluation.exam import Metric
+from shadow_trl.evaluation.measured import Measured, Settings
 
 TASKS = {"dpo": "DPO", "sft": "SFT"}
 KEPT = {"dpo": ("t_rule", "rule", "skill", "refuse"), "sft": ("rule", "skill", "refuse")}

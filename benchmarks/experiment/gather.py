@@ -8,7 +8,8 @@ from typing import Any
 
 from designs import CORE, folder_of, read_design, sources_of, training_of
 
-from shadow_trl.recipes.arms import RUNS, Design
+from shadow_trl.recipes.arms import RUNS
+from shadow_trl.recipes.design import Design
 
 CHOSEN = 200
 """Training rows whose answers tell what a model knew before."""

@@ -11,7 +11,6 @@ from stored import from_dict
 from tables import TABLES, Experiment
 
 from shadow_trl.evaluation.comparison_page import page
-from shadow_trl.evaluation.comparison_report import ARMS
 
 TEXT = Path(__file__).resolve().parent / "page.md"
 DATA = "results.json.gz"
@@ -29,7 +28,7 @@ def report(output: Path | None, docs: Path) -> None:
     experiment = read(docs / DATA)
     (docs / "results.md").write_text(render(experiment), encoding="utf-8")
     for task in ("dpo", "sft"):
-        html = page(experiment.core(task), titles=ARMS, command=None)
+        html = page(experiment.core(task))
         (docs / f"results-{task}.html").write_text(html, encoding="utf-8")
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from shadow_trl.evaluation.comparison import Measured, Settings
+from shadow_trl.evaluation.measured import Measured, Settings
 
 
 def pack(values: tuple[float, ...]) -> Any:

@@ -23,8 +23,9 @@ from experiment import (
 )
 from predictors import correlations, kinds, predictors
 
-from shadow_trl.evaluation.comparison import Comparison, Settings
+from shadow_trl.evaluation.comparison import Comparison
 from shadow_trl.evaluation.exam import Metric
+from shadow_trl.evaluation.measured import Settings
 from shadow_trl.evaluation.statistics import Difference
 
 ALL = 100.0

@@ -21,8 +21,9 @@ from filelock import FileLock
 from stored import to_dict
 
 from shadow_trl.checkpoints.digests import file_digest
-from shadow_trl.evaluation.comparison import Measured, Settings
-from shadow_trl.recipes.arms import RUNS, Design, Training, measure_arms, prepare_training, train_once
+from shadow_trl.evaluation.measured import Measured, Settings
+from shadow_trl.recipes.arms import RUNS, measure_arms, prepare_training, train_once
+from shadow_trl.recipes.design import Design, Training
 from shadow_trl.results.folder import whole_file
 
 
@@ -58,7 +59,7 @@ def make(cell: Cell, output: Path) -> float:
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(folder / f"{training.name}.lock"):  # another design may have the same training
             seconds = train_once(design, folder / RUNS / training.name, options, record, progress=False)
-        models = [to_dict(model) for model in _measured(cell, design, training, folder, seconds)]
+        models = [to_dict(model) for model in _measured(cell, design, training, folder)]
         found = {"digest": digest, "design": cell.design, "training": cell.training, "train": seconds, "models": models}
         file.parent.mkdir(parents=True, exist_ok=True)
         with whole_file(file) as new:
@@ -66,13 +67,9 @@ def make(cell: Cell, output: Path) -> float:
     return time.perf_counter() - started
 
 
-def _measured(
-    cell: Cell, design: Design, training: Training, folder: Path, seconds: dict[str, float]
-) -> Iterator[Measured]:
+def _measured(cell: Cell, design: Design, training: Training, folder: Path) -> Iterator[Measured]:
     known = [] if cell.first else [Measured(Settings("instruct"), {}, training.pair)]
-    yield from measure_arms(
-        design, training, folder, design.tried(), design.data.exams(), known, seconds, lambda text: None
-    )
+    yield from measure_arms(design, training, folder, design.tried(), design.data.exams(), known, lambda text: None)
 
 
 def _digest(design: Design, record: dict[str, Any]) -> str:

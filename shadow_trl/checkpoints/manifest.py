@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 MANIFEST_NAME = "shadow.json"
+GRAFTED_FOLDER = "grafted"
+"""Folder of a run in which its graft is."""
 FORMAT = 1
 KINDS = {"run": Run, "graft": Graft, "delta": Delta}
 TRAINED = ("trainer", "ref_policy", "training", "datasets", "scores")

@@ -110,6 +110,7 @@ class Trained(TypedDict, total=False):
 class Run(Manifest, Trained, total=False):
     """The manifest of a run or of one of its checkpoints."""
 
+    options: dict[str, Any]
     weights: Digests | None
     loaded_in: list[Dtype]
     lifted: bool

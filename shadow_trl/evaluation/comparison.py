@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import math
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -11,67 +13,12 @@ from typing import Any
 import numpy as np
 
 from ..errors import ConfigError, InputError
-from .exam import Metric, Values
-from .statistics import Difference, Table, compare, holm, verdict
+from .exam import Metric
+from .measured import Measured, Settings
+from .statistics import Difference, Table, compare, holm, interval_of, verdict
+from .trained import Trained
 
 SPLITS = ("validation", "test")
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What an arm was made with; None where that does not apply.
-
-    Args:
-        arm: `instruct`, `direct`, `shadow`, `re-adapt` or `chat-vector`.
-        learning_rate: of the training.
-        scale: multiplier of what training changed.
-        modules: weights that receive the delta.
-        ref_policy: of DPO.
-        instruct_scale: multiplier of INSTRUCT, where it is not 1.
-        guidance_power: of SFT that INSTRUCT guided.
-    """
-
-    arm: str
-    learning_rate: float | None = None
-    scale: float | None = None
-    modules: str | None = None
-    ref_policy: str | None = None
-    instruct_scale: float | None = None
-    guidance_power: float | None = None
-
-    def words(self) -> str:
-        """Return the settings beside the arm, as a table shows them."""
-        said = [f"rate {self.learning_rate:g}"] if self.learning_rate is not None else []
-        said += [f"scale {self.scale:g}"] if self.scale is not None else []
-        said += [self.modules] if self.modules is not None and self.modules != "all" else []
-        said += [f"instruct scale {self.instruct_scale:g}"] if self.instruct_scale is not None else []
-        said += [f"reference {self.ref_policy}"] if self.ref_policy is not None else []
-        said += [f"guidance {self.guidance_power:g}"] if self.guidance_power is not None else []
-        return ", ".join(said)
-
-
-@dataclass(frozen=True)
-class Measured:
-    """One model with the values of its rows.
-
-    Args:
-        settings: what it was made with.
-        values: split -> values of the rows.
-        pair: name of the pair.
-        seed: of the training; None where nothing was trained, or it is not known.
-        seconds: what the model cost by kind of work, such as `train`, `graft` and `score`.
-    """
-
-    settings: Settings
-    values: Mapping[str, Values]
-    pair: str
-    seed: int | None = None
-    seconds: Mapping[str, float] = field(default_factory=dict)
-
-    @property
-    def training(self) -> tuple[str, int | None]:
-        """Which training it is of."""
-        return self.pair, self.seed
 
 
 @dataclass(frozen=True)
@@ -84,6 +31,11 @@ class Test:
     found: Difference
     p_adjusted: float
     verdict: str
+
+    @property
+    def digits(self) -> int:
+        """Digits behind the point with which it is shown."""
+        return digits_of(self.metric, self.found.value)
 
 
 @dataclass(frozen=True)
@@ -98,6 +50,10 @@ class Comparison:
         within: by how much `keep` may be worse than INSTRUCT's, in its unit. Default 1.
         margin: points up to which a difference of shares does not matter. Default 2.
         notes: what a reader has to know.
+        chosen_on: the rows by which settings are selected, in words.
+        command: writes the chosen graft; None where there is none.
+        rows: split -> rows of all sorts that each model answered.
+        trainings: what was trained for it.
     """
 
     models: Sequence[Measured]
@@ -107,6 +63,10 @@ class Comparison:
     within: float = 1.0
     margin: float = 2.0
     notes: Sequence[str] = ()
+    chosen_on: str = "the validation rows"
+    command: str | None = None
+    rows: Mapping[str, int] = field(default_factory=dict)
+    trainings: Sequence[Trained] = ()
 
     @property
     def by_name(self) -> dict[str, Metric]:
@@ -125,16 +85,42 @@ class Comparison:
     def condition(self) -> str:
         """The rule by which settings are selected, in words."""
         word = "highest" if self.by_name[self.target].higher else "lowest"
-        rule = f"{word} {self.target} on validation"
-        if self.keep is None:
-            return rule
-        bound = "at least INSTRUCT's minus" if self.by_name[self.keep].higher else "at most INSTRUCT's plus"
-        return f"{rule} with {self.keep} {bound} {self.within:g}"
+        rule = f"{word} {self.target}"
+        if self.keep is not None:
+            bound = "at least INSTRUCT's minus" if self.by_name[self.keep].higher else "at most INSTRUCT's plus"
+            rule += f" with {self.keep} {bound} {self.within:g}"
+        return f"{rule}, on {self.chosen_on}"
 
     def mean(self, settings: Settings, metric: Metric, split: str) -> float:
         """Return a metric of settings, the mean over trainings, as it is shown."""
         found = [metric.of(model.values[split]) for model in self.groups[settings]]
         return sum(found) / len(found)
+
+    @cached_property
+    def intervals(self) -> dict[str, dict[str, tuple[float, float]]]:
+        """The interval of each metric of each selected arm, on test, as it is shown."""
+        return {
+            arm: {
+                metric.name: interval_of(
+                    self._table(metric, models, "test"), bound=metric.factor if metric.share else None,
+                    pairs=_pairs_in(models),
+                )
+                for metric in self.metrics
+            }
+            for arm, settings in self.selected.items()
+            if settings is not None
+            for models in [sorted(self.groups[settings], key=lambda model: str(model.training))]
+        }  # fmt: skip
+
+    def shown(self, settings: Settings, name: str, split: str, *, interval: bool = False) -> str:
+        """Return a metric as text, percent with one digit, others three; of selected settings with its `interval`."""
+        metric = self.by_name[name]
+        digits = 1 if metric.share else 3
+        text = f"{self.mean(settings, metric, split):.{digits}f}"
+        if not interval:
+            return text
+        low, high = self.intervals[settings.arm][name]
+        return f"{text} ({low:.{digits}f} to {high:.{digits}f})"
 
     @cached_property
     def selected(self) -> dict[str, Settings | None]:
@@ -169,7 +155,8 @@ class Comparison:
         tests = []
         for (a, b, metric), one, p in zip(cases, found, adjusted, strict=True):
             margin, unit = (self.margin, "points") if metric.share else (None, "")
-            said = verdict(one, p, margin=margin, unit=unit, digits=1 if metric.share else 3, higher=metric.higher)
+            digits = digits_of(metric, one.value)
+            said = verdict(one, p, margin=margin, unit=unit, digits=digits, higher=metric.higher)
             tests.append(Test(a.arm, b.arm, metric, one, p, said))
         return tests
 
@@ -186,27 +173,30 @@ class Comparison:
         sides = [{model.training: model for model in self.groups[one]} for one in (a, b)]
         keys = sorted({*sides[0], *sides[1]}, key=str)
         both: list[list[Measured]] = [[], []]
-        sizes: dict[str, int] = {}
         for training in keys:
             pair, seed = training
             found = [side.get(training, side.get((pair, None)) if seed is not None else None) for side in sides]
             if found[0] is not None and found[1] is not None:
                 both[0].append(found[0])
                 both[1].append(found[1])
-                sizes[pair] = sizes.get(pair, 0) + 1
         if not both[0]:
             raise InputError(f"{a.arm} and {b.arm} have no training in common.")
-        left, right = (
-            {part: metric.factor * np.array([model.values["test"][part] for model in side]) for part in metric.parts}
-            for side in both
-        )
-        return left, right, len(sizes) if len(set(sizes.values())) == 1 else 1
+        left, right = (self._table(metric, side, "test") for side in both)
+        return left, right, _pairs_in(both[0])
+
+    @staticmethod
+    def _table(metric: Metric, models: Sequence[Measured], split: str) -> dict[str, Table]:
+        """Return the values of a metric as they are shown, one line a model."""
+        return {
+            part: metric.factor * np.array([model.values[split][part] for model in models]) for part in metric.parts
+        }
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything as plain values for JSON; shares, their differences and intervals are in percent."""
         return {
             "arms": list(self._arms()),
             "selected": {arm: vars(one) if one is not None else None for arm, one in self.selected.items()},
+            "intervals": self.intervals,
             "tests": [
                 {
                     "a": test.a, "b": test.b, "metric": test.metric.name, "difference": test.found.value,
@@ -218,6 +208,7 @@ class Comparison:
             "metrics": {
                 metric.name: {"higher": metric.higher, "unit": "%" if metric.share else None} for metric in self.metrics
             },
+            "trainings": [vars(one) for one in self.trainings],
             "condition": self.condition,
             "margin": self.margin,
             "notes": list(self.notes),
@@ -230,8 +221,27 @@ class Comparison:
                 scores = {metric.name: metric.of(values) for metric in self.metrics}
                 yield {
                     **vars(model.settings), "pair": model.pair, "seed": model.seed, "split": split, "scores": scores,
-                    "rows": sum(map(len, values.values())), "seconds": dict(model.seconds),
+                    "rows": self.rows.get(split), "seconds": dict(model.seconds),
+                    "dtype": model.dtype, "rounding": model.rounding,
                 }  # fmt: skip
+
+
+def digits_of(metric: Metric, difference: float) -> int:
+    """Return the digits behind the point of a difference: one of points, else three, more where it is smaller.
+
+    >>> loss = Metric("loss", ("loss",), share=False)
+    >>> digits_of(loss, 0.25), digits_of(loss, 0.00031), digits_of(loss, 0.0)
+    (3, 5, 3)
+    """
+    if metric.share:
+        return 1
+    return 3 if difference == 0.0 else min(9, max(3, 1 - math.floor(math.log10(abs(difference)))))
+
+
+def _pairs_in(models: Sequence[Measured]) -> int:
+    """Return of how many pairs the models are; 1 where the pairs have not as many trainings each."""
+    sizes = Counter(model.pair for model in models)
+    return len(sizes) if len(set(sizes.values())) == 1 else 1
 
 
 def choose_target(metrics: Sequence[Metric], target: str | None, keep: str | None) -> tuple[str, str | None]:

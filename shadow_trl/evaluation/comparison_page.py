@@ -2,59 +2,53 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from html import escape
 from itertools import groupby
 
-from .comparison import Comparison, Settings
+from .charts import Axis, Frame, Line, chart
+from .comparison import Comparison
+from .measured import ARMS, Settings
+from .trained import Trained, costs
 
-WIDTH, HEIGHT = 640, 400
-LEFT, RIGHT, TOP, BOTTOM = 60, 20, 16, 52
-
-# Okabe and Ito's colours, told apart with every kind of colour vision; each arm has a mark of its own as well.
-_MARKS = {
-    "instruct": ("var(--ink)", "M-6,-6h12v12h-12z"),
-    "direct": ("#d55e00", "M0,-7L7,6H-7z"),
-    "shadow": ("#0072b2", "M-6,0a6,6 0 1,0 12,0a6,6 0 1,0 -12,0"),
-    "re-adapt": ("#009e73", "M0,-8L8,0L0,8L-8,0z"),
-    "chat-vector": ("#cc79a7", "M-2,-7h4v5h5v4h-5v5h-4v-5h-5v-4h5z"),
-}
 _STYLE = """
-:root{color-scheme:light dark;--ink:#1b1b1b;--paper:#fff;--line:#d0d0d0;--soft:#595959}
-@media(prefers-color-scheme:dark){:root{--ink:#ececec;--paper:#161616;--line:#454545;--soft:#b4b4b4}}
+:root{color-scheme:light dark;--ink:#1b1b1b;--paper:#fff;--line:#d0d0d0;--soft:#595959;--blue:#0072b2}
+@media(prefers-color-scheme:dark){:root{--ink:#ececec;--paper:#161616;--line:#454545;--soft:#b4b4b4;--blue:#56b4e9}}
 body{font:16px/1.5 system-ui,sans-serif;color:var(--ink);background:var(--paper);max-width:1000px;margin:2rem auto;
 padding:0 1rem}
 h1,h2{line-height:1.2}figure{margin:1rem 0}
-svg{width:100%;max-width:760px;height:auto}svg text{fill:var(--ink);font-size:13px}
+svg{width:100%;height:auto}
+svg text{fill:var(--ink);font-size:13px;paint-order:stroke;stroke:var(--paper);stroke-width:3px}
 .scroll{overflow-x:auto}table{border-collapse:collapse;font-size:14px}
 th,td{padding:.3rem .7rem;border-bottom:1px solid var(--line);text-align:right;white-space:nowrap}
-th.text,td.text{text-align:left}pre{overflow-x:auto;border:1px solid var(--line);padding:.7rem}
+th.text,td.text{text-align:left;white-space:normal}pre{overflow-x:auto;border:1px solid var(--line);padding:.7rem}
 .note,figcaption{color:var(--soft)}.legend{display:flex;flex-wrap:wrap;gap:.3rem 1.2rem;list-style:none;padding:0}
-.legend svg{width:18px;height:18px;vertical-align:-4px}
+.legend svg{width:36px;height:18px;vertical-align:-4px}
+.two{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,420px),1fr));gap:0 1rem}
 """
 
 
-def page(comparison: Comparison, *, titles: Mapping[str, str], command: str | None) -> str:
-    """Return the page.
-
-    Args:
-        comparison: what is shown.
-        titles: what a reader calls each arm.
-        command: writes the chosen graft; None where there is none.
-    """
-    parts = ["<h1>Comparison</h1>", f"<p>Chosen: {escape(comparison.condition)}.</p>"]
+def page(comparison: Comparison) -> str:
+    """Return the page."""
+    parts = ["<h1>Comparison</h1>", f"<p>Chosen: {escape(comparison.condition)}.</p>", _arms(comparison)]
     parts += [f'<p class="note">{escape(note)}</p>' for note in comparison.notes]
-    if comparison.keep is not None and comparison.keep != comparison.target:
-        parts += ["<h2>What is kept against what is learnt, on the test rows</h2>", _legend(comparison, titles)]
-        rates = sorted({one.learning_rate for one in comparison.groups if one.learning_rate is not None})
-        parts += [_panel(comparison, rate) for rate in rates or (None,)]
-    parts += ["<h2>Selected settings</h2>", _selected(comparison, titles)]
-    parts += ["<h2>Differences on the test rows</h2>", _tests(comparison, titles)]
-    parts += ["<h2>All settings, test rows</h2>", _scores(comparison, titles)]
-    if command is not None:
-        parts += ["<h2>The chosen graft</h2>", f"<pre>{escape(command)}</pre>"]
+    shown = "What is kept against what is learnt" if comparison.keep is not None else "What is learnt over the scales"
+    parts += [f"<h2>{shown}, on the test rows</h2>"]
+    rates = sorted({one.learning_rate for one in comparison.groups if one.learning_rate is not None})
+    parts += [_panel(comparison, rate) for rate in rates or (None,)]
+    parts += ["<h2>Selected settings, on the test rows</h2>", _selected(comparison)]
+    parts += ["<h2>Differences on the test rows</h2>", _tests(comparison)]
+    parts += ["<h2>All settings, test rows</h2>", _scores(comparison)]
+    if distances := [*_distances(comparison)]:
+        parts += ["<h2>How far training moved BASE, beside the gap to INSTRUCT</h2>", *distances]
+    if curves := [*_curves(comparison)]:
+        parts += ["<h2>Training loss of BASE and of INSTRUCT</h2>", f'<div class="two">{"".join(curves)}</div>']
+    heads, rows = costs(comparison.selected, comparison.models, comparison.trainings)
+    parts += ["<h2>Cost of each arm</h2>", _table(heads, rows, text=1)]
+    parts += ['<p class="note">A training that several arms share counts for each of them.</p>']
+    if comparison.command is not None:
+        parts += ["<h2>The chosen graft</h2>", f"<pre>{escape(comparison.command)}</pre>"]
     head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">'
     body = "\n".join(parts)
     return (
@@ -63,148 +57,155 @@ def page(comparison: Comparison, *, titles: Mapping[str, str], command: str | No
     )
 
 
-def _legend(comparison: Comparison, titles: Mapping[str, str]) -> str:
-    entries = [
-        f'<li><svg viewBox="-9 -9 18 18" aria-hidden="true">{_mark(arm, 0, 0)}</svg> {escape(titles[arm])}</li>'
-        for arm in comparison.selected
-    ]
-    return f'<ul class="legend">{"".join(entries)}</ul>'
-
-
-def _mark(arm: str, x: float, y: float, chosen: bool = False) -> str:
-    colour, path = _MARKS[arm]
-    ring = (
-        f'<circle cx="{x:.1f}" cy="{y:.1f}" r="11" fill="none" stroke="{colour}" stroke-width="1.5"/>' if chosen else ""
-    )
-    return f'<path d="{path}" transform="translate({x:.1f},{y:.1f})" fill="{colour}"/>{ring}'
+def _arms(comparison: Comparison) -> str:
+    named = (f"<li><b>{arm}</b>: {escape(ARMS[arm])}</li>" for arm in comparison.selected)
+    return f'<ul class="note">{"".join(named)}</ul>'
 
 
 def _panel(comparison: Comparison, rate: float | None) -> str:
     """Return a chart of one learning rate: a line an arm over its scales, the selected settings in a ring."""
-    target, keep = comparison.by_name[comparison.target], comparison.by_name[str(comparison.keep)]
+    target = comparison.by_name[comparison.target]
+    keep = comparison.by_name[comparison.keep] if comparison.keep not in (None, comparison.target) else None
     shown = [one for one in comparison.groups if one.learning_rate in (None, rate)]
-    points = {one: tuple(comparison.mean(one, by, "test") for by in (target, keep)) for one in shown}
-    across, up = (_Axis.of([point[at] for point in points.values()]) for at in (0, 1))
 
-    def place(one: Settings) -> tuple[float, float]:
-        x, y = points[one]
-        return (
-            LEFT + across.share(x) * (WIDTH - LEFT - RIGHT),
-            HEIGHT - BOTTOM - up.share(y) * (HEIGHT - TOP - BOTTOM),
-        )
+    def point(one: Settings) -> tuple[float, float]:
+        if keep is None:
+            return one.scale or 0.0, comparison.mean(one, target, "test")
+        return comparison.mean(one, target, "test"), comparison.mean(one, keep, "test")
 
-    drawn = _grid(across, up, target.name + (", %" if target.share else ""), keep.name + (", %" if keep.share else ""))
-    labels: list[str] = []
-    taken: list[tuple[float, float, float]] = []
-    for (arm, *_), line in groupby(shown, key=lambda one: (one.arm, *vars(replace(one, arm="", scale=None)).values())):
-        along = sorted(line, key=lambda one: one.scale or 0.0)
-        path = " ".join(f"{x:.1f},{y:.1f}" for x, y in map(place, along))
-        drawn.append(f'<polyline points="{path}" fill="none" stroke="{_MARKS[arm][0]}" stroke-width="2"/>')
-        for one in along:
-            x, y = place(one)
-            drawn.append(
-                f"<g>{_mark(arm, x, y, one in comparison.selected.values())}"
-                f"<title>{escape(f'{one.arm} {one.words()}: {points[one][0]:.1f}, {points[one][1]:.1f}')}</title></g>"
+    lines: list[Line] = []
+    for (arm, *_), group in groupby(shown, key=lambda one: (one.arm, *vars(replace(one, arm="", scale=None)).values())):
+        along = sorted(group, key=lambda one: one.scale or 0.0)
+        points = [point(one) for one in along]
+        lines.append(Line(
+            points, arm, _name(along[0]), sum(line.style == arm for line in lines),
+            ["" if one.scale is None or keep is None else f"{one.scale:g}" for one in along],
+            [f"{one.arm} {one.words()}: {x:.1f}, {y:.1f}" for one, (x, y) in zip(along, points, strict=True)],
+            frozenset(at for at, one in enumerate(along) if one in comparison.selected.values()),
+        ))  # fmt: skip
+    across, up = (Axis.linear(xy[at] for line in lines for xy in line.points) for at in (0, 1))
+    units = [metric.name + (", %" if metric.share else "") for metric in (target, keep) if metric is not None]
+    below, beside = units if keep is not None else ("scale (INSTRUCT at 0)", units[0])
+    title = f"Learning rate {rate:g}. " if rate is not None else ""
+    numbers = "Numbers are scales; a" if keep is not None else "A"
+    return chart(
+        Frame(across, up, below, beside), lines, label=f"{beside} against {below}",
+        caption=f"{title}{numbers} ring marks the selected settings.",
+    )  # fmt: skip
+
+
+def _name(one: Settings) -> str:
+    """Return arm and settings without what a panel and the points of a line tell."""
+    words = replace(one, learning_rate=None, scale=None).words()
+    return f"{one.arm}, {words}" if words else one.arm
+
+
+def _distances(comparison: Comparison) -> Iterator[str]:
+    """Yield for each pair sigma and the size of the delta, by layer and by kind of weight."""
+    known = [one for one in comparison.trainings if one.by_layer is not None and one.by_kind is not None]
+    for pair in dict.fromkeys(one.pair for one in known):
+        here = [one for one in known if one.pair == pair]
+        layers = [name for name in here[0].by_layer or {} if name.rpartition(".")[2].isdigit()]
+        kinds = list(here[0].by_kind or {})[::-1]
+        by_layer = _moved(here, "by_layer", layers)
+        by_kind = [
+            Line([(y, x) for x, y in line.points], line.style, line.name, line.dash)
+            for line in _moved(here, "by_kind", kinds)
+        ]
+        title = "" if len({one.pair for one in known}) == 1 else f"Pair {pair}. "
+        unit = "relative size, % (logarithmic)"
+        charts = []
+        if by_layer:
+            up = Axis.logarithmic(y for line in by_layer for _, y in line.points)
+            step = max(1, -(-len(layers) // 12))
+            across = Axis(range(0, len(layers)), [str(at) if at % step == 0 else "" for at in range(len(layers))])
+            caption = f"{title}By layer: sum|difference| over the sum of both sizes; mean over the trainings of a rate."
+            charts.append(
+                chart(
+                    Frame(across, up, "layer", unit, width=480, height=340), by_layer, label="by layer", caption=caption
+                )
             )
-            text = "" if one.scale is None else f"{one.scale:g}"
-            spot = _free_spot(x, y, 7.5 * len(text), taken) if text else None
-            if spot is not None:
-                labels.append(f'<text x="{spot[0]:.1f}" y="{spot[1]:.1f}">{text}</text>')
-    title = f"learning rate {rate:g}: " if rate is not None else ""
-    caption = f"{title}numbers are scales; a ring marks the selected settings."
-    return (
-        f'<figure><svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(keep.name)} against '
-        f'{escape(target.name)}">{"".join([*drawn, *labels])}</svg><figcaption>{escape(caption)}</figcaption></figure>'
-    )
+        if by_kind:
+            across = Axis.logarithmic(x for line in by_kind for x, _ in line.points)
+            frame = Frame(
+                across, Axis.named(kinds), unit, "", width=480, height=max(200, 90 + 24 * len(kinds)), left=130
+            )
+            charts.append(chart(frame, by_kind, label="by kind", caption=f"{title}By kind of weight, the same."))
+        yield f'<div class="two">{"".join(charts)}</div>'
 
 
-def _free_spot(x: float, y: float, width: float, taken: list[tuple[float, float, float]]) -> tuple[float, float] | None:
-    """Return where a label beside a mark hides no other label, None where there is no room; it is then in the table."""
-    for left, base in ((x + 12, y + 4), (x - 12 - width, y + 4), (x - width / 2, y - 14), (x - width / 2, y + 24)):
-        free = all(left > other + size or other > left + width or abs(base - line) > 14 for other, line, size in taken)
-        if free and left > LEFT and left + width < WIDTH and TOP < base < HEIGHT - BOTTOM:
-            taken.append((left, base, width))
-            return left, base
-    return None
+def _moved(trainings: Sequence[Trained], groups: str, names: Sequence[str]) -> list[Line]:
+    """Return a line of the gap and one a learning rate of the delta, in percent, over the places of `names`."""
+
+    def line(some: Sequence[Trained], figure: str, style: str, name: str, dash: int = 0) -> Line:
+        points = []
+        for at, group in enumerate(names):
+            values = [getattr(one, groups).get(group, {}).get(figure) for one in some]
+            above = [value for value in values if value]
+            if above:
+                points.append((float(at), 100.0 * sum(above) / len(above)))
+        return Line(points, style, name, dash)
+
+    found = [line(trainings[:1], "sigma", "instruct", "gap between BASE and INSTRUCT (sigma)")]
+    groups_of: dict[str, list[Trained]] = {}
+    for one in sorted(trainings, key=lambda one: one.learning_rate or 0.0):
+        words = Settings("", learning_rate=one.learning_rate, guidance_power=one.guidance_power).words()
+        groups_of.setdefault("change by training" + (f", {words}" if words else ""), []).append(one)
+    found += [line(some, "delta", "shadow", name, dash) for dash, (name, some) in enumerate(groups_of.items())]
+    return [one for one in found if one.points]
 
 
-class _Axis:
-    """A linear axis with round ticks."""
-
-    def __init__(self, ticks: Sequence[float], digits: int) -> None:
-        self.ticks, self.digits = ticks, digits
-
-    @classmethod
-    def of(cls, values: Sequence[float]) -> _Axis:
-        low, high = min(values), max(values)
-        spread = max(high - low, 1e-3 * max(abs(low), abs(high)), 1e-9)
-        power = 10.0 ** math.floor(math.log10(spread / 4))
-        step = next(power * by for by in (1, 2, 5, 10) if power * by * 4 >= spread)
-        first, last = math.floor(low / step), math.ceil(high / step)
-        first, last = (first, last) if last > first else (first - 1, last + 1)
-        return cls([step * at for at in range(first, last + 1)], max(0, -math.floor(math.log10(step) + 1e-9)))
-
-    def share(self, value: float) -> float:
-        return 0.04 + 0.92 * (value - self.ticks[0]) / (self.ticks[-1] - self.ticks[0])
+def _curves(comparison: Comparison) -> Iterator[str]:
+    """Yield for each learning rate the loss of every training over its steps."""
+    known = [one for one in comparison.trainings if one.curve]
+    for rate in sorted({one.learning_rate for one in known}, key=lambda rate: rate or 0.0):
+        here = [one for one in known if one.learning_rate == rate]
+        lines = [
+            Line(one.curve, *{"base": ("shadow", "BASE"), "instruct": ("direct", "INSTRUCT")}[one.side], marked=False)
+            for one in here
+        ]
+        across, up = (Axis.linear(xy[at] for line in lines for xy in line.points) for at in (0, 1))
+        title = f"Learning rate {rate:g}. " if rate is not None else ""
+        yield chart(
+            Frame(across, up, "step of the optimiser", "loss", width=480, height=320), lines, label="loss over steps",
+            caption=f"{title}A line a training; each point is the mean since the one before.",
+        )  # fmt: skip
 
 
-def _grid(across: _Axis, up: _Axis, below: str, beside: str) -> list[str]:
-    right, bottom = WIDTH - RIGHT, HEIGHT - BOTTOM
-    drawn = []
-    for tick in across.ticks:
-        x = LEFT + across.share(tick) * (right - LEFT)
-        drawn.append(f'<line x1="{x:.1f}" y1="{TOP}" x2="{x:.1f}" y2="{bottom}" stroke="var(--line)"/>')
-        drawn.append(f'<text x="{x:.1f}" y="{bottom + 18}" text-anchor="middle">{tick:.{across.digits}f}</text>')
-    for tick in up.ticks:
-        y = bottom - up.share(tick) * (bottom - TOP)
-        drawn.append(f'<line x1="{LEFT}" y1="{y:.1f}" x2="{right}" y2="{y:.1f}" stroke="var(--line)"/>')
-        drawn.append(f'<text x="{LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{tick:.{up.digits}f}</text>')
-    drawn.append(f'<text x="{(LEFT + right) / 2}" y="{HEIGHT - 10}" text-anchor="middle">{escape(below)}</text>')
-    middle = (TOP + bottom) / 2
-    turned = f'transform="rotate(-90 14 {middle})"'
-    return [*drawn, f'<text x="14" y="{middle}" text-anchor="middle" {turned}>{escape(beside)}</text>']
-
-
-def _selected(comparison: Comparison, titles: Mapping[str, str]) -> str:
-    rows = []
-    for arm, settings in comparison.selected.items():
-        if settings is None:
-            words = f"no settings meet the condition ({comparison.condition})"
-            rows.append([titles[arm], words, *("" for _ in comparison.metrics)])
-        else:
-            rows.append(_line(comparison, settings, titles))
-    return _table(["arm", "settings", *_heads(comparison)], rows, text=2)
+def _selected(comparison: Comparison) -> str:
+    """Return a table with a column an arm: its settings, and each metric with its interval."""
+    found = {arm: settings for arm, settings in comparison.selected.items() if settings is not None}
+    rows = [["settings", *(settings.words() for settings in found.values())]]
+    for metric, head in zip(comparison.metrics, _heads(comparison), strict=True):
+        cells = (comparison.shown(settings, metric.name, "test", interval=True) for settings in found.values())
+        rows.append([head, *cells])
+    table = _table(["95 % intervals in brackets", *found], rows, text=len(found) + 1)
+    absent = [arm for arm in comparison.selected if arm not in found]
+    if absent:
+        table += f'<p class="note">No settings of {", ".join(absent)} meet the condition.</p>'
+    return table
 
 
 def _heads(comparison: Comparison) -> list[str]:
     return [metric.name + (", %" if metric.share else "") for metric in comparison.metrics]
 
 
-def _line(comparison: Comparison, settings: Settings, titles: Mapping[str, str]) -> list[str]:
-    scores = [f"{comparison.mean(settings, by, 'test'):.{1 if by.share else 3}f}" for by in comparison.metrics]
-    return [titles[settings.arm], settings.words(), *scores]
+def _scores(comparison: Comparison) -> str:
+    rows = [
+        [one.arm, one.words(), *(comparison.shown(one, by.name, "test") for by in comparison.metrics)]
+        for one in comparison.groups
+    ]
+    return _table(["arm", "settings", *_heads(comparison)], rows, text=2)
 
 
-def _scores(comparison: Comparison, titles: Mapping[str, str]) -> str:
-    rows, heads = [], ["arm", "settings", *_heads(comparison), "train and make, s", "score, s"]
-    for settings, models in comparison.groups.items():
-        costs = [
-            sum(seconds for model in models for kind, seconds in model.seconds.items() if (kind == "score") == scoring)
-            for scoring in (False, True)
-        ]
-        rows.append([*_line(comparison, settings, titles), *(f"{cost:.1f}" for cost in costs)])
-    return _table(heads, rows, text=2)
-
-
-def _tests(comparison: Comparison, titles: Mapping[str, str]) -> str:
+def _tests(comparison: Comparison) -> str:
     rows = []
     for test in comparison.tests:
-        digits, (low, high) = 1 if test.metric.share else 3, test.found.interval
+        digits, (low, high) = test.digits, test.found.interval
         unit = " points" if test.metric.share else ""
         rows.append([
-            f"{titles[test.a]} against {titles[test.b]}", test.metric.name, test.verdict,
-            f"{test.found.value:+.{digits}f}{unit}", f"{low:+.{digits}f} to {high:+.{digits}f}",
-            f"{test.p_adjusted:.2g}",
+            f"{test.a} against {test.b}", test.metric.name, test.verdict, f"{test.found.value:+.{digits}f}{unit}",
+            f"{low:+.{digits}f} to {high:+.{digits}f}", f"{test.p_adjusted:.2g}",
         ])  # fmt: skip
     heads = ["compared", "metric", "verdict for the first", "difference", "95 % interval", "p, adjusted"]
     return _table(heads, rows, text=3)

@@ -7,92 +7,83 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..results.folder import whole_file
-from .comparison import Comparison, Settings
+from .comparison import Comparison
 from .comparison_page import page
-
-ARMS = {
-    "instruct": "INSTRUCT untouched",
-    "direct": "INSTRUCT tuned directly",
-    "shadow": "graft",
-    "re-adapt": "graft on a scaled INSTRUCT",
-    "chat-vector": "TUNED + INSTRUCT - BASE",
-}
-"""What a reader calls each arm."""
+from .measured import ARMS, Settings
+from .trained import costs
 
 
-def write_comparison(comparison: Comparison, folder: Path, *, command: str | None = None) -> None:
-    """Write the three files into `folder`; `command` writes the chosen graft."""
+def write_comparison(comparison: Comparison, folder: Path) -> None:
+    """Write the three files into `folder`."""
     texts = {
         "json": json.dumps(comparison.to_dict(), indent=2, allow_nan=False) + "\n",
-        "md": markdown(comparison, command),
-        "html": page(comparison, titles=ARMS, command=command),
+        "md": markdown(comparison),
+        "html": page(comparison),
     }
     for kind, text in texts.items():
         with whole_file(folder / f"comparison.{kind}") as new:
             new.write_text(text, encoding="utf-8")
 
 
-def markdown(comparison: Comparison, command: str | None = None) -> str:
+def markdown(comparison: Comparison) -> str:
     """Return the comparison as Markdown: what was chosen, what the test shows of it, every score, what it cost."""
     blocks = [
         ["# Comparison"],
-        [f"Chosen: {comparison.condition}.", *comparison.notes],
-        ["## Selected settings, on the test rows", "", *_selected(comparison)],
+        [f"Chosen: {comparison.condition}."],
+        [f"- `{arm}`: {ARMS[arm]}" for arm in comparison.selected],
+        [f"- {note}" for note in comparison.notes],
+        ["## Selected settings, on the test rows, with intervals (95 %)", "", *_selected(comparison, interval=True)],
         ["## What the test rows show", "", *_tests(comparison)],
     ]
-    for split in ("test", "validation"):
-        blocks.append([f"## All settings, {split} rows", "", *_scores(comparison, split)])
-    blocks.append(["## Cost, seconds", "", *_costs(comparison)])
-    if command is not None:
-        blocks.append(["## The chosen graft", "", "```bash", command, "```"])
-    return "\n\n".join("\n".join(block) for block in blocks) + "\n"
+    for split, rows in (("test", "the test rows"), ("validation", comparison.chosen_on)):
+        blocks.append([f"## All settings, on {rows}", "", *_scores(comparison, split)])
+    blocks.append(["## Cost", "", *_table(*costs(comparison.selected, comparison.models, comparison.trainings))])
+    blocks.append(["A training that several arms share counts for each of them."])
+    if comparison.command is not None:
+        blocks.append(["## The chosen graft", "", "```bash", comparison.command, "```"])
+    return "\n\n".join("\n".join(block) for block in blocks if block) + "\n"
 
 
-def summary(comparison: Comparison, command: str | None = None) -> str:
+def summary(comparison: Comparison) -> str:
     """Return what a terminal shows: the selected settings, the verdicts by target and condition, the command."""
     by = [name for name in (comparison.target, comparison.keep) if name is not None]
-    lines = [f"Chosen: {comparison.condition}.", *_selected(comparison), ""]
+    lines = [f"{arm}: {ARMS[arm]}" for arm in comparison.selected]
+    lines += ["", f"Chosen: {comparison.condition}.", *_selected(comparison), ""]
     lines += [
         f"{test.a} against {test.b}, {test.metric.name}: {test.verdict}"
         for test in comparison.tests
         if test.metric.name in by
     ]
     lines += ["", *comparison.notes]
-    if command is not None:
-        lines += ["", "Write the chosen graft:", f"  {command}"]
+    if comparison.command is not None:
+        lines += ["", "Write the chosen graft:", f"  {comparison.command}"]
     return "\n".join(lines)
 
 
 def missing(comparison: Comparison, arm: str) -> str:
     """Say that no settings of an arm meet the condition."""
-    return f"{ARMS[arm]}: no settings meet the condition ({comparison.condition})"
+    return f"{arm}: no settings meet the condition ({comparison.condition})"
 
 
-def _selected(comparison: Comparison) -> list[str]:
+def _selected(comparison: Comparison, *, interval: bool = False) -> list[str]:
     rows, absent = [], []
     for arm, settings in comparison.selected.items():
         if settings is None:
             absent.append(missing(comparison, arm) + ".")
         else:
-            rows.append(_line(comparison, settings, "test"))
+            rows.append(_line(comparison, settings, "test", interval=interval))
     return [*_table(["arm", "settings", *comparison.by_name], rows), *([""] if absent else []), *absent]
 
 
-def _line(comparison: Comparison, settings: Settings, split: str) -> list[str]:
-    scores = (shown(comparison, settings, name, split) for name in comparison.by_name)
-    return [ARMS[settings.arm], settings.words(), *scores]
-
-
-def shown(comparison: Comparison, settings: Settings, name: str, split: str) -> str:
-    """Return a metric of settings as text: percent with one digit, other units with three."""
-    metric = comparison.by_name[name]
-    return f"{comparison.mean(settings, metric, split):.{1 if metric.share else 3}f}"
+def _line(comparison: Comparison, settings: Settings, split: str, *, interval: bool = False) -> list[str]:
+    scores = (comparison.shown(settings, name, split, interval=interval) for name in comparison.by_name)
+    return [settings.arm, settings.words(), *scores]
 
 
 def _tests(comparison: Comparison) -> list[str]:
     rows = []
     for test in comparison.tests:
-        digits = 1 if test.metric.share else 3
+        digits = test.digits
         low, high = test.found.interval
         rows.append([
             test.a, test.b, test.metric.name, f"{test.found.value:+.{digits}f}",
@@ -106,16 +97,6 @@ def _tests(comparison: Comparison) -> list[str]:
 def _scores(comparison: Comparison, split: str) -> list[str]:
     rows = [_line(comparison, settings, split) for settings in comparison.groups]
     return _table(["arm", "settings", *comparison.by_name], rows)
-
-
-def _costs(comparison: Comparison) -> list[str]:
-    kinds = list(dict.fromkeys(kind for model in comparison.models for kind in model.seconds))
-    rows = []
-    for arm in comparison.selected:
-        models = [model for model in comparison.models if model.settings.arm == arm]
-        totals = [sum(model.seconds.get(kind, 0.0) for model in models) for kind in kinds]
-        rows.append([ARMS[arm], str(len(models)), *(f"{total:.1f}" for total in totals)])
-    return _table(["arm", "models", *kinds], rows)
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:

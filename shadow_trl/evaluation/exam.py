@@ -85,6 +85,10 @@ class Exam:
                 f"{', '.join(kinds) or 'none'}."
             )
 
+    def __len__(self) -> int:
+        """Return the number of rows of all sorts."""
+        return len(self.rows) + len(self.conversations) + len(self.pairs) + sum(len(task.rows) for task in self.tasks)
+
     @property
     def kinds(self) -> tuple[str, ...]:
         """The kinds of the rows, in the order in which they first occur."""

@@ -2,54 +2,33 @@
 
 from __future__ import annotations
 
-import gc
 import shlex
-import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from accelerate import PartialState
 
 from ..checkpoints.hub import Source, output_folder
 from ..errors import ConfigError, ends_with, list_names
-from ..grafting.options import GraftOptions
-from ..operations.in_memory import OpenGrafts, open_grafts
-from ..results.folder import OutputFolder, check_free, check_place, recover
+from ..grafting.options import declared
+from ..results.folder import OutputFolder, check_free, recover
 from ..runtime.processes import run_on_main, say, together
-from .comparison import Comparison, Measured, Settings, choose_target
+from .comparison import Comparison, choose_target
 from .comparison_report import write_comparison
-from .exam import Exam, Values, function_named
+from .exam import Exam, function_named
 from .harness import harness_tasks
 from .likelihood import read_conversations, read_pairs
-from .models import load, tokenizer_and_ends
+from .measured import Measured
+from .models import tokenizer_and_ends
 from .scoring import Row, read_rows
+from .steps import PAIR, WRITTEN_WITH, Sources, Step, check_all, measure, steps_of, tried_with
+from .trained import Trained, read_trained
 
-PAIR = "pair"
-"""Name of the only pair."""
-
-
-@dataclass(frozen=True)
-class Sources:
-    """The models of a comparison without training.
-
-    Args:
-        instruct: INSTRUCT.
-        tuned: BASE after training.
-        base: BASE; may be left out for an adapter that names it.
-        direct: INSTRUCT after the same training, or None.
-        chat_vector: whether TUNED + scale * (INSTRUCT - BASE) is an arm too: at scale 1 the graft's own sum. TUNED and
-            `base` are full models then.
-    """
-
-    instruct: Source
-    tuned: Source
-    base: Source | None = None
-    direct: Source | None = None
-    chat_vector: bool = False
+OF_DTYPE = "the dtype that was asked for"
+OF_THE_RUN = "the dtype and rounding that the run's manifest tells, INSTRUCT's dtype where there is none"
 
 
 @dataclass(frozen=True)
@@ -74,6 +53,14 @@ class Data:
     max_new_tokens: int = 64
     tasks: tuple[str, ...] = ()
     task_folders: tuple[str, ...] = ()
+
+    @property
+    def chosen_on(self) -> str:
+        """What the settings are chosen on, in words."""
+        if self.validation_rows is None:
+            return "half of the prompts"
+        more = self.conversations or self.preferences or self.tasks
+        return "the validation rows" + (" and half of the other data" if more else "")
 
     def exams(self) -> dict[str, Exam]:
         """Read the files; return the exam of each split, `validation` and `test`.
@@ -120,7 +107,7 @@ def compare_scales(
     output: Source,
     scales: Sequence[float] = (0.25, 0.5, 0.75, 1.0, 1.25),
     modules: Sequence[str] = ("all",),
-    graft_dtype: str = "auto",
+    graft_dtype: str | None = None,
     target: str | None = None,
     keep: str | None = None,
     within: float = 1.0,
@@ -139,7 +126,8 @@ def compare_scales(
         output: folder of comparison.json, comparison.md and comparison.html; must not exist.
         scales: multipliers of what training changed.
         modules: choices of weights that receive the delta: `all`, `linear`, `attention`, `mlp` or an expression.
-        graft_dtype: as `dtype` of `graft`. Default `auto`: what `graft` would write is what is measured.
+        graft_dtype: as `dtype` of `graft`, rounded to nearest. Default: as the run in `tuned` writes its graft, which
+            its manifest tells; `auto` where there is none.
         target: metric that is to be high. Default: `target` where there is one, else the first.
         keep: metric that must not get worse. Default: `kept` where there is one.
         within: by how much it may. Default 1.
@@ -171,125 +159,70 @@ def compare_scales(
             place = opened.enter_context(OutputFolder(folder)) if state.is_main_process else None
             plan = steps_of(sources, tried, folder, opened)
             warnings = check_all(plan, folder, scales[0])
+            trainings, notes = run_on_main(state, lambda: _trainings(sources, plan), what="measuring the weights")
             take = partial(measure, exams=exams, tokenizer=tokenizer, ends=ends, dtype=dtype)
             models = []
             for number, step in enumerate(plan, start=1):
                 if progress:
                     say(f"{number} of {len(plan)}: {' '.join([step.settings.arm, step.settings.words()]).strip()}")
                 models.append(take(step, device=device or state.device))
-            notes = [*_notes(sources, data, exams), *(f"Warning: {warning}" for warning in warnings)]
-            comparison = Comparison(models, metrics, *chosen, within=within, margin=margin, notes=notes)
+            told = OF_DTYPE if graft_dtype is not None else OF_THE_RUN
+            notes = [note_of_splits(data, exams), note_of_weights(models, said=told), *_notes(sources), *notes]
+            comparison = Comparison(
+                models, metrics, *chosen, within=within, margin=margin, chosen_on=data.chosen_on,
+                notes=[*notes, *(f"Warning: {warning}" for warning in warnings)],
+                rows={split: len(exam) for split, exam in exams.items()}, trainings=trainings,
+            )  # fmt: skip
+            comparison = replace(comparison, command=graft_command(comparison, sources, plan))
             if place is not None:
-                write_comparison(comparison, place.part, command=graft_command(comparison, sources, graft_dtype))
+                write_comparison(comparison, place.part)
                 place.commit()
     return comparison
 
 
-class Step(NamedTuple):
-    """One model to make and to measure; without `grafts` it is INSTRUCT."""
-
-    settings: Settings
-    grafts: OpenGrafts | None = None
-    options: GraftOptions = GraftOptions()
-    instruct: Source = ""
-    pair: str = PAIR
-    seed: int | None = None
+def _trainings(sources: Sources, plan: Sequence[Step]) -> tuple[list[Trained], list[str]]:
+    """Return what is known of the trainings of TUNED and of INSTRUCT, and notes on what could not be measured."""
+    step = next(step for step in plan if step.settings.arm == "shadow")
+    assert step.grafts is not None
+    direct = [] if sources.direct is None else [read_trained(sources.direct, "instruct", PAIR)]
+    tuned, note = read_trained(sources.tuned, "base", PAIR).measured(step.grafts)
+    return [tuned, *direct], [] if note is None else [note]
 
 
-def tried_with(scales: Sequence[float], modules: Sequence[str], dtype: str) -> list[tuple[Settings, GraftOptions]]:
-    """Return what is tried with each tuned model, checked."""
-    if not scales or not modules:
-        raise ConfigError("a comparison needs at least one scale and one choice of modules.")
-    return [
-        (
-            Settings("shadow", scale=scale, modules=name),
-            GraftOptions(scale=scale, modules=name, format="model", dtype=dtype),
-        )
-        for name in dict.fromkeys(modules)
-        for scale in dict.fromkeys(scales)
-    ]
-
-
-def steps_of(
-    sources: Sources, tried: Sequence[tuple[Settings, GraftOptions]], folder: Path, opened: ExitStack
-) -> list[Step]:
-    """Open the models beside `folder` for as long as `opened`; return all steps, INSTRUCT first."""
-    plan, instruct = [Step(Settings("instruct"), instruct=sources.instruct)], sources.instruct
-    if sources.direct is not None:
-        grafts = opened.enter_context(
-            open_grafts(base=instruct, instruct=instruct, tuned=sources.direct, beside=folder)
-        )
-        # What direct tuning wrote, in fp32: rounding it to INSTRUCT's dtype is no part of it.
-        plan += [
-            Step(replace(one, arm="direct"), grafts, replace(how, dtype="float32"))
-            for one, how in tried
-            if one.arm == "shadow"
-        ]
-    grafts = opened.enter_context(open_grafts(base=sources.base, instruct=instruct, tuned=sources.tuned, beside=folder))
-    plan += [Step(one, grafts, how) for one, how in tried]
-    if sources.chat_vector:
-        # The sides change places: INSTRUCT - BASE is what TUNED receives.
-        grafts = opened.enter_context(
-            open_grafts(base=sources.base, instruct=sources.tuned, tuned=instruct, beside=folder)
-        )
-        plan += [Step(replace(one, arm="chat-vector"), grafts, how) for one, how in tried if one.arm == "shadow"]
-    return plan
-
-
-def check_all(plan: Sequence[Step], folder: Path, scale: float) -> list[str]:
-    """Check every graft of one scale, since the others differ in nothing that can be wrong; return the warnings."""
-    warnings: dict[str, None] = {}
-    for step in plan:
-        if step.grafts is not None and step.settings.scale == scale:
-            folders, found = step.grafts.check(step.options)
-            check_place(folder, folders)
-            # INSTRUCT is its own BASE where it was tuned directly.
-            warnings |= dict.fromkeys(found if step.settings.arm == "shadow" else ())
-    return list(warnings)
-
-
-def measure(
-    step: Step, *, exams: dict[str, Exam], tokenizer: Any, ends: list[int], dtype: str, device: Any
-) -> Measured:
-    """Make and measure a model; only one is in memory at a time."""
-    started = time.perf_counter()
-    source = step.instruct if step.grafts is None else step.grafts.graft(step.options)
-    model = load(source, dtype=dtype, device=device)
-    del source
-    made = time.perf_counter()
-    values: dict[str, Values] = {split: one.take(model, tokenizer, ends) for split, one in exams.items()}
-    del model
-    gc.collect()
-    seconds = {"make": round(made - started, 2), "score": round(time.perf_counter() - made, 2)}
-    return Measured(step.settings, values, step.pair, step.seed, seconds)
-
-
-def _notes(sources: Sources, data: Data, exams: dict[str, Exam]) -> list[str]:
-    notes = [
-        note_of_halves(data, exams),
-        "One training: the intervals are over rows alone. Another seed may train another model.",
-    ]
+def _notes(sources: Sources) -> list[str]:
+    notes = ["One training: the intervals are over rows alone. Another seed may train another model."]
     if sources.direct is None:
         notes.append("INSTRUCT tuned directly was not compared: --direct names it.")
     return notes
 
 
-def note_of_halves(data: Data, exams: dict[str, Exam]) -> str:
+def note_of_splits(data: Data, exams: dict[str, Exam]) -> str:
     """Say which rows chose the settings and which are the test."""
-    sizes = {name: len(exam.rows) + len(exam.conversations) + len(exam.pairs) for name, exam in exams.items()}
-    how = "Half of the prompts, chosen by their digests," if data.validation_rows is None else "The validation rows"
+    sizes = {name: len(exam) for name, exam in exams.items()}
+    how = data.chosen_on[0].upper() + data.chosen_on[1:]
+    how += ", picked by their digests," if data.validation_rows is None else ""
     return f"{how} chose the settings ({sizes['validation']:,} rows); the other {sizes['test']:,} rows are the test."
 
 
-def graft_command(comparison: Comparison, sources: Sources, graft_dtype: str = "auto") -> str | None:
+def note_of_weights(models: Sequence[Measured], *, said: str) -> str:
+    """Say in which dtype the weights of each arm are; `said` tells why those of the grafts are."""
+    found = [f"{model.settings.arm} in {model.precision}" for model in models if model.dtype is not None]
+    return f"Weights: {', '.join(dict.fromkeys(found))}. The grafts have {said}."
+
+
+def graft_command(comparison: Comparison, sources: Sources, plan: Sequence[Step]) -> str | None:
     """Return the command that writes the chosen graft, None where no settings meet the condition."""
     chosen = comparison.selected.get("shadow")
     if chosen is None or chosen.scale is None or chosen.modules is None:
         return None
+    options = next(step.options for step in plan if step.settings == chosen)
     words = ["shadow-trl", "graft"]
     for name, source in (("base", sources.base), ("instruct", sources.instruct), ("tuned", sources.tuned)):
         words += [f"--{name}", str(source)] if source is not None else []
     # What was measured is dense, whatever TUNED is.
     words += ["--scale", repr(chosen.scale), "--modules", chosen.modules, "--format", "model"]
-    words += ["--dtype", graft_dtype] if graft_dtype != "auto" else []
+    for name in WRITTEN_WITH:
+        value = getattr(options, name)
+        if value != declared()[name].default:
+            words += [f"--{name}"] if value is True else [f"--{name}", str(value)]
     return shlex.join([*words, "--output", "grafted"])

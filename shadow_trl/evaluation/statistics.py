@@ -90,6 +90,30 @@ def compare(
     )
 
 
+def interval_of(
+    values: Mapping[str, Table], *, bound: float | None = None, pairs: int = 1, seed: int = 0
+) -> tuple[float, float]:
+    """Return the interval of one model's mean over parts, trainings and rows; see `compare` for how it is made.
+
+    Args:
+        values: part -> values, (trainings, rows).
+        bound: largest value that a row can have, from 0: each part gets one row more at either end, so that a model
+            that answers ten rows right is not called perfect. None where there is none.
+        pairs: as of `compare`. Default 1.
+        seed: of the random draws.
+
+    >>> low, high = interval_of({"all": np.ones((1, 10))}, bound=1.0)
+    >>> low < 0.85, high
+    (True, 1.0)
+    """
+    tables = [
+        table if bound is None else np.hstack([table, np.tile([bound, 0.0], (len(table), 1))])
+        for table in values.values()
+    ]
+    low, high = _bootstrap(tables, seed, pairs).confidence_interval
+    return float(low), float(high)
+
+
 def _bootstrap(tables: Sequence[Table], seed: int, pairs: int = 1) -> Any:
     """Return scipy's bootstrap of the mean over tables, rows of each drawn on their own and trainings once for all."""
     from scipy.stats import bootstrap
@@ -174,9 +198,9 @@ def verdict(
         higher: whether more is better. Default True.
 
     Returns:
-        "no difference above ..." where the interval is inside the margin, "better by ..." or "worse by ..." where it
-        excludes 0 and `p_adjusted` is at most 1 - LEVEL, else "too few rows to tell", with the number of rows that
-        would tell.
+        "no difference above ..." where the interval is inside the margin (without one, "no difference on any row" where
+        all are equal), "better by ..." or "worse by ..." where it excludes 0 and `p_adjusted` is at most 1 - LEVEL,
+        else "too few rows to tell", with the number of rows that would tell.
     """
     low, high = found.interval
     unit = f" {unit}" if unit else ""
@@ -186,6 +210,8 @@ def verdict(
         word = "better" if (low > 0) == higher else "worse"
         ends = (low, high) if low > 0 else (-high, -low)
         return f"{word} by {abs(found.value):.{digits}f}{unit} ({ends[0]:.{digits}f} to {ends[1]:.{digits}f})"
+    if margin is None and low == high == found.value == 0.0:
+        return "no difference on any row"
     wanted = rows_that_tell(found, margin=margin)
     if wanted is None:
         return "too few rows to tell: more trainings (seeds) would tell, rows alone would not"

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..checkpoints.checkpoint import Checkpoint
-from ..checkpoints.header import FLOATS, TORCH_NAMES, build_header, nbytes_of
+from ..checkpoints.header import FLOATS, TORCH_NAMES, TensorSpec, build_header, nbytes_of
 from .jobs import WeightJob
 
 INDEX = "model.safetensors.index.json"
@@ -99,8 +99,8 @@ def write_index(files: list[OutputFile], instruct: Checkpoint, folder: Path) -> 
     (folder / INDEX).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-def main_dtype(jobs: Iterable[WeightJob]) -> str | None:
-    """Return the torch name of the floating dtype in which most elements are written, None without any."""
+def main_dtype(jobs: Iterable[WeightJob | TensorSpec]) -> str | None:
+    """Return the torch name of the floating dtype that most elements have, None without any."""
     counts: Counter[str] = Counter()
     for job in jobs:
         if job.code in FLOATS:

@@ -57,10 +57,10 @@ def gap(
     findings = compare_architectures(sides["base"].config, sides["instruct"].config)
     if findings.errors:
         raise PairMismatchError("\n".join(findings.errors))
-    return _measure(sides["base"], sides["instruct"], sides.get("tuned"), progress)
+    return measure(sides["base"], sides["instruct"], sides.get("tuned"), progress)
 
 
-def _measure(base: Checkpoint, instruct: Checkpoint, tuned: Checkpoint | None, progress: bool) -> GapReport:
+def measure(base: Checkpoint, instruct: Checkpoint, tuned: Checkpoint | None, progress: bool = False) -> GapReport:
     """Measure every weight of INSTRUCT against BASE and, with TUNED, TUNED against BASE under the same names."""
     from ..checkpoints.distance import Sides, measure_gap
 

@@ -10,13 +10,15 @@ from pathlib import Path
 from tempfile import mkdtemp
 from typing import TYPE_CHECKING
 
+from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.hub import Source
 from ..errors import ends_with
 from ..grafting.files import main_dtype
-from ..grafting.inputs import open_tuned_inputs
+from ..grafting.inputs import base_of, open_tuned_inputs
 from ..grafting.jobs import check_rounding
 from ..grafting.options import GraftOptions
-from ..grafting.tuned import SingleTuned, one_tuned
+from ..grafting.reports import GapReport
+from ..grafting.tuned import SingleTuned, merged_checkpoint, one_tuned
 from ..results.copied import copied_files, copy_files, write_config
 from ..results.folder import Scratch
 from .graft import check_finite
@@ -32,10 +34,12 @@ class MemoryGraft:
     Args:
         weights: name on the disk -> weight, in the dtype that `graft` would write.
         folder: with the other files of the graft: config, tokenizer, template. Gone when the grafts are closed.
+        dtype: torch name of the dtype of most elements.
     """
 
     weights: dict[str, Tensor]
     folder: Path
+    dtype: str
 
 
 @dataclass(frozen=True)
@@ -45,6 +49,26 @@ class OpenGrafts:
     single: SingleTuned
     instruct: Source
     scratch: Path
+
+    def form(self, options: GraftOptions) -> str:
+        """Return the form, `model` or `adapter`, in which `graft` would write with `options`."""
+        return open_tuned_inputs(self.single, self.instruct, options).form
+
+    def gap(self) -> GapReport:
+        """Measure the pair and, in the same way, what training changed; an adapter is merged on the disk for it.
+
+        Raises:
+            InputError, GraftError: as of `operations.gap.gap`.
+        """
+        from .gap import measure
+
+        base, instruct = Checkpoint.open(base_of(self.single)), Checkpoint.open(self.instruct)
+        tuned = self.single.checkpoint
+        scratch = Path(mkdtemp(dir=self.scratch))
+        try:
+            return measure(base, instruct, merged_checkpoint(base, tuned, scratch) if tuned.is_adapter else tuned)
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
 
     def check(self, options: GraftOptions) -> tuple[list[tuple[str, Path]], list[str]]:
         """Plan a graft without computing it; return role and folder of each side, and the warnings.
@@ -76,8 +100,9 @@ class OpenGrafts:
         shutil.rmtree(folder / ".converted", ignore_errors=True)
         check_finite(outcome)
         copy_files(copied_files(inputs.instruct), inputs.instruct, folder)
-        write_config(folder, main_dtype(jobs.weights), jobs.config_edits)
-        return MemoryGraft(weights, folder)
+        dtype = main_dtype(jobs.weights)
+        write_config(folder, dtype, jobs.config_edits)
+        return MemoryGraft(weights, folder, dtype or "")
 
 
 @contextmanager

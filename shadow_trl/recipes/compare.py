@@ -12,18 +12,18 @@ from typing import Any
 
 from accelerate import PartialState
 
-from ..checkpoints.manifest import read_manifest
+from ..checkpoints.manifest import GRAFTED_FOLDER, read_manifest
 from ..errors import ShadowError
 from ..evaluation.models import load, tokenizer_and_ends
 from ..evaluation.report import TITLES, Arm, RunReport
 from ..evaluation.scoring import Scores, answered_right, scores_of
+from ..evaluation.steps import as_written
 from ..grafting.options import GraftOptions
 from ..grafting.reports import GraftReport
 from ..operations.gap import gap
 from ..operations.in_memory import MemoryGraft, open_grafts
 from ..runtime.processes import say, share_out, together
 from ..training.origins import Origins, require_base, require_instruct
-from ..training.preflight import GRAFTED_FOLDER
 from .options import Options
 
 
@@ -126,7 +126,9 @@ def _scored(
                 grafts = grafts or opened.enter_context(
                     open_grafts(base=start, instruct=receiver, tuned=tuned, beside=beside)
                 )
-                kept = options.training.graft_options() if name == "shadow" else {"dtype": "float32"}
+                kept: dict[str, Any] = {"dtype": "float32"}
+                if name == "shadow":
+                    kept = {**options.training.graft_options(), **as_written(tuned, grafts)}
                 model = grafts.graft(GraftOptions(**{**kept, "scale": scale, "format": "model"}))
             arms.append(Arm(name, source, scale, _score_model(options, origins, model, rows, title=at)))
     return arms

@@ -13,14 +13,13 @@ from typing import Any
 from accelerate import PartialState
 
 from ..checkpoints.digests import weight_digests
-from ..checkpoints.manifest import read_manifest, write_manifest
+from ..checkpoints.manifest import GRAFTED_FOLDER, read_manifest, write_manifest
 from ..errors import InputError
 from ..evaluation.report import TITLES, RunReport
 from ..results.folder import Scratch
 from ..runtime.processes import check_shared, run_on_main, say
 from ..training.loading import Loading, load_adapter
 from ..training.origins import Origins, require_instruct, resolve_origins
-from ..training.preflight import GRAFTED_FOLDER
 from .compare import make_report, score_arms, timed
 from .data import load_data
 from .help import is_asked

@@ -9,9 +9,8 @@ from typing import Any
 
 from trl import get_peft_config
 
-from ..checkpoints.manifest import Entry, read_manifest
+from ..checkpoints.manifest import GRAFTED_FOLDER, Entry, read_manifest
 from ..errors import ConfigError, InputError, OutputExistsError, ends_with, list_names, one_of
-from ..training.preflight import GRAFTED_FOLDER
 from ..training.resuming import last_complete
 from .launch_options import without_launch_keys
 from .options import Options, find_config, parse_values, read_yaml, take_option

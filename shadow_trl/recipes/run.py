@@ -20,6 +20,7 @@ from jinja2 import TemplateError
 from trl import DPOTrainer, SFTTrainer, get_peft_config, get_quantization_config
 
 from ..checkpoints.hub import locate
+from ..checkpoints.manifest import GRAFTED_FOLDER
 from ..errors import ConfigError, InputError, OutputExistsError, ShadowError, ends_with
 from ..evaluation.report import RunReport
 from ..results.parents import remove_empty
@@ -32,7 +33,7 @@ from ..training.engines import forget, load_for
 from ..training.gathering import whole_weights
 from ..training.guidance import GuidedSFTTrainer, GuidedShadowSFTTrainer
 from ..training.origins import Origins, require_instruct
-from ..training.preflight import GRAFTED_FOLDER, refuse_unsupported
+from ..training.preflight import refuse_unsupported
 from ..training.resuming import checkpoint_of
 from ..training.settings import check_settings
 from ..training.trainers import ShadowDPOTrainer, ShadowSFTTrainer
@@ -174,6 +175,7 @@ def train_stage(
             run_on_main(trainer.accelerator, lambda: write_record(folder, record), what="recording the options")
         with timed(seconds, "train and graft"):
             trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
+        trainer.save_state()  # its log: steps and losses
         if not training.graft:
             _save(trainer)
         precomputed = bool(getattr(trainer.args, "precompute_ref_log_probs", False))
@@ -226,6 +228,7 @@ def _train_direct(kind: str, options: Options, origins: Origins, args: Any, data
     with _engine_of_its_own(args):
         trainer = _trainer(TRAINERS[kind][1], instruct.source, args, options, data)
         trainer.train()
+        trainer.save_state()
         _save(trainer)
         _free(trainer)
 

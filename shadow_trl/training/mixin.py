@@ -21,7 +21,7 @@ from trl.trainer.utils import get_config_model_id
 
 from ..adapters.kinds import START_FOLDER
 from ..checkpoints.digests import weight_digests
-from ..checkpoints.manifest import Entry, write_manifest
+from ..checkpoints.manifest import GRAFTED_FOLDER, Entry, write_manifest
 from ..errors import ConfigError, ends_with
 from ..grafting.options import BASE_DTYPES
 from ..grafting.reports import GraftReport
@@ -64,7 +64,6 @@ from .loading import bare_model, dtypes_before, load_adapter, reload_converted
 from .older import refuse_lost_biases
 from .origins import Start
 from .preflight import (
-    GRAFTED_FOLDER,
     check_before_loading,
     check_head,
     check_head_is_plain,

@@ -12,6 +12,7 @@ from accelerate.logging import get_logger
 from ..adapters.kinds import check_has_delta, is_subtracted, kind_of, lost_start, more_than_a_product, start_setting
 from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.hub import local_folder
+from ..checkpoints.manifest import GRAFTED_FOLDER
 from ..checkpoints.sharded import merge_command, shards_of
 from ..errors import AdapterError, ConfigError, OutputExistsError, list_names
 from ..operations.checks import check_graft
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
 
 logger = get_logger(__name__)
 
-GRAFTED_FOLDER = "grafted"
 # What an adapter's config says of its origin and use, not of its form.
 _NOT_FORM = {"base_model_name_or_path", "revision", "inference_mode", "task_type", "peft_version", "auto_mapping"}
 

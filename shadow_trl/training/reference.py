@@ -19,7 +19,7 @@ from ..adapters.kinds import is_subtracted, start_setting
 from ..adapters.lora import place_on, read_lora, streams
 from ..arithmetic.grafter import graft_low_rank
 from ..checkpoints.checkpoint import Checkpoint
-from ..checkpoints.manifest import Entry
+from ..checkpoints.manifest import GRAFTED_FOLDER, Entry
 from ..grafting.options import GraftOptions
 from ..layouts.model_names import ModelNames
 from ..operations.graft import graft
@@ -29,7 +29,6 @@ from .engines import forget, gathered, uses_deepspeed
 from .loading import Loading, bare_model, dtypes_before, is_adapted
 from .older import add_head
 from .origins import Start
-from .preflight import GRAFTED_FOLDER
 
 if TYPE_CHECKING:
     from accelerate import Accelerator, PartialState

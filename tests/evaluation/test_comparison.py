@@ -10,9 +10,13 @@ import numpy as np
 import pytest
 
 from shadow_trl.errors import ConfigError, GraftError, InputError
-from shadow_trl.evaluation.comparison import Comparison, Measured, Settings, choose_target
+from shadow_trl.evaluation.charts import Axis
+from shadow_trl.evaluation.comparison import Comparison, choose_target
+from shadow_trl.evaluation.comparison_page import page
 from shadow_trl.evaluation.comparison_report import markdown, summary, write_comparison
 from shadow_trl.evaluation.exam import Exam, Metric, function_named
+from shadow_trl.evaluation.measured import Measured, Settings
+from shadow_trl.evaluation.trained import Trained, costs
 
 METRICS = (Metric("target", ("target",)), Metric("kept", ("rule", "skill")), Metric("loss", ("loss",), False, False))
 
@@ -71,6 +75,15 @@ def test_less_is_better_of_a_loss():
     assert comparison(*models, keep="loss", within=0.1).selected["shadow"].scale == 1.0
 
 
+def test_a_small_difference_of_a_loss_is_not_shown_as_none():
+    models = (model("instruct", values(50, 90, 90)), model("shadow", values(50, 90, 90, loss=0.9996), scale=1.0))
+    found = comparison(*models, target="loss", keep=None)
+    (loss,) = [test for test in found.tests if test.metric.name == "loss"]
+    assert loss.verdict == "better by 0.00040 (0.00040 to 0.00040)"
+    for shown in (markdown(found), page(found)):
+        assert "-0.00040 to -0.00040" in shown
+
+
 def test_every_two_selected_arms_are_compared_on_test_by_every_metric():
     tests = {(test.a, test.b, test.metric.name): test for test in comparison(*THREE).tests}
     assert set(tests) == {
@@ -83,6 +96,112 @@ def test_every_two_selected_arms_are_compared_on_test_by_every_metric():
     assert target.verdict.startswith("better by 8.0 points (")
     assert tests["shadow", "instruct", "kept"].verdict == "no difference above 2 points"
     assert target.p_adjusted == pytest.approx(min(1.0, 9 * min(test.found.p for test in tests.values())))
+
+
+def spread(count: int, rows: int) -> tuple[float, ...]:
+    """`count` of each 100 rows are right, and about that share of fewer rows."""
+    return tuple(float(at * 37 % 100 < count) for at in range(rows))
+
+
+@pytest.mark.parametrize(
+    ("kept", "rows", "wanted"),
+    [
+        (85, 1000, "worse by 5.0 points ("),
+        (85, 40, "too few rows to tell: about "),
+        (90, 1000, "no difference above 2 points"),
+        (90, 10, "too few rows to tell: about "),
+    ],
+)
+def test_a_planted_damage_and_two_arms_that_are_one_are_told_with_enough_rows_only(kept, rows, wanted):
+    metrics = (Metric("target", ("target",)), Metric("kept", ("rule",)))
+    sound, other = ({"target": spread(60, rows), "rule": spread(share, rows)} for share in (90, kept))
+    models = [model("instruct", sound), model("shadow", other, scale=1.0)]
+    found = Comparison(models, metrics, "target", "kept", within=100.0)
+    (test,) = [one for one in found.tests if one.metric.name == "kept"]
+    assert (test.a, test.b) == ("shadow", "instruct")
+    assert test.found.value == pytest.approx(kept - 90, abs=3.0)
+    assert test.verdict.startswith(wanted)
+
+
+def test_an_arm_has_one_name_in_every_file(tmp_path):
+    """That of comparison.json: a title beside it would leave a reader to guess which is which."""
+    found = comparison(*THREE, model("re-adapt", values(50, 90, 95), scale=1.0))
+    write_comparison(found, tmp_path)
+    content = json.loads((tmp_path / "comparison.json").read_text())
+    arms = {arm["arm"] for arm in content["arms"]}
+    text, html = ((tmp_path / f"comparison.{kind}").read_text() for kind in ("md", "html"))
+    assert {cells[1].strip() for cells in (line.split("|") for line in text.splitlines()) if len(cells) > 1} >= arms
+    rows = [re.sub(r"</t[dh]>", "|", row).split("|")[0] for row in re.findall("<tr>(.*?)</tr>", html)]
+    assert {re.sub("<[^>]*>", "", row) for row in rows} >= arms | {"shadow against direct"}
+    said = summary(found)
+    for shown in (text, html, said):
+        assert "INSTRUCT tuned directly" in shown  # said once, where the names are explained
+        assert shown.count("INSTRUCT tuned directly") == 1
+    assert all(f"{test.a} against {test.b}" in said for test in found.tests if test.metric.name == "target")
+
+
+@pytest.mark.parametrize("chosen_on", ["the validation rows", "half of the prompts"])
+def test_validation_is_said_of_validation_rows_alone(tmp_path, chosen_on):
+    found = comparison(*THREE, chosen_on=chosen_on)
+    write_comparison(found, tmp_path)
+    for shown in (summary(found), *((tmp_path / f"comparison.{kind}").read_text() for kind in ("md", "html"))):
+        assert f"highest target with kept at least INSTRUCT&#x27;s minus 1, on {chosen_on}" in shown.replace(
+            "INSTRUCT's", "INSTRUCT&#x27;s"
+        )
+        assert ("validation" in shown) == ("validation" in chosen_on)
+
+
+def test_the_page_has_what_training_cost_and_changed(tmp_path):
+    sizes = {"sigma": 0.04, "delta": 0.004}
+    moved = {"by_layer": {"model.layers.0": sizes, "model.norm": sizes}, "by_kind": {"q_proj": sizes, "norm": sizes}}
+    made = {"pair": "a", "learning_rate": 1e-4, "rows": 600, "steps": 19}
+    trainings = [
+        Trained("base", **made, seed=1, seconds=5.0, curve=((10, 0.7), (19, 0.5)), **moved),
+        Trained("base", **made, seed=2, seconds=7.0, curve=((10, 0.6), (19, 0.4)), **moved),
+        Trained("instruct", **made, seed=1, seconds=9.0, curve=((10, 0.5), (19, 0.3))),
+    ]
+    found = comparison(*THREE, trainings=trainings, rows={"test": 1600, "validation": 1600})
+    heads, rows = costs(found.selected, found.models, found.trainings)
+    assert [dict(zip(heads, row, strict=True)) for row in rows] == [
+        {"arm": arm, "models": models, "trainings": number, "rows trained on": rows, "optimiser steps": steps,
+         "training, s": seconds, "making, s": "0.0", "scoring, s": scoring}
+        for arm, models, number, rows, steps, seconds, scoring in (
+            ("instruct", "1", "0", "", "", "", "1.5"), ("direct", "2", "1", "600", "19", "9.0", "3.0"),
+            ("shadow", "2", "2", "1,200", "38", "12.0", "3.0"),
+        )
+    ]  # fmt: skip
+    write_comparison(found, tmp_path)
+    content = json.loads((tmp_path / "comparison.json").read_text())
+    assert content["trainings"][0]["curve"] == [[10, 0.7], [19, 0.5]]
+    assert content["trainings"][0]["by_kind"]["q_proj"] == sizes
+    assert {arm["rows"] for arm in content["arms"]} == {1600}
+    html = (tmp_path / "comparison.html").read_text()
+    charts = re.findall(r"<figure>.*?</figure>", html, re.DOTALL)
+    assert [re.search('aria-label="(.*?)"', one).group(1) for one in charts] == [
+        "kept, % against target, %", "by layer", "by kind", "loss over steps"
+    ]  # fmt: skip
+    assert [len(re.findall("<polyline", re.sub("<ul.*?</ul>", "", one, flags=re.DOTALL))) for one in charts[1:]] == [
+        2, 2, 3
+    ]  # fmt: skip
+    for unit in ("relative size, %", "step of the optimiser", ">loss<", ">layer<", "q_proj"):
+        assert unit in html
+    without = tmp_path / "without"
+    without.mkdir()
+    write_comparison(comparison(*THREE), without)
+    assert html.count("<figure>") - (without / "comparison.html").read_text().count("<figure>") == 3
+
+
+def test_the_axes_hold_their_values():
+    for axis, some in (
+        (Axis.linear([3.0, 97.0]), [3.0, 97.0]), (Axis.linear([5.0]), [5.0]), (Axis.linear([-0.2, 0.0]), [-0.2, 0.0]),
+        (Axis.logarithmic([0.03, 4.0]), [0.03, 4.0]), (Axis.logarithmic([0.5]), [0.5]),
+        (Axis.logarithmic([1e-7, 30.0]), [1e-7, 30.0]), (Axis.named(["a"]), [0.0]),
+    ):  # fmt: skip
+        assert all(0.0 < axis.share(value) < 1.0 for value in some)
+        assert len(axis.labels) == len(axis.ticks)
+    assert Axis.logarithmic([0.03, 4.0]).share(0.3) == pytest.approx(
+        (Axis.logarithmic([0.03, 4.0]).share(0.03) + Axis.logarithmic([0.03, 4.0]).share(3.0)) / 2
+    )
 
 
 def test_trainings_are_compared_with_the_same_training_and_instruct_with_all_of_its_pair():
@@ -117,14 +236,17 @@ def test_pairs_are_drawn_before_their_trainings():
 
 
 def test_the_files_say_the_same(tmp_path):
-    found = comparison(*THREE, notes=["One <training>."])
-    write_comparison(found, tmp_path, command="shadow-trl graft --scale 0.5")
+    found = comparison(*THREE, notes=["One <training>."], command="shadow-trl graft --scale 0.5")
+    write_comparison(found, tmp_path)
     content = json.loads((tmp_path / "comparison.json").read_text())
     assert len(content["arms"]) == 2 * len(THREE)
     arm = next(one for one in content["arms"] if (one["arm"], one["scale"], one["split"]) == ("shadow", 0.5, "test"))
     assert arm["scores"] == {"target": pytest.approx(68), "kept": pytest.approx(93), "loss": pytest.approx(1.05)}
     assert {"learning_rate", "modules", "ref_policy", "pair", "seed", "rows"} <= set(arm)
     assert content["selected"]["direct"]["scale"] == 0.5
+    low, high = content["intervals"]["direct"]["target"]
+    assert low < content["tests"][0]["difference"] + 20 < high  # direct against INSTRUCT, which has 20
+    assert f"60.0 ({low:.1f} to {high:.1f})" in (tmp_path / "comparison.html").read_text()
     assert {"a", "b", "metric", "difference", "interval", "p", "p_adjusted", "verdict"} == set(content["tests"][0])
     text, html = ((tmp_path / f"comparison.{kind}").read_text() for kind in ("md", "html"))
     for test in content["tests"]:
@@ -223,7 +345,7 @@ def test_metrics_follow_from_the_data():
 def test_a_function_that_returns_no_number_a_row_is_an_error(monkeypatch, result):
     from shadow_trl.evaluation import exam as module
 
-    monkeypatch.setattr(module, "answered_right", lambda model, tokenizer, rows, **more: [True] * len(rows))
+    monkeypatch.setattr(module, "answered_right", lambda model, tokenizer, rows, **_: [True] * len(rows))
     exam = Exam(ROWS, functions={"odd": lambda model, tokenizer, rows: result(rows)})
     with pytest.raises(GraftError, match=r"numbers for 80 rows|not finite:\n *odd"):
         exam.take(None, None, [1])

@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import json
 import shlex
+import shutil
 from pathlib import Path
 
 import pytest
 import rank_cases
 import torch
+from peft import LoraConfig, PeftModel, get_peft_model
 from ranks import in_processes
 from rows import write_rows
 from tiny import make_pair, save_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from shadow_trl.checkpoints.manifest import write_manifest
 from shadow_trl.cli import main
+from shadow_trl.errors import CheckpointError
 from shadow_trl.evaluation.exam import Exam
 from shadow_trl.evaluation.likelihood import losses
+from shadow_trl.evaluation.steps import as_written
+from shadow_trl.grafting.options import GraftOptions
 from shadow_trl.operations.graft import graft
 
 ASKED = [(f"{at} {word}", kind) for at in range(16) for word, kind in (("a", "target"), ("b", "rule"))]
@@ -128,6 +134,102 @@ def test_several_processes_share_the_rows_and_write_what_one_writes(workspace, t
     assert [end.value["code"] for end in failed] == [2] * count
 
 
+def trained(root: Path, learnt: str) -> Path:
+    """Return a run of this pair with its own graft at scale 0.7: fp32 weights, or an adapter."""
+    run = root / "run"
+    if learnt == "full":
+        shutil.copytree("tuned", run)
+    else:
+        torch.manual_seed(5)
+        lora = LoraConfig(r=2, target_modules=["q_proj", "up_proj"], init_lora_weights=False)
+        get_peft_model(AutoModelForCausalLM.from_pretrained("base", dtype=torch.float32), lora).save_pretrained(run)
+    form = {"dtype": "float32"} if learnt == "full" else {"format": "adapter"}
+    sides = {"base": "base", "instruct": "instruct", "tuned": run}
+    graft(**sides, scale=0.7, output=run / "grafted", progress=False, **form)
+    return run
+
+
+@pytest.mark.parametrize("learnt", ["full", "lora"])
+def test_figures_are_those_of_the_graft_that_the_run_has_written(workspace, tmp_path, monkeypatch, capsys, learnt):
+    """INSTRUCT is in bf16, the run's graft is not: rounded to INSTRUCT's dtype it would be another model."""
+    monkeypatch.chdir(workspace)
+    run = trained(tmp_path, learnt)
+    command = ["compare", "--base", "base", "--instruct", "instruct", "--tuned", str(run), "--scales", "0.7"]
+    command += ["--modules", "all", "mlp", "--conversations", "talks.jsonl", "--output"]
+    assert main([*command, str(tmp_path / "own")]) == 0
+    shown = capsys.readouterr().out
+    assert "Weights: shadow in float32." in shown
+    assert main([*command, str(tmp_path / "asked"), "--dtype", "bfloat16"]) == 0
+    assert "Weights: shadow in bfloat16." in capsys.readouterr().out
+    tokenizer = AutoTokenizer.from_pretrained("instruct")
+    talks = [json.loads(line) for line in Path("talks.jsonl").read_text().splitlines()]
+    test = Exam(conversations=talks).halves()["test"].conversations
+
+    def loss_of(model) -> float:
+        found, _ = losses(model.eval(), tokenizer, test)
+        return sum(found) / len(found)
+
+    def arm(folder: str, modules: str) -> dict:
+        arms = json.loads((tmp_path / folder / "comparison.json").read_text())["arms"]
+        return next(one for one in arms if (one["modules"], one["split"]) == (modules, "test"))
+
+    found = {folder: arm(folder, "all")["scores"]["loss"] for folder in ("own", "asked")}
+    written = run / "grafted"
+    if learnt == "full":
+        wanted = loss_of(AutoModelForCausalLM.from_pretrained(written, dtype=torch.float32))
+        assert found["own"] == pytest.approx(wanted, rel=1e-14)
+    else:  # the adapter beside the weights: another order of the same sum
+        plain = AutoModelForCausalLM.from_pretrained("instruct", dtype=torch.float32)
+        assert found["own"] == pytest.approx(loss_of(PeftModel.from_pretrained(plain, written)), rel=1e-6)
+    assert found["asked"] != pytest.approx(found["own"], rel=1e-5)
+    assert [arm(folder, "mlp")["dtype"] for folder in ("own", "asked")] == ["float32", "bfloat16"]
+    # The command that it ends with writes what was measured.
+    words = shlex.split(next(line for line in shown.splitlines() if line.strip().startswith("shadow-trl graft")))[1:]
+    assert words[words.index("--dtype") + 1] == "float32"
+    words[-1] = str(tmp_path / "chosen")
+    assert main([*words, "--quiet"]) == 0
+    modules = words[words.index("--modules") + 1]
+    chosen = loss_of(AutoModelForCausalLM.from_pretrained(tmp_path / "chosen", dtype=torch.float32))
+    assert chosen == pytest.approx(arm("own", modules)["scores"]["loss"], rel=1e-14)
+
+
+WRITTEN = {"dtype": "bfloat16", "rounding": "stochastic", "seed": 7, "vocab": "shared"}
+
+
+@pytest.mark.parametrize(
+    ("grafted", "run", "form", "wanted"),
+    [
+        ({"form": "model", "options": {**WRITTEN, "scale": 0.5, "modules": "mlp"}}, None, None, WRITTEN),
+        ({"form": "model", "options": WRITTEN}, {"options": {"dtype": "float32"}}, None, WRITTEN),
+        ({"form": "adapter", "options": {"dtype": "auto"}}, None, None, {"dtype": "float32", "rounding": "nearest"}),
+        (None, {"options": {**WRITTEN, "scale": 0.5}}, "model", WRITTEN),
+        (None, {"options": {"dtype": "auto"}}, "adapter", {"dtype": "float32", "rounding": "nearest"}),
+        (None, {"options": {"format": "adapter"}}, None, {"dtype": "float32", "rounding": "nearest"}),
+        (None, {}, None, {}),  # of version 0.1.0, which recorded none
+        (None, None, None, {}),
+    ],
+)
+def test_options_of_the_runs_graft_are_those_of_its_manifests(tmp_path, grafted, run, form, wanted):
+    class Grafts:
+        def form(self, options: GraftOptions) -> str:
+            assert form is not None, "the manifest tells"
+            return form
+
+    (tmp_path / "grafted").mkdir()
+    for folder, kind, content in ((tmp_path / "grafted", "graft", grafted), (tmp_path, "run", run)):
+        if content is not None:
+            write_manifest(folder, {"kind": kind, **content})
+    assert as_written(tmp_path, Grafts()) == wanted
+
+
+def test_what_is_no_run_tells_nothing(tmp_path):
+    write_manifest(tmp_path, {"kind": "graft", "form": "model", "options": WRITTEN})
+    assert as_written(tmp_path, None) == as_written("name/on-the-hub", None) == {}
+    write_manifest(tmp_path, {"kind": "run", "options": "bfloat16"})
+    with pytest.raises(CheckpointError, match="options"):
+        as_written(tmp_path, None)
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
@@ -148,10 +250,10 @@ def test_several_processes_share_the_rows_and_write_what_one_writes(workspace, t
     ],
 )
 def test_bad_input_is_refused_before_a_model_is_measured(workspace, tmp_path, monkeypatch, capsys, options, said):
-    from shadow_trl.evaluation import scales
+    from shadow_trl.evaluation import steps
 
     monkeypatch.chdir(workspace)
-    monkeypatch.setattr(scales, "load", lambda *_, **__: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(steps, "load", lambda *_, **__: pytest.fail("a model was loaded"))
     output = [] if "--output" in options else ["--output", str(tmp_path / "out")]
     models = [word for word in MODELS if "--instruct" not in options or word not in ("--instruct", "instruct")]
     before = sorted(workspace.rglob("*"))

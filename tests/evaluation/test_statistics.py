@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from shadow_trl.evaluation.statistics import Difference, compare, holm, rows_that_tell, verdict
+from shadow_trl.evaluation.statistics import Difference, compare, holm, interval_of, rows_that_tell, verdict
 
 
 def hits(rows: int, share: float, *, seed: int, trainings: int = 1) -> np.ndarray:
@@ -79,8 +79,22 @@ def test_trainings_of_a_pair_that_are_alike_do_not_make_the_interval_shorter():
     assert (found.trainings, found.rows) == (30, 400)
     flat = compare({"all": a}, {"all": zeros})
     assert found.error > 1.5 * flat.error
+    low, high = interval_of({"all": a}, pairs=6)
+    assert (high - low) / (2 * 1.96) == pytest.approx(error, rel=0.08)
     # One training a pair: the pairs are what is drawn.
     assert compare({"all": a[::5]}, {"all": zeros}, pairs=6) == compare({"all": a[::5]}, {"all": zeros})
+
+
+@pytest.mark.parametrize("right", [360, 400])
+def test_the_interval_of_one_model_is_that_of_wilson(right):
+    """Of shares, by scipy; of other values that of the t test."""
+    found = interval_of({"all": np.array([[1.0] * right + [0.0] * (400 - right)])}, bound=1.0)
+    wanted = stats.binomtest(right, 400).proportion_ci(0.95, method="wilson")
+    assert found == pytest.approx(tuple(wanted), abs=0.006)
+    losses = np.random.default_rng(3).gamma(2.0, 1.0, (1, 500))
+    error = losses.std(ddof=1) / 500**0.5
+    wanted = stats.t.interval(0.95, 499, losses.mean(), error)
+    assert interval_of({"loss": losses}) == pytest.approx(wanted, abs=0.02)
 
 
 def test_kinds_count_alike_however_many_rows_they_have():
@@ -94,6 +108,15 @@ def test_identical_arms_are_the_same_with_enough_rows_and_not_with_ten(kinds):
     many, few = ({kind: hits(rows, 0.9, seed=0) for kind in kinds} for rows in (1000, 10))
     assert judged(many, many) == "no difference above 0.02"
     assert re.match("too few rows to tell: about [0-9,]+ are needed, ", judged(few, few))
+
+
+def test_equal_values_without_a_margin_are_no_difference():
+    """Neither more rows nor more trainings would tell anything else."""
+    losses = np.random.default_rng(3).gamma(2.0, 1.0, (2, 50))
+    found = compare({"loss": losses}, {"loss": losses})
+    assert verdict(found, found.p, margin=None, unit="") == "no difference on any row"
+    other = compare({"loss": losses + np.array([[0.1], [-0.1]])}, {"loss": losses})
+    assert verdict(other, other.p, margin=None, unit="").startswith("too few rows to tell")
 
 
 def test_arms_of_equal_skill_are_the_same_with_enough_rows():

@@ -66,6 +66,31 @@ def test_the_model_is_the_one_that_loads_from_the_written_graft(
         assert torch.equal(found[name], weight), name
 
 
+@pytest.mark.parametrize("learnt", ["full", "lora"])
+def test_the_gap_is_that_of_the_files(tmp_path: Path, learnt: str) -> None:
+    """Sigma of the pair, and the size of what training changed, by hand from the weights; a LoRA is merged for it."""
+    sides = files.family(tmp_path, shards=(1, 2, 1))
+    base, instruct, tuned = (files.load(sides[role]) for role in ("base", "instruct", "tuned"))
+    if learnt == "lora":
+        sides["tuned"] = files.lora(tmp_path / "lora")
+        graft(base=sides["base"], instruct=sides["base"], tuned=sides["tuned"], output=tmp_path / "merged",
+              format="model", dtype="float32", progress=False)  # fmt: skip
+        tuned = files.load(tmp_path / "merged")
+    before = sorted(tmp_path.rglob("*"))
+    with open_grafts(**sides, beside=tmp_path / "kept") as grafts:
+        found = grafts.gap()
+    assert sorted(tmp_path.rglob("*")) == before
+
+    def relative(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor], part: str) -> float:
+        pairs = [(one[name].double(), other[name].double()) for name in one if f"{part}.weight" in name]
+        return float(sum((a - b).abs().sum() for a, b in pairs) / sum(a.abs().sum() + b.abs().sum() for a, b in pairs))
+
+    for kind in ("up_proj", "q_proj"):
+        assert found.by_kind[kind]["sigma"] == pytest.approx(relative(base, instruct, kind), rel=1e-5)
+        assert found.by_kind[kind]["delta"] == pytest.approx(relative(base, tuned, kind), rel=1e-5, abs=1e-12)
+    assert max(group["delta"] for group in found.by_kind.values()) > 0
+
+
 def test_bad_settings_and_values_are_those_of_graft(tmp_path: Path) -> None:
     sides = files.family(tmp_path)
     weights = files.load(sides["tuned"])

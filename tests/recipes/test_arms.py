@@ -18,7 +18,7 @@ from shadow_trl.recipes import arms
 DESIGN = {
     "recipe": "dpo", "config": "dpo.yaml", "rows": "rows.jsonl", "max_new_tokens": 1, "scales": [0.5, 1.0],
     "seeds": [3, 4], "ref_policies": ["init", "instruct"], "instruct_scales": [0.9], "within": 100.0,
-    "chat_vector": True, "conversations": "talks.jsonl", "graft_dtype": "float32",
+    "chat_vector": True, "conversations": "talks.jsonl",
 }  # fmt: skip
 
 
@@ -28,7 +28,7 @@ def workspace(tmp_path: Path, pair: tuple[Path, Path], monkeypatch: pytest.Monke
     for name, folder in zip(("base", "instruct"), pair, strict=True):
         (tmp_path / name).symlink_to(folder)
     write_rows(tmp_path / "dpo.jsonl", list(preference_data()))
-    models = {"model_name_or_path": "base", "instruct_model": "instruct"}
+    models = {"model_name_or_path": "base", "instruct_model": "instruct", "graft_dtype": "float32"}
     (tmp_path / "dpo.yaml").write_text(yaml.safe_dump({**models, "dataset_name": "dpo.jsonl", **SETTINGS}))
     (tmp_path / "compare.yaml").write_text(yaml.safe_dump(DESIGN))
     rows = [{"prompt": [{"role": "user", "content": f"{at}"}], "answer": "a", "kind": "target"} for at in range(16)]
@@ -40,7 +40,7 @@ def workspace(tmp_path: Path, pair: tuple[Path, Path], monkeypatch: pytest.Monke
 
 def without_seconds(folder: str) -> dict:
     content = json.loads(Path(folder, "comparison.json").read_text())
-    return {**content, "arms": [{**arm, "seconds": None} for arm in content["arms"]]}
+    return {**content, **{part: [{**one, "seconds": None} for one in content[part]] for part in ("arms", "trainings")}}
 
 
 @pytest.mark.slow
@@ -82,6 +82,15 @@ def test_an_interrupted_comparison_resumes_and_equals_an_undisturbed_one(workspa
         )
         for policy in policies for scale in (0.5, 1.0) for seed in (3, 4)
     }  # fmt: skip
+
+    # The dtype of the grafts is the configuration's own: INSTRUCT is in bf16.
+    assert {arm["dtype"] for arm in shown if arm["arm"] != "instruct"} == {"float32"}
+    trainings = without_seconds("whole")["trainings"]
+    assert [(one["side"], one["ref_policy"], one["seed"]) for one in trainings] == [
+        (*side, seed) for seed in (3, 4) for side in (("base", "init"), ("instruct", None), ("base", "instruct"))
+    ]
+    assert all((one["steps"], one["rows"], len(one["curve"])) == (3, 12, 3) for one in trainings)
+    assert all(group["delta"] > 0 for one in trainings[::3] for group in one["by_kind"].values())
 
     # The chat vector at scale 1 is the graft's own sum; at another scale it is another model.
     losses = {

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
-from engines import on_the_cpu
 from runs import lora, saved_files, settings
 from tiny import preference_data
 from transformers import AutoTokenizer
@@ -72,22 +71,16 @@ def build(kind: str, pair: tuple, folder: Path, *, plain: bool = False, model: A
     return trainer(model=str(pair[0]) if model is None else model, args=args, peft_config=peft_config, **extra)
 
 
-def train_all(rank: int, engine: str, base: str, instruct: str, output: str, kinds: tuple = KINDS) -> dict[str, bool]:
+def train_all(rank: int, base: str, instruct: str, output: str) -> dict[str, bool]:
     """Train every kind, full or with a LoRA, as TRL's and as ours, in each of two processes; whether they are equal."""
-    shared: dict[str, Any] = {}
-    if engine == "fsdp2":
-        on_the_cpu()
-        wrapped = {"version": 2, "transformer_layer_cls_to_wrap": ["Qwen3DecoderLayer"]}
-        shared = {"use_cpu": False, "fsdp": True, "fsdp_config": wrapped}
     found = {}
-    for place, kind in enumerate(kinds):
+    for place, kind in enumerate(KINDS):
         folders = [Path(output, f"{kind}-{name}") for name in ("plain", "shadow")]
         for folder, plain in zip(folders, (True, False), strict=True):
             config = lora() if place % 2 else None
-            trainer = build(kind, (base, instruct), folder, plain=plain, peft_config=config, **shared)
-            # A run that fell back to one process, or to another engine, would pass every other check.
+            trainer = build(kind, (base, instruct), folder, plain=plain, peft_config=config)
+            # A run that fell back to one process would pass every other check.
             assert (trainer.accelerator.num_processes, trainer.accelerator.process_index) == (2, rank)
-            assert trainer.accelerator.is_fsdp2 == (engine == "fsdp2")
             trainer.train()
             if plain:
                 trainer.save_model()

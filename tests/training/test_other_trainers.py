@@ -82,7 +82,7 @@ def test_resumed_run_gives_the_same_graft_and_so_does_its_last_checkpoint(pair, 
 @pytest.mark.slow
 @pytest.mark.distributed
 def test_two_processes_train_what_trl_does_and_graft_once(pair, tmp_path):
-    ends = in_processes(train_all, "ddp", str(pair[0]), str(pair[1]), str(tmp_path), limit=300)
+    ends = in_processes(train_all, str(pair[0]), str(pair[1]), str(tmp_path), limit=300)
     assert [end.error for end in ends] == ["", ""]
     assert [end.value for end in ends] == [dict.fromkeys(KINDS, True)] * 2
     for kind in KINDS:

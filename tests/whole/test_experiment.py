@@ -62,7 +62,7 @@ def test_what_is_cut_off_leaves_all_pairs_of_fewer_seeds(tmp_path):
 def test_values_of_rows_are_stored_without_loss():
     from stored import from_dict, pack, to_dict, unpack
 
-    from shadow_trl.evaluation.comparison import Measured, Settings
+    from shadow_trl.evaluation.measured import Measured, Settings
 
     rng = np.random.default_rng(0)
     for rows in (1, 7, 8, 9, 300):
@@ -81,7 +81,7 @@ def test_a_cell_that_is_there_is_not_made_again_and_a_changed_one_is(tmp_path, m
     import work
     from designs import cells
 
-    from shadow_trl.evaluation.comparison import Measured, Settings
+    from shadow_trl.evaluation.measured import Measured, Settings
 
     trained = []
     values = {split: {"target": (1.0, 0.0)} for split in ("validation", "test")}
