@@ -26,6 +26,8 @@ class Sums:
         ed: sum of e*d.
         ee: sum of e*e.
         bd: sum of f*d, where f is the error of what is stored once it is rounded to bf16.
+        dg: sum of d*g, with g = instruct - base; 0 where it was not asked for.
+        gg: sum of g*g; the same.
         finite: False when an input or an output is not finite.
     """
 
@@ -36,6 +38,8 @@ class Sums:
     ed: float = 0.0
     ee: float = 0.0
     bd: float = 0.0
+    dg: float = 0.0
+    gg: float = 0.0
     finite: bool = True
 
     def __iadd__(self, other: Sums) -> Sums:
@@ -73,3 +77,9 @@ class Sums:
     def noise(self) -> float | None:
         """|r-d|/|d|: what rounding put beside the delta, relative to its norm. None for d = 0."""
         return math.sqrt(self.ee / self.dd) if self.dd > 0 else None
+
+    @property
+    def cosine(self) -> float | None:
+        """<d,g> / (|d| |g|), the cosine of the angle between the change and the gap. None where either is 0."""
+        size = math.sqrt(self.dd) * math.sqrt(self.gg)
+        return self.dg / size if size > 0 and math.isfinite(size) else None

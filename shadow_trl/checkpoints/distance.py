@@ -17,30 +17,33 @@ _CHUNK = 4 * _BLOCK
 """Elements that a thread takes at a time."""
 
 
-def measure_gap(
-    pairs: Sequence[tuple[str, Place, Place]], progress: Callable[[int], None] | None = None
-) -> dict[str, Sums]:
+Sides = tuple[str, Place, Place] | tuple[str, Place, Place, Place]
+"""Name, place in BASE, place in the model whose distance is measured, and in one that sets a direction."""
+
+
+def measure_gap(pairs: Sequence[Sides], progress: Callable[[int], None] | None = None) -> dict[str, Sums]:
     """Return for each weight the sums of which sigma is made.
 
     Args:
-        pairs: (name, place in BASE, place in INSTRUCT); shapes are equal.
+        pairs: (name, place in BASE, place in INSTRUCT), or (name, place in BASE, in TUNED, in INSTRUCT), which also
+            gives the sums of the angle between TUNED - BASE and INSTRUCT - BASE. Shapes are equal.
         progress: called with the number of bytes read since the last call, from several threads.
     """
-    sizes = [base.spec.numel for _, base, _ in pairs]
+    sizes = [base.spec.numel for _, base, *_ in pairs]
     chunks = [(n, low, min(low + _CHUNK, size)) for n, size in enumerate(sizes) for low in range(0, size, _CHUNK)]
     found: dict[tuple[int, int, int], Sums] = {}
 
     def make_worker() -> Callable[[tuple[int, int, int]], None]:
-        scratch = np.empty((3, _BLOCK), np.float32)
+        scratch = np.empty((4, _BLOCK), np.float32)
 
         def work(chunk: tuple[int, int, int]) -> None:
             number, low, high = chunk
-            _, base, instruct = pairs[number]
+            places = pairs[number][1:]
             sums = Sums()
             for start in range(low, high, _BLOCK):
-                sums += _block_gap(base, instruct, start, min(start + _BLOCK, high), scratch)
+                sums += _block_gap(places, start, min(start + _BLOCK, high), scratch)
             found[chunk] = sums
-            for place in (base, instruct):
+            for place in places:
                 if progress is not None:
                     progress((high - low) * place.spec.itemsize)
 
@@ -53,23 +56,32 @@ def measure_gap(
     return totals
 
 
-def _block_gap(base: Place, instruct: Place, start: int, stop: int, scratch: np.ndarray) -> Sums:
-    """Return the sums over elements `start` to `stop`; in fp64, not `scratch`, (3, n), where fp32 is too narrow."""
-    sides = [(place.array(start, stop), place.spec.code) for place in (base, instruct)]
-    wide = np.empty((3, stop - start)) if "F64" in (base.spec.code, instruct.spec.code) else None
+def _block_gap(places: Sequence[Place], start: int, stop: int, scratch: np.ndarray) -> Sums:
+    """Return the sums over elements `start` to `stop`; in fp64, not `scratch`, (4, n), where fp32 is too narrow."""
+    sides = [(place.array(start, stop), place.spec.code) for place in places]
+    wide = np.empty((4, stop - start)) if "F64" in [place.spec.code for place in places] else None
     with np.errstate(over="ignore", invalid="ignore"):
-        gap, size = _gap_of(sides, scratch[:, : stop - start] if wide is None else wide)
-        if wide is None and not math.isfinite(gap + size):
-            gap, size = _gap_of(sides, np.empty((3, stop - start)))
-    return Sums(stop - start, gap, size, finite=math.isfinite(gap + size))
+        found = _sums_of(sides, scratch[:, : stop - start] if wide is None else wide)
+        if wide is None and not all(map(math.isfinite, found)):
+            found = _sums_of(sides, np.empty((4, stop - start)))
+    gap, size, *products = found
+    dd, dg, gg = products or (0.0, 0.0, 0.0)
+    return Sums(stop - start, gap, size, dd=dd, dg=dg, gg=gg, finite=math.isfinite(gap + size))
 
 
-def _gap_of(sides: Sequence[tuple[np.ndarray, str]], scratch: np.ndarray) -> tuple[float, float]:
-    for (values, code), out in zip(sides, scratch[:2], strict=True):
+def _sums_of(sides: Sequence[tuple[np.ndarray, str]], scratch: np.ndarray) -> list[float]:
+    """Return sum|d| and the sum of both sizes; with a third side d*d, d*g and g*g as well."""
+    for (values, code), out in zip(sides, scratch, strict=False):
         _widen(values, code, out)
+    products: list[float] = []
+    if len(sides) > 2:
+        base, learnt, gap, delta = scratch
+        np.subtract(gap, base, out=gap)
+        np.subtract(learnt, base, out=delta)
+        products = [float(delta @ delta), float(delta @ gap), float(gap @ gap)]
     np.subtract(scratch[0], scratch[1], out=scratch[2])
-    first, second, gap = np.add.reduce(np.abs(scratch, out=scratch), axis=1).tolist()
-    return gap, first + second
+    first, second, apart = np.add.reduce(np.abs(scratch[:3], out=scratch[:3]), axis=1).tolist()
+    return [apart, first + second, *products]
 
 
 def _widen(values: np.ndarray, code: str, out: np.ndarray) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -101,13 +102,15 @@ class Comparison:
         return {
             arm: {
                 metric.name: interval_of(
-                    self._table(metric, self.groups[settings], "test"), bound=metric.factor if metric.share else None
+                    self._table(metric, models, "test"), bound=metric.factor if metric.share else None,
+                    pairs=_pairs_in(models),
                 )
                 for metric in self.metrics
             }
             for arm, settings in self.selected.items()
             if settings is not None
-        }
+            for models in [sorted(self.groups[settings], key=lambda model: str(model.training))]
+        }  # fmt: skip
 
     def shown(self, settings: Settings, name: str, split: str, *, interval: bool = False) -> str:
         """Return a metric as text, percent with one digit, others three; of selected settings with its `interval`."""
@@ -147,7 +150,7 @@ class Comparison:
         chosen = [settings for settings in self.selected.values() if settings is not None]
         pairs = [(a, b) for b, a in itertools.combinations(chosen, 2)]
         cases = [(a, b, metric) for a, b in pairs for metric in self.metrics]
-        found = [self._compared(a, b, metric) for a, b, metric in cases]
+        found = [self.compared(a, b, metric) for a, b, metric in cases]
         adjusted = holm([one.p for one in found])
         tests = []
         for (a, b, metric), one, p in zip(cases, found, adjusted, strict=True):
@@ -157,12 +160,16 @@ class Comparison:
             tests.append(Test(a.arm, b.arm, metric, one, p, said))
         return tests
 
-    def _compared(self, a: Settings, b: Settings, metric: Metric) -> Difference:
-        left, right = self._tables(a, b, metric)
-        return compare(left, right, bound=metric.factor if metric.share else None)
+    def compared(self, a: Settings, b: Settings, metric: Metric) -> Difference:
+        """Return how much more `a` has of a metric than `b`, on the test rows of the trainings that both have."""
+        left, right, pairs = self._tables(a, b, metric)
+        return compare(left, right, bound=metric.factor if metric.share else None, pairs=pairs)
 
-    def _tables(self, a: Settings, b: Settings, metric: Metric) -> tuple[dict[str, Table], dict[str, Table]]:
-        """Return the test values of both, one line for each training that both have; INSTRUCT stands for all seeds."""
+    def _tables(self, a: Settings, b: Settings, metric: Metric) -> tuple[dict[str, Table], dict[str, Table], int]:
+        """Return the test values of both, one line for each training that both have, and of how many pairs they are.
+
+        INSTRUCT stands for all seeds. Pairs count as one where they have not as many trainings each.
+        """
         sides = [{model.training: model for model in self.groups[one]} for one in (a, b)]
         keys = sorted({*sides[0], *sides[1]}, key=str)
         both: list[list[Measured]] = [[], []]
@@ -175,7 +182,7 @@ class Comparison:
         if not both[0]:
             raise InputError(f"{a.arm} and {b.arm} have no training in common.")
         left, right = (self._table(metric, side, "test") for side in both)
-        return left, right
+        return left, right, _pairs_in(both[0])
 
     @staticmethod
     def _table(metric: Metric, models: Sequence[Measured], split: str) -> dict[str, Table]:
@@ -229,6 +236,12 @@ def digits_of(metric: Metric, difference: float) -> int:
     if metric.share:
         return 1
     return 3 if difference == 0.0 else min(9, max(3, 1 - math.floor(math.log10(abs(difference)))))
+
+
+def _pairs_in(models: Sequence[Measured]) -> int:
+    """Return of how many pairs the models are; 1 where the pairs have not as many trainings each."""
+    sizes = Counter(model.pair for model in models)
+    return len(sizes) if len(set(sizes.values())) == 1 else 1
 
 
 def choose_target(metrics: Sequence[Metric], target: str | None, keep: str | None) -> tuple[str, str | None]:

@@ -48,13 +48,17 @@ class Difference:
     row_error: float
 
 
-def compare(a: Mapping[str, Table], b: Mapping[str, Table], *, bound: float | None = None, seed: int = 0) -> Difference:
+def compare(
+    a: Mapping[str, Table], b: Mapping[str, Table], *, bound: float | None = None, pairs: int = 1, seed: int = 0
+) -> Difference:
     """Compare two models on the rows that both have answered.
 
     The interval is a bootstrap over trainings and rows that draws both independently, since all trainings answer the
-    same rows (Owen 2007, "The pigeonhole bootstrap"). With `bound`, each part gets two rows more, one in favour of each
-    model (Bonett and Price 2012): without them, two models that answer ten rows alike would be called equal for sure.
-    With fewer than about ten trainings the interval is narrower than its level says.
+    same rows (Owen 2007, "The pigeonhole bootstrap"). Trainings of several pairs of models are drawn in two steps,
+    pairs and then trainings of each drawn pair, since those of one pair are alike. With `bound`, each part gets two
+    rows more, one in favour of each model (Bonett and Price 2012): without them, two models that answer ten rows alike
+    would be called equal for sure. With fewer than about ten trainings, or pairs where there are several, the interval
+    is narrower than its level says.
 
     The p value is of a permutation test that swaps the models row by row.
 
@@ -62,6 +66,7 @@ def compare(a: Mapping[str, Table], b: Mapping[str, Table], *, bound: float | No
         a: part -> values, (trainings, rows); one training stands for as many as `b` has.
         b: the same parts with the same rows.
         bound: largest difference that a row can have, such as 1 for shares; None where there is none.
+        pairs: number of pairs; the trainings are in their order, as many of each. Default 1.
         seed: of the random draws.
 
     >>> same = {"all": np.ones((1, 1000))}
@@ -77,7 +82,7 @@ def compare(a: Mapping[str, Table], b: Mapping[str, Table], *, bound: float | No
     p = _swapped(tables, seed)
     if bound is not None:
         tables = [np.hstack([table, np.tile([bound, -bound], (trainings, 1))]) for table in tables]
-    both = _bootstrap(tables, seed)
+    both = _bootstrap(tables, seed, pairs)
     only_rows = both if trainings == 1 else _bootstrap([table.mean(0, keepdims=True) for table in tables], seed)
     low, high = (float(end) for end in both.confidence_interval)
     return Difference(
@@ -85,13 +90,16 @@ def compare(a: Mapping[str, Table], b: Mapping[str, Table], *, bound: float | No
     )
 
 
-def interval_of(values: Mapping[str, Table], *, bound: float | None = None, seed: int = 0) -> tuple[float, float]:
+def interval_of(
+    values: Mapping[str, Table], *, bound: float | None = None, pairs: int = 1, seed: int = 0
+) -> tuple[float, float]:
     """Return the interval of one model's mean over parts, trainings and rows; see `compare` for how it is made.
 
     Args:
         values: part -> values, (trainings, rows).
         bound: largest value that a row can have, from 0: each part gets one row more at either end, so that a model
             that answers ten rows right is not called perfect. None where there is none.
+        pairs: as of `compare`. Default 1.
         seed: of the random draws.
 
     >>> low, high = interval_of({"all": np.ones((1, 10))}, bound=1.0)
@@ -102,20 +110,30 @@ def interval_of(values: Mapping[str, Table], *, bound: float | None = None, seed
         table if bound is None else np.hstack([table, np.tile([bound, 0.0], (len(table), 1))])
         for table in values.values()
     ]
-    low, high = _bootstrap(tables, seed).confidence_interval
+    low, high = _bootstrap(tables, seed, pairs).confidence_interval
     return float(low), float(high)
 
 
-def _bootstrap(tables: Sequence[Table], seed: int) -> Any:
+def _bootstrap(tables: Sequence[Table], seed: int, pairs: int = 1) -> Any:
     """Return scipy's bootstrap of the mean over tables, rows of each drawn on their own and trainings once for all."""
     from scipy.stats import bootstrap
 
     trainings = tables[0].shape[0]
+    each = trainings // pairs
     rows = [np.arange(table.shape[1]) for table in tables]
-    several = trainings > 1
+    draws: list[NDArray[np.int64]] = []
+    if each > 1 and pairs > 1:  # pairs, and for each drawn one which of its trainings
+        draws = [np.arange(pairs), *[np.arange(each)] * pairs]
+    elif trainings > 1:
+        draws = [np.arange(trainings)]
+
+    def lines_of(drawn: Sequence[NDArray[np.int64]]) -> NDArray[np.int64]:
+        if len(drawn) < 2:
+            return drawn[0] if drawn else np.zeros(1, np.int64)
+        return np.concatenate([drawn[0][..., at, None] * each + one for at, one in enumerate(drawn[1:])], axis=-1)
 
     def mean(*drawn: NDArray[np.int64], axis: int = -1) -> Any:
-        lines, columns = (drawn[0], drawn[1:]) if several else (np.zeros_like(drawn[0][..., :1]), drawn)
+        lines, columns = lines_of(drawn[: len(draws)]), drawn[len(draws) :]
         parts = (
             table[lines[..., :, None], column[..., None, :]].mean((-1, -2))
             for table, column in zip(tables, columns, strict=True)
@@ -124,9 +142,8 @@ def _bootstrap(tables: Sequence[Table], seed: int) -> Any:
 
     if any(table.shape[1] < 2 for table in tables):
         raise ConfigError("a comparison needs at least 2 rows of each kind.")
-    samples = [np.arange(trainings), *rows] if several else rows
     return bootstrap(
-        samples, mean, n_resamples=RESAMPLES, batch=_BATCH, confidence_level=LEVEL, method="percentile",
+        [*draws, *rows], mean, n_resamples=RESAMPLES, batch=_BATCH, confidence_level=LEVEL, method="percentile",
         rng=np.random.default_rng(seed),
     )  # fmt: skip
 

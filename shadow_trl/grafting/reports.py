@@ -18,6 +18,11 @@ POOR_NOISE = 5.0
 FIGURES = ("sigma", "delta_norm", "realised", "noise")
 """Of `Sums`, as reports have them."""
 
+_CAUTION = (
+    "delta/gap and cosine say how far training went beside INSTRUCT and in which direction. They do not tell whether a "
+    "graft gains:\ndocs/results.md sets them against gains on three small pairs. Measure it: shadow-trl compare."
+)
+
 
 class _Report:
     def to_dict(self) -> dict[str, Any]:
@@ -161,6 +166,7 @@ class GapReport(_Report):
         weights, elements: how many were compared.
         delta: with TUNED, sum|T-B| / (sum|T| + sum|B|); else None.
         delta_to_gap: with TUNED, sum|T-B| / sum|B-I|; else None.
+        cosine: with TUNED, <T-B, I-B> / (|T-B| |I-B|), whether training went the way that INSTRUCT went; else None.
         warnings: what the user should know.
     """
 
@@ -171,17 +177,22 @@ class GapReport(_Report):
     elements: int
     delta: float | None = None
     delta_to_gap: float | None = None
+    cosine: float | None = None
     warnings: list[str] = field(default_factory=list)
 
     def text(self) -> str:
         """Return the report as a table for a terminal."""
         with_delta = self.delta is not None
-        head = f"{'':40}{'sigma':>10}" + (f"{'delta':>12}{'delta/gap':>12}" if with_delta else "") + f"{'elements':>16}"
-        total = {"sigma": self.sigma, "delta": self.delta, "delta_to_gap": self.delta_to_gap, "elements": self.elements}
+        head = (
+            f"{'':40}{'sigma':>10}"
+            + (f"{'delta':>12}{'delta/gap':>12}{'cosine':>12}" if with_delta else "")
+            + f"{'elements':>16}"
+        )
+        total = {name: getattr(self, name) for name in ("sigma", "delta", "delta_to_gap", "cosine", "elements")}
         rows = [head, _row("overall", total, with_delta)]
         for title, groups in (("by kind", self.by_kind), ("by layer", self.by_layer)):
             rows += ["", title, *[_row(f"  {name}", group, with_delta) for name, group in groups.items()]]
-        return "\n".join(rows)
+        return "\n".join([*rows, *(["", _CAUTION] if with_delta else [])])
 
 
 def graft_figures(sums: Mapping[str, Sums], stats: bool, *, sigma: bool = True) -> dict[str, Any]:
@@ -238,7 +249,7 @@ def gap_report(gaps: Mapping[str, Sums], deltas: Mapping[str, Sums] | None, warn
         if delta is None:
             return {"sigma": found.sigma}
         between = delta.gap / found.gap if found.gap > 0 else None
-        return {"sigma": found.sigma, "delta": delta.sigma, "delta_to_gap": between}
+        return {"sigma": found.sigma, "delta": delta.sigma, "delta_to_gap": between, "cosine": delta.cosine}
 
     parts = [gaps] if deltas is None else [gaps, deltas]
     layers = _grouped(layer_of, figures, *parts)
@@ -278,5 +289,5 @@ def _row(name: str, group: Mapping[str, Any], with_delta: bool) -> str:
     def number(key: str) -> str:
         return "-" if group.get(key) is None else f"{group[key]:.5f}"
 
-    middle = f"{number('delta'):>12}{number('delta_to_gap'):>12}" if with_delta else ""
+    middle = f"{number('delta'):>12}{number('delta_to_gap'):>12}{number('cosine'):>12}" if with_delta else ""
     return f"{name:40}{number('sigma'):>10}{middle}{group['elements']:>16,}"

@@ -25,7 +25,8 @@ def gap(
     Args:
         base: folder or hub id of BASE, either with `@revision` if wished. Default: the one that TUNED's run recorded.
         instruct: the same for INSTRUCT.
-        tuned: BASE after training, a full checkpoint; its delta is then set against the gap. Default none.
+        tuned: BASE after training, a full checkpoint; the size and direction of its delta are then set against the
+            gap. Default none.
         progress: whether to show a bar on a terminal. Default True.
 
     Returns:
@@ -61,22 +62,24 @@ def gap(
 
 def measure(base: Checkpoint, instruct: Checkpoint, tuned: Checkpoint | None, progress: bool = False) -> GapReport:
     """Measure every weight of INSTRUCT against BASE and, with TUNED, TUNED against BASE under the same names."""
-    from ..checkpoints.distance import measure_gap
+    from ..checkpoints.distance import Sides, measure_gap
 
     with Scratch(Path(tempfile.gettempdir(), "shadow-trl-gap")) as scratch:
         # A head that only one side has of its own is measured as one. Without TUNED, BASE takes its place in the plan.
         origin, learnt = (base, tuned) if tuned is not None else (None, base)
         layout = resolve(origin, instruct, learnt, scratch=scratch.part, untie=True)
-        gaps, deltas = [], []
+        gaps: list[Sides] = []
+        deltas: list[Sides] = []
         for weight in layout.weights:
             if weight.tuned is None:
                 continue
             end = Place(layout.sides["tuned"], weight.tuned)
             start = end if weight.base is None else Place(layout.sides["base"], weight.base)
-            gaps.append((weight.name, start, Place(layout.sides["instruct"], weight.instruct)))
-            deltas.append((weight.name, start, end))
+            other = Place(layout.sides["instruct"], weight.instruct)
+            gaps.append((weight.name, start, other))
+            deltas.append((weight.name, start, end, other))
         measured = [gaps, deltas] if tuned is not None else [gaps]
-        size = sum(place.spec.nbytes for part in measured for _, *two in part for place in two)
+        size = sum(place.spec.nbytes for part in measured for _, *places in part for place in places)
         with Progress(size, progress) as bar:
             sums = [measure_gap(part, bar.add) for part in measured]
     bad = sorted({name for part in sums for name, found in part.items() if not found.finite})

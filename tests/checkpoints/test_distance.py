@@ -38,6 +38,33 @@ def test_sums_are_those_of_float64(tmp_path, dtypes):
     assert found.finite
 
 
+@pytest.mark.parametrize("dtypes", [(BF16, FP32, BF16), (FP64, FP32, BF16), (FP32, FP32, FP32)])
+def test_the_angle_is_that_of_float64(tmp_path, dtypes):
+    """Over more than one block; training went three parts the way of INSTRUCT and four across it."""
+    generator = torch.Generator().manual_seed(1)
+    base, gap, across = (torch.randn(600_000, generator=generator, dtype=FP64) for _ in range(3))
+    sides = [base.to(dtypes[0]), (base + 0.03 * gap + 0.04 * across).to(dtypes[1]), (base + 0.1 * gap).to(dtypes[2])]
+    places = [Place(Checkpoint.open(write(tmp_path / str(at), {"w": side})), "w") for at, side in enumerate(sides)]
+    read = []
+    found = measure_gap([("w", *places)], read.append)["w"]
+    start, end, instruct = (side.double() for side in sides)
+    assert found.cosine == pytest.approx(float(torch.cosine_similarity(end - start, instruct - start, dim=0)), rel=1e-5)
+    assert found.cosine == pytest.approx(0.6, abs=0.02)
+    assert found.delta_norm == pytest.approx(float((end - start).norm()), rel=1e-5)
+    assert found.gap == pytest.approx(float((end - start).abs().sum()), rel=1e-6)
+    assert sum(read) == sum(side.nbytes for side in sides)
+    plain = measure_gap([("w", *places[:2])])["w"]
+    assert (plain.gap, plain.size, plain.cosine) == (found.gap, found.size, None)
+
+
+def test_an_angle_beyond_fp32_is_made_in_fp64(tmp_path):
+    big = torch.full((4,), 3e30)
+    places = [Place(Checkpoint.open(write(tmp_path / str(n), {"w": n * big})), "w") for n in range(3)]
+    found = measure_gap([("w", *places)])["w"]
+    assert found.cosine == pytest.approx(1.0)
+    assert found.finite
+
+
 def test_halves_by_hand(tmp_path):
     found = sums(tmp_path, torch.tensor([1.0, -2.0, 0.0], dtype=BF16), torch.tensor([2.0, -4.0, -0.0], dtype=BF16))
     assert (found.gap, found.size) == (3.0, 9.0)

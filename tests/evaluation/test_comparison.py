@@ -217,6 +217,24 @@ def test_trainings_are_compared_with_the_same_training_and_instruct_with_all_of_
     assert tests["shadow", "instruct"].value == pytest.approx((40 + 40 + 60) / 3)
 
 
+def test_pairs_are_drawn_before_their_trainings():
+    """Pairs that differ, whose trainings are alike, tell as much as one training each."""
+    models = []
+    for pair, gain in (("a", 30), ("b", 10)):
+        models += [model("instruct", values(20, 90, 90), pair=pair)]
+        models += [model("shadow", values(20 + gain, 90, 90), scale=1.0, pair=pair, seed=seed) for seed in range(8)]
+    (several,) = [test.found for test in comparison(*models).tests if test.metric.name == "target"]
+    (single,) = [
+        test.found
+        for test in comparison(*[one for one in models if one.seed in (None, 0)]).tests
+        if test.metric.name == "target"
+    ]
+    assert several.trainings == 16
+    assert several.error == pytest.approx(single.error, rel=0.1)
+    uneven = comparison(*[one for one in models if one.training != ("b", 7)]).tests
+    assert next(test.found for test in uneven if test.metric.name == "target").error < 0.7 * single.error
+
+
 def test_the_files_say_the_same(tmp_path):
     found = comparison(*THREE, notes=["One <training>."], command="shadow-trl graft --scale 0.5")
     write_comparison(found, tmp_path)

@@ -64,6 +64,27 @@ def test_the_error_of_several_trainings_is_that_of_both_draws():
     assert (found.trainings, found.rows) == (8, 300)
 
 
+def test_trainings_of_a_pair_that_are_alike_do_not_make_the_interval_shorter():
+    """Two steps by hand: the variance of the mean is that of the pairs, of their trainings, and of the rows."""
+    rng = np.random.default_rng(2)
+    of_pair, of_training = rng.normal(0, 0.1, (6, 1)), rng.normal(0, 0.05, (6, 5))
+    trainings = (of_pair + of_training - of_training.mean(1, keepdims=True)).reshape(30, 1)
+    a = trainings + rng.normal(0, 0.4, (1, 400))
+    zeros = np.zeros((1, 400))
+    found = compare({"all": a}, {"all": zeros}, pairs=6)
+    within = np.var(of_training, axis=1).mean()
+    error = (np.var(of_pair) / 6 + within / 30 + np.var(a.mean(0)) / 400) ** 0.5
+    assert found.error == pytest.approx(error, rel=0.05)
+    assert found.value == pytest.approx(a.mean())
+    assert (found.trainings, found.rows) == (30, 400)
+    flat = compare({"all": a}, {"all": zeros})
+    assert found.error > 1.5 * flat.error
+    low, high = interval_of({"all": a}, pairs=6)
+    assert (high - low) / (2 * 1.96) == pytest.approx(error, rel=0.08)
+    # One training a pair: the pairs are what is drawn.
+    assert compare({"all": a[::5]}, {"all": zeros}, pairs=6) == compare({"all": a[::5]}, {"all": zeros})
+
+
 @pytest.mark.parametrize("right", [360, 400])
 def test_the_interval_of_one_model_is_that_of_wilson(right):
     """Of shares, by scipy; of other values that of the t test."""

@@ -24,25 +24,29 @@ Q, K = "model.layers.2.self_attn.q_proj.weight", "model.layers.10.self_attn.k_pr
 
 def test_a_gap_as_a_table():
     gaps = {Q: Sums(elements=1000, gap=1.0, size=8.0), K: Sums(elements=500, gap=0.0, size=4.0)}
-    deltas = {Q: Sums(elements=1000, gap=3.0, size=16.0), K: Sums(elements=500, gap=1.0, size=4.0)}
+    deltas = {
+        Q: Sums(elements=1000, gap=3.0, size=16.0, dd=4.0, dg=-1.0, gg=1.0), K: Sums(elements=500, gap=1.0, size=4.0)
+    }  # fmt: skip
     report = gap_report(gaps, deltas, ["told"])
     lines = [line.split() for line in report.text().splitlines()]
-    assert lines == [
-        ["sigma", "delta", "delta/gap", "elements"],
-        ["overall", "0.08333", "0.20000", "4.00000", "1,500"],
+    assert lines[:-3] == [
+        ["sigma", "delta", "delta/gap", "cosine", "elements"],
+        ["overall", "0.08333", "0.20000", "4.00000", "-0.50000", "1,500"],
         [], ["by", "kind"],
-        ["q_proj", "0.12500", "0.18750", "3.00000", "1,000"],
-        ["k_proj", "0.00000", "0.25000", "-", "500"],
+        ["q_proj", "0.12500", "0.18750", "3.00000", "-0.50000", "1,000"],
+        ["k_proj", "0.00000", "0.25000", "-", "-", "500"],
         [], ["by", "layer"],
-        ["model.layers.2", "0.12500", "0.18750", "3.00000", "1,000"],
-        ["model.layers.10", "0.00000", "0.25000", "-", "500"],
+        ["model.layers.2", "0.12500", "0.18750", "3.00000", "-0.50000", "1,000"],
+        ["model.layers.10", "0.00000", "0.25000", "-", "-", "500"],
     ]  # fmt: skip
+    assert "They do not tell whether a graft gains" in report.text()
     assert (report.weights, report.elements, report.warnings) == (2, 1500, ["told"])
     alone = gap_report(gaps, None, [])
     assert [line.split() for line in alone.text().splitlines()][:2] == [
         ["sigma", "elements"], ["overall", "0.08333", "1,500"],
     ]  # fmt: skip
-    assert (alone.delta, alone.delta_to_gap) == (None, None)
+    assert (alone.delta, alone.delta_to_gap, alone.cosine) == (None, None, None)
+    assert "gains" not in alone.text()
     assert GapReport(None, {}, {}, 0, 0).text().splitlines()[1].split() == ["overall", "-", "0"]
 
 

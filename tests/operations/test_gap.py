@@ -66,6 +66,8 @@ def test_gap_over_layouts(other: str, families: Any) -> None:
     apart = sum((i[key].double() - b[key].double()).abs().sum() for key in b)
     moved = sum((t[key].double() - b[key].double()).abs().sum() for key in b)
     assert report.delta_to_gap == pytest.approx(float(moved / apart), rel=1e-6)
+    learnt, gap_ = (torch.cat([(side[key].double() - b[key].double()).flatten() for key in b]) for side in (t, i))
+    assert report.cosine == pytest.approx(float(learnt @ gap_ / (learnt.norm() * gap_.norm())), rel=1e-5)
 
 
 def test_gap_of_a_head_that_one_side_has_of_its_own(families: Any, tmp_path: Path) -> None:

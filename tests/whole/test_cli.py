@@ -133,7 +133,7 @@ def test_gap_prints_and_writes(tmp_path, capsys):
     assert json.loads((tmp_path / "gap.json").read_text()) == report
     assert lines[1].split() == [
         "overall",
-        *(f"{report[key]:.5f}" for key in ("sigma", "delta", "delta_to_gap")),
+        *(f"{report[key]:.5f}" for key in ("sigma", "delta", "delta_to_gap", "cosine")),
         "1,736",
     ]
     assert any(line.startswith("  model.layers.1 ") for line in lines)
