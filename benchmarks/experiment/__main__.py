@@ -2,8 +2,8 @@
 
     python benchmarks/experiment estimate --output FOLDER    # what is left to do, and how long it takes here
     python benchmarks/experiment run --output FOLDER         # trains and scores; the same command again resumes
-    python benchmarks/experiment report --output FOLDER      # writes docs/results.json, the page and its tables
-    python benchmarks/experiment report                      # the same from docs/results.json
+    python benchmarks/experiment report --output FOLDER      # writes docs/results.*
+    python benchmarks/experiment report                      # the same from docs/results.json.gz
 
 Each file in designs/ is a comparison of `shadow-trl compare --config`. The core is {graft, direct} x {DPO, SFT} x two
 learning rates x five seeds x three pairs; each other design changes one factor on one pair with three seeds. A cell is

@@ -17,7 +17,7 @@ GAP = ("sigma", "delta", "delta_to_gap", "cosine")
 
 
 def gather(output: Path) -> dict[str, Any]:
-    """Return the content of docs/results.json."""
+    """Return the content of docs/results.json.gz."""
     found: dict[str, Any] = {"cells": [], "known": {}}
     for name, source in sources_of(output).items():
         files = sorted((output / "cells" / name).glob("*.json"))

@@ -1,4 +1,4 @@
-"""docs/results.md, the pages of its curves and docs/results.json: every figure is computed from the stored cells."""
+"""docs/results.md, the pages of its curves and docs/results.json.gz: every figure is computed from the stored cells."""
 
 from __future__ import annotations
 

@@ -7,7 +7,6 @@ import hashlib
 import json
 import multiprocessing
 import shutil
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -167,7 +166,3 @@ def _cost(design: Design) -> tuple[int, float]:
 def training_epochs(training: Training) -> float:
     """Return the passes over the data of a training."""
     return float(training.values.get("num_train_epochs", 3))
-
-
-if __name__ == "__main__":
-    sys.exit("run benchmarks/experiment")
