@@ -66,7 +66,9 @@ class OpenGrafts:
         tuned = self.single.checkpoint
         scratch = Path(mkdtemp(dir=self.scratch))
         try:
-            return measure(base, instruct, merged_checkpoint(base, tuned, scratch) if tuned.is_adapter else tuned)
+            if tuned.is_adapter:  # which is merged into BASE as stored
+                return measure(base, instruct, merged_checkpoint(base, tuned, scratch))
+            return measure(base.loaded(self.single.loaded_in), instruct, tuned)
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
 
