@@ -35,11 +35,13 @@ class MemoryGraft:
         weights: name on the disk -> weight, in the dtype that `graft` would write.
         folder: with the other files of the graft: config, tokenizer, template. Gone when the grafts are closed.
         dtype: torch name of the dtype of most elements.
+        rounding: how the sums were rounded, `nearest` or `stochastic`.
     """
 
     weights: dict[str, Tensor]
     folder: Path
     dtype: str
+    rounding: str
 
 
 @dataclass(frozen=True)
@@ -107,7 +109,7 @@ class OpenGrafts:
         copy_files(copied_files(inputs.instruct), inputs.instruct, folder)
         dtype = main_dtype(jobs.weights)
         write_config(folder, dtype, jobs.config_edits)
-        return MemoryGraft(weights, folder, dtype or "")
+        return MemoryGraft(weights, folder, dtype or "", precision.options.rounding)
 
 
 @contextmanager
