@@ -26,7 +26,8 @@ def measure_gap(pairs: Sequence[Sides], progress: Callable[[int], None] | None =
 
     Args:
         pairs: (name, place in BASE, place in INSTRUCT), or (name, place in BASE, in TUNED, in INSTRUCT), which also
-            gives the sums of the angle between TUNED - BASE and INSTRUCT - BASE. Shapes are equal.
+            gives the sums of the angle between TUNED - BASE and INSTRUCT - BASE. Shapes are equal; each place is read
+            with its casts.
         progress: called with the number of bytes read since the last call, from several threads.
     """
     sizes = [base.spec.numel for _, base, *_ in pairs]
@@ -58,7 +59,7 @@ def measure_gap(pairs: Sequence[Sides], progress: Callable[[int], None] | None =
 
 def _block_gap(places: Sequence[Place], start: int, stop: int, scratch: np.ndarray) -> Sums:
     """Return the sums over elements `start` to `stop`; in fp64, not `scratch`, (4, n), where fp32 is too narrow."""
-    sides = [(place.array(start, stop), place.spec.code) for place in places]
+    sides = [_values(place, start, stop) for place in places]
     wide = np.empty((4, stop - start)) if "F64" in [place.spec.code for place in places] else None
     with np.errstate(over="ignore", invalid="ignore"):
         found = _sums_of(sides, scratch[:, : stop - start] if wide is None else wide)
@@ -67,6 +68,13 @@ def _block_gap(places: Sequence[Place], start: int, stop: int, scratch: np.ndarr
     gap, size, *products = found
     dd, dg, gg = products or (0.0, 0.0, 0.0)
     return Sums(stop - start, gap, size, dd=dd, dg=dg, gg=gg, finite=math.isfinite(gap + size))
+
+
+def _values(place: Place, start: int, stop: int) -> tuple[np.ndarray, str]:
+    """Return elements as stored, or as training loaded them, and the code of their dtype."""
+    if not place.casts:
+        return place.array(start, stop), place.spec.code
+    return place.block(start, stop).double().numpy(), "F64"
 
 
 def _sums_of(sides: Sequence[tuple[np.ndarray, str]], scratch: np.ndarray) -> list[float]:

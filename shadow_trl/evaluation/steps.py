@@ -154,7 +154,7 @@ def measure(
     """Make and measure a model; only one is in memory at a time."""
     started = time.perf_counter()
     source = step.instruct if step.grafts is None else step.grafts.graft(step.options)
-    kind = source.dtype if isinstance(source, MemoryGraft) else None
+    kind, rounding = (source.dtype, source.rounding) if isinstance(source, MemoryGraft) else (None, None)
     model = load(source, dtype=dtype, device=device)
     del source
     made = time.perf_counter()
@@ -162,4 +162,4 @@ def measure(
     del model
     gc.collect()
     seconds = {"make": round(made - started, 2), "score": round(time.perf_counter() - made, 2)}
-    return Measured(step.settings, values, step.pair, step.seed, seconds, kind, step.options.rounding if kind else None)
+    return Measured(step.settings, values, step.pair, step.seed, seconds, kind, rounding)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 from ..checkpoints.checkpoint import Checkpoint, Place
@@ -25,8 +26,8 @@ def gap(
     Args:
         base: folder or hub id of BASE, either with `@revision` if wished. Default: the one that TUNED's run recorded.
         instruct: the same for INSTRUCT.
-        tuned: BASE after training, a full checkpoint; the size and direction of its delta are then set against the
-            gap. Default none.
+        tuned: BASE after training, a full checkpoint; the size and direction of its delta, from BASE as its run loaded
+            it, are then set against the gap. Default none.
         progress: whether to show a bar on a terminal. Default True.
 
     Returns:
@@ -49,7 +50,10 @@ def gap(
         raise ConfigError("base is missing: name it (--base), or give the folder of a run as tuned.")
     sides = {role: Checkpoint.open(source) for role, source in named.items() if source is not None}
     if tuned is not None:
+        from ..grafting.tuned import loaded_in
+
         sides["tuned"] = Checkpoint.open(tuned)
+        sides["base"] = sides["base"].loaded(loaded_in(sides["tuned"]))
     for role, side in sides.items():
         if side.is_adapter:
             raise AdapterError(f"{role} {side} is an adapter; gap compares full checkpoints. Merge it first.")
@@ -61,7 +65,10 @@ def gap(
 
 
 def measure(base: Checkpoint, instruct: Checkpoint, tuned: Checkpoint | None, progress: bool = False) -> GapReport:
-    """Measure every weight of INSTRUCT against BASE and, with TUNED, TUNED against BASE under the same names."""
+    """Measure every weight of INSTRUCT against BASE and, with TUNED, TUNED against BASE under the same names.
+
+    TUNED is set against BASE as training loaded it (`base.loaded_in`): the rounding of that is no part of its delta.
+    """
     from ..checkpoints.distance import Sides, measure_gap
 
     with Scratch(Path(tempfile.gettempdir(), "shadow-trl-gap")) as scratch:
@@ -77,7 +84,8 @@ def measure(base: Checkpoint, instruct: Checkpoint, tuned: Checkpoint | None, pr
             start = end if weight.base is None else Place(layout.sides["base"], weight.base)
             other = Place(layout.sides["instruct"], weight.instruct)
             gaps.append((weight.name, start, other))
-            deltas.append((weight.name, start, end, other))
+            casts = base.casts(layout.sides["tuned"].spec_before(weight.tuned))
+            deltas.append((weight.name, replace(start, casts=casts), end, other))
         measured = [gaps, deltas] if tuned is not None else [gaps]
         size = sum(place.spec.nbytes for part in measured for _, *places in part for place in places)
         with Progress(size, progress) as bar:

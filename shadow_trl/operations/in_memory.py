@@ -35,11 +35,13 @@ class MemoryGraft:
         weights: name on the disk -> weight, in the dtype that `graft` would write.
         folder: with the other files of the graft: config, tokenizer, template. Gone when the grafts are closed.
         dtype: torch name of the dtype of most elements.
+        rounding: how the sums were rounded, `nearest` or `stochastic`.
     """
 
     weights: dict[str, Tensor]
     folder: Path
     dtype: str
+    rounding: str
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,9 @@ class OpenGrafts:
         tuned = self.single.checkpoint
         scratch = Path(mkdtemp(dir=self.scratch))
         try:
-            return measure(base, instruct, merged_checkpoint(base, tuned, scratch) if tuned.is_adapter else tuned)
+            if tuned.is_adapter:  # which is merged into BASE as stored
+                return measure(base, instruct, merged_checkpoint(base, tuned, scratch))
+            return measure(base.loaded(self.single.loaded_in), instruct, tuned)
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
 
@@ -105,7 +109,7 @@ class OpenGrafts:
         copy_files(copied_files(inputs.instruct), inputs.instruct, folder)
         dtype = main_dtype(jobs.weights)
         write_config(folder, dtype, jobs.config_edits)
-        return MemoryGraft(weights, folder, dtype or "")
+        return MemoryGraft(weights, folder, dtype or "", precision.options.rounding)
 
 
 @contextmanager

@@ -18,7 +18,6 @@ from accelerate.utils.memory import clear_device_cache
 from ..adapters.kinds import is_subtracted, start_setting
 from ..adapters.lora import place_on, read_lora, streams
 from ..arithmetic.grafter import graft_low_rank
-from ..arithmetic.rounding import HALF
 from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.manifest import GRAFTED_FOLDER, Entry
 from ..grafting.options import GraftOptions
@@ -36,6 +35,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 logger = get_logger(__name__)
+
+_HALF = ("bfloat16", "float16")
 
 
 @dataclass(frozen=True)
@@ -155,7 +156,8 @@ def _graft_in_memory(start: Start) -> PreTrainedModel | None:
         return None
     if args.instruct_scale != 1.0 or args.graft_vocab != "strict":
         return None
-    if args.graft_rounding == "auto" and start.loading.kwargs["dtype"] in HALF:  # it is chosen from the files
+    dtype = str(start.loading.kwargs["dtype"]).removeprefix("torch.")  # of a config it is the name
+    if args.graft_rounding == "auto" and dtype in _HALF:  # it is chosen from the files
         return None
     adapter, instruct = Checkpoint.open(str(start.origins.adapter)), Checkpoint.open(str(start.instruct))
     if not streams(adapter, instruct):

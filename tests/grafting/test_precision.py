@@ -124,12 +124,26 @@ def test_a_loss_has_one_warning_with_a_command_that_mends_it(sides, tmp_path, na
     assert (options["scale"], options["modules"], options["dtype"]) == (0.5, ["proj", "norm"], "float32")
 
 
-def test_a_graft_in_memory_is_rounded_as_the_written_one(sides, tmp_path):
-    with open_grafts(base=sides["base"], instruct=sides["instruct"], tuned=sides["float32"], beside=tmp_path) as grafts:
-        weights = grafts.graft(GraftOptions(format="model")).weights
-    made(sides, "float32", tmp_path / "out")
+@pytest.mark.parametrize("name", ["stochastic", "float32"])
+def test_a_graft_in_memory_is_rounded_as_the_written_one(sides, tmp_path, name):
+    with open_grafts(base=sides["base"], instruct=sides["instruct"], tuned=sides[name], beside=tmp_path) as grafts:
+        found = grafts.graft(GraftOptions(format="model"))
+    report = made(sides, name, tmp_path / "out")
     written = load_file(tmp_path / "out/model.safetensors")
-    assert all(torch.equal(weights[key], value) for key, value in written.items())
+    assert all(torch.equal(found.weights[key], value) for key, value in written.items())
+    assert (found.dtype, found.rounding) == (report.dtype, report.rounding)
+
+
+def test_a_comparison_says_which_rounding_was_taken(sides, tmp_path, monkeypatch):
+    from shadow_trl.evaluation import steps
+
+    monkeypatch.setattr(steps, "load", lambda *_, **__: None)
+    with open_grafts(
+        base=sides["base"], instruct=sides["instruct"], tuned=sides["stochastic"], beside=tmp_path
+    ) as made:
+        step = steps.Step(steps.Settings("shadow"), made, GraftOptions(format="model"))
+        found = steps.measure(step, exams={}, tokenizer=None, ends=[], dtype="float32", device="cpu")
+    assert found.precision == "bfloat16 (stochastic rounding)"
 
 
 def test_a_sample_of_a_large_weight_stands_for_all_of_it(sides, tmp_path, monkeypatch):

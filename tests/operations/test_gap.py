@@ -16,8 +16,10 @@ from layout_cases import with_head
 from oracle import relative_distance
 from safetensors.torch import save_file
 
+from shadow_trl.checkpoints.manifest import Entry, write_manifest
 from shadow_trl.errors import GraftError, PairMismatchError
 from shadow_trl.operations.gap import gap
+from shadow_trl.operations.in_memory import open_grafts
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
@@ -39,6 +41,31 @@ def test_gap_equals_its_definition(tmp_path, dtypes):
     kind = [name for name in shapes() if "q_proj.weight" in name]
     assert report.by_kind["q_proj"]["sigma"] == pytest.approx(sigma(kind, instruct), rel=1e-5)
     assert report.weights == len(shapes())
+
+
+def test_what_training_changed_is_measured_from_base_as_training_loaded_it(tmp_path):
+    """A run in bf16 from a BASE in fp32: what loading rounded away is neither learnt nor of any direction."""
+    base = tensors(1, FP32)
+    instruct = {name: value + 1e-3 * torch.randn_like(value) for name, value in base.items()}
+    loaded = {name: value.to(BF16) for name, value in base.items()}
+    tuned = {name: (value.float() + 2e-4 * (torch.rand(value.shape) < 0.1)).to(BF16) for name, value in loaded.items()}
+    sides = {"base": base, "instruct": instruct, "tuned": tuned}
+    folders = {role: write(tmp_path / role, side) for role, side in sides.items()}
+    named = {role: Entry(str(folders[role])).recorded() for role in ("base", "instruct")}
+    write_manifest(folders["tuned"], {"kind": "run", **named, "policy": named["base"], "loaded_in": ["bfloat16"]})
+
+    def flat(side):
+        return torch.cat([side[name].double().flatten() for name in base])
+
+    delta, direction = flat(tuned) - flat(loaded), flat(instruct) - flat(loaded)
+    wanted = {
+        "sigma": relative_distance(base, instruct), "delta": relative_distance(loaded, tuned),
+        "delta_to_gap": float(delta.abs().sum() / (flat(instruct) - flat(base)).abs().sum()),
+        "cosine": float(delta @ direction / (delta.norm() * direction.norm())),
+    }  # fmt: skip
+    with open_grafts(**folders, beside=tmp_path / "beside") as grafts:
+        for report in (gap(**folders, progress=False), gap(tuned=folders["tuned"], progress=False), grafts.gap()):
+            assert {name: getattr(report, name) for name in wanted} == pytest.approx(wanted, rel=1e-4)
 
 
 def test_gap_of_unrelated_models_is_large_and_of_equal_ones_zero(tmp_path):

@@ -104,6 +104,16 @@ def test_graft_of_a_start_in_memory_is_rounded_as_it_is_written(pair, tmp_path):
     nearest = reference_in_memory(tmp_path / "run", tmp_path / "three", **{**changes, "graft_rounding": "nearest"})
     assert all(torch.equal(found[name], tensor) for name, tensor in shipped.items())
     assert any(not torch.equal(found[name], nearest[name]) for name in shipped)
+    # Where the rounding is left open, and nearest would lose the delta: by name, as from a config or a recipe.
+    small = {"model_init_kwargs": {"dtype": "bfloat16"}, "graft_scale": 1e-3}
+    found = reference_in_memory(tmp_path / "run", tmp_path / "four", **small)
+    report = graft(
+        base=pair[0], instruct=pair[1], tuned=tmp_path / "run", output=tmp_path / "five", format="model",
+        dtype="bfloat16", scale=1e-3,
+    )  # fmt: skip
+    assert report.rounding == "stochastic"
+    shipped = load_file(tmp_path / "five" / "model.safetensors")
+    assert all(torch.equal(found[name], tensor) for name, tensor in shipped.items())
 
 
 def test_stochastic_rounding_of_the_graft_asks_nothing_of_a_reference_in_fp32(full_run, tmp_path):
