@@ -199,6 +199,10 @@ class Checkpoint:
             return read(spec.file, spec.offset, start, stop)
         return gathered(spec.pieces, spec.itemsize, start, stop, read)
 
+    def __getstate__(self) -> dict[str, Any]:
+        # Another process loads anew what had to be loaded as a whole.
+        return {name: value for name, value in vars(self).items() if name != "_pickled"}
+
     @cached_property
     def _pickled(self) -> dict[Path, dict[str, torch.Tensor]]:
         kept = {spec.file for spec in self.specs.values() if not spec.in_place}

@@ -13,7 +13,7 @@ from shadow_trl.grafting.options import GraftOptions
 
 
 def contents(folder):
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def same_for(tmp_path, numbers, **given) -> None:

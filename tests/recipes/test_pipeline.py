@@ -250,8 +250,8 @@ def test_one_adapter_through_both_stages(workspace: Path) -> None:
     found = files(workspace / "equal")
     assert files(workspace / "left-out") == found
     assert {name for name in found if name.endswith("adapter_model.safetensors")} == {
-        "sft/adapter_model.safetensors", "dpo/adapter_model.safetensors"
-    }  # fmt: skip
+        f"{stage}/{place}adapter_model.safetensors" for stage in ("sft", "dpo") for place in ("", "grafted/adapter/")
+    }
     manifest = json.loads((workspace / "equal/dpo/shadow.json").read_text())
     assert manifest["adapter"]["source"] == "equal/sft"
 
