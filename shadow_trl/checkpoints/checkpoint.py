@@ -165,22 +165,19 @@ class Checkpoint:
         """
         import torch
 
-        spec = self.specs[name]
+        dtype = self.specs[name].dtype
         if stop == start:
-            return torch.empty(0, dtype=spec.dtype)
-        if not spec.in_place:
-            return self._pickled[spec.file][name].reshape(-1)[start:stop]
-        return torch.from_numpy(self._bytes(spec, start, stop)).view(spec.dtype)
+            return torch.empty(0, dtype=dtype)
+        return torch.from_numpy(self.content(name, start, stop)).view(dtype)
 
-    def array(self, name: str, start: int, stop: int) -> numpy.ndarray:
-        """Return what `block` returns as an array in `TensorSpec.numpy_dtype`; no torch for a safetensors file."""
+    def content(self, name: str, start: int, stop: int) -> numpy.ndarray:
+        """Return the bytes of elements `start` to `stop` as stored, uint8; errors as of `block`."""
         spec = self.specs[name]
-        if not spec.in_place:
-            import torch
+        if spec.in_place:
+            return self._bytes(spec, start, stop)
+        import torch
 
-            block = self.block(name, start, stop)
-            return (block.view(torch.uint16) if spec.code == "BF16" else block).numpy()
-        return self._bytes(spec, start, stop).view(spec.numpy_dtype)
+        return self._pickled[spec.file][name].reshape(-1)[start:stop].view(torch.uint8).numpy()
 
     def rows(self, name: str, ids: Iterable[int]) -> torch.Tensor:
         """Return the rows `ids` of matrix `name`; nothing else of it is read."""
@@ -331,5 +328,13 @@ class Place:
         return self.block(0, self.spec.numel).view(self.spec.shape)
 
     def array(self, start: int, stop: int) -> numpy.ndarray:
-        """Return the elements as stored, see `Checkpoint.array`."""
-        return self.checkpoint.array(self.name, start, stop)
+        """Return what `block` returns in `TensorSpec.numpy_dtype`; a safetensors file without casts needs no torch."""
+        if self.casts:
+            from ..arithmetic.grafter import array_of
+
+            return array_of(self.block(start, stop))
+        return self.content(start, stop).view(self.spec.numpy_dtype)
+
+    def content(self, start: int, stop: int) -> numpy.ndarray:
+        """Return the bytes as stored, see `Checkpoint.content`."""
+        return self.checkpoint.content(self.name, start, stop)

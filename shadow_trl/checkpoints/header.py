@@ -69,7 +69,7 @@ class TensorSpec:
     @property
     def itemsize(self) -> int:
         """Bytes of one element."""
-        return _DTYPES[self.code][0] // 8
+        return itemsize_of(self.code)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -78,8 +78,8 @@ class TensorSpec:
 
     @property
     def numpy_dtype(self) -> str:
-        """The dtype as numpy calls it; numpy has no bf16, whose bits it sees as whole numbers."""
-        return "uint16" if self.code == "BF16" else TORCH_NAMES[self.code]
+        """The dtype as the arithmetic takes it: of 16-bit numbers it is given the bits (`arithmetic.kernel.BITS`)."""
+        return {"BF16": "uint16", "F16": "int16"}.get(self.code, TORCH_NAMES[self.code])
 
     @property
     def is_float(self) -> bool:
@@ -94,6 +94,11 @@ def narrower(weights: Iterable[tuple[str, TensorSpec, TensorSpec]]) -> list[str]
         for name, base, tuned in weights
         if base.is_float and tuned.is_float and _DIGITS[tuned.code] < _DIGITS[base.code]
     ]
+
+
+def itemsize_of(code: str) -> int:
+    """Return the bytes of one element of a safetensors code."""
+    return _DTYPES[code][0] // 8
 
 
 def dtype_of(code: str) -> torch.dtype:

@@ -10,16 +10,19 @@ from __future__ import annotations
 import math
 import mmap
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
-import torch
+import numpy as np
 
-from ..arithmetic.grafter import BLOCK, is_finite
+from ..arithmetic import kernel
+from ..arithmetic.grafter import BLOCK
+from ..arithmetic.kernel import BITS
 from ..arithmetic.sums import Sums
-from ..checkpoints.header import TORCH_NAMES, dtype_of
+from ..checkpoints.header import TORCH_NAMES, itemsize_of
 from ..results.shard_writer import ShardWriter
 from ..runtime.threads import run_threads
 from ..runtime.workers import in_workers
@@ -111,7 +114,6 @@ def stream_to(
     lock = threading.Lock()
 
     def make_worker() -> Callable[[tuple[int, int]], None]:
-        torch.set_num_threads(1)  # of this thread; the others are beside it
         worker = _Worker(options, outcome, lock)
 
         def work(chunk: tuple[int, int]) -> None:
@@ -133,11 +135,11 @@ def stream_to(
 
         return work
 
-    torch_threads = torch.get_num_threads()
+    products = any(job.low_rank is not None for file in files for job in file.jobs)
     try:
-        run_threads(chunks, make_worker)
+        with _one_thread_each() if products else nullcontext():
+            run_threads(chunks, make_worker)
     finally:
-        torch.set_num_threads(torch_threads)
         for writer in writers:
             writer.abandon()
     for chunk in chunks:  # in order, so that the sums do not depend on the threads
@@ -173,6 +175,19 @@ def _stream_share(share: tuple[list[OutputFile], Path, GraftOptions], progress: 
     return stream(*share, progress)
 
 
+@contextmanager
+def _one_thread_each() -> Iterator[None]:
+    """Let torch compute with the thread that calls it alone: the others are beside it."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 class _Worker:
     """The buffer and scratch memory of one thread."""
 
@@ -180,9 +195,9 @@ class _Worker:
         self.outcome = outcome
         self.lock = lock
         self.buffer = mmap.mmap(-1, CHUNK)
-        self.bytes = torch.frombuffer(self.buffer, dtype=torch.uint8)
+        self.bytes = np.frombuffer(self.buffer, np.uint8)
         self.grafter = JobGrafter(options)
-        self.spare = torch.empty(BLOCK, dtype=torch.float64).view(torch.uint8)
+        self.spare = np.empty(8 * BLOCK, np.uint8)
 
     def fill(self, file: OutputFile, low: int, high: int) -> list[tuple[str, Sums]]:
         """Compute bytes `low` to `high` of `file` into the buffer."""
@@ -191,7 +206,7 @@ class _Worker:
             self.buffer[: len(head)] = head
         found = []
         for job, begin in file.parts(low, high):
-            size = dtype_of(job.code).itemsize
+            size = itemsize_of(job.code)
             first = max(low - begin, 0) // size
             last = min(-(-(high - begin) // size), math.prod(job.shape))
             if first >= last:
@@ -204,18 +219,17 @@ class _Worker:
 
     def _block(self, job: WeightJob, start: int, stop: int, delta: bool, at: int) -> Sums:
         """Compute one block; `at` is the byte of the buffer at which it goes, negative for a cut first element."""
-        dtype = dtype_of(job.code)
-        nbytes = (stop - start) * dtype.itemsize
-        whole = at % dtype.itemsize == 0  # as a chunk is of every itemsize: else its ends cut through an element
+        itemsize = itemsize_of(job.code)
+        nbytes = (stop - start) * itemsize
+        whole = at % itemsize == 0  # as a chunk is of every itemsize: else its ends cut through an element
         target = self.bytes[at : at + nbytes] if whole else self.spare[:nbytes]
-        out = target.view(dtype)
         if delta:
-            sums = self.grafter.graft(job, out, start, stop)
+            sums = self.grafter.graft(job, target.view(BITS[job.code]), start, stop)
+        elif job.instruct.spec.code != job.code:
+            sums = Sums(finite=kernel.convert(target.view(BITS[job.code]), job.instruct.array(start, stop)))
         else:
-            out.copy_(job.instruct.block(start, stop))
-            sums = Sums()
-            if dtype.is_floating_point:
-                sums.finite = math.isfinite(out.sum()) or is_finite(out)
+            target[:] = job.instruct.content(start, stop)
+            sums = Sums(finite=job.code not in BITS or kernel.all_finite(target.view(BITS[job.code])))
         if not sums.finite:
             self._blame(job, start, stop, delta)
         if not whole:
@@ -228,10 +242,10 @@ class _Worker:
         sides = []
         places = {"instruct": job.instruct, **({"base": job.base, "tuned": job.tuned} if delta else {})}
         for side, place in places.items():
-            if place is not None and not is_finite(place.block(start, stop)):
+            if place is not None and not kernel.all_finite(place.array(start, stop)):
                 sides.append(f"{side} {place.checkpoint}")
         for factor in (job.low_rank.left, job.low_rank.right) if delta and job.low_rank is not None else ():
-            if not is_finite(factor.checkpoint.tensor(factor.name)):
+            if not kernel.all_finite(factor.array(0, factor.spec.numel)):
                 sides.append(f"tuned {factor.checkpoint}")
         with self.lock:
             known = self.outcome.bad.setdefault(job.name, NotFinite(TORCH_NAMES[job.code])).sides

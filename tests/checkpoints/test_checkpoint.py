@@ -262,7 +262,7 @@ def test_a_file_that_changes_behind_its_header_is_named_and_kills_nobody(tmp_pat
                 assert checkpoint.block("weight", 2**18 - 8, 2**18).numel() == 8
             content = path.read_bytes()
             change(path)
-            for read in (checkpoint.block, checkpoint.array):
+            for read in (checkpoint.block, checkpoint.content):
                 with pytest.raises(GraftError, match=rf"replaced or written to while .*\n  {path}\n"):
                     read("weight", 2**18 - 8, 2**18)
             path.write_bytes(content)
