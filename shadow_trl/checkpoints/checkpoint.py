@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -179,14 +179,6 @@ class Checkpoint:
 
         return self._pickled[spec.file][name].reshape(-1)[start:stop].view(torch.uint8).numpy()
 
-    def rows(self, name: str, ids: Iterable[int]) -> torch.Tensor:
-        """Return the rows `ids` of matrix `name`; nothing else of it is read."""
-        import torch
-
-        columns = self.specs[name].shape[1]
-        found = [self.block(name, row * columns, (row + 1) * columns) for row in ids]
-        return torch.stack(found) if found else torch.empty(0, columns, dtype=self.specs[name].dtype)
-
     def _bytes(self, spec: TensorSpec, start: int, stop: int) -> numpy.ndarray:
         def read(file: Path, offset: int, first: int, last: int) -> numpy.ndarray:
             size = (last - first) * spec.itemsize
@@ -334,6 +326,19 @@ class Place:
 
             return array_of(self.block(start, stop))
         return self.content(start, stop).view(self.spec.numpy_dtype)
+
+    def numbers(self, start: int, stop: int) -> numpy.ndarray:
+        """Return the same elements in fp64."""
+        import numpy
+
+        from ..arithmetic import kernel
+
+        stored = self.array(start, stop)
+        if not self.spec.is_float:
+            return stored.astype(numpy.float64)
+        found = numpy.empty(stop - start)
+        kernel.convert(found, stored)
+        return found
 
     def content(self, start: int, stop: int) -> numpy.ndarray:
         """Return the bytes as stored, see `Checkpoint.content`."""

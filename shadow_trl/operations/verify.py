@@ -12,9 +12,9 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from ..checkpoints.checkpoint import ADAPTER_CONFIG, Checkpoint
+from ..checkpoints.checkpoint import ADAPTER_CONFIG, Checkpoint, Place
 from ..checkpoints.delta import refuse_deltas
 from ..checkpoints.digests import file_digest
 from ..checkpoints.hub import Source, local_folder, locate
@@ -26,9 +26,6 @@ from ..grafting.tuned import weighted_sources
 from ..results.folder import Scratch
 from ..runtime.machine import check_space
 from .graft import BESIDE, graft
-
-if TYPE_CHECKING:
-    import torch
 
 _CARD = "README.md"
 # What of the manifest is no figure: facts about the files, prose, and what the graft is made again from.
@@ -246,25 +243,24 @@ def _other_weights(there: Checkpoint, again: Checkpoint) -> dict[str, str]:
 
 def _difference(there: Checkpoint, again: Checkpoint, name: str) -> tuple[int, float]:
     """Return how many values have other bits, and the largest difference between two of them."""
+    import numpy as np
+
     from ..arithmetic.grafter import BLOCK
 
+    spec = again.specs[name]
     count, largest = 0, 0.0
-    for start in range(0, again.specs[name].numel, BLOCK):
-        stop = min(start + BLOCK, again.specs[name].numel)
-        ours, theirs = (side.block(name, start, stop) for side in (there, again))
-        unequal = _bits(ours) != _bits(theirs)
-        if unequal.any():
+    for start in range(0, spec.numel, BLOCK):
+        stop = min(start + BLOCK, spec.numel)
+        ours, theirs = (side.content(name, start, stop) for side in (there, again))
+        if not np.array_equal(ours, theirs):
+            unequal = (ours != theirs).reshape(-1, spec.itemsize).any(axis=1)
             count += int(unequal.sum())
+            one, other = (Place(side, name).numbers(start, stop)[unequal] for side in (there, again))
             # NaN against a number is as different as can be.
-            apart = (ours[unequal].double() - theirs[unequal].double()).abs().nan_to_num(nan=math.inf, posinf=math.inf)
+            with np.errstate(invalid="ignore"):
+                apart = np.nan_to_num(np.abs(one - other), nan=math.inf, posinf=math.inf)
             largest = max(largest, float(apart.max()))
     return count, largest
-
-
-def _bits(values: torch.Tensor) -> torch.Tensor:
-    import torch
-
-    return values.view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[values.dtype.itemsize])
 
 
 def _other_files(there: Checkpoint, again: Checkpoint) -> tuple[list[str], list[str]]:

@@ -303,13 +303,6 @@ def test_few_files_stay_open(tmp_path):
     assert len(os.listdir("/proc/self/fd")) == before
 
 
-def test_rows_are_read_alone(tmp_path):
-    matrix = torch.randn(7, 3)
-    checkpoint = Checkpoint.open(write(tmp_path / "model", {"weight": matrix}))
-    assert torch.equal(checkpoint.rows("weight", [5, 0, 5]), matrix[[5, 0, 5]])
-    assert checkpoint.rows("weight", []).shape == (0, 3)
-
-
 def test_tensors_of_a_bin_file_are_read_at_their_places(tmp_path):
     shared, path = torch.arange(24.0), tmp_path / "pytorch_model.bin"
     weights = {"part": shared[5:9], "turned": shared.view(4, 6).T, "half": torch.randn(5).bfloat16(),
