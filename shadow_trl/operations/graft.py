@@ -66,7 +66,7 @@ def graft(
     max_shard_size: int | str | None = None,
     overwrite: bool = False,
     untie: bool = False,
-    digest: str = "sha256",
+    digest: str = "xxh3",
     stats: bool = True,
     processes: int = 1,
     base_dtype: Any = None,
@@ -107,7 +107,7 @@ def graft(
         max_shard_size: bytes of a file of the result, such as `5GB`. Default: INSTRUCT's own files.
         overwrite: whether an existing graft at `output` may be replaced. Default False.
         untie: whether a tied INSTRUCT may receive a head of its own. Default False.
-        digest: of the input files, for the manifest: `sha256` (default), `xxh3` (faster, shows no forgery) or `none`.
+        digest: of the input files, for the manifest: `xxh3` (default), `sha256` (slow, shows forgery too) or `none`.
         stats: whether to measure sigma, realised and noise. Default True.
         processes: on this machine, which share out the files of a dense result; the same bytes and figures come out.
             Faster where several read and write faster than one, as on a parallel file system. Default 1.
