@@ -329,16 +329,7 @@ class Place:
 
     def numbers(self, start: int, stop: int) -> numpy.ndarray:
         """Return the same elements in fp64."""
-        import numpy
-
-        from ..arithmetic import kernel
-
-        stored = self.array(start, stop)
-        if not self.spec.is_float:
-            return stored.astype(numpy.float64)
-        found = numpy.empty(stop - start)
-        kernel.convert(found, stored)
-        return found
+        return self.spec.numbers(self.array(start, stop))
 
     def content(self, start: int, stop: int) -> numpy.ndarray:
         """Return the bytes as stored, see `Checkpoint.content`."""

@@ -10,7 +10,7 @@ from ..arithmetic.sums import Sums
 from ..runtime.threads import run_threads
 from .checkpoint import Place
 
-_CHUNK = 2 * 1024 * 1024
+_CHUNK = 1024 * 1024
 """Elements that a thread takes at a time."""
 
 
@@ -31,9 +31,6 @@ def measure_gap(pairs: Sequence[Sides], progress: Callable[[int], None] | None =
     chunks = [(n, low, min(low + _CHUNK, size)) for n, size in enumerate(sizes) for low in range(0, size, _CHUNK)]
     found: dict[tuple[int, int, int], Sums] = {}
 
-    def make_worker() -> Callable[[tuple[int, int, int]], None]:
-        return work
-
     def work(chunk: tuple[int, int, int]) -> None:
         number, low, high = chunk
         places = pairs[number][1:]
@@ -44,7 +41,7 @@ def measure_gap(pairs: Sequence[Sides], progress: Callable[[int], None] | None =
             if progress is not None:
                 progress((high - low) * place.spec.itemsize)
 
-    run_threads(chunks, make_worker)
+    run_threads(chunks, lambda: work)
     totals: dict[str, Sums] = {}
     for chunk in chunks:  # in order, so that the sums do not depend on the threads
         totals.setdefault(pairs[chunk[0]][0], Sums()).__iadd__(found[chunk])

@@ -17,6 +17,7 @@ from .json_files import parse, unreadable
 from .pieces import Piece
 
 if TYPE_CHECKING:
+    import numpy
     import torch
 
 _MAX_HEADER = 100_000_000  # the limit of the safetensors library itself
@@ -80,6 +81,18 @@ class TensorSpec:
     def numpy_dtype(self) -> str:
         """The dtype as the arithmetic takes it: of 16-bit numbers it is given the bits (`arithmetic.kernel.BITS`)."""
         return {"BF16": "uint16", "F16": "int16"}.get(self.code, TORCH_NAMES[self.code])
+
+    def numbers(self, stored: numpy.ndarray) -> numpy.ndarray:
+        """Return elements given in `numpy_dtype` as numbers, in fp64."""
+        import numpy
+
+        from ..arithmetic import kernel
+
+        if not self.is_float:
+            return stored.astype(numpy.float64)
+        found = numpy.empty(stored.size)
+        kernel.convert(found, stored)
+        return found
 
     @property
     def is_float(self) -> bool:

@@ -61,6 +61,10 @@ class Outcome:
     bad: dict[str, NotFinite] = field(default_factory=dict)
 
 
+Seen = Callable[[str, int, int, np.ndarray], None]
+"""Takes a weight's name, the first element of a block, the one behind its last, and the bytes of the result, uint8."""
+
+
 class Writer(Protocol):
     """Where the bytes of one file go: see `ShardWriter`."""
 
@@ -94,6 +98,7 @@ def stream_to(
     writers: Sequence[Writer],
     options: GraftOptions,
     progress: Callable[[int], None] | None = None,
+    seen: Seen | None = None,
 ) -> Outcome:
     """Compute every file and write it.
 
@@ -102,6 +107,7 @@ def stream_to(
         writers: where the bytes of each go.
         options: how to sum.
         progress: called with the number of bytes written since the last call, from several threads.
+        seen: called with every block, from several threads.
 
     Returns:
         the sums of each weight, and the weights with values that are not finite; with any of these the files are not
@@ -114,7 +120,7 @@ def stream_to(
     lock = threading.Lock()
 
     def make_worker() -> Callable[[tuple[int, int]], None]:
-        worker = _Worker(options, outcome, lock)
+        worker = _Worker(options, outcome, lock, seen)
 
         def work(chunk: tuple[int, int]) -> None:
             number, low = chunk
@@ -191,8 +197,9 @@ def _one_thread_each() -> Iterator[None]:
 class _Worker:
     """The buffer and scratch memory of one thread."""
 
-    def __init__(self, options: GraftOptions, outcome: Outcome, lock: threading.Lock) -> None:
+    def __init__(self, options: GraftOptions, outcome: Outcome, lock: threading.Lock, seen: Seen | None) -> None:
         self.outcome = outcome
+        self.seen = seen
         self.lock = lock
         self.buffer = mmap.mmap(-1, CHUNK)
         self.bytes = np.frombuffer(self.buffer, np.uint8)
@@ -232,6 +239,9 @@ class _Worker:
             sums = Sums(finite=job.code not in BITS or kernel.all_finite(target.view(BITS[job.code])))
         if not sums.finite:
             self._blame(job, start, stop, delta)
+        if self.seen is not None:
+            known = 1 if at < 0 else 0  # the chunk before had the first element
+            self.seen(job.name, start + known, stop, target[known * itemsize :])
         if not whole:
             skip = max(-at, 0)
             room = min(nbytes - skip, CHUNK - max(at, 0))

@@ -33,6 +33,7 @@ from ..results.cards import write_model_card
 from ..results.check import check_result
 from ..results.copied import copied_files, copy_files, write_config, write_templates
 from ..results.folder import OutputFolder, check_free, check_place, files_in, recover
+from ..results.shard_writer import HollowWriter
 from ..results.usage import loading_call
 from ..results.written import tells_what_is_written
 from ..runtime.machine import check_space
@@ -40,7 +41,7 @@ from ..runtime.progress import Progress
 
 if TYPE_CHECKING:
     from ..checkpoints.checkpoint import Checkpoint
-    from ..grafting.stream import Outcome
+    from ..grafting.stream import Outcome, Seen
 
 BESIDE = "adapter"
 """Folder in a dense result with the same graft as an adapter."""
@@ -136,22 +137,40 @@ def graft(
         untie=untie, digest=digest, stats=stats, processes=processes,
         base_dtype=base_dtype, rank=rank,
     )  # fmt: skip
+    sides = {"base": base, "instruct": instruct, "tuned": tuned, "delta": delta}
+    return write_graft(sides, output, settings, find_base=find_base, progress=progress)
+
+
+def write_graft(
+    sides: Mapping[str, Any],
+    output: Source,
+    options: GraftOptions,
+    *,
+    find_base: bool = False,
+    progress: bool = True,
+    seen: Seen | None = None,
+) -> GraftReport:
+    """Write the graft of `sides`, by role, to `output`; see `graft`.
+
+    With `seen`, which is called with every block of a dense result (`stream_to`), its weights are not written: their
+    files have headers alone, and hardly any size on the disk.
+    """
     target = output_folder(output)
     recover(target)
-    check_free(target, settings.overwrite)
-    with _opened(base, instruct, tuned, delta, target, settings, find_base) as inputs, tells_what_is_written(target):
+    check_free(target, options.overwrite)
+    with _opened(sides, target, options, find_base) as inputs, tells_what_is_written(target):
         check_place(target, inputs.folders)
-        with OutputFolder(target, settings.overwrite) as place:
+        with OutputFolder(target, options.overwrite) as place:
             if inputs.form == "adapter":
-                report = _write_adapter_form(inputs, place.part, target, settings, progress)
+                report = _write_adapter_form(inputs, place.part, target, options, progress)
             else:
-                way_out = _way_out(settings, target, base=base, instruct=instruct, tuned=tuned, delta=delta)
-                report = _write_dense_form(inputs, place.part, target, settings, progress, way_out)
+                way_out = _way_out(options, target, sides)
+                report = _write_dense_form(inputs, place.part, target, options, progress, way_out, seen)
             place.commit()
     return report
 
 
-def _way_out(options: GraftOptions, target: Path, **sides: Any) -> str:
+def _way_out(options: GraftOptions, target: Path, sides: Mapping[str, Any]) -> str:
     """Return the sentence and the command that follow a warning that rounding lost a part of the delta."""
     exact = replace(options, dtype="float32", rounding="auto")
     words = ["shadow-trl", "graft"]
@@ -168,34 +187,27 @@ def _way_out(options: GraftOptions, target: Path, **sides: Any) -> str:
 
 
 @contextmanager
-def _opened(
-    base: Source | None,
-    instruct: Source | None,
-    tuned: Source | Sequence[Any] | None,
-    delta: Source | None,
-    target: Path,
-    options: GraftOptions,
-    find_base: bool,
-) -> Iterator[Inputs]:
+def _opened(sides: Mapping[str, Any], target: Path, options: GraftOptions, find_base: bool) -> Iterator[Inputs]:
     """Open the sides of a graft of TUNED or of a delta."""
+    base, tuned, delta = (sides.get(role) for role in ("base", "tuned", "delta"))
     if (tuned is None) == (delta is None):
         raise ConfigError("give either tuned or delta: what BASE learnt is one of them.")
-    sides = recorded_sides(tuned, base=base, instruct=instruct)
+    known = recorded_sides(tuned, base=base, instruct=sides.get("instruct"))
     if delta is not None:
-        yield open_delta(base, sides["instruct"], delta, options)
+        yield open_delta(base, known["instruct"], delta, options)
         return
-    start = sides.get("base")
+    start = known.get("base")
     if start is None and not names_base(tuned):
-        start = taken_base(sides["instruct"], confirmed=find_base, missing="base")
+        start = taken_base(known["instruct"], confirmed=find_base, missing="base")
     with one_tuned(start, tuned, target, options.base_dtype) as single:
-        yield open_tuned_inputs(single, sides["instruct"], options)
+        yield open_tuned_inputs(single, known["instruct"], options)
 
 
 def _write_dense_form(
-    inputs: Inputs, part: Path, target: Path, options: GraftOptions, progress: bool, way_out: str
+    inputs: Inputs, part: Path, target: Path, options: GraftOptions, progress: bool, way_out: str, seen: Seen | None
 ) -> GraftReport:
     from ..grafting.precision import choose_precision
-    from ..grafting.stream import stream_in_processes
+    from ..grafting.stream import stream_in_processes, stream_to
 
     scratch = part / ".converted"
     jobs = inputs.tuned.jobs(inputs.instruct, options, scratch)
@@ -204,10 +216,15 @@ def _write_dense_form(
     jobs, options = precision.jobs, precision.options
     files = plan_files(jobs.weights, jobs.layout, options.max_shard_size)  # type: ignore[arg-type]
     small = copied_files(inputs.instruct, templates=not inputs.template.source)
-    check_space(target, sum(file.size for file in files) + sum(path.stat().st_size for path in small))
+    room = 0 if seen else sum(file.size for file in files)
+    check_space(target, room + sum(path.stat().st_size for path in small))
     read = {"instruct": small, **inputs.template.files}
     with Digests(inputs.sides, read, options) as digests, Progress(sum(f.size for f in files), progress) as bar:
-        outcome = stream_in_processes(files, part, options, bar.add)
+        if seen is None:
+            outcome = stream_in_processes(files, part, options, bar.add)
+        else:
+            hollow = [HollowWriter(part / file.name, file.size, file.header) for file in files]
+            outcome = stream_to(files, hollow, options, bar.add, seen)
         check_finite(outcome)
         write_index(files, jobs.layout, part)
         shutil.rmtree(scratch, ignore_errors=True)
