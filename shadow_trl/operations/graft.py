@@ -145,16 +145,16 @@ def graft(
             if inputs.form == "adapter":
                 report = _write_adapter_form(inputs, place.part, target, settings, progress)
             else:
-                way_out = _way_out(settings, target, base=base, instruct=instruct, tuned=tuned, delta=delta)
+                way_out = _way_out(settings, target, find_base, base=base, instruct=instruct, tuned=tuned, delta=delta)
                 report = _write_dense_form(inputs, place.part, target, settings, progress, way_out)
             place.commit()
     return report
 
 
-def _way_out(options: GraftOptions, target: Path, **sides: Any) -> str:
+def _way_out(options: GraftOptions, target: Path, find_base: bool, **sides: Any) -> str:
     """Return the sentence and the command that follow a warning that rounding lost a part of the delta."""
     exact = replace(options, dtype="float32", rounding="auto")
-    words = ["shadow-trl", "graft"]
+    words = ["shadow-trl", "graft", *(["--find-base"] if find_base else [])]
     for role, source in sides.items():
         given = source if isinstance(source, (list, tuple)) else [source]
         parts = [":".join(map(str, part)) if isinstance(part, tuple) else str(part) for part in given]

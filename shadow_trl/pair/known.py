@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import difflib
 import functools
 import logging
 import re
@@ -56,6 +57,21 @@ def known_pairs() -> tuple[KnownPair, ...]:
 def matching(text: str) -> list[KnownPair]:
     """Return the pairs of which a name has `text` in it, whatever its case."""
     return [pair for pair in known_pairs() if text.lower() in f"{pair.base} {pair.instruct}".lower()]
+
+
+def near(text: str) -> list[str]:
+    """Return up to five INSTRUCTs of the table whose names are most like `text`, punctuation and case aside."""
+
+    def plain(name: str) -> str:
+        return re.sub(r"[^a-z0-9]", "", name.rpartition("/")[2].lower())
+
+    wanted, names = plain(text), [pair.instruct for pair in known_pairs()]
+    inside = [name for name in names if wanted and wanted in plain(name)]
+    # A filter is the start of a name: it is compared with as much of each, and a letter that may be missing in it.
+    begins = {name: plain(name)[: len(wanted) + 1] for name in names}
+    alike = difflib.get_close_matches(wanted, dict.fromkeys(begins.values()), n=5)
+    ordered = [name for begin in alike for name in names if begins[name] == begin]
+    return (inside or ordered)[:5]
 
 
 def of_instruct(name: str) -> KnownPair | None:
