@@ -305,7 +305,7 @@ def _pairs(options: argparse.Namespace) -> int:
     found = matching(options.filter)
     if not found and ("/" in options.filter or Path(options.filter).is_dir()):
         base, how = find_base(options.filter)
-        found = [KnownPair(base, options.filter, "", "")]
+        found = [KnownPair(base, options.filter, "", "", "")]
         print(f"BASE of {options.filter} is {base}, {how}.", file=sys.stderr)
     rows = [pair.shown() for pair in found]
     if options.json:

@@ -41,6 +41,8 @@ def test_the_table_is_whole():
     for pair in pairs:
         assert pair.base.count("/") == pair.instruct.count("/") == 1
         assert pair.base.split("/")[0] == pair.instruct.split("/")[0]
+        assert bool(pair.licence) == bool(pair.licence_by), pair  # a licence that was read nowhere is a guess
+        assert pair.licence_by == "hub" or pair.licence_by.count("/") == bool(pair.licence_by)
 
 
 def test_the_pairs_of_the_recipes_are_in_the_table():
@@ -120,8 +122,10 @@ def test_nothing_is_taken_that_was_not_confirmed(caplog):
 def test_the_command(capsys, cards):
     assert cli.main(["pairs", "qwen3-0.6b"]) == 0
     head, row = capsys.readouterr().out.splitlines()
-    assert head.split() == ["base", "instruct", "licence", "listed_by"]
-    assert row.split() == ["Qwen/Qwen3-0.6B-Base", "Qwen/Qwen3-0.6B", "apache-2.0", "LLaMA-Factory", "ms-swift"]
+    assert head.split() == ["base", "instruct", "licence", "licence_by", "listed_by"]
+    assert row.split() == [
+        *("Qwen/Qwen3-0.6B-Base", "Qwen/Qwen3-0.6B", "apache-2.0", "QwenLM/Qwen3", "LLaMA-Factory", "ms-swift")
+    ]
     assert cli.main(["pairs", "--json"]) == 0
     listed = json.loads(capsys.readouterr().out)
     assert len(listed) == len(known_pairs())
