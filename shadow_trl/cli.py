@@ -21,6 +21,8 @@ _RECIPES = {
     "dpo": "train BASE with DPO, then graft",
     "sft-dpo": "train BASE with SFT, then with DPO, then graft",
 }
+_WRITING = ("graft", "delta", "compare")
+"""Commands whose errors say what is on the disk: the others leave nothing there, or say it of the files they make."""
 _STDOUT = Path("-")
 _QUIET = "print nothing but errors and warnings"
 
@@ -45,7 +47,7 @@ def _is_recipe(arguments: list[str]) -> bool:
 def _run(arguments: list[str]) -> int:
     if _is_recipe(arguments):
         return _recipe(arguments[0], arguments[1:])
-    with ends_with("Nothing was written."):
+    with ends_with("Nothing was written." if arguments[:1] and arguments[0] in _WRITING else ""):
         options = _parser().parse_args(arguments)
         run: Callable[[argparse.Namespace], int] = options.run
         return run(options)
@@ -298,19 +300,20 @@ def _doctor(options: argparse.Namespace) -> int:
 
 
 def _pairs(options: argparse.Namespace) -> int:
-    from .pair.known import KnownPair, find_base, matching
+    from .pair.known import KnownPair, find_base, matching, near
 
     found = matching(options.filter)
     if not found and ("/" in options.filter or Path(options.filter).is_dir()):
         base, how = find_base(options.filter)
-        found = [KnownPair(base, options.filter, "", "")]
+        found = [KnownPair(base, options.filter, "", "", "")]
         print(f"BASE of {options.filter} is {base}, {how}.", file=sys.stderr)
     rows = [pair.shown() for pair in found]
     if options.json:
         print(json.dumps(rows, indent=2))
         return 0
     if not rows:
-        raise ConfigError(f"no known pair has {options.filter!r} in a name. Give an INSTRUCT as owner/name.")
+        alike = f" Names like it: {', '.join(names)}." if (names := near(options.filter)) else ""
+        raise ConfigError(f"no known pair has {options.filter!r} in a name.{alike} Or give an INSTRUCT as owner/name.")
     widths = {name: max(len(row[name]) for row in [*rows, {name: name}]) for name in rows[0]}
     for row in [dict(zip(widths, widths, strict=True)), *rows]:
         print("  ".join(text.ljust(widths[name]) for name, text in row.items()).rstrip())

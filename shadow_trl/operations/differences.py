@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 # What of the manifest is no figure: facts about the files, prose, and what the graft is made again from.
 _NO_FIGURES = {
     "trained", "kind", "format", "versions", "card", "files", "options", "warnings", "dense_because",
-    "rounded_because", "beside",
+    "rounded_because", "beside", "text_class",
 }  # fmt: skip
 _FIGURE_TOLERANCE = 1e-6
 """Sums of another processor may add up in another order."""

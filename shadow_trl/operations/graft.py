@@ -21,7 +21,7 @@ from ..checkpoints.hub import Source, output_folder
 from ..checkpoints.manifest import Entry, write_manifest
 from ..errors import ConfigError, GraftError, ends_with, list_names
 from ..grafting.files import main_dtype, plan_files, write_index
-from ..grafting.form import is_local
+from ..grafting.form import is_local, text_class
 from ..grafting.inputs import Digests, Inputs, open_delta, open_tuned_inputs, other_base
 from ..grafting.jobs import check_rounding, narrow_warning
 from ..grafting.options import GraftOptions, declared
@@ -34,7 +34,7 @@ from ..results.check import check_result
 from ..results.copied import copied_files, copy_files, write_config, write_templates
 from ..results.folder import OutputFolder, check_free, check_place, files_in, recover
 from ..results.shard_writer import HollowWriter
-from ..results.usage import loading_call
+from ..results.usage import loading_call, text_class_caution
 from ..results.written import tells_what_is_written
 from ..runtime.machine import check_space
 from ..runtime.progress import Progress
@@ -164,16 +164,16 @@ def write_graft(
             if inputs.form == "adapter":
                 report = _write_adapter_form(inputs, place.part, target, options, progress)
             else:
-                way_out = _way_out(options, target, sides)
+                way_out = _way_out(options, target, find_base, sides)
                 report = _write_dense_form(inputs, place.part, target, options, progress, way_out, seen)
             place.commit()
     return report
 
 
-def _way_out(options: GraftOptions, target: Path, sides: Mapping[str, Any]) -> str:
+def _way_out(options: GraftOptions, target: Path, find_base: bool, sides: Mapping[str, Any]) -> str:
     """Return the sentence and the command that follow a warning that rounding lost a part of the delta."""
     exact = replace(options, dtype="float32", rounding="auto")
-    words = ["shadow-trl", "graft"]
+    words = ["shadow-trl", "graft", *(["--find-base"] if find_base else [])]
     for role, source in sides.items():
         given = source if isinstance(source, (list, tuple)) else [source]
         parts = [":".join(map(str, part)) if isinstance(part, tuple) else str(part) for part in given]
@@ -246,7 +246,9 @@ def _write_dense_form(
         )  # fmt: skip
         sides = digests.collect()
         if inputs.beside:
-            _write_beside(inputs, part / BESIDE, target / BESIDE, options, sides)
+            beside = _write_beside(inputs, part / BESIDE, target / BESIDE, options, sides)
+            if beside.text_class is not None:
+                report.warnings.append(f"of {BESIDE}/: {text_class_caution(beside.text_class)}")
         _write_provenance(part, inputs, report, options, sides=sides, left_out=jobs.left_out)
     check_result(part, target, small, inputs.instruct.path)
     return report
@@ -277,7 +279,9 @@ def _write_adapter_form(inputs: Inputs, part: Path, target: Path, options: Graft
     return report
 
 
-def _write_beside(inputs: Inputs, part: Path, target: Path, options: GraftOptions, sides: Mapping[str, Entry]) -> None:
+def _write_beside(
+    inputs: Inputs, part: Path, target: Path, options: GraftOptions, sides: Mapping[str, Entry]
+) -> GraftReport:
     """Write the same graft as an adapter, whole, below the dense one, whose `sides` were digested."""
     exact = options.for_adapter()
     assert exact is not None  # else there would be none beside
@@ -286,6 +290,7 @@ def _write_beside(inputs: Inputs, part: Path, target: Path, options: GraftOption
     report = _write_adapter(inputs, inputs.tuned.checkpoint, part, target, exact, small)
     _write_provenance(part, inputs, report, exact, sides=sides, left_out=[])
     check_result(part, target, small, inputs.instruct.path)
+    return report
 
 
 def _write_adapter(
@@ -303,8 +308,14 @@ def _write_adapter(
             f"the adapter names the local folder {inputs.instruct.source} as its model: it loads only where that "
             "path leads there."
         )
-    code, load = next(iter(adapter.specs.values())).code, loading_call(part, inputs.instruct, str(target))
-    return GraftReport(target, "adapter", modules, 0, TORCH_NAMES[code], options.scale, warnings=notes, load=load)
+    text = text_class(adapter, inputs.instruct)
+    if text is not None:
+        notes.append(text_class_caution(text))
+    code = next(iter(adapter.specs.values())).code
+    return GraftReport(
+        target, "adapter", modules, 0, TORCH_NAMES[code], options.scale, warnings=notes, text_class=text,
+        load=loading_call(part, inputs.instruct, str(target), text_class=text),
+    )  # fmt: skip
 
 
 def _write_provenance(

@@ -34,7 +34,10 @@ def load_data(options: Options) -> dict[str, Any]:
         _check_file(script.dataset_name, split)
     train = load_split(script, script.dataset_train_split)
     if train_rows is not None and train_rows > len(train):
-        raise ConfigError(f"train_rows is {train_rows:,}, and {script.dataset_name} has {len(train):,} rows.")
+        raise ConfigError(
+            f"train_rows is {train_rows:,}{options.origin('train_rows')}, and {script.dataset_name} has {len(train):,} "
+            f"rows. Pass --train_rows {len(train)} for all of them, or leave train_rows out."
+        )
     if train_rows is not None:
         train = train.shuffle(seed=training.seed).select(range(train_rows))
     data = {"train_dataset": train}

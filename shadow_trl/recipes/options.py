@@ -134,6 +134,8 @@ class Options:
         model: TRL's arguments of the model: `model_name_or_path` is BASE.
         recipe: the recipe's own arguments.
         output_given: whether `output_dir` was given; else the recipe makes a folder for the run.
+        config: the YAML file, if there was one.
+        from_config: its keys that the command line left as they are.
     """
 
     script: ScriptArguments
@@ -141,6 +143,12 @@ class Options:
     model: ModelConfig
     recipe: RecipeArguments
     output_given: bool
+    config: Path | None = None
+    from_config: frozenset[str] = frozenset()
+
+    def origin(self, key: str) -> str:
+        """Return ` (in FILE)` for a key that the YAML file set, "" for one of the command line."""
+        return f" (in {self.config})" if key in self.from_config else ""
 
     @property
     def output(self) -> str | None:
@@ -191,10 +199,10 @@ def parse_values(
         namespace, rest = parser.parse_known_args(list(words))
         if rest:
             known = {option for action in parser._actions for option in action.option_strings}
-            listed = list_names(_with_guess(word, known) for word in rest)
-            raise ConfigError(
-                f"{len(rest)} unknown arguments (abbreviated options are not accepted):\n{listed}{unknown}"
-            )
+            wrong = _with_values(rest)
+            listed = list_names(_with_guess(words, known) for words in wrong)
+            count = f"{len(wrong)} unknown argument{'s' if len(wrong) > 1 else ''}"
+            raise ConfigError(f"{count} (abbreviated options are not accepted):\n{listed}{unknown}")
         script, training, model, recipe = parser.parse_dict(vars(namespace))
     except ShadowError:
         raise
@@ -202,7 +210,9 @@ def parse_values(
     except (ArgumentError, ValueError, TypeError, ImportError, OSError, LookupError, AttributeError) as reason:
         raise ConfigError(f"the configuration is not valid: {reason}") from reason
     load_for(None)  # a trainer's models are for its engine, what is merged or scored beside it is not
-    options = Options(script, training, model, recipe, output_given=namespace.output_dir is not None)
+    kept = frozenset(key for key, value in values.items() if getattr(namespace, key, None) == value)
+    given = namespace.output_dir is not None
+    options = Options(script, training, model, recipe, output_given=given, config=config, from_config=kept)
     _check_together(options)
     return options
 
@@ -338,9 +348,20 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return content
 
 
+def _with_values(words: Sequence[str]) -> list[str]:
+    """Return the options among words that no option took, each with the values after it, and other words alone."""
+    found: list[str] = []
+    for word in words:
+        if found and found[-1].startswith("--") and not word.startswith("--"):
+            found[-1] += f" {word}"
+        else:
+            found.append(word)
+    return found
+
+
 def _with_guess(word: str, known: set[str]) -> str:
     """Return `word` with the known name that is most like it, if there is one."""
-    name = word.partition("=")[0]
+    name = re.split("[= ]", word, maxsplit=1)[0]
     longer = sorted(one for one in known if one.startswith(name) and len(name) > 3)
     close = longer or difflib.get_close_matches(name, known, n=1)
     return f"{word} (did you mean {close[0]}?)" if close else word
