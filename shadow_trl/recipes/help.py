@@ -15,7 +15,7 @@ HELP, HELP_ALL = ("-h", "--help"), "--help-all"
 _WIDTH, _COLUMN = 120, 32
 _MODELS = (
     "model_name_or_path", "instruct_model", "base_model", "find_base", "instruct_revision", "base_revision",
-    "dataset_name", "output_dir",
+    "dataset_name", "test_split_size", "output_dir",
 )  # fmt: skip
 _CHECKS = ("pair_check", "allow_wide_gap")
 _TRAINING = (
@@ -27,6 +27,7 @@ _TEXTS = {
     "model_name_or_path": "BASE: folder or hub id; or the folder of an earlier run, which is trained further.",
     "output_dir": "Folder of the run. Default: a new one below outputs/.",
     "dataset_name": "Hub id, folder, or file (.jsonl, .json, .parquet).",
+    "test_split_size": "Evaluate on this share of the rows, or this many of them, and train on the others.",
     "graft": "Whether training ends with saving TUNED and grafting.",
     "push_to_hub": "Upload the graft to the hub.",
     "hub_model_id": "Repository of the graft, owner/name.",

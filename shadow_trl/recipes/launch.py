@@ -24,10 +24,11 @@ from trl.cli.accelerate_config import resolve_accelerate_config_argument
 from ..errors import ConfigError, ends_with
 from .help import is_asked
 from .launch_options import LAUNCHED, launch_parser, split_keys, split_words
-from .options import Options, parse, read_yaml, take_option
+from .options import Options, parse, take_option
 from .pipeline import main_sft_dpo
 from .pipeline_options import read_plan
 from .run import main_dpo, main_sft, prepare
+from .yaml_files import read_yaml
 
 _MAINS: dict[str, Callable[[Sequence[str]], int]] = {"sft": main_sft, "dpo": main_dpo, "sft-dpo": main_sft_dpo}
 

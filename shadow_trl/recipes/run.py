@@ -38,7 +38,7 @@ from ..training.resuming import checkpoint_of
 from ..training.settings import check_settings
 from ..training.trainers import ShadowDPOTrainer, ShadowSFTTrainer
 from .compare import make_report, score_arms, timed
-from .data import load_data, load_scored
+from .data import hub_ids, load_data, load_scored
 from .options import Options, parse
 from .record import write_record
 
@@ -214,8 +214,7 @@ def _shadow_trainer(kind: str, options: Options, direct: Path, data: dict[str, A
         if lack(reason) is not None:
             raise
         raise ConfigError(f"the trainer rejected this run: {type(reason).__name__}: {reason}") from reason
-    if not Path(str(options.script.dataset_name)).exists():  # of the hub
-        trainer.dataset_ids = [str(options.script.dataset_name)]
+    trainer.dataset_ids = hub_ids(options)
     if trainer.origins.instruct is None and (recipe.compare_direct or recipe.score_rows):
         raise ConfigError("compare_direct and score_rows need an instruct_model.")
     return trainer
