@@ -71,6 +71,8 @@ def help_of(kind: str, parser: argparse.ArgumentParser, recipe: type, words: Seq
         for name in (name for name in names if name in known):
             text = _TEXTS.get(name) or str(known[name].help or "").partition(". ")[0].rstrip(".") + "."
             lines.append(_option(name, " ".join(text.split())))
+        if title == "recipe":
+            lines.append(_option("json", "Print report.json on stdout, and all else on stderr."))
     example = f"shadow-trl {kind} --config recipes/configs/qwen3-0.6b/{kind}_lora.yaml --learning_rate 1e-5"
     more = f"`shadow-trl {kind} {HELP_ALL}` lists every option of TRL and transformers. {LAUNCHING}"
     return "\n".join([*lines, "", "example:", f"  {example}", "", *textwrap.wrap(more, _WIDTH)]) + "\n"

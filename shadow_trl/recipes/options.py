@@ -253,6 +253,11 @@ def take_option(name: str, argv: Sequence[str]) -> tuple[str | None, list[str]]:
     return values[0], rest
 
 
+def take_flag(name: str, argv: Sequence[str]) -> tuple[bool, list[str]]:
+    """Return whether `--name` is given, which has no value, and the other words."""
+    return f"--{name}" in argv, [word for word in argv if word != f"--{name}"]
+
+
 def _check_together(options: Options) -> None:
     """Refuse what is missing or cannot be combined, as far as the options alone show it."""
     recipe, training = options.recipe, options.training
