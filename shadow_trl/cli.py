@@ -12,7 +12,7 @@ from typing import Any
 from . import __version__
 from .errors import ConfigError, ends_with
 from .grafting.options import DTYPES, declared
-from .runtime.command_line import Parser, Switch
+from .runtime.command_line import Parser, Switch, stdout_is_kept
 from .runtime.endings import exit_code
 from .runtime.startup import import_torch_undisturbed
 
@@ -131,13 +131,15 @@ def _add_chat(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="folder (weights or adapter) or hub id with a chat template")
     parser.add_argument("--system", metavar="TEXT", help="system message")
     parser.add_argument("--max-new-tokens", type=int, default=512, metavar="N", help="longest answer (default: 512)")
+    text = "print each answer as a line of JSON, {prompt, answer}, and nothing else"
+    parser.add_argument("--json", action="store_true", help=text)
     parser.set_defaults(run=_chat)
 
 
 def _chat(options: argparse.Namespace) -> int:
     from .evaluation.chat import chat
 
-    chat(options.model, system=options.system, max_new_tokens=options.max_new_tokens)
+    chat(options.model, system=options.system, max_new_tokens=options.max_new_tokens, as_json=options.json)
     return 0
 
 
@@ -196,7 +198,8 @@ def _compare_arms(options: argparse.Namespace) -> int:
     from .evaluation.comparison_report import summary
     from .recipes.arms import compare_arms
 
-    found = compare_arms(Path(options.config), options.output, progress=not options.quiet)
+    with stdout_is_kept(options.json):  # trainings print their losses
+        found = compare_arms(Path(options.config), options.output, progress=not options.quiet)
     return _tell(found, summary, options)
 
 
@@ -234,11 +237,12 @@ def _compare(options: argparse.Namespace) -> int:
         tuple(options.kept), options.batch_size, options.max_new_tokens, tuple(options.task),
         tuple(options.task_folder),
     )  # fmt: skip
-    found = compare_scales(
-        sources, data, output=options.output, scales=options.scales, modules=options.modules,
-        graft_dtype=options.dtype, target=options.target, keep=options.keep, within=options.within,
-        margin=options.margin, dtype=options.score_dtype, device=options.device, progress=not options.quiet,
-    )  # fmt: skip
+    with stdout_is_kept(options.json):  # a metric of the user may print
+        found = compare_scales(
+            sources, data, output=options.output, scales=options.scales, modules=options.modules,
+            graft_dtype=options.dtype, target=options.target, keep=options.keep, within=options.within,
+            margin=options.margin, dtype=options.score_dtype, device=options.device, progress=not options.quiet,
+        )  # fmt: skip
     return _tell(found, summary, options)
 
 

@@ -300,13 +300,20 @@ def test_sharegpt_rows_become_messages(tmp_path: Path) -> None:
         load_split(ScriptArguments(dataset_name=str(tmp_path / "odd.jsonl")), "train")
 
 
-def test_a_folder_of_files_has_a_split_for_each(workspace: Path) -> None:
+def test_a_folder_of_files_has_a_split_for_each_and_stdout_is_json(
+    workspace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     data = workspace / "data"
     data.mkdir()
     for name in ("train", "test"):
         (data / f"{name}.jsonl").write_bytes((workspace / "sft.jsonl").read_bytes())
     evaluation = ["--eval_strategy", "steps", "--eval_steps", "3"]
-    assert main_sft(["--config", "sft.yaml", "--dataset_name", "data", *evaluation]) == 0
+    assert main_sft(["--config", "sft.yaml", "--dataset_name", "data", "--json", *evaluation]) == 0
+    shown, told = capsys.readouterr()
+    (run,) = made(workspace)
+    assert json.loads(shown) == json.loads((run / "report.json").read_text())
+    assert "BASE as it was trained is in" in told
+    assert "eval_loss" in told
 
 
 def launch_two(*words: str) -> subprocess.CompletedProcess[str]:
