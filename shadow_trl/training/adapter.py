@@ -150,7 +150,8 @@ def check_same_start(checkpoint: str, start: dict[str, Tensor] | None) -> None:
             raise AdapterError(
                 f"{checkpoint} cannot be resumed: its adapter has another start than a new one ({name} among others), "
                 "so the weights under it are not those that it was trained on. Resume with BASE and seed of that "
-                "run."
+                "run; older releases of TRL draw the start before they set the seed, so call transformers.set_seed() "
+                "with it before the trainer is made."
             )
 
 

@@ -128,13 +128,24 @@ def refuse_trained_tokens(config: Any, adapter: Mapping[str, Any] | None) -> Non
 
 @contextmanager
 def refuses_data_parallel(config: Any) -> Iterator[None]:
-    """Let TRL's refusal of several GPUs in one process be a ConfigError: it is known once the model is loaded."""
+    """Refuse several GPUs in one process, which are known once the model is loaded; TRL itself does since 1.16.
+
+    Raises:
+        ConfigError: transformers would wrap the model in `nn.DataParallel`.
+    """
+    refused = None
     try:
         yield
     except ValueError as error:
-        if config.n_gpu > 1 and "nn.DataParallel" in str(error):
-            raise ConfigError(str(error)) from error
-        raise
+        if config.n_gpu <= 1 or "nn.DataParallel" not in str(error):
+            raise
+        refused = error
+    if config.n_gpu > 1:
+        raise ConfigError(
+            f"{config.n_gpu} GPUs are visible to a process that no launcher started: transformers would train with "
+            "nn.DataParallel, which is not supported. Start a process for each with `accelerate launch` or `torchrun`, "
+            "or make one GPU visible with CUDA_VISIBLE_DEVICES."
+        ) from refused
 
 
 def refuse_tensor_parallel(config: Any, model: Any) -> None:

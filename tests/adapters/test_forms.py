@@ -72,7 +72,8 @@ def test_both_ranks_take_every_linear_module_whatever_its_name(kind, tmp_path):
     else:
         # Square weights among those that are stored as (in, out), and nn.Linear beside them in one adapter.
         config = GPT2Config(**common, n_embd=16, n_layer=1, n_head=2)
-        modules = ["attn.c_proj", "c_fc", "lm_head"]
+        head = "lm_head"
+        modules = ["attn.c_proj", "c_fc", head]
     base, instruct = tmp_path / "base", tmp_path / "instruct"
     for seed, side in enumerate((base, instruct)):
         torch.manual_seed(seed)
@@ -105,7 +106,7 @@ def test_both_ranks_take_every_linear_module_whatever_its_name(kind, tmp_path):
         graft(base=base, instruct=instruct, tuned=tmp_path / f"delta{rank}", output=tmp_path / f"dense{rank}",
               progress=False)  # fmt: skip
         first = load(instruct)
-        ours = {name.replace("embed_out", "lm_head"): value - first[name]
+        ours = {name.replace("embed_out", head): value - first[name]
                 for name, value in load(tmp_path / f"dense{rank}").items()}  # fmt: skip
         assert error(ours, delta) == pytest.approx(wanted, rel=1e-3, abs=1e-5)
 

@@ -10,7 +10,7 @@ import pytest
 from adapter_cases import CASES, LINEAR, adapter_delta, error, merged_weights, train
 from families import load
 from peft import AdaLoraConfig, LoftQConfig, LoraConfig, LoraGAConfig
-from releases import needs_peft
+from releases import needs
 from runs import LORA, settings, sft
 from tiny import make_pair, preference_data
 from transformers import AutoModelForCausalLM
@@ -54,7 +54,9 @@ def trainer_of(pair, folder, start, monkeypatch, **options):
     return sft(pair, folder, model=model, peft_config=config)
 
 
-@pytest.mark.parametrize("start", ["eva", pytest.param("mica", marks=needs_peft("0.20")), "corda", "lora_ga", "loftq"])
+@pytest.mark.parametrize(
+    "start", ["eva", pytest.param("mica", marks=needs("peft", "0.20")), "corda", "lora_ga", "loftq"]
+)
 def test_trainers_graft_what_they_trained(pair, tmp_path, monkeypatch, start):
     trainer = trainer_of(pair, tmp_path / "run", start, monkeypatch)
     before = {name: value.double() for name, value in load(pair[0]).items()}

@@ -9,7 +9,7 @@ import torch
 from adapter_cases import adapter_delta, adapter_on, error, merged_weights, product
 from families import load
 from peft import LoraConfig, PeftModel, get_peft_model
-from releases import needs_peft
+from releases import needs
 from runs import LORA, settings, sft
 from safetensors.torch import load_file, save_file
 from tiny import config_of, make_pair, make_tokenizer, sft_data
@@ -221,7 +221,7 @@ def tiny_experts(folder, seed: int):
     return folder
 
 
-@needs_peft("0.21", "older ones cannot load it with these transformers")
+@needs("peft", "0.21", "older ones cannot load it with these transformers")
 def test_parameters_of_fused_experts_land_on_the_experts_of_the_file(tmp_path):
     pair = tiny_experts(tmp_path / "base", 0), tiny_experts(tmp_path / "instruct", 1)
     assert any(".experts.3.up_proj" in name for name in load(pair[0]))  # on disk each expert stands alone

@@ -19,7 +19,7 @@ import torch
 from families import load
 from peft import get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
-from releases import has_peft
+from releases import has
 from safetensors.torch import load_file, save_file
 from tiny import make_pair
 from transformers import AutoModelForCausalLM
@@ -64,7 +64,7 @@ class Case:
         """Skip the test where PEFT is too old for it, or needs a package that is not there."""
         import pytest  # the benchmark has these cases too
 
-        if not has_peft(self.since):
+        if not has("peft", self.since):
             pytest.skip(f"{self.name} came with PEFT {self.since}")
         if self.needs is not None:
             pytest.importorskip(self.needs, reason=f"PEFT needs {self.needs} for {self.name}")

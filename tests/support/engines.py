@@ -222,7 +222,9 @@ def watched_memory() -> Iterator[list[int]]:
             seen.append(now())
 
     gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)
+    libc = ctypes.CDLL(None)
+    libc.mallopt(-3, 2**18)  # M_MMAP_THRESHOLD, fixed: what is freed goes back at once, and what counts is in use
+    libc.malloc_trim(0)
     over, seen = Event(), [now()]
     thread = Thread(target=watch, daemon=True)
     thread.start()

@@ -8,10 +8,10 @@ import pytest
 from packaging.version import Version
 
 
-def has_peft(release: str) -> bool:
-    return Version(version("peft")) >= Version(release)
+def has(library: str, release: str) -> bool:
+    return Version(version(library)) >= Version(release)
 
 
-def needs_peft(release: str, reason: str = "it came with that release") -> pytest.MarkDecorator:
-    """Return the mark that skips a test with PEFT older than `release`."""
-    return pytest.mark.skipif(not has_peft(release), reason=f"PEFT {release}: {reason}")
+def needs(library: str, release: str, reason: str = "it came with that release") -> pytest.MarkDecorator:
+    """Return the mark that skips a test with a library older than `release`."""
+    return pytest.mark.skipif(not has(library, release), reason=f"{library} {release}: {reason}")

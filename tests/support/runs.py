@@ -34,8 +34,9 @@ def lora(**changes) -> LoraConfig:
 
 
 def settings(folder: Path, **changes) -> dict:
-    torch.manual_seed(SETTINGS["seed"])  # older releases of TRL draw a new adapter before they set the seed
-    return {"output_dir": str(folder), **SETTINGS, **changes}
+    given = {"output_dir": str(folder), **SETTINGS, **changes}
+    torch.manual_seed(given["seed"])  # older releases of TRL draw a new adapter before they set the seed
+    return given
 
 
 def dpo(pair: tuple[Path, Path], folder: Path, *, model=None, data: Dataset | None = None, **changes):

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig, OFTConfig, PeftModel
-from releases import has_peft
+from releases import has
 from runs import settings
 from safetensors.torch import load_file
 from tiny import make_pair, preference_data, sft_data
@@ -24,7 +24,7 @@ pytestmark = [pytest.mark.filterwarnings("ignore::UserWarning"), pytest.mark.fil
 
 LORA = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "up_proj"], "task_type": "CAUSAL_LM"}
 VALUES = {"modules_to_save": ["input_layernorm", "lm_head"], "trainable_token_indices": [3, 7]}
-VALUES |= {"bias": "lora_only" if has_peft("0.21") else "all"}
+VALUES |= {"bias": "lora_only" if has("peft", "0.21") else "all"}
 KINDS = {
     "full": None,
     "lora": LoraConfig(**LORA),

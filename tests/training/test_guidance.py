@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from interrupts import files_of
+from releases import needs
 from runs import settings
 from tiny import sft_data
 from transformers import AutoModelForCausalLM
@@ -16,7 +17,10 @@ from shadow_trl import ShadowSFTConfig, ShadowSFTTrainer
 from shadow_trl.errors import ConfigError
 from shadow_trl.training.guidance import GuidedSFTTrainer, GuidedShadowSFTTrainer
 
-pytestmark = pytest.mark.filterwarnings("ignore")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore"),
+    needs("trl", "1.16", "older ones are refused, as tests/training/test_older.py shows"),
+]
 
 
 def shadow(pair: tuple[Path, Path], folder: Path, *, trainer: type = GuidedShadowSFTTrainer, power=None, **changes):

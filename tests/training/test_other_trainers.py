@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 from interrupts import InterruptAfter, Interrupted, files_of
-from other_trainers import KINDS, OPTIONS, WITHOUT_REFERENCE, build, data_of, kto_data, train_all
+from other_trainers import KINDS, OPTIONS, WITHOUT_REFERENCE, build, classes, data_of, kto_data, train_all
 from ranks import in_processes
+from releases import needs
 from runs import log_probability, lora, saved_files, settings
 from safetensors.torch import load_file
 from stages import tuned_weights, weights
@@ -21,7 +22,6 @@ from tiny import preference_data, sft_data
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, Trainer
 from trl import RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
 
-import shadow_trl
 from shadow_trl import ShadowArguments, ShadowMixin, graft
 from shadow_trl.errors import ConfigError, OutputExistsError
 
@@ -280,12 +280,12 @@ def test_an_existing_graft_is_refused_before_a_model_is_loaded(pair, tmp_path, k
     ],
 )
 def test_a_trainer_without_a_model_is_refused(tmp_path, changes, said):
+    trainer, config = classes("CPO")
     with pytest.raises(ConfigError, match=said):
-        shadow_trl.ShadowCPOTrainer(
-            args=shadow_trl.ShadowCPOConfig(**settings(tmp_path)), train_dataset=preference_data(), **changes
-        )
+        trainer(args=config(**settings(tmp_path)), train_dataset=preference_data(), **changes)
 
 
+@needs("trl", "1.16", "older ones know fewer")
 def test_every_loss_of_grpo_is_one_that_trl_knows():
     from trl.trainer import grpo_trainer
 
@@ -337,7 +337,7 @@ def test_a_tokenizer_without_a_padding_token_pads_with_its_end(pair, tmp_path):
     """TRL asks an experimental trainer's tokenizer for the number of its padding token before it has one."""
     tokenizer = AutoTokenizer.from_pretrained(pair[1])
     tokenizer.pad_token = None
-    trainer, config = shadow_trl.ShadowORPOTrainer, shadow_trl.ShadowORPOConfig
+    trainer, config = classes("ORPO")
     made = trainer(
         str(pair[0]), config(**settings(tmp_path)), train_dataset=preference_data(), processing_class=tokenizer,
         instruct_model=str(pair[1]),

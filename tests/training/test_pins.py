@@ -228,7 +228,6 @@ def test_a_start_that_is_drawn_anew_cannot_be_resumed(tmp_path):
     drawn = LoraConfig(r=2, lora_alpha=2, target_modules=["q_proj", "v_proj"], init_lora_weights="pissa_niter_1")
     for name, config in (("drawn", drawn), ("exact", pissa())):
         sft(pair, tmp_path / name, peft_config=config, **options).train()
-    torch.manual_seed(99)
     again = sft(pair, tmp_path / "drawn", peft_config=drawn, graft_overwrite=True, seed=4, **options)
     with pytest.raises(AdapterError, match="has another start"):
         again.train(resume_from_checkpoint=str(tmp_path / "drawn" / "checkpoint-1"))

@@ -9,14 +9,14 @@ from types import ModuleType
 
 import pytest
 from accelerate.commands.launch import _validate_launch_command
-from releases import needs_peft
+from releases import needs
 from repository import ROOT
 from trl.cli.accelerate_config import resolve_accelerate_config_argument
 
 from shadow_trl.recipes.launch_options import launch_parser, split_words
 from shadow_trl.recipes.options import parse
 
-OF_EXPERTS = needs_peft("0.21", "older ones do not know all-linear of experts")
+OF_EXPERTS = needs("peft", "0.21", "older ones do not know all-linear of experts")
 
 
 @pytest.fixture(scope="module")
