@@ -27,7 +27,7 @@ _TEXTS = {
     "model_name_or_path": "BASE: folder or hub id; or the folder of an earlier run, which is trained further.",
     "output_dir": "Folder of the run. Default: a new one below outputs/.",
     "dataset_name": "Hub id, folder, or file (.jsonl, .json, .parquet).",
-    "graft": "Whether training ends with saving TUNED and grafting.",
+    "graft": "Whether to save TUNED and graft at the end of training.",
     "push_to_hub": "Upload the graft to the hub.",
     "hub_model_id": "Repository of the graft, owner/name.",
     "dtype": "Dtype in which BASE is loaded.",
