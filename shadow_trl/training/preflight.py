@@ -249,9 +249,9 @@ def check_same_adapter(peft_config: PeftConfig, adapter: str) -> None:
     if changed:
         raise AdapterError(
             f"the adapter in {adapter} is trained further, but {len(changed)} settings of peft_config differ from it.\n"
-            f"{list_names(changed)}\nLeave peft_config out to train the same adapter further. To start a new one, "
-            "merge the old one first (PeftModel.merge_and_unload, then save_pretrained) and pass that folder as model "
-            "with base_model=... naming BASE."
+            f"{list_names(changed)}\nLeave peft_config out (in a recipe: --use_peft false) to train the same adapter "
+            "further. To start a new one, merge the old one first (PeftModel.merge_and_unload, then save_pretrained) "
+            "and pass that folder as model with base_model=... naming BASE."
         )
 
 

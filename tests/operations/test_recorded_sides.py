@@ -104,6 +104,14 @@ def test_an_instruct_that_nothing_names_is_asked_for(sides, tmp_path):
         gap(instruct=sides["instruct"], tuned=str(plain))
 
 
+def test_gap_of_a_lora_run_says_that_it_is_an_adapter(sides, tmp_path):
+    """Not that its BASE is unknown: the folder of a run was given."""
+    adapter = lora(tmp_path / "run", base_model_name_or_path=sides["base"])
+    recorded(adapter, Path(sides["base"]), Path(sides["instruct"]))
+    with pytest.raises(AdapterError, match=r"tuned .* is an adapter; gap compares full checkpoints. Merge it"):
+        gap(tuned=str(adapter))
+
+
 def test_the_base_of_an_adapter_is_not_read_for_its_run_either(sides, tmp_path):
     adapter = lora(tmp_path / "run", base_model_name_or_path=sides["base"])
     recorded(adapter, Path(sides["base"]), Path(sides["instruct"]))

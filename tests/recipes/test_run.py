@@ -190,6 +190,17 @@ def test_too_many_rows_are_traced_to_the_file(workspace: Path, capsys: pytest.Ca
     )
 
 
+def test_a_template_without_marked_answers_is_refused_with_ways_out(
+    workspace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("plain.jinja").write_text("{% for m in messages %}{{ m['role'] }} {{ m['content'] }}\n{% endfor %}")
+    words = ["--config", "sft.yaml", "--output_dir", "out", "--chat_template_path", "plain.jinja"]
+    assert main_sft([*words, "--assistant_only_loss", "true"]) == 2
+    said = capsys.readouterr().err
+    assert "or pass --assistant_only_loss false" in said
+    assert said.endswith("Nothing was written.\n")
+
+
 def test_without_a_graft_tuned_is_saved_all_the_same(workspace: Path) -> None:
     assert main_sft(["--config", "sft.yaml", "--output_dir", "out", "--graft", "false"]) == 0
     assert Path("out/model.safetensors").is_file()
