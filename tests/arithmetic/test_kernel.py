@@ -17,7 +17,10 @@ assert found.tolist() == [7.0, 7.0, 7.0]
 """
 CASES = {
     "kept": ("", True),
-    "no place": ("from numba.core import caching\ncaching._CacheImpl._locator_classes = []\n", False),
+    "no place": (
+        "from numba.core import caching\ndef none(self):\n    raise OSError(30, 'Read-only file system')\n"
+        "caching._CacheLocator.ensure_cache_path = none\n", False,
+    ),
     "full disk": (
         "from numba.core import caching\ndef full(self, *given):\n    raise OSError(28, 'No space left on device')\n"
         "caching.IndexDataCacheFile.save = full\n", False,
