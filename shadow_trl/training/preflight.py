@@ -302,4 +302,4 @@ def is_conversational(dataset: Any) -> bool:
     from trl import is_conversational as trl_is_conversational
 
     first = next(iter(dataset), None) if isinstance(dataset, Iterable) else None
-    return isinstance(first, Mapping) and bool(trl_is_conversational(first))
+    return isinstance(first, dict) and bool(trl_is_conversational(first))
