@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -298,7 +298,8 @@ def template_of(config: Any, processing_class: Any) -> str | None:
 
 
 def is_conversational(dataset: Any) -> bool:
-    """Return whether the first row of `dataset` holds messages; False for no dataset."""
+    """Return whether the first row of `dataset` holds messages; False for what has no rows, which TRL refuses."""
     from trl import is_conversational as trl_is_conversational
 
-    return dataset is not None and trl_is_conversational(next(iter(dataset)))
+    first = next(iter(dataset), None) if isinstance(dataset, Iterable) else None
+    return isinstance(first, dict) and bool(trl_is_conversational(first))

@@ -312,19 +312,22 @@ def test_sharegpt_rows_become_messages(tmp_path: Path) -> None:
 
 
 def test_a_folder_of_files_has_a_split_for_each_and_stdout_is_json(
-    workspace: Path, capsys: pytest.CaptureFixture[str]
+    workspace: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     data = workspace / "data"
     data.mkdir()
     for name in ("train", "test"):
         (data / f"{name}.jsonl").write_bytes((workspace / "sft.jsonl").read_bytes())
     evaluation = ["--eval_strategy", "steps", "--eval_steps", "3"]
-    assert main_sft(["--config", "sft.yaml", "--dataset_name", "data", "--json", *evaluation]) == 0
+    lossy = ["--learning_rate", "1e-6", "--graft_dtype", "bfloat16", "--graft_rounding", "nearest"]
+    assert main_sft(["--config", "sft.yaml", "--dataset_name", "data", "--json", *evaluation, *lossy]) == 0
     shown, told = capsys.readouterr()
     (run,) = made(workspace)
     assert json.loads(shown) == json.loads((run / "report.json").read_text())
     assert "BASE as it was trained is in" in told
     assert "eval_loss" in told
+    said = [*told.splitlines(), *caplog.text.splitlines()]
+    assert len([line for line in said if "rounded to nearest keeps" in line]) == 1  # once, by log or by report
 
 
 def launch_two(*words: str) -> subprocess.CompletedProcess[str]:
