@@ -12,7 +12,7 @@ from typing import Any
 from . import __version__
 from .errors import ConfigError, ends_with
 from .grafting.options import DTYPES, declared
-from .runtime.command_line import Parser, Switch
+from .runtime.command_line import Parser, Switch, stdout_is_kept
 from .runtime.endings import exit_code
 from .runtime.startup import import_torch_undisturbed
 
@@ -21,6 +21,8 @@ _RECIPES = {
     "dpo": "train BASE with DPO, then graft",
     "sft-dpo": "train BASE with SFT, then with DPO, then graft",
 }
+_WRITING = ("graft", "delta", "compare")
+"""Commands whose errors say what is on the disk: the others leave nothing there, or say it of the files they make."""
 _STDOUT = Path("-")
 _QUIET = "print nothing but errors and warnings"
 
@@ -45,7 +47,7 @@ def _is_recipe(arguments: list[str]) -> bool:
 def _run(arguments: list[str]) -> int:
     if _is_recipe(arguments):
         return _recipe(arguments[0], arguments[1:])
-    with ends_with("Nothing was written."):
+    with ends_with("Nothing was written." if arguments[:1] and arguments[0] in _WRITING else ""):
         options = _parser().parse_args(arguments)
         run: Callable[[argparse.Namespace], int] = options.run
         return run(options)
@@ -129,13 +131,15 @@ def _add_chat(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="folder (weights or adapter) or hub id with a chat template")
     parser.add_argument("--system", metavar="TEXT", help="system message")
     parser.add_argument("--max-new-tokens", type=int, default=512, metavar="N", help="longest answer (default: 512)")
+    text = "print each answer as a line of JSON, {prompt, answer}, and nothing else"
+    parser.add_argument("--json", action="store_true", help=text)
     parser.set_defaults(run=_chat)
 
 
 def _chat(options: argparse.Namespace) -> int:
     from .evaluation.chat import chat
 
-    chat(options.model, system=options.system, max_new_tokens=options.max_new_tokens)
+    chat(options.model, system=options.system, max_new_tokens=options.max_new_tokens, as_json=options.json)
     return 0
 
 
@@ -194,7 +198,8 @@ def _compare_arms(options: argparse.Namespace) -> int:
     from .evaluation.comparison_report import summary
     from .recipes.arms import compare_arms
 
-    found = compare_arms(Path(options.config), options.output, progress=not options.quiet)
+    with stdout_is_kept(options.json):  # trainings print their losses
+        found = compare_arms(Path(options.config), options.output, progress=not options.quiet)
     return _tell(found, summary, options)
 
 
@@ -232,11 +237,12 @@ def _compare(options: argparse.Namespace) -> int:
         tuple(options.kept), options.batch_size, options.max_new_tokens, tuple(options.task),
         tuple(options.task_folder),
     )  # fmt: skip
-    found = compare_scales(
-        sources, data, output=options.output, scales=options.scales, modules=options.modules,
-        graft_dtype=options.dtype, target=options.target, keep=options.keep, within=options.within,
-        margin=options.margin, dtype=options.score_dtype, device=options.device, progress=not options.quiet,
-    )  # fmt: skip
+    with stdout_is_kept(options.json):  # a metric of the user may print
+        found = compare_scales(
+            sources, data, output=options.output, scales=options.scales, modules=options.modules,
+            graft_dtype=options.dtype, target=options.target, keep=options.keep, within=options.within,
+            margin=options.margin, dtype=options.score_dtype, device=options.device, progress=not options.quiet,
+        )  # fmt: skip
     return _tell(found, summary, options)
 
 
@@ -298,19 +304,20 @@ def _doctor(options: argparse.Namespace) -> int:
 
 
 def _pairs(options: argparse.Namespace) -> int:
-    from .pair.known import KnownPair, find_base, matching
+    from .pair.known import KnownPair, find_base, matching, near
 
     found = matching(options.filter)
     if not found and ("/" in options.filter or Path(options.filter).is_dir()):
         base, how = find_base(options.filter)
-        found = [KnownPair(base, options.filter, "", "")]
+        found = [KnownPair(base, options.filter, "", "", "")]
         print(f"BASE of {options.filter} is {base}, {how}.", file=sys.stderr)
     rows = [pair.shown() for pair in found]
     if options.json:
         print(json.dumps(rows, indent=2))
         return 0
     if not rows:
-        raise ConfigError(f"no known pair has {options.filter!r} in a name. Give an INSTRUCT as owner/name.")
+        alike = f" Names like it: {', '.join(names)}." if (names := near(options.filter)) else ""
+        raise ConfigError(f"no known pair has {options.filter!r} in a name.{alike} Or give an INSTRUCT as owner/name.")
     widths = {name: max(len(row[name]) for row in [*rows, {name: name}]) for name in rows[0]}
     for row in [dict(zip(widths, widths, strict=True)), *rows]:
         print("  ".join(text.ljust(widths[name]) for name, text in row.items()).rstrip())

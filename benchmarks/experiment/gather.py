@@ -49,7 +49,7 @@ def _known(design: Design, base: str, instruct: str) -> dict[str, dict[str, floa
     """Return the loss of BASE and INSTRUCT before training, on the template and on answers of the training rows."""
     from shadow_trl.evaluation.likelihood import losses
     from shadow_trl.evaluation.models import load, tokenizer_and_ends
-    from shadow_trl.recipes.options import read_yaml
+    from shadow_trl.recipes.yaml_files import read_yaml
 
     path = Path(read_yaml(Path(design.config))["dataset_name"])
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()[:CHOSEN]]

@@ -6,7 +6,7 @@ import resource
 from collections.abc import Iterator
 from pathlib import Path
 
-from hostile import Case, Sound, cases
+from hostile import Case, Sound, cases, ends_well
 from processes import Ended, Tally, judge_message, listing, run, workplace
 
 MEMORY = 8 * 2**30
@@ -24,7 +24,7 @@ def bad_input(root: Path) -> Iterator[Tally]:
             ended = run(argv, work, limit=bounded)
             tally.runs += 1
             tally.facts["refused"] += ended.code == 2
-            judge_refusal(tally, case.name, ended, changed=listing(work) != before)
+            judge_refusal(tally, case.name, argv, ended, changed=listing(work) != before)
             _judge_words(tally, case, ended)
     yield tally
 
@@ -34,10 +34,10 @@ def bounded() -> None:
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
 
 
-def judge_refusal(tally: Tally, label: str, ended: Ended, changed: bool) -> None:
+def judge_refusal(tally: Tally, label: str, argv: list[str], ended: Ended, changed: bool) -> None:
     """Count what is wrong with the refusal of a command: its message, or what it left."""
     judge_message(tally, label, ended, changed)
-    if ended.code == 2 and not (ended.err.count("Error: ") == 1 and ended.err.endswith("Nothing was written.\n")):
+    if ended.code == 2 and not (ended.err.count("Error: ") == 1 and ends_well(argv, ended.err)):
         tally.fault("false", f"{label}: {ended.err.strip()[-200:]!r}")
     if ended.code == 2 and changed:
         tally.fault("left", f"{label}: a refusal that wrote")

@@ -111,7 +111,7 @@ def _one(root: Path, sound: Sound, tally: Tally, file: tuple[str, str], content:
         label = f"{side}/{name}"
         known = len(tally.details)
         if ended.code == 2:
-            judge_refusal(tally, label, ended, changed)
+            judge_refusal(tally, label, argv, ended, changed)
         else:
             judge_message(tally, label, ended, changed)
             if litter(work):

@@ -150,6 +150,19 @@ def read_lora(adapter: Checkpoint) -> dict[str, LoraModule]:
     return {module: _module(adapter, module, sides) for module, sides in keys.items()}
 
 
+def needs_patterns(adapter: Checkpoint) -> bool:
+    """Whether `r` and `lora_alpha` alone, all that some loaders read, would give modules of a plain LoRA other factors.
+
+    Such loaders, vLLM's among them, ignore `rank_pattern` and `alpha_pattern` without a word.
+    """
+    config = adapter.adapter_config
+    if not (config.get("rank_pattern") or config.get("alpha_pattern")):
+        return False
+    alpha, rank = config.get("lora_alpha", 8), config["r"]
+    common = alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
+    return any(lora.factor != common for lora in read_lora(adapter).values())
+
+
 def check_config_patterns(adapter: Checkpoint, names: Iterable[str]) -> None:
     """Raise ConfigError if an expression in the config of an adapter takes too long on one of these names."""
     found: list[tuple[str, str]] = []

@@ -17,7 +17,7 @@ from ..checkpoints.checkpoint import ADAPTER_CONFIG, Checkpoint
 from ..errors import AdapterError, list_names
 from ..layouts.model_names import ModelNames
 from .kinds import START_FOLDER
-from .lora import PREFIX, WEIGHTS, nearest_names, read_lora, streams
+from .lora import PREFIX, WEIGHTS, nearest_names, needs_patterns, read_lora, streams
 from .stored import MemoryWeights, StoredValues, may_change, module_of, read_stored
 
 
@@ -112,8 +112,13 @@ def write_adapter(
         the number of its modules, and a line for each stored weight that is narrower than BASE's.
     """
     named = {"base_model_name_or_path": instruct.source, "revision": instruct.revision}
+    plain = streams(adapter, instruct)
+    if plain and needs_patterns(adapter):
+        factors = _summed([(adapter, scale)])
+        write_factors(factors, {**adapter.adapter_config, **named}, folder)
+        return len(factors), []
     _write_config(folder, {**adapter.adapter_config, **named})
-    if streams(adapter, instruct):
+    if plain:
         stored, modules, narrow = StoredValues(adapter, others=list(adapter.specs)), len(adapter.specs) // 2, []
     else:
         names, receiving = (ModelNames.under(side, may_change(adapter)) for side in (base, instruct))

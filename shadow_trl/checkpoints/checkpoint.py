@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -165,30 +165,19 @@ class Checkpoint:
         """
         import torch
 
-        spec = self.specs[name]
+        dtype = self.specs[name].dtype
         if stop == start:
-            return torch.empty(0, dtype=spec.dtype)
-        if not spec.in_place:
-            return self._pickled[spec.file][name].reshape(-1)[start:stop]
-        return torch.from_numpy(self._bytes(spec, start, stop)).view(spec.dtype)
+            return torch.empty(0, dtype=dtype)
+        return torch.from_numpy(self.content(name, start, stop)).view(dtype)
 
-    def array(self, name: str, start: int, stop: int) -> numpy.ndarray:
-        """Return what `block` returns as an array in `TensorSpec.numpy_dtype`; no torch for a safetensors file."""
+    def content(self, name: str, start: int, stop: int) -> numpy.ndarray:
+        """Return the bytes of elements `start` to `stop` as stored, uint8; errors as of `block`."""
         spec = self.specs[name]
-        if not spec.in_place:
-            import torch
-
-            block = self.block(name, start, stop)
-            return (block.view(torch.uint16) if spec.code == "BF16" else block).numpy()
-        return self._bytes(spec, start, stop).view(spec.numpy_dtype)
-
-    def rows(self, name: str, ids: Iterable[int]) -> torch.Tensor:
-        """Return the rows `ids` of matrix `name`; nothing else of it is read."""
+        if spec.in_place:
+            return self._bytes(spec, start, stop)
         import torch
 
-        columns = self.specs[name].shape[1]
-        found = [self.block(name, row * columns, (row + 1) * columns) for row in ids]
-        return torch.stack(found) if found else torch.empty(0, columns, dtype=self.specs[name].dtype)
+        return self._pickled[spec.file][name].reshape(-1)[start:stop].view(torch.uint8).numpy()
 
     def _bytes(self, spec: TensorSpec, start: int, stop: int) -> numpy.ndarray:
         def read(file: Path, offset: int, first: int, last: int) -> numpy.ndarray:
@@ -331,5 +320,17 @@ class Place:
         return self.block(0, self.spec.numel).view(self.spec.shape)
 
     def array(self, start: int, stop: int) -> numpy.ndarray:
-        """Return the elements as stored, see `Checkpoint.array`."""
-        return self.checkpoint.array(self.name, start, stop)
+        """Return what `block` returns in `TensorSpec.numpy_dtype`; a safetensors file without casts needs no torch."""
+        if self.casts:
+            from ..arithmetic.grafter import array_of
+
+            return array_of(self.block(start, stop))
+        return self.content(start, stop).view(self.spec.numpy_dtype)
+
+    def numbers(self, start: int, stop: int) -> numpy.ndarray:
+        """Return the same elements in fp64."""
+        return self.spec.numbers(self.array(start, stop))
+
+    def content(self, start: int, stop: int) -> numpy.ndarray:
+        """Return the bytes as stored, see `Checkpoint.content`."""
+        return self.checkpoint.content(self.name, start, stop)

@@ -18,7 +18,7 @@ from .manifest import kind_found, read_manifest
 from .schemas import ModelConfig
 
 if TYPE_CHECKING:
-    import torch
+    import numpy
 
 BASE_CONFIG = "base_config.json"
 WEIGHTS = "delta.safetensors"
@@ -78,11 +78,11 @@ class Zeros(Checkpoint):
         }
         return zeros
 
-    def block(self, name: str, start: int, stop: int) -> torch.Tensor:
-        """Return `stop - start` zeros, fp32."""
-        import torch
+    def content(self, name: str, start: int, stop: int) -> numpy.ndarray:
+        """Return the bytes of `stop - start` zeros, fp32."""
+        import numpy
 
-        return torch.zeros(1).expand(stop - start)
+        return numpy.zeros(4 * (stop - start), numpy.uint8)
 
 
 def refuse_deltas(**sides: Source | None) -> None:

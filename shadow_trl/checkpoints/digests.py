@@ -30,11 +30,21 @@ def file_digest(path: Source, algorithm: str = "sha256") -> str:
     known: dict[str, Any] = {"sha256": hashlib.sha256, "xxh3": xxhash.xxh3_128}
     if algorithm not in known:
         raise CheckpointError(f"the digest of {path} is of the unknown kind {algorithm!r}. Update shadow-trl.")
-    # Names of 40 digits are those of small files under git, and no SHA-256.
-    if algorithm == "sha256" and real.parent.name == "blobs" and re.fullmatch(r"[0-9a-f]{64}", real.name):
+    if algorithm == "sha256" and _is_named_by_digest(real):
         return f"sha256:{real.name}"
     with open(real, "rb") as file:
         return f"{algorithm}:{hashlib.file_digest(file, known[algorithm]).hexdigest()}"
+
+
+def input_digest(path: Source, algorithm: str) -> str:
+    """Return what is recorded of an input file: `file_digest`, or SHA-256 in the place of `xxh3` where it is known."""
+    known = algorithm == "xxh3" and _is_named_by_digest(Path(os.path.realpath(path)))
+    return file_digest(path, "sha256" if known else algorithm)
+
+
+def _is_named_by_digest(path: Path) -> bool:
+    """Whether the hub cache calls a file by its SHA-256; names of 40 digits are those of small files under git."""
+    return path.parent.name == "blobs" and re.fullmatch(r"[0-9a-f]{64}", path.name) is not None
 
 
 def weight_digests(source: Source, below: str | None = None) -> dict[str, str] | None:

@@ -17,6 +17,7 @@ from .json_files import parse, unreadable
 from .pieces import Piece
 
 if TYPE_CHECKING:
+    import numpy
     import torch
 
 _MAX_HEADER = 100_000_000  # the limit of the safetensors library itself
@@ -69,7 +70,7 @@ class TensorSpec:
     @property
     def itemsize(self) -> int:
         """Bytes of one element."""
-        return _DTYPES[self.code][0] // 8
+        return itemsize_of(self.code)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -78,8 +79,20 @@ class TensorSpec:
 
     @property
     def numpy_dtype(self) -> str:
-        """The dtype as numpy calls it; numpy has no bf16, whose bits it sees as whole numbers."""
-        return "uint16" if self.code == "BF16" else TORCH_NAMES[self.code]
+        """The dtype as the arithmetic takes it: of 16-bit numbers it is given the bits (`arithmetic.kernel.BITS`)."""
+        return {"BF16": "uint16", "F16": "int16"}.get(self.code, TORCH_NAMES[self.code])
+
+    def numbers(self, stored: numpy.ndarray) -> numpy.ndarray:
+        """Return elements given in `numpy_dtype` as numbers, in fp64."""
+        import numpy
+
+        from ..arithmetic import kernel
+
+        if not self.is_float:
+            return stored.astype(numpy.float64)
+        found = numpy.empty(stored.size)
+        kernel.convert(found, stored)
+        return found
 
     @property
     def is_float(self) -> bool:
@@ -94,6 +107,11 @@ def narrower(weights: Iterable[tuple[str, TensorSpec, TensorSpec]]) -> list[str]
         for name, base, tuned in weights
         if base.is_float and tuned.is_float and _DIGITS[tuned.code] < _DIGITS[base.code]
     ]
+
+
+def itemsize_of(code: str) -> int:
+    """Return the bytes of one element of a safetensors code."""
+    return _DTYPES[code][0] // 8
 
 
 def dtype_of(code: str) -> torch.dtype:

@@ -212,7 +212,31 @@ def _download(name: str, revision: str | None, weights: bool, card: bool) -> Pat
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError, ValueError) as error:
         at = f"@{revision}" if revision else ""
         raise CheckpointError(
-            f"{name}{at} is neither a folder here nor a repository that could be fetched from the hub: "
-            f"{brief(error)} Check the name, the revision, your access to it and whether offline mode is on."
+            f"{name}{at} is no folder here, and was not fetched from the hub: {_reason(error)}"
         ) from error
     return folder
+
+
+def _reason(error: Exception) -> str:
+    """Return why a download failed, and what to do about it."""
+    from huggingface_hub import constants, errors
+
+    log_in = "log in with `hf auth login`, or set HF_TOKEN"
+    if isinstance(error, errors.GatedRepoError):
+        return f"its authors ask for an agreement. Accept it on the model's page, and {log_in}."
+    if isinstance(error, errors.RevisionNotFoundError):
+        return "the repository has no such revision. Give a branch, a tag or a commit that it has."
+    if isinstance(error, errors.RepositoryNotFoundError):
+        return f"there is no such repository, or you may not see it. Check the name; for a private one, {log_in}."
+    if constants.is_offline_mode():
+        return (
+            "offline mode is on, and the cache lacks it. Unset HF_HUB_OFFLINE, or give the folder of a copy that you "
+            "have here."
+        )
+    if isinstance(error, errors.LocalEntryNotFoundError):
+        cause = f" ({error.__cause__})" if error.__cause__ is not None else ""
+        return (
+            f"the hub could not be reached{cause}, and the cache lacks it. Check the connection, or give the folder of "
+            "a copy that you have here."
+        )
+    return f"{brief(error)} Check the name, the revision and your access to it."

@@ -36,7 +36,7 @@ TRAINED = ("trainer", "ref_policy", "training", "datasets", "scores")
 """What the manifest of a run says of how it was trained, which that of a graft repeats as `trained`."""
 _ROLES = re.compile(r"(?:base|instruct|policy|start|adapter|tuned|delta)(?:_\d+)?")
 
-_PACKAGES = ("shadow-trl", "torch", "transformers", "trl", "peft", "accelerate", "safetensors")
+_PACKAGES = ("shadow-trl", "torch", "transformers", "trl", "peft", "accelerate", "safetensors", "numba")
 
 
 @dataclass(frozen=True)

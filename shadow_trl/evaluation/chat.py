@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from typing import Any, TextIO
 
@@ -10,7 +11,14 @@ from ..errors import ConfigError, InputError
 from .models import load_folder
 
 
-def chat(model: Source, *, system: str | None = None, max_new_tokens: int = 512, lines: TextIO | None = None) -> None:
+def chat(
+    model: Source,
+    *,
+    system: str | None = None,
+    max_new_tokens: int = 512,
+    lines: TextIO | None = None,
+    as_json: bool = False,
+) -> None:
     """Answer each line of `lines` in one conversation, until they end; print the answers as they are written.
 
     Args:
@@ -18,6 +26,8 @@ def chat(model: Source, *, system: str | None = None, max_new_tokens: int = 512,
         system: system message. Default: none.
         max_new_tokens: longest answer in tokens. Default 512.
         lines: what the user says. Default: the terminal.
+        as_json: whether each answer is printed as a line of JSON, `{"prompt", "answer"}`, once it is complete, and
+            nothing else. Default False.
 
     Raises:
         ConfigError: `max_new_tokens` is below 1.
@@ -37,13 +47,15 @@ def chat(model: Source, *, system: str | None = None, max_new_tokens: int = 512,
         raise InputError(f"cannot load {model}: {reason}") from reason
     if not tokenizer.chat_template:
         raise InputError(f"{model} has no chat template: it is not a model to chat with.")
-    streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    streamer = None if as_json else TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     talk = [] if system is None else [{"role": "system", "content": system}]
     while True:
-        print("> ", end="", flush=True)
+        if not as_json:
+            print("> ", end="", flush=True)
         said = (lines or sys.stdin).readline()
         if not said:
-            print()
+            if not as_json:
+                print()
             return
         if not said.strip():
             continue
@@ -52,3 +64,5 @@ def chat(model: Source, *, system: str | None = None, max_new_tokens: int = 512,
         written = network.generate(**asked.to(network.device), max_new_tokens=max_new_tokens, streamer=streamer)
         answer = tokenizer.decode(written[0, asked["input_ids"].shape[1] :], skip_special_tokens=True)
         talk.append({"role": "assistant", "content": answer})
+        if as_json:
+            print(json.dumps({"prompt": said.strip(), "answer": answer}), flush=True)

@@ -3,43 +3,57 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, NamedTuple
 
 from ..arithmetic.grafter import BLOCK, BlockGrafter
 from ..arithmetic.sums import Sums
 from .jobs import LowRank, WeightJob
 from .options import GraftOptions
 
+if TYPE_CHECKING:
+    from numpy import ndarray
+    from torch import Tensor
+
 
 class JobGrafter:
-    """Computes blocks of weights as the options say, with scratch memory of its own; one for each thread."""
+    """Computes blocks of weights as the options say; one for each thread. Only a product of factors needs torch."""
 
     def __init__(self, options: GraftOptions) -> None:
         how = {name: getattr(options, name) for name in ("scale", "instruct_scale", "rounding", "seed", "stats")}
         self.blocks = BlockGrafter(**how)
         self.factors: dict[str, tuple[LowRank, Tensor]] = {}
+        self.scratch: Tensor | None = None
 
-    def graft(self, job: WeightJob, out: Tensor, start: int, stop: int) -> Sums:
+    def graft(self, job: WeightJob, out: ndarray, start: int, stop: int) -> Sums:
         """Write elements `start` to `stop` of a weight, delta added, into `out`, in its dtype; return their sums."""
-        instruct = job.instruct.block(start, stop)
-        base = job.base.block(start, stop) if job.base is not None else None
+        instruct = job.instruct.array(start, stop)
+        base = job.base.array(start, stop) if job.base is not None else None
+        name = job.instruct.name
         if job.tuned is not None and base is not None:
-            return self.blocks.graft(
-                out, instruct, base, job.tuned.block(start, stop), name=job.instruct.name, index=start
-            )
+            return self.blocks.graft(out, instruct, base, job.tuned.array(start, stop), name=name, index=start)
         assert job.low_rank is not None
-        row, skip = divmod(start, job.low_rank.columns)
-        rows = -(-stop // job.low_rank.columns) - row
-        left, right = self._factors(job.low_rank, row, rows)
-        return self.blocks.add_low_rank(
-            out, instruct, left, right, skip, factor=job.low_rank.factor, base=base, name=job.instruct.name, index=start
+        product = self._product(job.low_rank, start, stop)
+        return self.blocks.add_product(
+            out, instruct, product, factor=job.low_rank.factor, base=base, name=name, index=start
         )
+
+    def _product(self, low_rank: LowRank, start: int, stop: int) -> ndarray:
+        """Return elements `start` to `stop` of left @ right, fp32, in memory that the next call uses again."""
+        import torch
+
+        row, skip = divmod(start, low_rank.columns)
+        rows = -(-stop // low_rank.columns) - row
+        left, right = self._factors(low_rank, row, rows)
+        if self.scratch is None or self.scratch.numel() < rows * low_rank.columns:
+            self.scratch = torch.empty(rows * low_rank.columns)
+        product = self.scratch[: rows * low_rank.columns]
+        torch.mm(left, right, out=product.view(rows, low_rank.columns))
+        return product[skip : skip + stop - start].numpy()
 
     def _factors(self, low_rank: LowRank, row: int, rows: int) -> tuple[Tensor, Tensor]:
         """Return copies of some rows of the left factor and of the right factor, fp32; the right one stays for more."""
+        import torch
+
         left, right = low_rank.left, low_rank.right
         cached = self.factors.get("right")
         if cached is None or cached[0] is not low_rank:

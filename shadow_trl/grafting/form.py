@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+
 from ..adapters.kinds import SCALABLE, START_FOLDER, kind_of, peft_type
 from ..adapters.lora import no_factors, other_adapters, place_on
 from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.hub import is_hub_id, local_folder
 from ..checkpoints.manifest import read_manifest
-from ..errors import AdapterError, list_names
+from ..errors import AdapterError, PairMismatchError, list_names
 from ..pair.token_rows import row_count
 from .jobs import check_selection, rows_to_graft
 from .options import GraftOptions
@@ -89,6 +91,19 @@ def adapter_obstacles(tuned: Checkpoint, scale: float) -> list[str]:
     if scale != 1.0 and peft_type(tuned.adapter_config) not in SCALABLE:
         reasons.append(f"scale = {scale}  (not known how to multiply a {peft_type(tuned.adapter_config)} adapter)")
     return reasons
+
+
+def text_class(adapter: Checkpoint, instruct: Checkpoint) -> str | None:
+    """Return the text-only class of a multimodal INSTRUCT if it is that class's modules that an adapter names."""
+    if "text_config" not in instruct.config:
+        return None
+    from ..adapters.stored import may_change
+    from ..layouts.model_names import ModelNames
+
+    with suppress(PairMismatchError):  # a class that transformers does not know: nothing can be said of it
+        names = ModelNames.under(instruct, may_change(adapter))
+        return type(names.model).__name__ if names.text else None
+    return None
 
 
 def no_adapter_form(reasons: list[str], *, rank: bool = True) -> AdapterError:

@@ -11,7 +11,7 @@ from ..adapters.kinds import check_has_delta
 from ..adapters.lora import base_model_of, read_lora, streams
 from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.delta import DeltaCheckpoint, refuse_deltas
-from ..checkpoints.digests import file_digest
+from ..checkpoints.digests import input_digest
 from ..checkpoints.header import stamp
 from ..checkpoints.hub import Source
 from ..checkpoints.manifest import Entry, adapter_base, read_manifest
@@ -300,7 +300,8 @@ class Digests:
         for role, side in sides.items():
             files = [*side.files, *small.get(role, [])]
             self._found[role] = {
-                str(path.relative_to(side.path)): self._pool.submit(file_digest, path, options.digest) for path in files
+                str(path.relative_to(side.path)): self._pool.submit(input_digest, path, options.digest)
+                for path in files
             }
 
     def __enter__(self) -> Digests:

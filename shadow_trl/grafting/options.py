@@ -166,7 +166,7 @@ class GraftOptions:
     )  # fmt: skip
     overwrite: bool = _option(False, "replace an existing graft", argument="graft_overwrite")
     untie: bool = _option(False, "let a tied INSTRUCT receive a head of its own", recorded=True, dense_only=True)
-    digest: str = _option("sha256", "digest of the inputs, for the manifest", choices=("sha256", "xxh3", "none"))
+    digest: str = _option("xxh3", "digest of the inputs, for the manifest", choices=("xxh3", "sha256", "none"))
     stats: bool = _option(True, "measure sigma, realised, noise")
     processes: int = _option(
         1, "processes on this machine that share out the files of the result; faster on a parallel file system only",

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-import torch
+import numpy as np
 
+from ..arithmetic.kernel import BITS
 from ..arithmetic.sums import Sums
-from ..checkpoints.header import dtype_of
 from .blocks import JobGrafter, blocks_of
 from .jobs import Jobs, WeightJob
 from .options import GraftOptions
@@ -67,7 +67,7 @@ def _tried(jobs: Jobs, options: GraftOptions) -> Sums:
         found = Sums()
         for start, stop in _stretches(job, _SAMPLE // len(rounded)):
             for block in (block for block in blocks_of(job, start, stop) if block.grafted):
-                out = torch.empty(block.stop - block.start, dtype=dtype_of(job.code))
+                out = np.empty(block.stop - block.start, BITS[job.code])
                 found += grafter.graft(job, out, block.start, block.stop)
         if found.elements:
             total += found.times(_grafted_elements(job) / found.elements)

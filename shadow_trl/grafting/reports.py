@@ -60,6 +60,7 @@ class GraftReport(_Report):
         rounded_because: why the sums are not rounded to nearest in INSTRUCT's dtype, where `auto` chose that.
         beside: folder below `output` with the same graft as an adapter; None where there is none.
         load: the Python call that loads the result.
+        text_class: the text-only class of a multimodal INSTRUCT whose names the modules of an adapter have; else None.
     """
 
     output: Path
@@ -81,6 +82,7 @@ class GraftReport(_Report):
     rounded_because: str | None = None
     beside: str | None = None
     load: str = ""
+    text_class: str | None = None
 
     def text(self) -> str:
         """Return the report as lines for a terminal."""

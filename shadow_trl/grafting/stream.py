@@ -10,16 +10,19 @@ from __future__ import annotations
 import math
 import mmap
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
-import torch
+import numpy as np
 
-from ..arithmetic.grafter import BLOCK, is_finite
+from ..arithmetic import kernel
+from ..arithmetic.grafter import BLOCK
+from ..arithmetic.kernel import BITS
 from ..arithmetic.sums import Sums
-from ..checkpoints.header import TORCH_NAMES, dtype_of
+from ..checkpoints.header import TORCH_NAMES, itemsize_of
 from ..results.shard_writer import ShardWriter
 from ..runtime.threads import run_threads
 from ..runtime.workers import in_workers
@@ -58,6 +61,10 @@ class Outcome:
     bad: dict[str, NotFinite] = field(default_factory=dict)
 
 
+Seen = Callable[[str, int, int, np.ndarray], None]
+"""Takes a weight's name, the first element of a block, the one behind its last, and the bytes of the result, uint8."""
+
+
 class Writer(Protocol):
     """Where the bytes of one file go: see `ShardWriter`."""
 
@@ -91,6 +98,7 @@ def stream_to(
     writers: Sequence[Writer],
     options: GraftOptions,
     progress: Callable[[int], None] | None = None,
+    seen: Seen | None = None,
 ) -> Outcome:
     """Compute every file and write it.
 
@@ -99,6 +107,7 @@ def stream_to(
         writers: where the bytes of each go.
         options: how to sum.
         progress: called with the number of bytes written since the last call, from several threads.
+        seen: called with every block, from several threads.
 
     Returns:
         the sums of each weight, and the weights with values that are not finite; with any of these the files are not
@@ -111,8 +120,7 @@ def stream_to(
     lock = threading.Lock()
 
     def make_worker() -> Callable[[tuple[int, int]], None]:
-        torch.set_num_threads(1)  # of this thread; the others are beside it
-        worker = _Worker(options, outcome, lock)
+        worker = _Worker(options, outcome, lock, seen)
 
         def work(chunk: tuple[int, int]) -> None:
             number, low = chunk
@@ -133,11 +141,11 @@ def stream_to(
 
         return work
 
-    torch_threads = torch.get_num_threads()
+    products = any(job.low_rank is not None for file in files for job in file.jobs)
     try:
-        run_threads(chunks, make_worker)
+        with _one_thread_each() if products else nullcontext():
+            run_threads(chunks, make_worker)
     finally:
-        torch.set_num_threads(torch_threads)
         for writer in writers:
             writer.abandon()
     for chunk in chunks:  # in order, so that the sums do not depend on the threads
@@ -173,16 +181,30 @@ def _stream_share(share: tuple[list[OutputFile], Path, GraftOptions], progress: 
     return stream(*share, progress)
 
 
+@contextmanager
+def _one_thread_each() -> Iterator[None]:
+    """Let torch compute with the thread that calls it alone: the others are beside it."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 class _Worker:
     """The buffer and scratch memory of one thread."""
 
-    def __init__(self, options: GraftOptions, outcome: Outcome, lock: threading.Lock) -> None:
+    def __init__(self, options: GraftOptions, outcome: Outcome, lock: threading.Lock, seen: Seen | None) -> None:
         self.outcome = outcome
+        self.seen = seen
         self.lock = lock
         self.buffer = mmap.mmap(-1, CHUNK)
-        self.bytes = torch.frombuffer(self.buffer, dtype=torch.uint8)
+        self.bytes = np.frombuffer(self.buffer, np.uint8)
         self.grafter = JobGrafter(options)
-        self.spare = torch.empty(BLOCK, dtype=torch.float64).view(torch.uint8)
+        self.spare = np.empty(8 * BLOCK, np.uint8)
 
     def fill(self, file: OutputFile, low: int, high: int) -> list[tuple[str, Sums]]:
         """Compute bytes `low` to `high` of `file` into the buffer."""
@@ -191,7 +213,7 @@ class _Worker:
             self.buffer[: len(head)] = head
         found = []
         for job, begin in file.parts(low, high):
-            size = dtype_of(job.code).itemsize
+            size = itemsize_of(job.code)
             first = max(low - begin, 0) // size
             last = min(-(-(high - begin) // size), math.prod(job.shape))
             if first >= last:
@@ -204,20 +226,22 @@ class _Worker:
 
     def _block(self, job: WeightJob, start: int, stop: int, delta: bool, at: int) -> Sums:
         """Compute one block; `at` is the byte of the buffer at which it goes, negative for a cut first element."""
-        dtype = dtype_of(job.code)
-        nbytes = (stop - start) * dtype.itemsize
-        whole = at % dtype.itemsize == 0  # as a chunk is of every itemsize: else its ends cut through an element
+        itemsize = itemsize_of(job.code)
+        nbytes = (stop - start) * itemsize
+        whole = at % itemsize == 0  # as a chunk is of every itemsize: else its ends cut through an element
         target = self.bytes[at : at + nbytes] if whole else self.spare[:nbytes]
-        out = target.view(dtype)
         if delta:
-            sums = self.grafter.graft(job, out, start, stop)
+            sums = self.grafter.graft(job, target.view(BITS[job.code]), start, stop)
+        elif job.instruct.spec.code != job.code:
+            sums = Sums(finite=kernel.convert(target.view(BITS[job.code]), job.instruct.array(start, stop)))
         else:
-            out.copy_(job.instruct.block(start, stop))
-            sums = Sums()
-            if dtype.is_floating_point:
-                sums.finite = math.isfinite(out.sum()) or is_finite(out)
+            target[:] = job.instruct.content(start, stop)
+            sums = Sums(finite=job.code not in BITS or kernel.all_finite(target.view(BITS[job.code])))
         if not sums.finite:
             self._blame(job, start, stop, delta)
+        if self.seen is not None:
+            known = 1 if at < 0 else 0  # the chunk before had the first element
+            self.seen(job.name, start + known, stop, target[known * itemsize :])
         if not whole:
             skip = max(-at, 0)
             room = min(nbytes - skip, CHUNK - max(at, 0))
@@ -228,10 +252,10 @@ class _Worker:
         sides = []
         places = {"instruct": job.instruct, **({"base": job.base, "tuned": job.tuned} if delta else {})}
         for side, place in places.items():
-            if place is not None and not is_finite(place.block(start, stop)):
+            if place is not None and not kernel.all_finite(place.array(start, stop)):
                 sides.append(f"{side} {place.checkpoint}")
         for factor in (job.low_rank.left, job.low_rank.right) if delta and job.low_rank is not None else ():
-            if not is_finite(factor.checkpoint.tensor(factor.name)):
+            if not kernel.all_finite(factor.array(0, factor.spec.numel)):
                 sides.append(f"tuned {factor.checkpoint}")
         with self.lock:
             known = self.outcome.bad.setdefault(job.name, NotFinite(TORCH_NAMES[job.code])).sides

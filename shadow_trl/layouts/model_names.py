@@ -59,7 +59,8 @@ class ModelNames:
     """
 
     def __init__(self, checkpoint: Checkpoint, *, text: bool = False) -> None:
-        self.model = _empty_model(checkpoint, text)
+        self.text = text
+        self.model, self._auto = _empty_model(checkpoint, text)
         self.memory = {name: tuple(tensor.shape) for name, tensor in self.model.state_dict().items()}
 
     @classmethod
@@ -75,7 +76,8 @@ class ModelNames:
             return whole
         with suppress(PairMismatchError):
             text = cls(checkpoint, text=True)
-            if len(wanted & text.memory.keys()) > len(wanted & whole.memory.keys()):
+            # Other text classes load nothing from a whole model: no adapter on them was trained on this one.
+            if type(text.model) is text._auto and len(wanted & text.memory.keys()) > len(wanted & whole.memory.keys()):
                 return text
         return whole
 
@@ -187,20 +189,26 @@ class ModelNames:
         return placed, rules
 
 
-def _empty_model(checkpoint: Checkpoint, text: bool) -> Any:
-    """Build the model of a checkpoint's config, or of its text config, without memory for its weights."""
+def _empty_model(checkpoint: Checkpoint, text: bool) -> tuple[Any, type | None]:
+    """Build the model of a checkpoint's config, or of its text config, without memory for its weights.
+
+    Returns:
+        the model, and the class that `AutoModelForCausalLM` gives for the whole config; None where it knows none.
+    """
     import transformers
     from transformers.initialization import meta_device_safe_creation_ops, no_tie_weights
 
     try:
         config = transformers.AutoConfig.from_pretrained(checkpoint.path, trust_remote_code=False)
+        mapping = transformers.AutoModelForCausalLM._model_mapping
+        auto: Any = mapping.get(type(config), None)
         model_class: Any = getattr(transformers, (config.architectures or [""])[0], None)
         if text:
             config, model_class = config.get_text_config(), None
         if model_class is None:
-            model_class = transformers.AutoModelForCausalLM._model_mapping[type(config)]
+            model_class = mapping[type(config)]
         with torch.device("meta"), meta_device_safe_creation_ops(), no_tie_weights():
-            return model_class(config)
+            return model_class(config), auto
     except (KeyError, ValueError, OSError, ImportError, TypeError, AttributeError) as error:
         raise PairMismatchError(
             f"transformers cannot tell how the names differ: it has no class for the config of {checkpoint} ({error})."

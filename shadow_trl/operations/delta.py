@@ -48,7 +48,7 @@ def extract_delta(
     base_dtype: Any = None,
     max_shard_size: int | str | None = None,
     overwrite: bool = False,
-    digest: str = "sha256",
+    digest: str = "xxh3",
     stats: bool = True,
     progress: bool = True,
 ) -> DeltaReport:
@@ -68,7 +68,7 @@ def extract_delta(
         base_dtype: as for `graft`.
         max_shard_size: as for `graft`. Default: as BASE's files.
         overwrite: whether an existing delta at `output` may be replaced. Default False.
-        digest: of the input files, for the manifest: `sha256` (default), `xxh3` (faster, shows no forgery) or `none`.
+        digest: of the input files, for the manifest: `xxh3` (default), `sha256` (slow, shows forgery too) or `none`.
         stats: whether to measure the delta's norm and what storing it lost. Default True.
         progress: whether to show a bar on a terminal. Default True.
 

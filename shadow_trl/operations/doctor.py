@@ -15,7 +15,7 @@ from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.hub import Source
 from ..checkpoints.manifest import versions
 from ..checkpoints.weight_names import is_of_tokens, is_tied, layer_of
-from ..errors import ShadowError, ends_with
+from ..errors import ShadowError
 from ..pair.pairs import ModelPair
 from ..runtime.needs import GPU, USED, Needs, Shape, gigabytes
 from .checks import check_graft
@@ -85,7 +85,6 @@ class Doctor:
 _WIDTHS = {"TUNED": 8, "checkpoint": 12, "graft": 8}
 
 
-@ends_with("Nothing was written.")
 def doctor(base: Source, instruct: Source, *, max_length: int = 1024, rank: int = 16, progress: bool = True) -> Doctor:
     """Look at the machine and the pair before a training, which reads both models once.
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from ..checkpoints.checkpoint import Checkpoint, Place
 from ..checkpoints.delta import refuse_deltas
 from ..checkpoints.hub import Source
-from ..errors import AdapterError, ConfigError, GraftError, PairMismatchError, ends_with, list_names
+from ..errors import AdapterError, ConfigError, GraftError, PairMismatchError, list_names
 from ..grafting.reports import GapReport, gap_report
 from ..layouts.plan import resolve
 from ..pair.architectures import compare_architectures
@@ -17,7 +17,6 @@ from ..results.folder import Scratch
 from ..runtime.progress import Progress
 
 
-@ends_with("Nothing was written.")
 def gap(
     base: Source | None = None, instruct: Source | None = None, tuned: Source | None = None, *, progress: bool = True
 ) -> GapReport:

@@ -21,7 +21,7 @@ from ..checkpoints.hub import Source, output_folder
 from ..checkpoints.manifest import Entry, write_manifest
 from ..errors import ConfigError, GraftError, ends_with, list_names
 from ..grafting.files import main_dtype, plan_files, write_index
-from ..grafting.form import is_local
+from ..grafting.form import is_local, text_class
 from ..grafting.inputs import Digests, Inputs, open_delta, open_tuned_inputs, other_base
 from ..grafting.jobs import check_rounding, narrow_warning
 from ..grafting.options import GraftOptions, declared
@@ -33,14 +33,15 @@ from ..results.cards import write_model_card
 from ..results.check import check_result
 from ..results.copied import copied_files, copy_files, write_config, write_templates
 from ..results.folder import OutputFolder, check_free, check_place, files_in, recover
-from ..results.usage import loading_call
+from ..results.shard_writer import HollowWriter
+from ..results.usage import loading_call, text_class_caution
 from ..results.written import tells_what_is_written
 from ..runtime.machine import check_space
 from ..runtime.progress import Progress
 
 if TYPE_CHECKING:
     from ..checkpoints.checkpoint import Checkpoint
-    from ..grafting.stream import Outcome
+    from ..grafting.stream import Outcome, Seen
 
 BESIDE = "adapter"
 """Folder in a dense result with the same graft as an adapter."""
@@ -66,7 +67,7 @@ def graft(
     max_shard_size: int | str | None = None,
     overwrite: bool = False,
     untie: bool = False,
-    digest: str = "sha256",
+    digest: str = "xxh3",
     stats: bool = True,
     processes: int = 1,
     base_dtype: Any = None,
@@ -107,7 +108,7 @@ def graft(
         max_shard_size: bytes of a file of the result, such as `5GB`. Default: INSTRUCT's own files.
         overwrite: whether an existing graft at `output` may be replaced. Default False.
         untie: whether a tied INSTRUCT may receive a head of its own. Default False.
-        digest: of the input files, for the manifest: `sha256` (default), `xxh3` (faster, shows no forgery) or `none`.
+        digest: of the input files, for the manifest: `xxh3` (default), `sha256` (slow, shows forgery too) or `none`.
         stats: whether to measure sigma, realised and noise. Default True.
         processes: on this machine, which share out the files of a dense result; the same bytes and figures come out.
             Faster where several read and write faster than one, as on a parallel file system. Default 1.
@@ -136,25 +137,43 @@ def graft(
         untie=untie, digest=digest, stats=stats, processes=processes,
         base_dtype=base_dtype, rank=rank,
     )  # fmt: skip
+    sides = {"base": base, "instruct": instruct, "tuned": tuned, "delta": delta}
+    return write_graft(sides, output, settings, find_base=find_base, progress=progress)
+
+
+def write_graft(
+    sides: Mapping[str, Any],
+    output: Source,
+    options: GraftOptions,
+    *,
+    find_base: bool = False,
+    progress: bool = True,
+    seen: Seen | None = None,
+) -> GraftReport:
+    """Write the graft of `sides`, by role, to `output`; see `graft`.
+
+    With `seen`, which is called with every block of a dense result (`stream_to`), its weights are not written: their
+    files have headers alone, and hardly any size on the disk.
+    """
     target = output_folder(output)
     recover(target)
-    check_free(target, settings.overwrite)
-    with _opened(base, instruct, tuned, delta, target, settings, find_base) as inputs, tells_what_is_written(target):
+    check_free(target, options.overwrite)
+    with _opened(sides, target, options, find_base) as inputs, tells_what_is_written(target):
         check_place(target, inputs.folders)
-        with OutputFolder(target, settings.overwrite) as place:
+        with OutputFolder(target, options.overwrite) as place:
             if inputs.form == "adapter":
-                report = _write_adapter_form(inputs, place.part, target, settings, progress)
+                report = _write_adapter_form(inputs, place.part, target, options, progress)
             else:
-                way_out = _way_out(settings, target, base=base, instruct=instruct, tuned=tuned, delta=delta)
-                report = _write_dense_form(inputs, place.part, target, settings, progress, way_out)
+                way_out = _way_out(options, target, find_base, sides)
+                report = _write_dense_form(inputs, place.part, target, options, progress, way_out, seen)
             place.commit()
     return report
 
 
-def _way_out(options: GraftOptions, target: Path, **sides: Any) -> str:
+def _way_out(options: GraftOptions, target: Path, find_base: bool, sides: Mapping[str, Any]) -> str:
     """Return the sentence and the command that follow a warning that rounding lost a part of the delta."""
     exact = replace(options, dtype="float32", rounding="auto")
-    words = ["shadow-trl", "graft"]
+    words = ["shadow-trl", "graft", *(["--find-base"] if find_base else [])]
     for role, source in sides.items():
         given = source if isinstance(source, (list, tuple)) else [source]
         parts = [":".join(map(str, part)) if isinstance(part, tuple) else str(part) for part in given]
@@ -168,34 +187,27 @@ def _way_out(options: GraftOptions, target: Path, **sides: Any) -> str:
 
 
 @contextmanager
-def _opened(
-    base: Source | None,
-    instruct: Source | None,
-    tuned: Source | Sequence[Any] | None,
-    delta: Source | None,
-    target: Path,
-    options: GraftOptions,
-    find_base: bool,
-) -> Iterator[Inputs]:
+def _opened(sides: Mapping[str, Any], target: Path, options: GraftOptions, find_base: bool) -> Iterator[Inputs]:
     """Open the sides of a graft of TUNED or of a delta."""
+    base, tuned, delta = (sides.get(role) for role in ("base", "tuned", "delta"))
     if (tuned is None) == (delta is None):
         raise ConfigError("give either tuned or delta: what BASE learnt is one of them.")
-    sides = recorded_sides(tuned, base=base, instruct=instruct)
+    known = recorded_sides(tuned, base=base, instruct=sides.get("instruct"))
     if delta is not None:
-        yield open_delta(base, sides["instruct"], delta, options)
+        yield open_delta(base, known["instruct"], delta, options)
         return
-    start = sides.get("base")
+    start = known.get("base")
     if start is None and not names_base(tuned):
-        start = taken_base(sides["instruct"], confirmed=find_base, missing="base")
+        start = taken_base(known["instruct"], confirmed=find_base, missing="base")
     with one_tuned(start, tuned, target, options.base_dtype) as single:
-        yield open_tuned_inputs(single, sides["instruct"], options)
+        yield open_tuned_inputs(single, known["instruct"], options)
 
 
 def _write_dense_form(
-    inputs: Inputs, part: Path, target: Path, options: GraftOptions, progress: bool, way_out: str
+    inputs: Inputs, part: Path, target: Path, options: GraftOptions, progress: bool, way_out: str, seen: Seen | None
 ) -> GraftReport:
     from ..grafting.precision import choose_precision
-    from ..grafting.stream import stream_in_processes
+    from ..grafting.stream import stream_in_processes, stream_to
 
     scratch = part / ".converted"
     jobs = inputs.tuned.jobs(inputs.instruct, options, scratch)
@@ -204,10 +216,15 @@ def _write_dense_form(
     jobs, options = precision.jobs, precision.options
     files = plan_files(jobs.weights, jobs.layout, options.max_shard_size)  # type: ignore[arg-type]
     small = copied_files(inputs.instruct, templates=not inputs.template.source)
-    check_space(target, sum(file.size for file in files) + sum(path.stat().st_size for path in small))
+    room = 0 if seen else sum(file.size for file in files)
+    check_space(target, room + sum(path.stat().st_size for path in small))
     read = {"instruct": small, **inputs.template.files}
     with Digests(inputs.sides, read, options) as digests, Progress(sum(f.size for f in files), progress) as bar:
-        outcome = stream_in_processes(files, part, options, bar.add)
+        if seen is None:
+            outcome = stream_in_processes(files, part, options, bar.add)
+        else:
+            hollow = [HollowWriter(part / file.name, file.size, file.header) for file in files]
+            outcome = stream_to(files, hollow, options, bar.add, seen)
         check_finite(outcome)
         write_index(files, jobs.layout, part)
         shutil.rmtree(scratch, ignore_errors=True)
@@ -229,7 +246,9 @@ def _write_dense_form(
         )  # fmt: skip
         sides = digests.collect()
         if inputs.beside:
-            _write_beside(inputs, part / BESIDE, target / BESIDE, options, sides)
+            beside = _write_beside(inputs, part / BESIDE, target / BESIDE, options, sides)
+            if beside.text_class is not None:
+                report.warnings.append(f"of {BESIDE}/: {text_class_caution(beside.text_class)}")
         _write_provenance(part, inputs, report, options, sides=sides, left_out=jobs.left_out)
     check_result(part, target, small, inputs.instruct.path)
     return report
@@ -260,7 +279,9 @@ def _write_adapter_form(inputs: Inputs, part: Path, target: Path, options: Graft
     return report
 
 
-def _write_beside(inputs: Inputs, part: Path, target: Path, options: GraftOptions, sides: Mapping[str, Entry]) -> None:
+def _write_beside(
+    inputs: Inputs, part: Path, target: Path, options: GraftOptions, sides: Mapping[str, Entry]
+) -> GraftReport:
     """Write the same graft as an adapter, whole, below the dense one, whose `sides` were digested."""
     exact = options.for_adapter()
     assert exact is not None  # else there would be none beside
@@ -269,6 +290,7 @@ def _write_beside(inputs: Inputs, part: Path, target: Path, options: GraftOption
     report = _write_adapter(inputs, inputs.tuned.checkpoint, part, target, exact, small)
     _write_provenance(part, inputs, report, exact, sides=sides, left_out=[])
     check_result(part, target, small, inputs.instruct.path)
+    return report
 
 
 def _write_adapter(
@@ -286,8 +308,14 @@ def _write_adapter(
             f"the adapter names the local folder {inputs.instruct.source} as its model: it loads only where that "
             "path leads there."
         )
-    code, load = next(iter(adapter.specs.values())).code, loading_call(part, inputs.instruct, str(target))
-    return GraftReport(target, "adapter", modules, 0, TORCH_NAMES[code], options.scale, warnings=notes, load=load)
+    text = text_class(adapter, inputs.instruct)
+    if text is not None:
+        notes.append(text_class_caution(text))
+    code = next(iter(adapter.specs.values())).code
+    return GraftReport(
+        target, "adapter", modules, 0, TORCH_NAMES[code], options.scale, warnings=notes, text_class=text,
+        load=loading_call(part, inputs.instruct, str(target), text_class=text),
+    )  # fmt: skip
 
 
 def _write_provenance(

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..adapters.repoint import write_factors
-from ..arithmetic.grafter import BLOCK, is_finite
+from ..arithmetic.grafter import BLOCK
 from ..arithmetic.low_rank import truncate
 from ..checkpoints.checkpoint import Checkpoint
 from ..errors import ConfigError, GraftError, list_names
@@ -135,7 +135,8 @@ def truncated(
                 left, right, found.energies[module.name] = truncate(matrix.T if module.transposed else matrix, rank)
                 factors = _padded(left, rank, 1).to(dtype), _padded(right, rank, 0).to(dtype)
                 found.factors[module.name] = factors
-                bad += [] if all(map(is_finite, factors)) else [f"{job.name}  in {str(dtype).removeprefix('torch.')}"]
+                if not all(part.isfinite().all() for part in factors):
+                    bad.append(f"{job.name}  in {str(dtype).removeprefix('torch.')}")
     if bad:
         raise GraftError(
             f"{len(bad)} weights of the delta have values that are infinite or not a number.\n{list_names(bad)}\n"

@@ -1,43 +1,29 @@
-"""Is a folder the graft that its `shadow.json` says it is? It is made again beside the folder and compared.
+"""Is a folder the graft that its `shadow.json` says it is? It is made again and compared.
 
-The weights are compared by name, block by block, the other files byte by byte, the figures as numbers, the card by its
-digest in `shadow.json`.
+The weights are compared by name, block by block as they are computed, the other files byte by byte, the figures as
+numbers, the card by its digest in `shadow.json`.
 """
 
 from __future__ import annotations
 
-import math
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from ..checkpoints.checkpoint import ADAPTER_CONFIG, Checkpoint
+from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.delta import refuse_deltas
-from ..checkpoints.digests import file_digest
-from ..checkpoints.hub import Source, local_folder, locate
-from ..checkpoints.json_files import read_json
+from ..checkpoints.hub import Source, locate
 from ..checkpoints.manifest import MANIFEST_NAME, Entry, kind_found, read_manifest
 from ..errors import CheckpointError, ConfigError, ends_with, list_names
 from ..grafting.options import GraftOptions, declared
 from ..grafting.tuned import weighted_sources
 from ..results.folder import Scratch
-from ..runtime.machine import check_space
-from .graft import BESIDE, graft
-
-if TYPE_CHECKING:
-    import torch
-
-_CARD = "README.md"
-# What of the manifest is no figure: facts about the files, prose, and what the graft is made again from.
-_NO_FIGURES = {
-    "trained", "kind", "format", "versions", "card", "files", "options", "warnings", "dense_because",
-    "rounded_because", "beside",
-}  # fmt: skip
-_FIGURE_TOLERANCE = 1e-6
-"""Sums of another processor or torch may add up in another order."""
+from .differences import Comparison, compare_card, other_figures, other_files, other_weights, stored_in
+from .graft import BESIDE, write_graft
 
 
 @dataclass(frozen=True)
@@ -97,7 +83,7 @@ class VerifyReport:
         return "\n".join(lines)
 
 
-@ends_with("Nothing was written.")
+@ends_with("", instead=True)  # of the graft that is made to compare with nothing stays
 def verify(
     folder: Source,
     *,
@@ -111,8 +97,9 @@ def verify(
 
     Compared are every weight, bit by bit; the metadata of every header; index, config, tokenizer and other files, byte
     by byte; the figures of `shadow.json`, to 1e-6; its digests, with the inputs and the card. Hidden files and what
-    `shadow.json` says in words (warnings, versions, paths) are not. The graft is made again in a temporary folder
-    beside `folder`, which needs its size on the disk; memory does not grow with it.
+    `shadow.json` says in words (warnings, versions, paths) are not. The graft is made again, block by block, and its
+    weights are compared without being written; the other files go to a temporary folder beside `folder`. Neither memory
+    nor disk grow with the model.
 
     Args:
         folder: of a graft, in dense or adapter form, or a hub id.
@@ -135,47 +122,64 @@ def verify(
     sides = _sides(given, manifest, there.path)
     begun = tuned is None and delta is None and "start" in manifest
     start = {"start": _found("start", manifest, there.path)} if begun else {}
-    wrong = _other_digests({**sides, **start}, manifest)
     scratch_home = there.path.absolute().parent
     if not os.access(scratch_home, os.W_OK):
         scratch_home = Path(tempfile.gettempdir())
-    check_space(scratch_home, sum(spec.nbytes for spec in there.specs.values()))
-    with Scratch(scratch_home / f"{there.path.absolute().name}.verify") as scratch:
-        made, recorded = scratch.part / "graft", manifest["options"]
-        options = {name: recorded[name] for name, option in declared().items() if option.recorded and name in recorded}
-        options["format"] = manifest["form"]
-        unrecorded = "tuned" in sides and "loaded_in" not in manifest  # by 0.1.0, which then subtracted BASE as stored
-        if unrecorded and options.get("base_dtype") is None:
-            options["base_dtype"] = ()
-        try:
-            GraftOptions(**options)
-        except ConfigError as error:
-            raise CheckpointError(f"cannot use the options in {there.path / MANIFEST_NAME}: {error}") from error
-        measured = bool(manifest.get("by_kind") or manifest.get("delta_norm") is not None)
-        report = graft(**sides, output=made, **options, digest="none", stats=measured, progress=progress)
+    comparison, settings = Comparison(there), _settings(manifest, there, sides)
+    scratch_of = scratch_home / f"{there.path.absolute().name}.verify"
+    with Scratch(scratch_of) as scratch, ThreadPoolExecutor(1, thread_name_prefix="digest") as pool:
+        digested = pool.submit(_other_digests, {**sides, **start}, manifest)
+        made = scratch.part / "graft"
+        report = write_graft(sides, made, settings, progress=progress, seen=comparison.add)
         again = Checkpoint.open(made)
-        weights, (equal, files) = _other_weights(there, again), _other_files(there, again)
-        remade = read_manifest(made) or {}
-        if unrecorded:
-            del remade["loaded_in"]
-        if "chat_template" not in recorded:  # by 0.1.0
-            remade.pop("chat_template", None)
-        if "realised_in_bf16" not in manifest:  # the same
-            remade.pop("realised_in_bf16", None)
-        figures = _other_figures(manifest, remade)
-    left = [f"warnings, versions and paths in {MANIFEST_NAME}", *_compare_card(there, manifest, equal, files)]
+        if report.form == "adapter":  # which was written
+            comparison.read(again)
+        weights, (equal, files) = other_weights(there, again, comparison), other_files(there, again)
+        figures = other_figures(manifest, _recorded_by_then(read_manifest(made) or {}, manifest, sides))
+        wrong = digested.result()
+    recorded = manifest["options"]
+    left = [f"warnings, versions and paths in {MANIFEST_NAME}", *compare_card(there, manifest, equal, files)]
     if manifest.get("beside"):
         folder_beside = f"{BESIDE}{os.sep}"
         files = [row for row in files if not row.startswith(folder_beside)]
         left.append(f"{BESIDE}/, a graft of its own that can be verified as this one")
     if "max_shard_size" not in recorded:  # by 0.1.0
         left.append("which file holds which weight, the index and the metadata of headers, as the size is not recorded")
-        files = [row for row in files if row.split("  ")[0] not in _stored_in(there, again)]
+        files = [row for row in files if row.split("  ")[0] not in stored_in(there, again)]
     if ("delta" in sides) != ("delta" in manifest):
         left.append(f"the figures in {MANIFEST_NAME}, which a delta and a tuned model do not share")
         figures = []
     return VerifyReport(str(folder), len(again.specs), weights, files, figures, wrong, equal, left,
                         report.warnings, _found_changes(manifest))  # fmt: skip
+
+
+def _settings(manifest: Mapping[str, Any], there: Checkpoint, sides: Mapping[str, Any]) -> GraftOptions:
+    """Return the options that the manifest of `there` records."""
+    recorded = manifest["options"]
+    options = {name: recorded[name] for name, option in declared().items() if option.recorded and name in recorded}
+    options["format"] = manifest["form"]
+    if _is_unrecorded(manifest, sides) and options.get("base_dtype") is None:
+        options["base_dtype"] = ()
+    measured = bool(manifest.get("by_kind") or manifest.get("delta_norm") is not None)
+    try:
+        return GraftOptions(**options, digest="none", stats=measured)
+    except ConfigError as error:
+        raise CheckpointError(f"cannot use the options in {there.path / MANIFEST_NAME}: {error}") from error
+
+
+def _is_unrecorded(manifest: Mapping[str, Any], sides: Mapping[str, Any]) -> bool:
+    """Whether the dtype in which BASE was loaded is not recorded: 0.1.0 subtracted BASE as stored."""
+    return "tuned" in sides and "loaded_in" not in manifest
+
+
+def _recorded_by_then(
+    remade: dict[str, Any], manifest: Mapping[str, Any], sides: Mapping[str, Any]
+) -> Mapping[str, Any]:
+    """Return the new manifest without what 0.1.0, which wrote `manifest`, did not record."""
+    newer = ["loaded_in"] if _is_unrecorded(manifest, sides) else []
+    newer += [] if "chat_template" in manifest["options"] else ["chat_template"]
+    newer += [] if "realised_in_bf16" in manifest else ["realised_in_bf16"]
+    return {name: value for name, value in remade.items() if name not in newer}
 
 
 def _sides(given: Mapping[str, Any], manifest: Mapping[str, Any], folder: Path) -> dict[str, Any]:
@@ -226,120 +230,3 @@ def _other_digests(sides: Mapping[str, Any], manifest: Mapping[str, Any]) -> lis
             if entry is not None and entry.digests:
                 wrong += [f"{role}: {name}" for name in entry.changed(locate(part).path)]
     return wrong
-
-
-def _other_weights(there: Checkpoint, again: Checkpoint) -> dict[str, str]:
-    """Return name -> what is different about it, for each weight of either folder."""
-    found = {name: "not in the graft" for name in there.specs if name not in again.specs}
-    for name, spec in again.specs.items():
-        other = there.specs.get(name)
-        if other is None:
-            found[name] = "missing in the folder"
-        elif (other.shape, other.code) != (spec.shape, spec.code):
-            found[name] = f"{other.code} {list(other.shape)} instead of {spec.code} {list(spec.shape)}"
-        else:
-            count, largest = _difference(there, again, name)
-            if count:
-                found[name] = f"{count} of {spec.numel} values, by at most {largest:.3g}"
-    return found
-
-
-def _difference(there: Checkpoint, again: Checkpoint, name: str) -> tuple[int, float]:
-    """Return how many values have other bits, and the largest difference between two of them."""
-    from ..arithmetic.grafter import BLOCK
-
-    count, largest = 0, 0.0
-    for start in range(0, again.specs[name].numel, BLOCK):
-        stop = min(start + BLOCK, again.specs[name].numel)
-        ours, theirs = (side.block(name, start, stop) for side in (there, again))
-        unequal = _bits(ours) != _bits(theirs)
-        if unequal.any():
-            count += int(unequal.sum())
-            # NaN against a number is as different as can be.
-            apart = (ours[unequal].double() - theirs[unequal].double()).abs().nan_to_num(nan=math.inf, posinf=math.inf)
-            largest = max(largest, float(apart.max()))
-    return count, largest
-
-
-def _bits(values: torch.Tensor) -> torch.Tensor:
-    import torch
-
-    return values.view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[values.dtype.itemsize])
-
-
-def _other_files(there: Checkpoint, again: Checkpoint) -> tuple[list[str], list[str]]:
-    """Return the names of the equal files, and those that are missing, changed or not of the graft."""
-    ours, theirs = _files(there), _files(again)
-    changed = {name for name in ours & theirs if _content(there, name) != _content(again, name)}
-    return sorted((ours & theirs) - changed - {path.name for path in again.files}), [
-        *(f"{name}  missing" for name in sorted(theirs - ours)),
-        *(f"{name}  changed" for name in sorted(changed)),
-        *(f"{name}  not of the graft" for name in sorted(ours - theirs)),
-    ]
-
-
-def _files(side: Checkpoint) -> set[str]:
-    found = {path.relative_to(side.path) for path in side.path.rglob("*") if path.is_file()}
-    names = {str(name) for name in found if not any(part.startswith(".") for part in name.parts)}
-    return names - {MANIFEST_NAME, _CARD}
-
-
-def _stored_in(*sides: Checkpoint) -> set[str | None]:
-    return {name for side in sides for name in (side.index, *(path.name for path in side.files))}
-
-
-def _compare_card(there: Checkpoint, manifest: Mapping[str, Any], equal: list[str], files: list[str]) -> list[str]:
-    """Add the card to the files that are equal or to those that differ; else return why it was not compared."""
-    path = there.path / _CARD
-    if "card" not in manifest or local_folder(there.source) is None:
-        return [f"{_CARD}, of which {MANIFEST_NAME} has no digest" if "card" not in manifest else f"{_CARD} on the hub"]
-    if path.is_file() and file_digest(path) == manifest["card"]:
-        equal.append(_CARD)
-    else:
-        files.append(f"{_CARD}  {'changed' if path.is_file() else 'missing'}")
-    return []
-
-
-def _other_figures(there: Mapping[str, Any], again: Mapping[str, Any]) -> list[str]:
-    """Return the entries of the manifest that differ: counts, names, figures, and options that there are none of."""
-    ours, theirs = (_flat({key: value for key, value in side.items() if key not in _NO_FIGURES and not _is_side(value)})
-                    for side in (there, again))  # fmt: skip
-    return [
-        *(f"{key}  missing" for key in theirs.keys() - ours.keys()),
-        *(
-            f"{k}  {ours[k]!r} instead of {theirs[k]!r}"
-            for k in ours.keys() & theirs.keys()
-            if not _near(ours[k], theirs[k])
-        ),
-        *(f"{key}  not of the graft" for key in ours.keys() - theirs.keys()),
-        *(f"options.{key}  not of the graft" for key in there["options"].keys() - again["options"].keys()),
-    ]
-
-
-def _is_side(value: Any) -> bool:
-    return isinstance(value, dict) and "source" in value
-
-
-def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
-    """Return dotted key -> value, in which no value is a dictionary that has entries."""
-    if not isinstance(value, dict) or not value:
-        return {prefix: value}
-    parts = [_flat(inner, f"{prefix}.{key}" if prefix else str(key)) for key, inner in value.items()]
-    return {key: inner for part in parts for key, inner in part.items()}
-
-
-def _near(one: Any, other: Any) -> bool:
-    if isinstance(one, float) and isinstance(other, float):
-        return math.isclose(one, other, rel_tol=_FIGURE_TOLERANCE, abs_tol=_FIGURE_TOLERANCE**2)
-    return type(one) is type(other) and one == other
-
-
-def _content(side: Checkpoint, name: str) -> Any:
-    path = side.path / name
-    if path in side.headers:
-        return side.headers[path].metadata  # the weights behind it are compared by name
-    if path.name != ADAPTER_CONFIG:
-        return path.read_bytes()
-    # The model's name in it is as the user gave it; a path may lead there from another folder by another name.
-    named = ("base_model_name_or_path", "revision")
-    return {key: value for key, value in read_json(path).items() if key not in named}

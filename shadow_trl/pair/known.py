@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import difflib
 import functools
 import logging
 import re
@@ -32,6 +33,8 @@ class KnownPair:
     Args:
         base, instruct: on the hub.
         licence: as the hub calls it; "" where it was not looked up.
+        licence_by: where it was read: `hub` for a page of the pair there, else the makers' repository that states it;
+            "" where it was not looked up.
         listed_by: where both names stand, separated by spaces: tools whose tables have them, or `card` for the card of
             INSTRUCT; "" where the names were not checked.
     """
@@ -39,6 +42,7 @@ class KnownPair:
     base: str
     instruct: str
     licence: str
+    licence_by: str
     listed_by: str
 
     def shown(self) -> dict[str, str]:
@@ -56,6 +60,21 @@ def known_pairs() -> tuple[KnownPair, ...]:
 def matching(text: str) -> list[KnownPair]:
     """Return the pairs of which a name has `text` in it, whatever its case."""
     return [pair for pair in known_pairs() if text.lower() in f"{pair.base} {pair.instruct}".lower()]
+
+
+def near(text: str) -> list[str]:
+    """Return up to five INSTRUCTs of the table whose names are most like `text`, punctuation and case aside."""
+
+    def plain(name: str) -> str:
+        return re.sub(r"[^a-z0-9]", "", name.rpartition("/")[2].lower())
+
+    wanted, names = plain(text), [pair.instruct for pair in known_pairs()]
+    inside = [name for name in names if wanted and wanted in plain(name)]
+    # A filter is the start of a name: it is compared with as much of each, and a letter that may be missing in it.
+    begins = {name: plain(name)[: len(wanted) + 1] for name in names}
+    alike = difflib.get_close_matches(wanted, dict.fromkeys(begins.values()), n=5)
+    ordered = [name for begin in alike for name in names if begins[name] == begin]
+    return (inside or ordered)[:5]
 
 
 def of_instruct(name: str) -> KnownPair | None:

@@ -98,7 +98,7 @@ class ModelPair:
         findings.add(compare_processors(self.base.path, self.instruct.path))
         # The rest compares numbers, which says nothing about two different networks.
         if not findings.errors and level != "configs":
-            from .untrained_rows import check_template_rows  # torch: nothing above needs it
+            from .untrained_rows import check_template_rows  # nothing above needs what it imports
 
             findings.add(check_template_rows(self.base, self.instruct, template))
             findings.add(self._check_gap(allow_wide_gap) if level == "weights" else self._check_sample())
@@ -231,9 +231,14 @@ class ModelPair:
 
 def _same_start(base: Checkpoint, instruct: Checkpoint, name: str) -> bool:
     """True when the first values are equal, after rounding to the narrower dtype of the two."""
-    import torch
+    import numpy as np
+
+    from ..arithmetic import kernel
 
     size = min(base.specs[name].numel, _SAMPLED_ELEMENTS)
-    ours, theirs = (side.block(name, 0, size) for side in (base, instruct))
-    dtype = min(ours.dtype, theirs.dtype, key=lambda dtype: dtype.itemsize)
-    return torch.equal(ours.to(dtype), theirs.to(dtype))
+    sides = [Place(side, name) for side in (base, instruct)]
+    narrower = min((side.spec for side in sides), key=lambda spec: spec.itemsize)
+    ours, theirs = (np.empty(size, narrower.numpy_dtype) for _ in sides)
+    for rounded, side in zip((ours, theirs), sides, strict=True):
+        kernel.convert(rounded, side.array(0, size))
+    return kernel.distances(ours, theirs, None)[0] == 0.0

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from statistics import median
 
-import torch
-from torch.nn.functional import cosine_similarity
+import numpy as np
+from numpy import ndarray
 
 from ..checkpoints.checkpoint import Checkpoint, Place
 from ..errors import Findings, list_names
@@ -73,18 +72,17 @@ def _samples(vocabulary: Vocabulary, rows: int) -> tuple[list[int], list[int]]:
     return known[::step], list(range(end, min(rows, end + SAMPLE)))
 
 
-def _rows(matrix: Place, ids: Iterable[int]) -> torch.Tensor:
-    """Return the rows `ids` of `matrix` as float64; nothing else of the matrix is read."""
-    return matrix.checkpoint.rows(matrix.name, ids).double()
+def _rows(matrix: Place, ids: Iterable[int]) -> ndarray:
+    """Return the rows `ids` of `matrix` in fp64, (ids, columns); nothing else of it is read."""
+    columns = matrix.spec.shape[1]
+    return np.reshape([matrix.numbers(row * columns, (row + 1) * columns) for row in ids], (-1, columns))
 
 
-def _twins(
-    rows: torch.Tensor, tokens: dict[str, int], added: dict[str, int], matrix: Place
-) -> dict[str, tuple[float, str]]:
+def _twins(rows: ndarray, tokens: dict[str, int], added: dict[str, int], matrix: Place) -> dict[str, tuple[float, str]]:
     """Return for each of `tokens`, with rows (tokens, hidden), how near the nearest other added token is, and which."""
     names, ids = list(added), list(added.values())
     parts = (_rows(matrix, ids[start : start + SAMPLE]) for start in range(0, len(ids), SAMPLE))
-    apart = torch.cat([_relative_distances(rows, part) for part in parts], dim=1)
+    apart = np.concatenate([_relative_distances(rows, part) for part in parts], axis=1)
     found: dict[str, tuple[float, str]] = {}
     for (token, index), distances in zip(tokens.items(), apart, strict=True):
         distances[[place for place, other in enumerate(ids) if other == index]] = math.inf
@@ -92,28 +90,31 @@ def _twins(
     return found
 
 
-def _relative_distances(rows: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
+def _relative_distances(rows: ndarray, others: ndarray) -> ndarray:
     """Return the distances (rows, others) as shares of the norms of `rows`; infinite for a row of zeros."""
-    apart = torch.cdist(rows, others, compute_mode="donot_use_mm_for_euclid_dist")
-    return (apart / rows.norm(dim=1, keepdim=True)).nan_to_num(nan=math.inf, posinf=math.inf)
+    squares = (rows**2).sum(axis=1)[:, None] + (others**2).sum(axis=1) - 2 * rows @ others.T
+    norms = np.linalg.norm(rows, axis=1, keepdims=True)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.nan_to_num(np.sqrt(np.maximum(squares, 0.0)) / norms, nan=math.inf, posinf=math.inf)
 
 
 def _untrained(
-    rows: torch.Tensor, twins: dict[str, tuple[float, str]], ordinary: torch.Tensor, unused: torch.Tensor
+    rows: ndarray, twins: dict[str, tuple[float, str]], ordinary: ndarray, unused: ndarray
 ) -> dict[str, str]:
     """Return why rows (tokens, hidden) do not look trained, by token, with the figures; others are left out.
 
     They are compared with those of ordinary tokens, (sample, hidden), and of no token, (any number, hidden); fp64.
     `twins` has the tokens in the order of the rows, and the nearest added token of each.
     """
-    among = _relative_distances(ordinary, ordinary).fill_diagonal_(math.inf).min(dim=1).values
-    distinct = float(among.quantile(0.05)) > NEAR  # else close rows say nothing
-    norms, mean = ordinary.norm(dim=1), ordinary.mean(dim=0)
-    typical, low = median(norms.tolist()), float(norms.quantile(0.01))
-    spread = median((ordinary - mean).norm(dim=1).tolist())
+    among = _relative_distances(ordinary, ordinary)
+    np.fill_diagonal(among, math.inf)
+    distinct = np.quantile(among.min(axis=1), 0.05) > NEAR  # else close rows say nothing
+    norms, mean = np.linalg.norm(ordinary, axis=1), ordinary.mean(axis=0)
+    typical, low = float(np.median(norms)), float(np.quantile(norms, 0.01))
+    spread = float(np.median(np.linalg.norm(ordinary - mean, axis=1)))
     doubts: dict[str, str] = {}
     for row, (name, (near, other)) in zip(rows, twins.items(), strict=True):
-        norm, distance = float(row.norm()), float((row - mean).norm())
+        norm, distance = float(np.linalg.norm(row)), float(np.linalg.norm(row - mean))
         if norm < SMALL * low:
             doubts[name] = f"norm {norm:.3g}, ordinary rows have {typical:.3g} (99 % of them at least {low:.3g})"
         elif near <= SAME:
@@ -127,12 +128,17 @@ def _untrained(
     return doubts
 
 
-def _like_unused(row: torch.Tensor, unused: torch.Tensor, ordinary: torch.Tensor) -> bool:
+def _like_unused(row: ndarray, unused: ndarray, ordinary: ndarray) -> bool:
     """True when `row` points where the unused rows point and ordinary rows do not."""
     # Unused rows of a trained model all moved the same way (weight decay, and the softmax of a tied head), so their
     # mean is a direction that separates them from trained rows; where it does not, no row is named.
-    if len(unused) < 4 or not bool(unused.any()):
+    if len(unused) < 4 or not unused.any():
         return False
-    blank = unused.mean(dim=0)
-    here, own, trained = (cosine_similarity(side, blank[None]) for side in (row[None], unused, ordinary))
-    return float(trained.quantile(0.99)) < float(own.quantile(0.1)) <= float(here)
+    blank = unused.mean(axis=0)
+    here, own, trained = (_cosines(side, blank) for side in (row[None], unused, ordinary))
+    return bool(np.quantile(trained, 0.99) < np.quantile(own, 0.1) <= here[0])
+
+
+def _cosines(rows: ndarray, direction: ndarray) -> ndarray:
+    """Return the cosine of the angle of each row with `direction`; 0 for a row of zeros."""
+    return rows @ direction / np.maximum(np.linalg.norm(rows, axis=1) * np.linalg.norm(direction), 1e-300)

@@ -169,7 +169,7 @@ def train_once(design: Design, run: Path, options: Options, record: dict[str, An
         say(f"Training {run.name}")
     data = load_data(options)
     _, _, seconds = train_stage(design.recipe, options, data, record=record)
-    rows = rows_seen(run, None if options.script.dataset_streaming else len(data["train_dataset"]))
+    rows = rows_seen(run, None if options.streams else len(data["train_dataset"]))
     with whole_file(run / DONE) as new:
         new.write_text(json.dumps({"seconds": seconds, "rows": rows}) + "\n", encoding="utf-8")
     return seconds

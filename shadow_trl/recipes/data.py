@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigError, InputError, ends_with, list_names
 from ..evaluation.scoring import read_rows
+from ..runtime.processes import say
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
-    from trl import ScriptArguments
+    from trl import DatasetMixtureConfig, ScriptArguments
 
     from .options import Options, RecipeArguments
 
@@ -21,26 +23,108 @@ ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assi
 """Names of the speakers in ShareGPT's format and what chat templates call them."""
 
 
+def check_data_options(options: Options) -> None:
+    """Refuse options of the data that are missing or contradict each other.
+
+    Raises:
+        ConfigError: there are.
+    """
+    script, mixture, evaluates = options.script, options.mixture, options.training.eval_strategy != "no"
+    if not script.dataset_name and not mixture.datasets:
+        raise ConfigError(
+            "dataset_name is missing; give it in the YAML file or on the command line, or give `datasets` there."
+        )
+    if mixture.streaming and not mixture.datasets:
+        raise ConfigError("streaming is for `datasets`; with dataset_name the option is dataset_streaming.")
+    for name, given in (("train_rows", options.recipe.train_rows), ("test_split_size", mixture.test_split_size)):
+        if given is not None and options.streams:
+            raise ConfigError(f"{name} draws rows at random, which streamed data do not allow; leave one of them out.")
+    if mixture.test_split_size is None and mixture.datasets and evaluates:
+        raise ConfigError(
+            f"eval_strategy is {str(options.training.eval_strategy)!r}, and `datasets` have no rows to evaluate on. "
+            "Give test_split_size, their share of the rows, or set eval_strategy to 'no'."
+        )
+    if mixture.test_split_size is not None and script.dataset_test_split != "test" and not mixture.datasets:
+        raise ConfigError(
+            f"test_split_size takes the evaluation's rows from {script.dataset_train_split}, and dataset_test_split "
+            f"from {script.dataset_test_split}; leave one of them out."
+        )
+
+
 @ends_with("Nothing was written.")
 def load_data(options: Options) -> dict[str, Any]:
     """Load `train_dataset`, and `eval_dataset` where there is an evaluation, as keyword arguments of a trainer.
+
+    With `test_split_size` the rows to evaluate on are drawn from those to train on, with the seed of the run: each of
+    its processes, and a run that resumes, draws the same.
 
     Raises:
         InputError: a data set or split cannot be loaded.
     """
     script, training, train_rows = options.script, options.training, options.recipe.train_rows
-    evaluates = training.eval_strategy != "no"
-    for split in (script.dataset_train_split, *([script.dataset_test_split] if evaluates else [])):
-        _check_file(script.dataset_name, split)
-    train = load_split(script, script.dataset_train_split)
+    name, evaluates, share = script.dataset_name, training.eval_strategy != "no", options.mixture.test_split_size
+    if options.mixture.datasets:
+        if name:
+            say(f"The data are those of `datasets`; dataset_name {name} is ignored, as by TRL")
+        name, train = "the mixture", load_mixture(options.mixture)
+    else:
+        for split in (script.dataset_train_split, *([script.dataset_test_split] if evaluates and not share else [])):
+            _check_file(name, split)
+        train = load_split(script, script.dataset_train_split)
+    data = {}
+    if share is not None:
+        train, drawn = _divided(train, share, training.seed)
+        data = {"eval_dataset": drawn} if evaluates else {}
+    elif evaluates:
+        data["eval_dataset"] = load_split(script, script.dataset_test_split)
     if train_rows is not None and train_rows > len(train):
-        raise ConfigError(f"train_rows is {train_rows:,}, and {script.dataset_name} has {len(train):,} rows.")
+        raise ConfigError(
+            f"train_rows is {train_rows:,}{options.origin('train_rows')}, and {name} has {len(train):,} "
+            f"rows. Pass --train_rows {len(train)} for all of them, or leave train_rows out."
+        )
     if train_rows is not None:
         train = train.shuffle(seed=training.seed).select(range(train_rows))
-    data = {"train_dataset": train}
-    if evaluates:
-        data["eval_dataset"] = load_split(script, script.dataset_test_split)
-    return data
+    return {"train_dataset": train, **data}
+
+
+def load_mixture(mixture: DatasetMixtureConfig) -> Dataset | IterableDataset:
+    """Load the data sets of a mixture, one after the other, as TRL's scripts do.
+
+    Raises:
+        InputError: one cannot be loaded, or they do not fit together; the message has what `datasets` or TRL says.
+    """
+    from trl import get_dataset
+
+    names = ", ".join(source.path for source in mixture.datasets)
+    try:
+        # Whole: TRL would divide it differently in each process.
+        data = get_dataset(dataclasses.replace(mixture, test_split_size=None))["train"]
+        first = next(iter(data), None)
+    except Exception as reason:
+        raise _not_loaded(f"the mixture of {names}", reason) from reason
+    return _usable(data, first, f"the mixture of {names}")
+
+
+def sources_of(options: Options) -> list[tuple[str, Any]]:
+    """Return the data sets that a run is trained on: the name of each, and the files that are named beside it."""
+    if not options.mixture.datasets:
+        return [(str(options.script.dataset_name), None)]
+    return [(source.path, source.data_files or source.data_dir) for source in options.mixture.datasets]
+
+
+def hub_ids(options: Options) -> list[str]:
+    """Return the data sets of the hub that a run is trained on."""
+    return [name for name, files in sources_of(options) if not Path(name).exists() and (files is None or "/" in name)]
+
+
+def _divided(data: Any, share: float, seed: int) -> tuple[Any, Any]:
+    """Return the rows to train on and those to evaluate on: a share of them below 1, or their number."""
+    size = int(share) if share >= 1 and float(share).is_integer() else share
+    try:
+        parts = data.train_test_split(test_size=size, seed=seed)
+    except ValueError as reason:
+        raise ConfigError(f"test_split_size is {share}: {reason}") from reason
+    return parts["train"], parts["test"]
 
 
 def load_scored(recipe: RecipeArguments) -> list[dict[str, Any]]:
@@ -68,7 +152,6 @@ def load_split(script: ScriptArguments, split: str) -> Dataset | IterableDataset
         InputError: there is no such data set or split; the message has what `datasets` says about it.
     """
     from datasets import load_dataset
-    from trl.data_utils import is_conversational_from_value
 
     name = script.dataset_name
     assert name is not None
@@ -79,12 +162,23 @@ def load_split(script: ScriptArguments, split: str) -> Dataset | IterableDataset
     try:
         data = load_dataset(**source, split=split, streaming=script.dataset_streaming)
         first = next(iter(data), None)
-    # Bad JSON, no such id, split or config, no connection: `datasets` has its own exception for each.
     except Exception as reason:
-        cause = f"{reason} ({reason.__cause__})" if reason.__cause__ else str(reason)
-        raise InputError(f"cannot load the split {split} of {name}: {cause}") from reason
+        raise _not_loaded(f"the split {split} of {name}", reason) from reason
+    return _usable(data, first, f"the split {split} of {name}")
+
+
+def _not_loaded(what: str, reason: Exception) -> InputError:
+    """Return the error for data that cannot be loaded; `datasets` has its own exception for each cause of that."""
+    cause = f"{reason} ({reason.__cause__})" if reason.__cause__ else str(reason)
+    return InputError(f"cannot load {what}: {cause}")
+
+
+def _usable(data: Any, first: dict[str, Any] | None, what: str) -> Any:
+    """Return the data in a format of TRL's, of which `first` is the first row."""
+    from trl.data_utils import is_conversational_from_value
+
     if first is None:
-        raise InputError(f"the split {split} of {name} has no rows.")
+        raise InputError(f"{what} has no rows.")
     if is_conversational_from_value(first):
         return _as_messages(data)
     if set(first) == {"question", "answer"}:
@@ -100,8 +194,9 @@ def _check_file(name: str | None, split: str) -> None:
         raise InputError(f"the data file {name} does not exist.")
     if split.partition("[")[0] != "train":
         raise InputError(
-            f"{name} is one file, which has the split train only, not {split}. Put train.jsonl and test.jsonl into a "
-            "folder and pass that folder, or set eval_strategy to 'no'."
+            f"{name} is one file, which has the split train only, not {split}. Take the evaluation's rows from it with "
+            "test_split_size (0.1 is a tenth of them), put train.jsonl and test.jsonl into a folder and pass that "
+            "folder, or set eval_strategy to 'no'."
         )
 
 

@@ -13,7 +13,8 @@ from ..errors import ConfigError, list_names
 from ..evaluation.scales import Data
 from ..evaluation.steps import PAIR, Tried, tried_with
 from ..grafting.options import DTYPES
-from .options import Options, parse_values, read_yaml
+from .options import Options, parse_values
+from .yaml_files import read_yaml
 
 LOGGED = {"logging_strategy": "steps", "logging_steps": 0.05}
 """Twenty points of the loss, however long the training is."""

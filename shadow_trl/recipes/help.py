@@ -15,7 +15,7 @@ HELP, HELP_ALL = ("-h", "--help"), "--help-all"
 _WIDTH, _COLUMN = 120, 32
 _MODELS = (
     "model_name_or_path", "instruct_model", "base_model", "find_base", "instruct_revision", "base_revision",
-    "dataset_name", "output_dir",
+    "dataset_name", "test_split_size", "output_dir",
 )  # fmt: skip
 _CHECKS = ("pair_check", "allow_wide_gap")
 _TRAINING = (
@@ -27,6 +27,7 @@ _TEXTS = {
     "model_name_or_path": "BASE: folder or hub id; or the folder of an earlier run, which is trained further.",
     "output_dir": "Folder of the run. Default: a new one below outputs/.",
     "dataset_name": "Hub id, folder, or file (.jsonl, .json, .parquet).",
+    "test_split_size": "Evaluate on this share of the rows, or this many of them, and train on the others.",
     "graft": "Whether training ends with saving TUNED and grafting.",
     "push_to_hub": "Upload the graft to the hub.",
     "hub_model_id": "Repository of the graft, owner/name.",
@@ -70,6 +71,8 @@ def help_of(kind: str, parser: argparse.ArgumentParser, recipe: type, words: Seq
         for name in (name for name in names if name in known):
             text = _TEXTS.get(name) or str(known[name].help or "").partition(". ")[0].rstrip(".") + "."
             lines.append(_option(name, " ".join(text.split())))
+        if title == "recipe":
+            lines.append(_option("json", "Print report.json on stdout, and all else on stderr."))
     example = f"shadow-trl {kind} --config recipes/configs/qwen3-0.6b/{kind}_lora.yaml --learning_rate 1e-5"
     more = f"`shadow-trl {kind} {HELP_ALL}` lists every option of TRL and transformers. {LAUNCHING}"
     return "\n".join([*lines, "", "example:", f"  {example}", "", *textwrap.wrap(more, _WIDTH)]) + "\n"

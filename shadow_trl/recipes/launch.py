@@ -24,10 +24,11 @@ from trl.cli.accelerate_config import resolve_accelerate_config_argument
 from ..errors import ConfigError, ends_with
 from .help import is_asked
 from .launch_options import LAUNCHED, launch_parser, split_keys, split_words
-from .options import Options, parse, read_yaml, take_option
+from .options import Options, parse, take_flag, take_option
 from .pipeline import main_sft_dpo
 from .pipeline_options import read_plan
 from .run import main_dpo, main_sft, prepare
+from .yaml_files import read_yaml
 
 _MAINS: dict[str, Callable[[Sequence[str]], int]] = {"sft": main_sft, "dpo": main_dpo, "sft-dpo": main_sft_dpo}
 
@@ -110,8 +111,9 @@ def _checked(name: str, words: Sequence[str], own: Sequence[str]) -> Any:
 
 def _own_options(name: str, own: Sequence[str]) -> list[Options]:
     """Read the options of the recipe, as each process will do again."""
-    plan = read_plan(own) if name == "sft-dpo" else None
-    return [plan.options[stage] for stage in plan.stages] if plan is not None else [parse(name, own)]
+    _, words = take_flag("json", own)
+    plan = read_plan(words) if name == "sft-dpo" else None
+    return [plan.options[stage] for stage in plan.stages] if plan is not None else [parse(name, words)]
 
 
 def _launches_several(args: Any) -> bool:

@@ -5,6 +5,7 @@ What TRL's parser lets through is an error here: unknown and repeated keys, abbr
 
 from __future__ import annotations
 
+import copy
 import difflib
 import math
 import os
@@ -14,29 +15,31 @@ import types
 import typing
 from argparse import ArgumentError
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
-import yaml
-from trl import ModelConfig, ScriptArguments, SFTConfig, TrlParser
+from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, SFTConfig, TrlParser
+from trl.scripts.utils import DatasetConfig
 
 from ..checkpoints.manifest import Entry
-from ..errors import ConfigError, InputError, ShadowError, ends_with, list_names, one_of
+from ..errors import ConfigError, ShadowError, ends_with, list_names, one_of
 from ..grafting.options import DTYPES, declared
 from ..pair.known import taken_base
 from ..training.config import ShadowDPOConfig, ShadowSFTConfig
 from ..training.engines import load_for
+from .data import check_data_options
 from .help import help_of, is_asked
 from .launch_options import LAUNCHING, without_launch_keys
+from .yaml_files import read_yaml
 
 CONFIGS: dict[str, type[ShadowSFTConfig] | type[ShadowDPOConfig]] = {"sft": ShadowSFTConfig, "dpo": ShadowDPOConfig}
 
 GUIDES = ("instruct",)
 """Values of `sft_guidance`."""
 
-PATH_KEYS = ("model_name_or_path", "instruct_model", "base_model", "dataset_name", "score_rows")
+PATH_KEYS = ("model_name_or_path", "instruct_model", "base_model", "dataset_name", "datasets", "score_rows")
 """Keys whose value may be a path inside the repository of a shipped config."""
 
 NEEDS = (
@@ -133,19 +136,34 @@ class Options:
         training: the trainer's config.
         model: TRL's arguments of the model: `model_name_or_path` is BASE.
         recipe: the recipe's own arguments.
+        mixture: TRL's arguments of data that are mixed from several sources.
         output_given: whether `output_dir` was given; else the recipe makes a folder for the run.
+        config: the YAML file, if there was one.
+        from_config: its keys that the command line left as they are.
     """
 
     script: ScriptArguments
     training: Any
     model: ModelConfig
     recipe: RecipeArguments
+    mixture: DatasetMixtureConfig
     output_given: bool
+    config: Path | None = None
+    from_config: frozenset[str] = frozenset()
+
+    def origin(self, key: str) -> str:
+        """Return ` (in FILE)` for a key that the YAML file set, "" for one of the command line."""
+        return f" (in {self.config})" if key in self.from_config else ""
 
     @property
     def output(self) -> str | None:
         """The given `output_dir`, or None."""
         return self.training.output_dir if self.output_given else None
+
+    @property
+    def streams(self) -> bool:
+        """Whether the rows come one after the other, and nobody knows how many."""
+        return bool(self.mixture.streaming if self.mixture.datasets else self.script.dataset_streaming)
 
 
 @ends_with("Nothing was written.")
@@ -178,7 +196,7 @@ def parse_values(
 
     `unknown` ends the error about keys that the recipe does not have.
     """
-    dataclass_types: Any = (ScriptArguments, CONFIGS[kind], ModelConfig, RecipeArguments)
+    dataclass_types: Any = (ScriptArguments, CONFIGS[kind], ModelConfig, DatasetMixtureConfig, RecipeArguments)
     parser = TrlParser(dataclass_types, allow_abbrev=False, exit_on_error=False, epilog=LAUNCHING)
     parser.prog = f"shadow-trl {kind}"
     if is_asked(words):
@@ -191,18 +209,21 @@ def parse_values(
         namespace, rest = parser.parse_known_args(list(words))
         if rest:
             known = {option for action in parser._actions for option in action.option_strings}
-            listed = list_names(_with_guess(word, known) for word in rest)
-            raise ConfigError(
-                f"{len(rest)} unknown arguments (abbreviated options are not accepted):\n{listed}{unknown}"
-            )
-        script, training, model, recipe = parser.parse_dict(vars(namespace))
+            wrong = _with_values(rest)
+            listed = list_names(_with_guess(words, known) for words in wrong)
+            count = f"{len(wrong)} unknown argument{'s' if len(wrong) > 1 else ''}"
+            raise ConfigError(f"{count} (abbreviated options are not accepted):\n{listed}{unknown}")
+        # A copy: the mixture makes its own objects of the mappings in its list, and the pipeline reads a file twice.
+        script, training, model, mixture, recipe = parser.parse_dict(copy.deepcopy(vars(namespace)))
     except ShadowError:
         raise
     # The dataclasses of TRL and transformers open files and look for libraries.
     except (ArgumentError, ValueError, TypeError, ImportError, OSError, LookupError, AttributeError) as reason:
         raise ConfigError(f"the configuration is not valid: {reason}") from reason
     load_for(None)  # a trainer's models are for its engine, what is merged or scored beside it is not
-    options = Options(script, training, model, recipe, output_given=namespace.output_dir is not None)
+    kept = frozenset(key for key, value in values.items() if getattr(namespace, key, None) == value)
+    given = namespace.output_dir is not None
+    options = Options(script, training, model, recipe, mixture, given, config, kept)
     _check_together(options)
     return options
 
@@ -242,11 +263,15 @@ def take_option(name: str, argv: Sequence[str]) -> tuple[str | None, list[str]]:
     return values[0], rest
 
 
+def take_flag(name: str, argv: Sequence[str]) -> tuple[bool, list[str]]:
+    """Return whether `--name` is given, which has no value, and the other words."""
+    return f"--{name}" in argv, [word for word in argv if word != f"--{name}"]
+
+
 def _check_together(options: Options) -> None:
     """Refuse what is missing or cannot be combined, as far as the options alone show it."""
     recipe, training = options.recipe, options.training
-    if not options.script.dataset_name:
-        raise ConfigError("dataset_name is missing; give it in the YAML file or on the command line.")
+    check_data_options(options)
     if not options.model.model_name_or_path:
         instruct = training.instruct_model and str(Entry(training.instruct_model, training.instruct_revision))
         options.model.model_name_or_path = taken_base(
@@ -264,8 +289,6 @@ def _check_together(options: Options) -> None:
         raise ConfigError("sft_guidance is for SFT: the loss of DPO has a reference.")
     if recipe.freeze and options.model.use_peft:
         raise ConfigError("freeze is for full fine-tuning; with an adapter, lora_target_modules says what is trained.")
-    if recipe.train_rows is not None and options.script.dataset_streaming:
-        raise ConfigError("train_rows draws rows at random, which streamed data do not allow; leave one of them out.")
 
 
 def _check_values(parser: TrlParser, values: Mapping[str, Any], config: Path, advice: str) -> None:
@@ -278,6 +301,24 @@ def _check_values(parser: TrlParser, values: Mapping[str, Any], config: Path, ad
     wrong = [fault for key, value in values.items() if (fault := _type_fault(key, value, hints[key]))]
     if wrong:
         raise ConfigError(f"{config} has {len(wrong)} values of the wrong type:\n{list_names(wrong)}")
+    _check_sources(values.get("datasets") or [], config)
+
+
+def _check_sources(sources: list[Any], config: Path) -> None:
+    """Refuse data sets of a mixture that are no mappings of known keys."""
+    known, faults = {item.name for item in fields(DatasetConfig)}, []
+    for place, source in enumerate(sources, start=1):
+        if not isinstance(source, dict):
+            faults.append(f"{place}: {reprlib.repr(source)} is no mapping with the key path")
+            continue
+        faults += [f"{place}: {_with_guess(str(key), known)}" for key in source if key not in known]
+        if not isinstance(source.get("path"), str):
+            faults.append(f"{place}: path is missing" if "path" not in source else f"{place}: path is no text")
+    if faults:
+        listed = list_names(faults)
+        raise ConfigError(
+            f"`datasets` of {config} has {len(faults)} faults, each after the data set's place:\n{listed}"
+        )
 
 
 def _resolve_paths(values: Mapping[str, Any], config: Path) -> dict[str, Any]:
@@ -288,59 +329,35 @@ def _resolve_paths(values: Mapping[str, Any], config: Path) -> dict[str, Any]:
     folder, as on the command line, or a hub id.
     """
     home = next((parent.parent for parent in config.resolve().parents if parent.name == "recipes"), None)
-    resolved = dict(values)
     if home is None:
-        return resolved
-    for key in PATH_KEYS:
-        value = resolved.get(key)
-        if isinstance(value, str) and value and not os.path.isabs(value) and os.path.exists(home / value):
-            resolved[key] = os.path.relpath(home / value)
-    return resolved
+        return dict(values)
+    return {key: _resolved(value, home) if key in PATH_KEYS else value for key, value in values.items()}
 
 
-class _UniqueKeyLoader(yaml.SafeLoader):
-    """YAML's safe loader, but a repeated key is an error: YAML would silently keep the last one."""
+def _resolved(value: Any, home: Path) -> Any:
+    if isinstance(value, list):
+        return [_resolved(one, home) for one in value]
+    if isinstance(value, dict):  # one of `datasets`, or its files by split
+        return {key: one if key in ("name", "split", "columns") else _resolved(one, home) for key, one in value.items()}
+    if isinstance(value, str) and value and not os.path.isabs(value) and os.path.exists(home / value):
+        return os.path.relpath(home / value)
+    return value
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        repeated = sorted({str(key) for key in keys if keys.count(key) > 1})
-        if repeated:
-            raise yaml.YAMLError(f"repeated keys: {', '.join(repeated)}")
-        return super().construct_mapping(node, deep)
 
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    """Return the content of a YAML file; as with TRL, its key `env` sets environment variables and is left out.
-
-    Raises:
-        InputError: the file cannot be read, or is not a mapping in which every key occurs once.
-    """
-    try:
-        text = path.read_text(encoding="utf-8-sig")  # some editors begin a file with a byte order mark
-    except (OSError, ValueError) as reason:
-        raise InputError(f"cannot read the configuration {path}: {reason}.") from reason
-    try:
-        content = yaml.load(text, Loader=_UniqueKeyLoader)  # nosec B506
-    except RecursionError as reason:
-        raise ConfigError(f"the configuration {path} is nested too deeply.") from reason
-    # A date or number that YAML recognises and Python cannot hold is a plain ValueError.
-    except (yaml.YAMLError, ValueError) as reason:
-        raise ConfigError(f"the configuration {path} is not valid YAML: {' '.join(str(reason).split())}.") from reason
-    variables = content.pop("env", {}) if isinstance(content, dict) else {}
-    for name, found in ((f"the configuration {path}", content), (f"`env` of {path}", variables)):
-        if not isinstance(found, dict):
-            kind = "empty" if found is None else f"a {type(found).__name__}"
-            raise ConfigError(f"{name} is {kind}, not a mapping of keys to values.")
-    try:
-        os.environ.update({str(name): str(value) for name, value in variables.items()})
-    except (OSError, ValueError) as reason:
-        raise ConfigError(f"`env` of {path} cannot be set: {reason}.") from reason
-    return content
+def _with_values(words: Sequence[str]) -> list[str]:
+    """Return the options among words that no option took, each with the values after it, and other words alone."""
+    found: list[str] = []
+    for word in words:
+        if found and found[-1].startswith("--") and not word.startswith("--"):
+            found[-1] += f" {word}"
+        else:
+            found.append(word)
+    return found
 
 
 def _with_guess(word: str, known: set[str]) -> str:
     """Return `word` with the known name that is most like it, if there is one."""
-    name = word.partition("=")[0]
+    name = re.split("[= ]", word, maxsplit=1)[0]
     longer = sorted(one for one in known if one.startswith(name) and len(name) > 3)
     close = longer or difflib.get_close_matches(name, known, n=1)
     return f"{word} (did you mean {close[0]}?)" if close else word

@@ -36,6 +36,7 @@ Shadow-SFT on BASE, then Shadow-DPO from its folder: grafted = instruct + scale 
   --stages sft,dpo      which stages to run (default: both); a finished one is kept
   --output_dir DIR      the stages go into DIR/sft and DIR/dpo (default: a new folder below outputs/); the same command
                         again resumes with the unfinished stage
+  --json                print report.json on stdout, and all else on stderr
   --KEY VALUE           overrides a key for both stages, --sft.KEY or --dpo.KEY for one of them
   --accelerate_config NAME|FILE, --num_processes N, ...
                         both stages in several processes: all options of accelerate launch (shadow-trl sft --help)

@@ -13,8 +13,9 @@ from ..checkpoints.manifest import GRAFTED_FOLDER, Entry, read_manifest
 from ..errors import ConfigError, InputError, OutputExistsError, ends_with, list_names, one_of
 from ..training.resuming import last_complete
 from .launch_options import without_launch_keys
-from .options import Options, find_config, parse_values, read_yaml, take_option
+from .options import Options, find_config, parse_values, take_option
 from .record import check_record, record_of
+from .yaml_files import read_yaml
 
 STAGES = ("sft", "dpo")
 """Stages of the pipeline in order; also the names of their sections and folders."""

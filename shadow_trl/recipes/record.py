@@ -31,19 +31,30 @@ def record_of(options: Options) -> dict[str, Any]:
 
     Passwords of the hub are not among them. Data in a file or folder here is recorded by its digests.
     """
-    groups = (options.script, options.model, options.recipe)
+    groups = (options.script, options.model, options.recipe, options.mixture)
     values = {name: value for group in groups for name, value in asdict(group).items()} | options.training.to_dict()
     found = {name: value for name, value in values.items() if not _NO_MATTER.fullmatch(name)}
     # `to_dict` masks every name that ends like a password's: the tokens of the text are meant here.
     found.update({name: getattr(options.training, name) for name in found if name in ("eos_token", "pad_token")})
-    data = options.script.dataset_name or ""
-    if os.path.isfile(data):
-        found["dataset_name"] = file_digest(Path(data))  # wherever it is, and whatever it held then
-    elif os.path.isdir(data):
-        files = sorted(path for path in Path(data).rglob("*") if path.is_file())
-        found["dataset_name"] = {str(path.relative_to(data)): file_digest(path, "xxh3") for path in files}
+    found["dataset_name"] = _content(found["dataset_name"])
+    for source in found["datasets"]:
+        source.update({name: _content(source[name]) for name in ("path", "data_dir", "data_files")})
     plain: dict[str, Any] = json.loads(json.dumps(found, default=str))
     return plain
+
+
+def _content(data: Any) -> Any:
+    """Return what stands for data: digests of files here, wherever they are and whatever they held then; else names."""
+    if isinstance(data, dict):
+        return {name: _content(one) for name, one in data.items()}
+    if isinstance(data, list):
+        return [_content(one) for one in data]
+    if isinstance(data, str) and os.path.isfile(data):
+        return file_digest(Path(data))
+    if isinstance(data, str) and os.path.isdir(data):
+        files = sorted(path for path in Path(data).rglob("*") if path.is_file())
+        return {str(path.relative_to(data)): file_digest(path, "xxh3") for path in files}
+    return data
 
 
 def write_record(folder: Path, record: Mapping[str, Any]) -> None:

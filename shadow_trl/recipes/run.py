@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import json
 import re
 import sys
 import time
@@ -26,6 +27,7 @@ from ..evaluation.report import RunReport
 from ..results.parents import remove_empty
 from ..results.written import tells_what_is_written
 from ..runtime import endings
+from ..runtime.command_line import stdout_is_kept
 from ..runtime.machine import lack
 from ..runtime.patterns import check_patterns
 from ..runtime.processes import check_known, check_shared, run_on_main, say
@@ -38,8 +40,8 @@ from ..training.resuming import checkpoint_of
 from ..training.settings import check_settings
 from ..training.trainers import ShadowDPOTrainer, ShadowSFTTrainer
 from .compare import make_report, score_arms, timed
-from .data import load_data, load_scored
-from .options import Options, parse
+from .data import hub_ids, load_data, load_scored
+from .options import Options, parse, take_flag
 from .record import write_record
 
 TRAINERS: dict[str, tuple[Any, Any]] = {"sft": (ShadowSFTTrainer, SFTTrainer), "dpo": (ShadowDPOTrainer, DPOTrainer)}
@@ -62,12 +64,17 @@ def main_dpo(argv: Sequence[str] | None = None, *, default_config: str | Path | 
 
 
 def exit_code(work: Callable[[Sequence[str]], RunReport | None], argv: Sequence[str] | None) -> int:
-    """Print what `work` reports of `argv` (None: the process's) and return 0; or print our error, return its code."""
+    """Print what `work` reports of `argv` (None: the process's) and return 0; or print our error, return its code.
+
+    With `--json` stdout has the content of `report.json` and nothing else.
+    """
 
     def done() -> int:
-        report = work(sys.argv[1:] if argv is None else argv)
+        as_json, words = take_flag("json", sys.argv[1:] if argv is None else argv)
+        with stdout_is_kept(as_json):
+            report = work(words)
         if report is not None:
-            print(f"\n{report.text()}", flush=True)
+            print(json.dumps(report.to_dict(), indent=2) if as_json else f"\n{report.text()}", flush=True)
         return 0
 
     return endings.exit_code(done)
@@ -214,8 +221,7 @@ def _shadow_trainer(kind: str, options: Options, direct: Path, data: dict[str, A
         if lack(reason) is not None:
             raise
         raise ConfigError(f"the trainer rejected this run: {type(reason).__name__}: {reason}") from reason
-    if not Path(str(options.script.dataset_name)).exists():  # of the hub
-        trainer.dataset_ids = [str(options.script.dataset_name)]
+    trainer.dataset_ids = hub_ids(options)
     if trainer.origins.instruct is None and (recipe.compare_direct or recipe.score_rows):
         raise ConfigError("compare_direct and score_rows need an instruct_model.")
     return trainer

@@ -72,7 +72,7 @@ def write_model_card(
         f"says what was added, with digests and figures. {_TEMPLATE[manifest.get('chat_template')]}"
     ]
     if instruct is not None:
-        lines += loading_lines(manifest, loading_call(Path(folder), instruct))
+        lines += loading_lines(manifest, loading_call(Path(folder), instruct, text_class=manifest.get("text_class")))
     trained = manifest.get("trained", {})
     for title, rows in (("How the update was learnt", _training(trained)), ("Scores", trained.get("scores", {}))):
         lines += ["", f"## {title}", "", *_table(rows)[:-1]] if rows else []

@@ -68,6 +68,35 @@ class ShardWriter:
         self._file = self._direct = -1
 
 
+class HollowWriter:
+    """A file of which the header alone is written: it has its size, and takes hardly any room.
+
+    Args:
+        path: the file, which must not exist.
+        size: its bytes.
+        header: those at its begin.
+    """
+
+    def __init__(self, path: Path, size: int, header: bytes) -> None:
+        self.path, self.size, self.header = path, size, header
+        self.opened = False
+
+    def open(self) -> None:
+        """Create the file."""
+        self.opened = True
+        with open(self.path, "xb") as file:
+            file.write(self.header)
+            file.truncate(self.size)
+
+    def write(self, offset: int, buffer: mmap.mmap, length: int) -> None:
+        """Leave the weights out."""
+
+    def close(self) -> None:
+        """Do nothing: the file is complete."""
+
+    abandon = close
+
+
 def _write_all(descriptor: int, buffer: mmap.mmap, length: int, offset: int) -> None:
     view = memoryview(buffer)
     done = 0

@@ -16,7 +16,7 @@ FOLDER = "FOLDER"
 """Stands for the folder of a result in its own card, which is read from anywhere."""
 
 
-def loading_call(result: Path, instruct: Checkpoint, folder: str = FOLDER) -> str:
+def loading_call(result: Path, instruct: Checkpoint, folder: str = FOLDER, *, text_class: str | None = None) -> str:
     """Return the Python call that loads a result, with the commit of INSTRUCT that it was made for.
 
     `AutoModelForCausalLM` on the folder of an adapter would take INSTRUCT from the main branch of its repository.
@@ -25,8 +25,10 @@ def loading_call(result: Path, instruct: Checkpoint, folder: str = FOLDER) -> st
         result: where it is now, complete.
         instruct: INSTRUCT of the graft.
         folder: where it will be. Default: `FOLDER`.
+        text_class: of a multimodal INSTRUCT, if it is that class alone that an adapter is for.
     """
-    kind = "AutoModelForImageTextToText" if "vision_config" in instruct.config else "AutoModelForCausalLM"
+    whole = "vision_config" in instruct.config and text_class is None
+    kind = "AutoModelForImageTextToText" if whole else "AutoModelForCausalLM"
     if not (result / ADAPTER_CONFIG).is_file():
         return f'{kind}.from_pretrained("{folder}")'
     task = read_json(result / ADAPTER_CONFIG).get("task_type")
@@ -36,6 +38,15 @@ def loading_call(result: Path, instruct: Checkpoint, folder: str = FOLDER) -> st
     # A card is published: it shows no path of this machine.
     name = "INSTRUCT" if folder == FOLDER and local_folder(instruct.source) is not None else instruct.source
     return f'PeftModel.from_pretrained({kind}.from_pretrained("{name}"{pinned}), "{folder}")'
+
+
+def text_class_caution(text_class: str) -> str:
+    """Return what to know of an adapter for the text-only class of a multimodal INSTRUCT before it is served."""
+    return (
+        f"The adapter's modules have the names of {text_class}, the language part alone. A server that loads the whole "
+        "multimodal model, as vLLM does, may find none of them and serve INSTRUCT as it is, without a word. Ask it "
+        "something that only training taught, or serve the dense form (shadow-trl graft --format model)."
+    )
 
 
 def kept(figures: Mapping[str, Any]) -> str | None:
@@ -61,5 +72,7 @@ def loading_lines(figures: Mapping[str, Any], load: str) -> list[str]:
     kinds = dict.fromkeys(re.findall(r"\b(\w+)\.from_pretrained", load))
     imports = [f"from {'peft' if 'Peft' in kind else 'transformers'} import {kind}" for kind in kinds]
     code = ["```python", *imports, "", f"model = {load}", "```"]
-    arrives = kept(figures)
-    return ["", "## Loading", "", *code, *(["", arrives] if arrives is not None else [])]
+    told = [text for text in (kept(figures),) if text is not None]
+    if figures.get("text_class"):
+        told.append(text_class_caution(figures["text_class"]))
+    return ["", "## Loading", "", *code, *(line for text in told for line in ("", text))]

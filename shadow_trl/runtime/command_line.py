@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import difflib
+import sys
 import textwrap
 from collections.abc import Iterable
 from typing import Any, NoReturn
@@ -19,6 +21,11 @@ def nearest(word: str, known: Iterable[str]) -> str:
     """
     near = difflib.get_close_matches(word, list(known), n=1)
     return f" (did you mean {near[0]}?)" if near else ""
+
+
+def stdout_is_kept(asked: bool) -> contextlib.AbstractContextManager[Any]:
+    """Send to stderr what the block prints, where stdout is `asked` to have nothing but the JSON that follows it."""
+    return contextlib.redirect_stdout(sys.stderr) if asked else contextlib.nullcontext()
 
 
 class Parser(argparse.ArgumentParser):

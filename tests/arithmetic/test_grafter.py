@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import BF16, DTYPES, FP16, FP32, ZEROS, bits, exact, exact_sum, step_at, weights, wrong
 
-from shadow_trl.arithmetic.grafter import BLOCK, BlockGrafter, graft_low_rank, graft_tensor
+from shadow_trl.arithmetic.grafter import BLOCK, BlockGrafter, array_of, graft_low_rank, graft_tensor
+from shadow_trl.arithmetic.sums import Sums
 
 MIXES = list(itertools.product(DTYPES, repeat=3))
 
@@ -185,13 +186,17 @@ def test_shapes_must_agree():
 # --- figures -------------------------------------------------------------------------------------------------------
 
 
+def measured(out: torch.Tensor, *sides: torch.Tensor, stats: bool = True) -> Sums:
+    return BlockGrafter(stats=stats).graft(*map(array_of, (out, *sides)))
+
+
 @pytest.mark.parametrize("dtypes", [(BF16, BF16, BF16), (BF16, BF16, FP32), (FP32, FP32, FP32)])
 @pytest.mark.parametrize("output", [BF16, FP32])
 def test_figures_equal_their_definitions(dtypes, output):
     i, b = weights(0, 5000, dtypes[0], -8, -4), weights(1, 5000, dtypes[1], -8, -4)
     t = (b.double() + weights(2, 5000, FP32, -14, -9).double()).to(FP32).to(dtypes[2])
     out = torch.empty(5000, dtype=output)
-    sums = BlockGrafter().graft(out, i, b, t)
+    sums = measured(out, i, b, t)
     wide = [x.double() for x in (i, b, t, out)]
     delta, stored = wide[2] - wide[1], wide[3] - wide[0]
     assert sums.sigma == pytest.approx(
@@ -208,14 +213,14 @@ def test_figures_of_tiny_and_huge_deltas_do_not_vanish_or_overflow():
     for exponent in (-100, 100):
         i, b = torch.zeros(64, dtype=BF16), torch.zeros(64, dtype=BF16)
         t = torch.full((64,), 2.0**exponent, dtype=BF16)
-        sums = BlockGrafter().graft(torch.empty(64, dtype=BF16), i, b, t)
+        sums = measured(torch.empty(64, dtype=BF16), i, b, t)
         assert sums.delta_norm == 8 * 2.0**exponent
         assert (sums.realised, sums.noise, sums.finite) == (1.0, 0.0, True)
 
 
 def test_no_delta_has_no_figures():
     one = torch.ones(8, dtype=BF16)
-    sums = BlockGrafter().graft(torch.empty(8, dtype=BF16), one, one, one)
+    sums = measured(torch.empty(8, dtype=BF16), one, one, one)
     assert (sums.sigma, sums.delta_norm, sums.realised, sums.noise) == (0.0, 0.0, None, None)
 
 
@@ -226,15 +231,15 @@ def test_no_delta_has_no_figures():
 def test_values_that_are_not_finite_are_seen(stats, side, value, dtype):
     sides = [weights(n, 1000, dtype, -6, 0) for n in range(3)]
     sides[side][437] = value
-    assert not BlockGrafter(stats=stats).graft(torch.empty(1000, dtype=dtype), *sides).finite
+    assert not measured(torch.empty(1000, dtype=dtype), *sides, stats=stats).finite
 
 
 @pytest.mark.parametrize("stats", [True, False])
 def test_overflow_of_the_output_is_seen(stats):
     i, b, t = (torch.tensor([value], dtype=FP16) for value in (8000.0, 1.0, 60000.0))
-    assert not BlockGrafter(stats=stats).graft(torch.empty(1, dtype=FP16), i, b, t).finite
+    assert not measured(torch.empty(1, dtype=FP16), i, b, t, stats=stats).finite
     big = torch.full((4,), 3e38, dtype=BF16)
-    sums = BlockGrafter(stats=stats).graft(torch.empty(4, dtype=BF16), big, big, big)
+    sums = measured(torch.empty(4, dtype=BF16), big, big, big, stats=stats)
     assert sums.finite  # the sum of the block overflows, no element does
 
 

@@ -10,15 +10,17 @@ import pytest
 import torch
 from oracle import BF16, FP16, FP32, ZEROS, bits, step_at, weights
 
-from shadow_trl.arithmetic.grafter import graft_tensor, random_bits, round_stochastic
+from shadow_trl.arithmetic.grafter import BlockGrafter, array_of, graft_tensor
+
+FP64 = torch.float64
 
 
-def bits_for(seed: int, name: str, index: int, count: int) -> torch.Tensor:
-    return random_bits(seed, name, index, torch.empty(2, count, dtype=torch.int64))
-
-
-def rounded_with(value: torch.Tensor, draws: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    return round_stochastic(value.clone(), draws.clone(), dtype, torch.empty_like(value))
+def rounded(value: torch.Tensor, dtype: torch.dtype, seed: int = 0, name: str = "w", index: int = 0) -> torch.Tensor:
+    """Return fp64 values rounded by a graft without a delta, as the elements from `index` on of a weight."""
+    found, zero = torch.empty(value.shape, dtype=dtype), torch.zeros_like(value)
+    grafter = BlockGrafter(rounding="stochastic", seed=seed)
+    grafter.graft(*map(array_of, (found, value, zero, zero)), name=name, index=index)
+    return found
 
 
 @pytest.mark.parametrize(
@@ -26,31 +28,28 @@ def rounded_with(value: torch.Tensor, draws: torch.Tensor, dtype: torch.dtype) -
 )
 def test_stochastic_rounding_keeps_the_mean(dtype, value):
     count = 200_000
-    rounded = rounded_with(torch.full((count,), value, dtype=torch.float64), bits_for(0, "w", 0, count), dtype)
+    found = rounded(torch.full((count,), value, dtype=FP64), dtype).double()
     step = float(step_at(Fraction(value), dtype))
     lower = math.floor(abs(value) / step) * step
     share = (abs(value) - lower) / step
-    assert set(rounded.abs().tolist()) == {lower, lower + step}
+    assert set(found.abs().tolist()) == {lower, lower + step}
     deviation = math.sqrt(share * (1 - share) / count) * step
-    assert abs(abs(rounded.mean().item()) - abs(value)) < 4 * deviation
-    assert torch.equal(rounded.to(dtype).double(), rounded)
+    assert abs(abs(found.mean().item()) - abs(value)) < 4 * deviation
 
 
 @pytest.mark.parametrize("dtype", [BF16, FP16])
 def test_stochastic_rounding_leaves_representable_values(dtype):
-    value = torch.cat([ZEROS, weights(0, 3000, FP32, -20, 14)]).to(dtype).double()
-    rounded = rounded_with(value, torch.full(value.shape, 2**32 - 1), dtype)
-    assert bits(rounded.to(dtype)) == bits(value.to(dtype))
+    value = torch.cat([ZEROS, weights(0, 3000, FP32, -20, 14)]).to(dtype)
+    assert bits(rounded(value.double(), dtype)) == bits(value)
 
 
 def test_draws_depend_on_seed_name_and_index_alone():
-    whole = bits_for(3, "a.weight", 0, 1000)
-    assert torch.equal(bits_for(3, "a.weight", 400, 100), whole[400:500])
-    assert not torch.equal(bits_for(4, "a.weight", 0, 1000), whole)
-    assert not torch.equal(bits_for(3, "b.weight", 0, 1000), whole)
-    assert 0 <= whole.min() < 0.01 * 2**32
-    assert 0.99 * 2**32 < whole.max() < 2**32
-    assert abs(whole.double().mean().item() / 2**32 - 0.5) < 4 / math.sqrt(12 * 1000)
+    value = torch.full((1000,), 1 + 2**-8, dtype=FP64)  # up or down, by one bit of each draw
+    whole = rounded(value, BF16, 3, "a.weight")
+    assert torch.equal(rounded(value[:100], BF16, 3, "a.weight", 400), whole[400:500])
+    assert not torch.equal(rounded(value, BF16, 4, "a.weight"), whole)
+    assert not torch.equal(rounded(value, BF16, 3, "b.weight"), whole)
+    assert 400 < (whole > 1).sum() < 600
 
 
 def splitmix64(state: int, count: int) -> list[int]:
@@ -64,26 +63,24 @@ def splitmix64(state: int, count: int) -> list[int]:
     return found
 
 
-@pytest.mark.parametrize(("seed", "name"), [(0, ""), (7, "model.norm.weight")])
-def test_the_generator_is_splitmix64(seed, name):
+def test_the_oracle_is_splitmix64():
     assert splitmix64(0, 3) == [0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4, 0x06C45D188009454F]  # published test vectors
-    key = int.from_bytes(hashlib.sha256(f"{seed}\0{name}".encode()).digest()[:8], "little")
-    assert bits_for(seed, name, 0, 100).tolist() == [value >> 32 for value in splitmix64(key, 100)]
 
 
 @pytest.mark.parametrize("dtype", [BF16, FP16])
-@pytest.mark.parametrize("low", [-20, -140, -1030])
-def test_stochastic_rounding_adds_the_draw_below_the_last_bit_and_cuts(dtype, low):
-    """Normal and subnormal values of the dtype and of fp64, against exact fractions."""
+@pytest.mark.parametrize(("seed", "name", "low"), [(0, "", -20), (7, "model.norm.weight", -140), (7, "w", -1030)])
+def test_stochastic_rounding_adds_the_draw_below_the_last_bit_and_cuts(dtype, seed, name, low):
+    """Normal and subnormal values of the dtype and of fp64, against exact fractions and the published generator."""
     generator = torch.Generator().manual_seed(0)
-    digits = (1 + torch.rand(200, generator=generator, dtype=torch.float64)) * (-1.0) ** torch.arange(200)
+    digits = (1 + torch.rand(200, generator=generator, dtype=FP64)) * (-1.0) ** torch.arange(200)
     value = torch.ldexp(digits, torch.randint(low, low + 25, (200,), generator=generator))
-    draws = bits_for(7, "w", 0, 200)
-    rounded = rounded_with(value, draws, dtype)
-    for x, draw, found in zip(value.tolist(), draws.tolist(), rounded.tolist(), strict=True):
+    key = int.from_bytes(hashlib.sha256(f"{seed}\0{name}".encode()).digest()[:8], "little")
+    draws = [value >> 32 for value in splitmix64(key, 200)]
+    found = rounded(value, dtype, seed, name).double()
+    for x, draw, stored in zip(value.tolist(), draws, found.tolist(), strict=True):
         step = step_at(Fraction(x), dtype)
-        assert abs(Fraction(found)) == math.floor(abs(Fraction(x)) / step + Fraction(draw, 2**32)) * step
-        assert math.copysign(1, found) == math.copysign(1, x)
+        assert abs(Fraction(stored)) == math.floor(abs(Fraction(x)) / step + Fraction(draw, 2**32)) * step
+        assert math.copysign(1, stored) == math.copysign(1, x)
 
 
 def test_stochastic_graft_realises_deltas_that_nearest_loses():

@@ -262,7 +262,7 @@ def test_a_file_that_changes_behind_its_header_is_named_and_kills_nobody(tmp_pat
                 assert checkpoint.block("weight", 2**18 - 8, 2**18).numel() == 8
             content = path.read_bytes()
             change(path)
-            for read in (checkpoint.block, checkpoint.array):
+            for read in (checkpoint.block, checkpoint.content):
                 with pytest.raises(GraftError, match=rf"replaced or written to while .*\n  {path}\n"):
                     read("weight", 2**18 - 8, 2**18)
             path.write_bytes(content)
@@ -301,13 +301,6 @@ def test_few_files_stay_open(tmp_path):
     del checkpoint
     gc.collect()
     assert len(os.listdir("/proc/self/fd")) == before
-
-
-def test_rows_are_read_alone(tmp_path):
-    matrix = torch.randn(7, 3)
-    checkpoint = Checkpoint.open(write(tmp_path / "model", {"weight": matrix}))
-    assert torch.equal(checkpoint.rows("weight", [5, 0, 5]), matrix[[5, 0, 5]])
-    assert checkpoint.rows("weight", []).shape == (0, 3)
 
 
 def test_tensors_of_a_bin_file_are_read_at_their_places(tmp_path):

@@ -5,12 +5,14 @@ from __future__ import annotations
 import fnmatch
 import hashlib
 import shutil
+from types import SimpleNamespace
 
 import huggingface_hub
 import pytest
 import torch
 from families import family, load, moved, write
 from hub_cache import into_cache
+from huggingface_hub import constants, errors
 
 from shadow_trl import extract_delta, graft, verify
 from shadow_trl.checkpoints.checkpoint import Checkpoint
@@ -101,6 +103,35 @@ def test_offline_mode_is_respected(cached, monkeypatch):
     for missing in ("nano/nothing", "nano/base@v7"):
         with pytest.raises(CheckpointError, match="offline mode"):
             Checkpoint.open(missing)
+
+
+@pytest.mark.parametrize(
+    ("kind", "text", "told"),
+    [
+        ("GatedRepoError", "403 Client Error.", ("model's page", "hf auth login", "HF_TOKEN")),
+        ("RepositoryNotFoundError", "401 Client Error.", ("Check the name", "HF_TOKEN")),
+        ("RevisionNotFoundError", "404 Client Error.", ("no such revision",)),
+        ("LocalEntryNotFoundError", "Got: ConnectError: refused\nAn error", ("not be reached (refused)", "connection")),
+        ("HfHubHTTPError", "500 Server Error: broken", ("500 Server Error", "access")),
+    ],
+)
+def test_a_download_that_fails_says_what_to_do(monkeypatch, kind, text, told):
+    made = getattr(errors, kind)
+    answer = {} if kind.startswith("Local") else {"response": SimpleNamespace(headers={}, request=None)}
+
+    def fail(*arguments, **options):
+        raise made(text, **answer) from OSError("refused")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fail)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    with pytest.raises(CheckpointError) as found:
+        locate("own/model@v2")
+    said = str(found.value)
+    assert said.startswith("own/model@v2 is no folder here, and was not fetched from the hub: ")
+    for part in told:
+        assert part in said
+    assert "Got:" not in said
+    assert "offline mode" not in said
 
 
 REPOSITORY = {

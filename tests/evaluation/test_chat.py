@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 
 import pytest
 from repository import ROOT
@@ -21,6 +22,13 @@ def test_every_line_is_answered_in_one_conversation(
     assert main(["chat", str(INSTRUCT)]) == 0
     # Nothing is said to an empty line.
     assert capsys.readouterr().out == "> abc.\n> > cba.\n> \n"
+
+
+def test_each_answer_is_a_line_of_json(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("copy abc\n\nreverse abc"))
+    assert main(["chat", str(INSTRUCT), "--json"]) == 0
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert lines == [{"prompt": "copy abc", "answer": "abc."}, {"prompt": "reverse abc", "answer": "cba."}]
 
 
 def test_a_system_message_and_the_longest_answer(capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 
 import pytest
 import torch
+import xxhash
 from families import CONFIG, family, load, lora, moved, shapes, tensors, write
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -103,8 +103,8 @@ def test_manifest_and_card_say_what_it_is(tmp_path):
     assert (manifest["kind"], manifest["form"], manifest["exact"]) == ("delta", "delta", True)
     for role in ("base", "tuned"):
         assert manifest[role]["source"] == str(sides[role])
-        digest = hashlib.sha256((sides[role] / "model.safetensors").read_bytes()).hexdigest()
-        assert manifest[role]["digests"] == {"model.safetensors": f"sha256:{digest}"}
+        digest = xxhash.xxh3_128_hexdigest((sides[role] / "model.safetensors").read_bytes())
+        assert manifest[role]["digests"] == {"model.safetensors": f"xxh3:{digest}"}
     assert {"torch", "shadow-trl"} <= manifest["versions"].keys()
     assert "instruct" not in manifest
     card = (tmp_path / "delta" / "README.md").read_text()

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 
 import pytest
+import torch
 from families import family, lora
 from hub_cache import into_cache
 from huggingface_hub import constants
 from repository import ROOT
 
-from shadow_trl import cli
+from shadow_trl import cli, graft
 from shadow_trl.checkpoints.manifest import read_manifest
 from shadow_trl.errors import ConfigError
 from shadow_trl.pair.known import find_base, known_pairs, taken_base
@@ -39,6 +41,8 @@ def test_the_table_is_whole():
     for pair in pairs:
         assert pair.base.count("/") == pair.instruct.count("/") == 1
         assert pair.base.split("/")[0] == pair.instruct.split("/")[0]
+        assert bool(pair.licence) == bool(pair.licence_by), pair  # a licence that was read nowhere is a guess
+        assert pair.licence_by == "hub" or pair.licence_by.count("/") == bool(pair.licence_by)
 
 
 def test_the_pairs_of_the_recipes_are_in_the_table():
@@ -118,8 +122,10 @@ def test_nothing_is_taken_that_was_not_confirmed(caplog):
 def test_the_command(capsys, cards):
     assert cli.main(["pairs", "qwen3-0.6b"]) == 0
     head, row = capsys.readouterr().out.splitlines()
-    assert head.split() == ["base", "instruct", "licence", "listed_by"]
-    assert row.split() == ["Qwen/Qwen3-0.6B-Base", "Qwen/Qwen3-0.6B", "apache-2.0", "LLaMA-Factory", "ms-swift"]
+    assert head.split() == ["base", "instruct", "licence", "licence_by", "listed_by"]
+    assert row.split() == [
+        *("Qwen/Qwen3-0.6B-Base", "Qwen/Qwen3-0.6B", "apache-2.0", "QwenLM/Qwen3", "LLaMA-Factory", "ms-swift")
+    ]
     assert cli.main(["pairs", "--json"]) == 0
     listed = json.loads(capsys.readouterr().out)
     assert len(listed) == len(known_pairs())
@@ -130,7 +136,43 @@ def test_the_command(capsys, cards):
     assert "BASE of own/It is own/B, by the cards: own/It from own/B." in captured.err
     assert captured.out.splitlines()[1].split()[:2] == ["own/B", "own/It"]
     assert cli.main(["pairs", "nothing"]) == 2
-    assert "no known pair has 'nothing' in a name" in capsys.readouterr().err
+    assert "no known pair has 'nothing' in a name. Or give an INSTRUCT" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [
+        ("gema-3", "google/gemma-3-4b-it"),
+        ("qwen3-06b", "Qwen/Qwen3-0.6B"),
+        ("Llama 3.2", "meta-llama/Llama-3.2-1B-Instruct"),
+        ("mistal", "mistralai/Mistral-7B-Instruct-v0.1"),
+        ("smol-lm2", "HuggingFaceTB/SmolLM2-1.7B-Instruct"),
+    ],
+)
+def test_a_filter_without_a_pair_is_answered_with_names_like_it(capsys, given, meant):
+    assert cli.main(["pairs", given]) == 2
+    said = capsys.readouterr()
+    listed = said.err.partition("Names like it: ")[2].partition(". Or give")[0].split(", ")
+    assert meant in listed
+    assert len(listed) <= 5
+    assert cli.main(["pairs", listed[0]]) == 0
+
+
+def test_the_command_of_a_warning_runs_where_base_was_looked_up(cards, tmp_path):
+    sides = family(tmp_path, delta=1e-5, dtypes=(torch.bfloat16, torch.bfloat16, torch.float32))
+    cards(It="base_model: own/B")
+    for number, role in enumerate(("base", "instruct")):
+        name = {"base": "B", "instruct": "It"}[role]
+        head = "license: mit" if role == "base" else "base_model: own/B"
+        (sides[role] / "README.md").write_text(f"---\n{head}\n---\n")
+        into_cache(tmp_path / "cache", f"own/{name}", str(number + 5) * 40, sides[role], branch="main")
+    given = {"instruct": "own/It", "tuned": sides["tuned"], "find_base": True, "progress": False}
+    warnings = graft(**given, output=tmp_path / "out", rounding="nearest").warnings
+    (warning,) = [text for text in warnings if "Without a loss" in text]
+    words = shlex.split(warning.splitlines()[1])
+    assert words[0] == "shadow-trl"
+    assert cli.main([*words[1:], "--quiet"]) == 0
+    assert read_manifest(tmp_path / "out-float32")["base"]["source"] == "own/B"
 
 
 def test_a_graft_takes_it(cards, tmp_path, capsys):

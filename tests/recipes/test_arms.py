@@ -44,7 +44,7 @@ def without_seconds(folder: str) -> dict:
 
 
 @pytest.mark.slow
-def test_an_interrupted_comparison_resumes_and_equals_an_undisturbed_one(workspace, monkeypatch):
+def test_an_interrupted_comparison_resumes_and_equals_an_undisturbed_one(workspace, monkeypatch, capsys):
     trained: list[tuple[str, bool]] = []
     train_stage = arms.train_stage
 
@@ -63,7 +63,9 @@ def test_an_interrupted_comparison_resumes_and_equals_an_undisturbed_one(workspa
     assert trained == [("pair_0.001_3_init", True), ("pair_0.001_3_instruct", False)]
     assert not Path("cut/comparison.json").exists()
     dying = False
-    assert main([*command, "cut"]) == 0
+    capsys.readouterr()
+    assert main([*command, "cut", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == json.loads(Path("cut/comparison.json").read_text())
     assert trained[2:] == [("pair_0.001_4_init", True), ("pair_0.001_4_instruct", False)]
     assert main([*command, "cut"]) == 0  # nothing is trained again
     assert len(trained) == 4

@@ -13,7 +13,7 @@ from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command_parser
 from repository import ROOT, TRAININGS
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
-from trl import ModelConfig, ScriptArguments, TrlParser
+from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, TrlParser
 
 from shadow_trl import cli
 from shadow_trl.errors import ConfigError
@@ -73,7 +73,9 @@ def with_keys(**keys: object) -> str:
 def test_the_recipes_share_no_option_with_the_launcher_but_two() -> None:
     ours: set[str] = set()
     for config in CONFIGS.values():
-        parser = TrlParser((ScriptArguments, config, ModelConfig, RecipeArguments), allow_abbrev=False)
+        parser = TrlParser(
+            (ScriptArguments, config, ModelConfig, DatasetMixtureConfig, RecipeArguments), allow_abbrev=False
+        )
         ours |= {action.dest for action in parser._actions}
     theirs = {action.dest for action in launch_command_parser()._actions}
     assert ours & theirs == {"help", "debug", "gradient_accumulation_steps"}
@@ -118,7 +120,7 @@ def test_a_config_by_name_or_file_is_accelerates(name: str, monkeypatch: pytest.
 def test_keys_of_the_yaml_file_launch_too_and_the_command_line_wins(monkeypatch: pytest.MonkeyPatch) -> None:
     accelerators(monkeypatch, 8)
     config = with_keys(accelerate_config="fsdp2", num_processes=2, bf16=True)
-    (args,) = launched("dpo", "--config", config)
+    (args,) = launched("dpo", "--config", config, "--json")
     assert (args.num_processes, Path(args.config_file).stem) == (2, "fsdp2")
     (args,) = launched("dpo", "--config", config, "--num_processes", "4", "--accelerate_config", "multi_gpu")
     assert (args.num_processes, Path(args.config_file).stem) == (4, "multi_gpu")
@@ -132,8 +134,8 @@ def test_keys_of_the_yaml_file_launch_too_and_the_command_line_wins(monkeypatch:
 def test_the_pipeline_is_launched_with_the_options_of_both_stages(monkeypatch: pytest.MonkeyPatch) -> None:
     accelerators(monkeypatch, 2)
     both = ["--config", "both.yaml", "--output_dir", "out", "--dpo.beta", "0.2"]
-    (args,) = launched("sft-dpo", "--multi_gpu", *both, "--num_processes", "2")
-    assert args.training_script_args == ["sft-dpo", *both]
+    (args,) = launched("sft-dpo", "--multi_gpu", *both, "--num_processes", "2", "--json")
+    assert args.training_script_args == ["sft-dpo", *both, "--json"]
     Path("both.yaml").write_text(Path("both.yaml").read_text() + "num_processes: 2\nmulti_gpu: true\n")
     (args,) = launched("sft-dpo", *both[:2])
     assert (args.multi_gpu, args.num_processes) == (True, 2)

@@ -107,9 +107,17 @@ def test_unknown_keys_of_a_config_are_listed_with_what_was_meant(tmp_path: Path)
 
 @pytest.mark.parametrize("word", ["--graft_sc", "--learning_rat", "--instruct", "--beat", "--use-cp"])
 def test_abbreviated_and_misspelt_options_are_refused(tmp_path: Path, word: str) -> None:
-    with pytest.raises(ConfigError, match="unknown arguments") as caught:
+    with pytest.raises(ConfigError, match=rf"1 unknown argument .*:\n  {word} 0.5") as caught:
         parse("dpo", ["--config", str(write(tmp_path)), word, "0.5"])
-    assert word in str(caught.value)
+    assert str(caught.value).count("did you mean") == 1
+
+
+def test_each_option_that_there_is_none_of_is_counted_once(tmp_path: Path) -> None:
+    words = ["--config", str(write(tmp_path)), "--loras", "a", "b", "--use_cpu", "--temprature=2", "--seedy"]
+    with pytest.raises(ConfigError) as caught:
+        parse("dpo", ["stray", *words])
+    lines = [line.partition(" (")[0] for line in str(caught.value).splitlines()]
+    assert lines == ["4 unknown arguments", "  stray", "  --loras a b", "  --temprature=2", "  --seedy", lines[-1]]
 
 
 def test_an_option_of_the_other_recipe_is_unknown(tmp_path: Path) -> None:

@@ -110,6 +110,9 @@ def test_what_is_done_stays(ended: dict[str, bytes], capsys: pytest.CaptureFixtu
     assert "SFT is done: out/sft/grafted" in shown
     assert "DPO is done: out/dpo/grafted" in shown
     assert "result out/dpo/grafted  (graft after DPO)" in shown
+    assert run("--output_dir", "out", "--json") == 0
+    shown = capsys.readouterr().out
+    assert json.loads(shown) == json.loads(Path("out/report.json").read_text())
     assert files(Path("out")) == ended
     assert written() == before
 

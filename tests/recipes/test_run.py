@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -22,7 +23,8 @@ from shadow_trl.errors import InputError
 from shadow_trl.evaluation.report import TITLES
 from shadow_trl.operations.in_memory import MemoryGraft
 from shadow_trl.recipes import compare
-from shadow_trl.recipes.data import load_split
+from shadow_trl.recipes.data import load_data, load_split
+from shadow_trl.recipes.options import parse
 from shadow_trl.recipes.run import _claim_folder, main_dpo, main_sft
 
 MAINS = {"sft": main_sft, "dpo": main_dpo}
@@ -177,6 +179,17 @@ def test_without_comparison_it_trains_grafts_and_says_where(
     assert [(arm["arm"], arm["scores"]) for arm in arms] == [("instruct", None), ("tuned", None), ("shadow", None)]
 
 
+def test_too_many_rows_are_traced_to_the_file(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("many.yaml").write_text(Path("sft.yaml").read_text() + "\ntrain_rows: 9999\n")
+    assert main_sft(["--config", "many.yaml", "--output_dir", "out"]) == 2
+    said = capsys.readouterr().err
+    assert "train_rows is 9,999 (in many.yaml), and" in said
+    (word,) = re.findall(r"Pass (--train_rows \d+) for all", said)
+    assert len(load_data(parse("sft", ["--config", "many.yaml", *word.split()]))["train_dataset"]) == int(
+        word.split()[1]
+    )
+
+
 def test_without_a_graft_tuned_is_saved_all_the_same(workspace: Path) -> None:
     assert main_sft(["--config", "sft.yaml", "--output_dir", "out", "--graft", "false"]) == 0
     assert Path("out/model.safetensors").is_file()
@@ -186,7 +199,8 @@ def test_without_a_graft_tuned_is_saved_all_the_same(workspace: Path) -> None:
 @pytest.mark.parametrize(
     ("kind", "words", "message"),
     [
-        ("sft", ["--graft_sc", "0.5"], "unknown arguments"),
+        ("sft", ["--graft_sc", "0.5"], "unknown argument "),
+        ("sft", ["--train_rows", "9999"], "train_rows is 9,999, and"),
         ("dpo", ["--graft_scale", "inf"], "finite"),
         ("sft", ["--score_rows", "nothing.jsonl"], "nothing.jsonl"),
         ("dpo", ["--score_rows", "rows.jsonl", "--score_kept", "rule", "stile"], "stile"),
@@ -286,13 +300,20 @@ def test_sharegpt_rows_become_messages(tmp_path: Path) -> None:
         load_split(ScriptArguments(dataset_name=str(tmp_path / "odd.jsonl")), "train")
 
 
-def test_a_folder_of_files_has_a_split_for_each(workspace: Path) -> None:
+def test_a_folder_of_files_has_a_split_for_each_and_stdout_is_json(
+    workspace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     data = workspace / "data"
     data.mkdir()
     for name in ("train", "test"):
         (data / f"{name}.jsonl").write_bytes((workspace / "sft.jsonl").read_bytes())
     evaluation = ["--eval_strategy", "steps", "--eval_steps", "3"]
-    assert main_sft(["--config", "sft.yaml", "--dataset_name", "data", *evaluation]) == 0
+    assert main_sft(["--config", "sft.yaml", "--dataset_name", "data", "--json", *evaluation]) == 0
+    shown, told = capsys.readouterr()
+    (run,) = made(workspace)
+    assert json.loads(shown) == json.loads((run / "report.json").read_text())
+    assert "BASE as it was trained is in" in told
+    assert "eval_loss" in told
 
 
 def launch_two(*words: str) -> subprocess.CompletedProcess[str]:

@@ -7,6 +7,7 @@ import gc
 import hashlib
 import importlib
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -86,6 +87,7 @@ def run(
     callbacks: list[Any] | None = None,
     environment: dict[str, str] | None = None,
     machines: bool = False,
+    freeze: str | None = None,
     **changes: Any,
 ) -> dict[str, Any]:
     """Train under `engine` and return what was seen.
@@ -93,9 +95,10 @@ def run(
     Engines are single, ddp, fsdp2, launched (FSDP2 by the environment), zero1, zero2, zero3 (with settings of `zero`)
     and launched_zero3. The trainer is ours or, if `plain`, TRL's, with the model in `reference` for its reference, if
     given; the data is that in the folder `rows`, if given. With `machines`, each process is on one of its own, where
-    the folder above `out` is another one.
+    the folder above `out` is another one. Weights whose names `freeze` finds are not trained.
     """
     import datasets
+    import other_trainers
     from peft import LoraConfig
     from runs import LORA, SETTINGS
     from transformers import AutoModelForCausalLM
@@ -106,7 +109,8 @@ def run(
             hide(str(Path(out).parent))
     # File-backed caches of one test must not be those of another.
     datasets.config.HF_DATASETS_CACHE = Path(out).parent / "cache"
-    args = {"output_dir": out, **SETTINGS, "per_device_train_batch_size": 2, **changes}
+    args = {"output_dir": out, **SETTINGS, **other_trainers.OPTIONS.get(kind, {})}
+    args |= {"per_device_train_batch_size": 2, **changes}
     if engine not in ("single", "ddp"):
         on_the_cpu()
         del args["use_cpu"]
@@ -126,7 +130,7 @@ def run(
         os.environ.update(LAUNCHED_ZERO3)
     elif "zero" in engine:
         args["deepspeed"] = deepspeed_settings(int(engine[-1]), **(zero or {}))
-    data = datasets.load_from_disk(rows) if rows else preference_data() if kind == "dpo" else sft_data()
+    data = datasets.load_from_disk(rows) if rows else _data_of(kind)
     common = {
         "model": pair[0],
         "train_dataset": data,
@@ -134,8 +138,10 @@ def run(
         "peft_config": LoraConfig(**LORA, **(lora if isinstance(lora, dict) else {})) if lora else None,
         "callbacks": callbacks,
         **({"ref_model": AutoModelForCausalLM.from_pretrained(reference, dtype="float32")} if reference else {}),
+        **({"reward_funcs": other_trainers.length_of_answer} if kind in other_trainers.OPTIONS else {}),
     }
     trainer = _trainer(kind, plain, pair[1], args, common)
+    _freeze(trainer.model, freeze)
     state = trainer.accelerator
     assert state.num_processes == int(os.environ.get("WORLD_SIZE", "1"))
     assert (state.num_processes == 1) == (engine == "single")
@@ -146,6 +152,7 @@ def run(
         assert state.deepspeed_plugin.zero_stage == int(engine[-1])
     plugin = getattr(state.state, "fsdp_plugin", None)
     seen: dict[str, Any] = {
+        "generated": _generated(trainer),
         "read_by_one": plugin is not None and plugin.cpu_ram_efficient_loading,
         "references": _references(trainer),
         "reference": getattr(trainer, "ref_model", None) is not None,
@@ -157,6 +164,7 @@ def run(
     if plain:
         trainer.save_model()
     seen["losses"] = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    seen["logged"] = [_without_times(entry) for entry in trainer.state.log_history]
     seen["evaluated"] = [
         {name: value for name, value in entry.items() if name.startswith("eval_") and not name.endswith(_SPEED)}
         for entry in trainer.state.log_history
@@ -164,6 +172,19 @@ def run(
     ]
     state.wait_for_everyone()
     return seen
+
+
+def run_each(
+    rank: int, engine: str, pair: tuple[str, str], out: str, cases: dict[str, tuple[str, dict[str, Any]]]
+) -> dict[str, dict[str, Any]]:
+    """Run each case, the kind of trainer and what `run` is called with, in a folder of its name; return what was seen.
+
+    One start of the processes does for all of them. A case may have a pair of its own.
+    """
+    return {
+        name: run(rank, engine, kind, out=f"{out}/{name}", **{"pair": pair, **how})
+        for name, (kind, how) in cases.items()
+    }
 
 
 def kept_on_disk(seen: dict[str, Any]) -> None:
@@ -252,17 +273,43 @@ def save_shards(rank: int, model: str, out: str, name: str) -> None:
 
 
 def _trainer(kind: str, plain: bool, instruct: str, args: dict[str, Any], common: dict[str, Any]) -> Any:
-    import trl
+    from other_trainers import classes
     from transformers import AutoTokenizer
 
-    import shadow_trl
-
-    name = kind.upper()
+    trainer, config = classes(kind.upper(), plain=plain)
     if plain:
-        config, trainer = getattr(trl, f"{name}Config"), getattr(trl, f"{name}Trainer")
         return trainer(args=config(**args), processing_class=AutoTokenizer.from_pretrained(instruct), **common)
-    config, trainer = getattr(shadow_trl, f"Shadow{name}Config"), getattr(shadow_trl, f"Shadow{name}Trainer")
     return trainer(args=config(**args), instruct_model=instruct, **common)
+
+
+def _freeze(model: Any, expression: str | None) -> None:
+    for name, weight in model.named_parameters() if expression is not None else ():
+        weight.requires_grad_(weight.requires_grad and re.search(expression, name) is None)
+
+
+def _data_of(kind: str) -> Any:
+    from other_trainers import KINDS, data_of
+
+    return data_of(kind) if kind in KINDS else {"sft": sft_data, "dpo": preference_data}[kind]()
+
+
+def _without_times(entry: dict[str, float]) -> dict[str, float]:
+    return {name: value for name, value in entry.items() if not name.endswith(_SPEED) and "time" not in name}
+
+
+def _generated(trainer: Any) -> list[dict[str, Any]]:
+    """Return a list that will have the tensors of each batch that a trainer generates, as lists."""
+    seen: list[dict[str, Any]] = []
+    generate = getattr(trainer, "_generate_and_score_completions", None)
+
+    def keep(inputs: Any) -> Any:
+        batch = generate(inputs)
+        seen.append({name: value.tolist() for name, value in batch.items() if hasattr(value, "tolist")})
+        return batch
+
+    if generate is not None:
+        trainer._generate_and_score_completions = keep
+    return seen
 
 
 def _elements_beside(policy: Any) -> int:
@@ -295,7 +342,7 @@ def _room_in_evaluation(trainer: Any) -> list[int]:
 
 def _references(trainer: Any) -> list[float]:
     data = trainer.train_dataset
-    return list(data["ref_chosen_logps"]) if "ref_chosen_logps" in data.column_names else []
+    return [value for name in ("ref_chosen_logps", "ref_logps") if name in data.column_names for value in data[name]]
 
 
 def weights(folder: Path) -> dict[str, str]:

@@ -39,13 +39,19 @@ TOKENIZER = {
 TEMPLATE = "{% for message in messages %}<|user|>{{ message['content'] }}{% endfor %}"
 
 
+def ends_well(argv: list[str], said: str) -> bool:
+    """Whether the refusal of a command that writes says that nothing was written; others have nothing to say of it."""
+    told = said.endswith("Nothing was written.\n")
+    return told if argv[0] in ("graft", "delta", "compare", "sft", "dpo", "sft-dpo") else "written" not in said
+
+
 class Case(NamedTuple):
     """One bad input.
 
     Args:
         name: what is bad about it.
         make: writes it below an empty folder and returns the words of the command line.
-        expected: part of the message, beside "Error: " and "Nothing was written.".
+        expected: part of the message, beside "Error: " and the ending (see `ends_well`).
     """
 
     name: str

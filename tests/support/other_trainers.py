@@ -1,16 +1,20 @@
-"""TRL's other trainers, plain and as Shadow trainers, on the same tiny data; also trained in two processes."""
+"""TRL's other trainers, plain and as Shadow trainers, on the same tiny data; their losses and references by hand."""
 
 from __future__ import annotations
 
 import importlib
+import math
 import os
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from datasets import Dataset
 from releases import has
-from runs import lora, saved_files, settings
+from runs import log_probability, settings
+from safetensors.torch import load_file
+from stages import tuned_weights, weights
 from tiny import preference_data
 from transformers import AutoTokenizer
 
@@ -75,18 +79,46 @@ def build(kind: str, pair: tuple, folder: Path, *, plain: bool = False, model: A
     return trainer(model=str(pair[0]) if model is None else model, args=args, peft_config=peft_config, **extra)
 
 
-def train_all(rank: int, base: str, instruct: str, output: str) -> dict[str, bool]:
-    """Train every kind, full or with a LoRA, as TRL's and as ours, in each of two processes; whether they are equal."""
-    found = {}
-    for place, kind in enumerate(KINDS):
-        folders = [Path(output, f"{kind}-{name}") for name in ("plain", "shadow")]
-        for folder, plain in zip(folders, (True, False), strict=True):
-            config = lora() if place % 2 else None
-            trainer = build(kind, (base, instruct), folder, plain=plain, peft_config=config)
-            # A run that fell back to one process would pass every other check.
-            assert (trainer.accelerator.num_processes, trainer.accelerator.process_index) == (2, rank)
-            trainer.train()
-            if plain:
-                trainer.save_model()
-        found[kind] = saved_files(folders[0]) == saved_files(folders[1]) != {}
-    return found
+def check_sum(pair: tuple, run: Path, scale: float) -> None:
+    """Check the graft in float32 against INSTRUCT + scale * (TUNED - BASE) in float64, from the files alone."""
+    base, instruct, tuned = weights(pair[0]), weights(pair[1]), tuned_weights(pair[0], run)
+    found, moved = load_file(run / "grafted/model.safetensors"), 0.0
+    assert found.keys() == instruct.keys()
+    for name, value in instruct.items():
+        expected = value + scale * (tuned[name] - base[name])
+        largest = torch.stack([expected.abs(), value.abs(), tuned[name].abs(), base[name].abs()]).amax(0)
+        assert ((found[name].double() - expected).abs() <= 2**-22 * largest + 1e-9).all(), name
+        moved = max(moved, (expected - value).abs().max().item())
+    assert moved > 1e-4
+
+
+def kto_by_hand(
+    models: tuple[Any, Any], tokenizer: Any, rows: Any, beta: float, *, batch: int | None = None
+) -> tuple[float, float]:
+    """Loss and KL term of one step (2402.01306, equations 7 and 8) with a policy and a reference, in float64.
+
+    Each row is paired with the answer of the row before it, of its batch of `batch` rows (default all).
+    """
+
+    def ratio(prompt: dict, answer: dict) -> float:
+        row = {"prompt": prompt["prompt"], "completion": answer["completion"]}
+        policy, other = (log_probability(model, tokenizer, row, "completion") for model in models)
+        return policy - other
+
+    rows = list(rows)
+    size = batch or len(rows)
+    batches = [rows[first : first + size] for first in range(0, len(rows), size)]
+    paired = [ratio(row, several[place - 1]) for several in batches for place, row in enumerate(several)]
+    kl = max(0.0, sum(paired) / len(rows))
+    gains = [beta * (ratio(row, row) - kl) * (1 if row["label"] else -1) for row in rows]
+    return sum(1 - 1 / (1 + math.exp(-gain)) for gain in gains) / len(rows), kl
+
+
+def generated_log_probabilities(model: Any, batch: dict, temperature: float) -> torch.Tensor:
+    """log p of each generated token, by a softmax in float64 over the logits of `model`."""
+    ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], 1)
+    mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], 1)
+    with torch.no_grad():
+        logits = model(ids, attention_mask=mask).logits.double() / temperature
+    scores = logits[:, :-1].log_softmax(-1).gather(2, ids[:, 1:, None])[..., 0]
+    return scores[:, -batch["completion_ids"].size(1) :]

@@ -11,18 +11,18 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from other_trainers import KINDS, classes
 from runs import lora, settings, sft
 from tiny import preference_data, sft_data
 from transformers import HfArgumentParser
-from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+from trl import DPOConfig, SFTConfig
 
 from shadow_trl import ShadowDPOConfig, ShadowDPOTrainer, ShadowSFTConfig, ShadowSFTTrainer
 from shadow_trl.errors import ConfigError
 from shadow_trl.training.config import ShadowArguments
 from shadow_trl.training.loading import slow_precision
 
-TRAINERS = [(ShadowSFTTrainer, SFTTrainer), (ShadowDPOTrainer, DPOTrainer)]
-CONFIGS = [(ShadowSFTConfig, SFTConfig), (ShadowDPOConfig, DPOConfig)]
+EACH = ("SFT", "DPO", *KINDS)
 OTHER_DEFAULTS = {"precompute_ref_log_probs": (None, False)}
 """Name -> (our default, TRL's)."""
 
@@ -35,8 +35,9 @@ class MySFTConfig(SFTConfig):
     learning_rate: float = 7e-6
 
 
-@pytest.mark.parametrize(("ours", "theirs"), TRAINERS)
-def test_a_trainer_shows_the_arguments_of_trl_and_two_more(ours, theirs):
+@pytest.mark.parametrize("kind", EACH)
+def test_a_trainer_shows_the_arguments_of_trl_and_two_more(kind):
+    (ours, _), (theirs, _) = classes(kind), classes(kind, plain=True)
     trl = list(inspect.signature(theirs).parameters.values())
     shown = list(inspect.signature(ours).parameters.values())
     assert shown[: len(trl)] == trl  # names, order, kinds, defaults, types
@@ -56,8 +57,10 @@ def test_a_trainer_with_a_constructor_of_its_own_shows_that_one():
     assert inspect.signature(Plain) == inspect.signature(ShadowDPOTrainer)
 
 
-@pytest.mark.parametrize(("ours", "theirs"), CONFIGS)
-def test_a_config_has_the_fields_and_defaults_of_trl(ours, theirs):
+@pytest.mark.parametrize("kind", EACH)
+def test_a_config_has_the_fields_and_defaults_of_trl(kind):
+    (_, ours), (_, theirs) = classes(kind), classes(kind, plain=True)
+
     def defaults(config):
         return {
             item.name: item.default if item.default_factory is dataclasses.MISSING else item.default_factory()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 import subprocess
 import sys
@@ -12,17 +11,27 @@ from pathlib import Path
 import pytest
 import torch
 from interrupts import InterruptAfter, Interrupted, files_of
-from other_trainers import KINDS, OPTIONS, WITHOUT_REFERENCE, build, classes, data_of, kto_data, train_all
-from ranks import in_processes
+from other_trainers import (
+    KINDS,
+    OPTIONS,
+    WITHOUT_REFERENCE,
+    build,
+    check_sum,
+    classes,
+    data_of,
+    generated_log_probabilities,
+    kto_by_hand,
+    kto_data,
+)
 from releases import needs
-from runs import log_probability, lora, saved_files, settings
+from runs import lora, saved_files, settings
 from safetensors.torch import load_file
 from stages import tuned_weights, weights
 from tiny import preference_data, sft_data
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, Trainer
 from trl import RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
 
-from shadow_trl import ShadowArguments, ShadowMixin, graft
+from shadow_trl import ShadowArguments, ShadowMixin
 from shadow_trl.errors import ConfigError, OutputExistsError
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -31,19 +40,6 @@ SLOW = pytest.mark.slow
 # In the default run one that takes a reference and one that makes its own; the others are marked slow.
 EACH = [kind if kind in ("KTO", "GRPO") else pytest.param(kind, marks=SLOW) for kind in KINDS]
 WITH_REFERENCE = [kind for kind in KINDS if kind not in WITHOUT_REFERENCE]
-
-
-def check_sum(pair, run: Path, scale: float) -> None:
-    """Check the graft in float32 against INSTRUCT + scale * (TUNED - BASE) in float64, from the files alone."""
-    base, instruct, tuned = weights(pair[0]), weights(pair[1]), tuned_weights(pair[0], run)
-    found, moved = load_file(run / "grafted/model.safetensors"), 0.0
-    assert found.keys() == instruct.keys()
-    for name, value in instruct.items():
-        expected = value + scale * (tuned[name] - base[name])
-        largest = torch.stack([expected.abs(), value.abs(), tuned[name].abs(), base[name].abs()]).amax(0)
-        assert ((found[name].double() - expected).abs() <= 2**-22 * largest + 1e-9).all(), name
-        moved = max(moved, (expected - value).abs().max().item())
-    assert moved > 1e-4
 
 
 @pytest.mark.parametrize("kind", EACH)
@@ -79,47 +75,29 @@ def test_resumed_run_gives_the_same_graft_and_so_does_its_last_checkpoint(pair, 
     assert files_of(tmp_path / "whole/checkpoint-2/shadow/grafted") != written
 
 
-@pytest.mark.slow
-@pytest.mark.distributed
-def test_two_processes_train_what_trl_does_and_graft_once(pair, tmp_path):
-    ends = in_processes(train_all, str(pair[0]), str(pair[1]), str(tmp_path), limit=300)
-    assert [end.error for end in ends] == ["", ""]
-    assert [end.value for end in ends] == [dict.fromkeys(KINDS, True)] * 2
-    for kind in KINDS:
-        run = tmp_path / f"{kind}-shadow"
-        graft(base=pair[0], instruct=pair[1], tuned=run, output=tmp_path / kind, base_dtype="tuned")
-        assert files_of(run / "grafted") == files_of(tmp_path / kind) != {}
-
-
 # The reference policies
 
 
-def kto_by_hand(pair, rows, reference: str, beta: float) -> tuple[float, float]:
-    """Loss and KL term of one batch (2402.01306, equations 7 and 8) with BASE as the policy, in float64."""
-    tokenizer = AutoTokenizer.from_pretrained(pair[1])
-    sides = dict(zip(("base", "instruct"), pair, strict=True))
-    models = [AutoModelForCausalLM.from_pretrained(sides[name], dtype=torch.float32) for name in ("base", reference)]
+def model_of(pair: tuple[Path, Path], policy: str) -> AutoModelForCausalLM:
+    """INSTRUCT for the policies that are it where nothing was trained yet, else BASE."""
+    folder = pair[1] if policy in ("instruct", "grafted") else pair[0]
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
 
-    def ratio(prompt: dict, answer: dict) -> float:
-        row = {"prompt": prompt["prompt"], "completion": answer["completion"]}
-        policy, other = (log_probability(model, tokenizer, row, "completion") for model in models)
-        return policy - other
 
-    rows = list(rows)
-    kl = max(0.0, sum(ratio(row, rows[place - 1]) for place, row in enumerate(rows)) / len(rows))
-    gains = [beta * (ratio(row, row) - kl) * (1 if row["label"] else -1) for row in rows]
-    return sum(1 - 1 / (1 + math.exp(-gain)) for gain in gains) / len(rows), kl
+def kto_of_base(pair, rows, policy: str) -> tuple[float, float]:
+    models = (model_of(pair, "base"), model_of(pair, policy))
+    return kto_by_hand(models, AutoTokenizer.from_pretrained(pair[1]), rows, 2.0)
 
 
 @pytest.mark.parametrize("with_lora", [False, True], ids=["full", "lora"])
 @pytest.mark.parametrize("policy", ["init", pytest.param("base", marks=SLOW), "instruct", "grafted"])
 def test_reference_of_kto_by_hand(pair, tmp_path, policy, with_lora):
-    rows, beta = kto_data(4), 2.0
-    loss, kl = kto_by_hand(pair, rows, "instruct" if policy in ("instruct", "grafted") else "base", beta)
+    rows = kto_data(4)
+    loss, kl = kto_of_base(pair, rows, policy)
     if policy in ("instruct", "grafted"):
         assert abs(loss - 0.5) > 1e-4  # the pair differs enough for a wrong reference to be seen
     trainer = build(
-        "KTO", pair, tmp_path, train_dataset=rows, ref_policy=policy, beta=beta, graft=False, max_steps=1,
+        "KTO", pair, tmp_path, train_dataset=rows, ref_policy=policy, beta=2.0, graft=False, max_steps=1,
         precompute_ref_log_probs=False if with_lora else None, peft_config=lora() if with_lora else None,
     )  # fmt: skip
     assert trainer.args.precompute_ref_log_probs is (policy in ("instruct", "grafted") and not with_lora)
@@ -137,21 +115,10 @@ def test_kto_has_reference_values_of_new_rows_and_of_its_own_again(pair, tmp_pat
         max_steps=1, learning_rate=0, per_device_eval_batch_size=4,
     )  # fmt: skip
     trainer.train()
-    loss, _ = kto_by_hand(pair, rows, "instruct", 2.0)
+    loss, _ = kto_of_base(pair, rows, "instruct")
     for given in (None, rows, trainer.eval_dataset):
         assert trainer.evaluate(given)["eval_loss"] == pytest.approx(loss, abs=2e-5)
     assert trainer.ref_model is None
-
-
-def generated_log_probabilities(folder: Path, batch: dict, temperature: float) -> torch.Tensor:
-    """log p of each generated token, in float64 from the logits of the model in the folder, and whether it counts."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], 1)
-    mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], 1)
-    with torch.no_grad():
-        logits = model(ids, attention_mask=mask).logits.double() / temperature
-    scores = logits[:, :-1].log_softmax(-1).gather(2, ids[:, 1:, None])[..., 0]
-    return scores[:, -batch["completion_ids"].size(1) :]
 
 
 @pytest.mark.parametrize(
@@ -179,8 +146,8 @@ def test_reference_of_a_generating_trainer_by_hand(pair, tmp_path, kind, policy,
         trainer, "_generate_and_score_completions", lambda inputs: batches.append(generate(inputs)) or batches[-1]
     )
     trainer.train()
-    other = pair[1] if policy in ("instruct", "grafted") else pair[0]
-    base, reference = (generated_log_probabilities(folder, batches[0], 0.7) for folder in (pair[0], other))
+    models = (model_of(pair, "base"), model_of(pair, policy))
+    base, reference = (generated_log_probabilities(model, batches[0], 0.7) for model in models)
     mask, gap = batches[0]["completion_mask"], reference - base
     terms = gap.exp() - gap - 1 if kind == "GRPO" else -gap
     expected = ((terms * mask).sum() / mask.sum()).item()

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import trl
+from other_trainers import kto_data
 from tiny import preference_data, sft_data
 
 pytestmark = pytest.mark.slow
@@ -29,11 +30,11 @@ def ported(kind: str) -> str:
     return text.replace("import argparse\n", f"import argparse\nfrom shadow_trl import {ours}\n", 1)
 
 
-@pytest.mark.parametrize(("kind", "peft"), [("sft", False), ("dpo", False), ("dpo", True)])
+@pytest.mark.parametrize(("kind", "peft"), [("sft", False), ("dpo", True), ("kto", False)])
 def test_a_ported_script_trains_and_grafts(kind: str, peft: bool, pair: tuple[Path, Path], tmp_path: Path) -> None:
     for name, folder in zip(("base", "instruct"), pair, strict=True):
         (tmp_path / name).symlink_to(folder)
-    rows = {"sft": sft_data, "dpo": preference_data}[kind]()
+    rows = {"sft": sft_data, "dpo": preference_data, "kto": kto_data}[kind]()
     (tmp_path / "data").mkdir()
     for split in ("train", "test"):
         rows.to_json(tmp_path / "data" / f"{split}.jsonl")

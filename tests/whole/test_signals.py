@@ -54,7 +54,8 @@ def test_what_is_half_done_goes(tmp_path, monkeypatch, case):
     words, *place = CASES[case]
     before = sorted(tmp_path.rglob("*"))
     code, error = run(words, signal.SIGTERM, *place)
-    assert (code, error.splitlines()[-1]) == (143, "Terminated. Nothing was written.")
+    ending = "" if case == "verify" else ". Nothing was written."  # what it made to compare with is gone
+    assert (code, error.splitlines()[-1]) == (143, f"Terminated{ending}")
     assert sorted(tmp_path.rglob("*")) == before
     assert run(words, signal.SIGKILL, *place)[0] == -signal.SIGKILL
     assert len(list(tmp_path.rglob("*"))) > len(before)

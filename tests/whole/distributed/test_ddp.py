@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import ddp
+import others_in_processes as others
 import publishing
 import pytest
 import torch
@@ -121,3 +122,8 @@ def test_graft_of_the_start_is_shared_by_the_ranks_and_gone_afterwards(pair, tmp
     tokenizer = AutoTokenizer.from_pretrained(pair[1])
     expected = [log_probability(model, tokenizer, row, "chosen") for row in preference_data()]
     assert shown[0] == pytest.approx(expected, abs=1e-3)
+
+
+@pytest.mark.slow
+def test_other_trainers_leave_what_trl_does_and_graft_the_sum(pair, tmp_path):
+    others.check_as_trl("ddp", pair, tmp_path, adapted=("GRPO", "CPO"))

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 import engines
+import others_in_processes as others
 import pytest
 import torch
 from accelerate.utils import merge_fsdp_weights
@@ -59,6 +60,14 @@ def test_tuned_is_that_of_trl_and_the_graft_is_of_that_folder(pair, tmp_path, ki
     assert not list(last.glob("*.safetensors"))
     assert engines.weights(last / "shadow/grafted") == engines.weights(tmp_path / "ours/grafted")
     check_graft(pair, last / "pytorch_model_fsdp_0", last / "shadow/grafted", tmp_path / "by its shards")
+
+
+def test_other_trainers_leave_what_trl_does_and_graft_the_sum(pair, tmp_path):
+    others.check_as_trl("fsdp2", pair, tmp_path, adapted=("GRPO", "CPO"))
+
+
+def test_references_of_other_trainers_by_hand(fp32_pair, lora_run, tmp_path):
+    others.check_references("fsdp2", fp32_pair, lora_run, tmp_path)
 
 
 def test_whole_weights_take_the_memory_of_a_few_and_not_of_all(tmp_path):

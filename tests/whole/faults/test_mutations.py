@@ -31,32 +31,32 @@ class Fault:
 
 FAULTS = {
     "sum: bf16 without the last bit of the delta": Fault(
-        "arithmetic/grafter", "minus.sub_(spare.copy_(tuned))\n", "minus.sub_(spare.copy_(tuned)).mul_(1 + 2**-20)\n",
+        "arithmetic/kernel", "minus = minus + zero", "minus = minus * type(scale)(1 + 2**-20)",
         "arithmetic/test_grafter.py::test_16_bit_inputs_within_2_to_16_are_rounded_correctly",
     ),
     "sum: the sign of the delta": Fault(
-        "arithmetic/grafter", "return total.sub_(minus), minus", "return total.add_(minus), minus",
+        "arithmetic/kernel", "total = own - minus", "total = own + minus",
         "operations/test_graft.py::test_every_weight_is_the_sum",
     ),
     "sum: the scale is forgotten": Fault(
-        "arithmetic/grafter", "if self.scale != 1.0:", "if self.scale > 1e9:",
+        "arithmetic/grafter", "np.float64(self.scale)", "np.float64(1.0)",
         "operations/test_graft.py::test_every_weight_is_the_sum",
     ),
     "sum: -0.0 becomes 0.0": Fault(
-        "arithmetic/grafter", "            minus.add_(0.0)\n        return", "            pass\n        return",
+        "arithmetic/kernel", "minus = minus + zero", "minus = minus - zero",
         "arithmetic/test_grafter.py::test_equal_tuned_and_base_give_instruct_bit_by_bit",
     ),
     "rounding: twice, by way of fp32": Fault(
-        "arithmetic/rounding", "low.add_(cut).bitwise_or_(bits).bitwise_and_(~cut)\n    return spare.float()",
-        "return value.float()",
+        "arithmetic/kernel", "_in_steps(np.float64(value), least, digits, limit, -1.0))",
+        "_in_steps(np.float64(np.float32(value)), least, digits, limit, -1.0))",
         "arithmetic/test_grafter.py::test_fp32_tuned_that_lies_next_to_a_tie_is_rounded_once",
     ),
     "rounding: the draws do not depend on the index": Fault(
-        "arithmetic/rounding", "torch.arange(index + 1, index + state.numel() + 1", "torch.arange(1, state.numel() + 1",
+        "arithmetic/kernel", "_random(key, index + n)", "_random(key, n)",
         "arithmetic/test_rounding.py::test_draws_depend_on_seed_name_and_index_alone",
     ),
     "rounding: stochastic rounding is biased": Fault(
-        "arithmetic/rounding", ".add_(draws.bitwise_left_shift_(13))", ".add_(draws.bitwise_left_shift_(12))",
+        "arithmetic/kernel", "np.floor(steps + draw)", "np.floor(steps + draw * 0.5)",
         "arithmetic/test_rounding.py::test_stochastic_rounding_keeps_the_mean",
     ),
     "commit: the old result goes before the new one is there": Fault(
@@ -78,11 +78,11 @@ FAULTS = {
         "operations/test_graft.py::test_every_weight_is_the_sum",
     ),
     "delta: zeros are not zero": Fault(
-        "checkpoints/delta", "torch.zeros(1).expand(stop - start)", "torch.ones(1).expand(stop - start)",
+        "checkpoints/delta", "numpy.zeros(4 * (stop - start)", "numpy.ones(4 * (stop - start)",
         "operations/test_delta.py::test_the_delta_is_the_difference_in_fp32",
     ),
-    "verify: only what is not a number is compared": Fault(
-        "operations/verify", "unequal = _bits(ours) != _bits(theirs)", "unequal = ours.isnan() != theirs.isnan()",
+    "verify: only sizes are compared": Fault(
+        "operations/differences", "if np.array_equal(stored, made):", "if stored.size == made.size:",
         "operations/test_verify.py::test_a_flipped_bit_is_named",
     ),
     "low rank: the smallest values are kept": Fault(
