@@ -94,7 +94,7 @@ class Comparison:
     def mean(self, settings: Settings, metric: Metric, split: str) -> float:
         """Return a metric of settings, the mean over trainings, as it is shown."""
         found = [metric.of(model.values[split]) for model in self.groups[settings]]
-        return sum(found) / len(found)
+        return math.fsum(found) / len(found)
 
     @cached_property
     def intervals(self) -> dict[str, dict[str, tuple[float, float]]]:

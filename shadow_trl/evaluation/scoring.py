@@ -52,7 +52,7 @@ class Scores:
 
     def mean(self, kinds: Sequence[str]) -> float:
         """Return the mean of the shares of some kinds, 0 to 1."""
-        return sum(map(self.share, kinds)) / len(kinds)
+        return math.fsum(map(self.share, kinds)) / len(kinds)
 
     def mean_error(self, kinds: Sequence[str]) -> float:
         """Return the standard error of `mean(kinds)`: sqrt(sum of squared errors) / number of kinds."""
@@ -84,7 +84,7 @@ def difference(left: Scores, right: Scores, kinds: Iterable[str]) -> tuple[float
         mean = sum(steps) / len(steps)
         means.append(mean)
         variances.append((sum(step * step for step in steps) / len(steps) - mean * mean) / len(steps))
-    return sum(means) / len(means), math.sqrt(sum(variances)) / len(means)
+    return math.fsum(means) / len(means), math.sqrt(sum(variances)) / len(means)
 
 
 def read_rows(path: str | Path) -> list[dict[str, Any]]:

@@ -62,7 +62,7 @@ from .engines import (
 from .evaluation import GraftedEvaluation
 from .gathering import no_word_of_shards, whole_weights
 from .loading import bare_model, dtypes_before, load_adapter, reload_converted, slow_precision
-from .older import refuse_lost_biases
+from .older import refuse_lost_biases, refuse_lost_optimizer
 from .origins import Start
 from .preflight import (
     check_before_loading,
@@ -223,6 +223,7 @@ class ShadowMixin(GraftedEvaluation, Publishing):
                 with removed_if_refused(self._made, self.args):
                     given["resume_from_checkpoint"] = checkpoint = checkpoint_of(resume, self.args.output_dir)
                     if checkpoint is not None:
+                        refuse_lost_optimizer(checkpoint)
                         check_same_start(checkpoint, None if self.origins.adapter else self._adapter_start)
                     if self.args.graft and not in_search:
                         check_free(self._grafted_folder, self.args.graft_overwrite)

@@ -1,4 +1,4 @@
-"""What the oldest releases of TRL, transformers and PEFT that are supported lack.
+"""What the oldest releases of TRL, transformers, PEFT and accelerate that are supported lack.
 
 Each piece names the release that made it unnecessary: it is deleted when that one is the oldest in
 `runtime.versions`. `adapters.peft_layers` has two more of PEFT 0.21, `checkpoints.hub` one of huggingface_hub 2.0.
@@ -6,20 +6,24 @@ Each piece names the release that made it unnecessary: it is deleted when that o
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import field
+from pathlib import Path
 from typing import Any, TypeVar
 from unittest.mock import patch
 
+from accelerate import __version__ as accelerate_release
 from packaging.version import Version
 from peft import __version__ as peft_release
 from transformers import PreTrainedModel, TrainingArguments
+from transformers.integrations import is_fsdp_enabled
 from trl import DPOTrainer
 from trl import __version__ as trl_release
 from trl.trainer import dpo_trainer, sft_trainer
 
-from ..errors import AdapterError, VersionError
+from ..errors import AdapterError, ConfigError, VersionError
 from .loading import is_adapted
 
 _Config = TypeVar("_Config")
@@ -66,11 +70,26 @@ def needs_newest_trl(what: str) -> None:
         raise VersionError(f"{what} needs TRL 1.16 or newer; {trl_release} is installed: pip install -U 'trl>=1.16'.")
 
 
-def hash_at_start(trainer: Any, model: PreTrainedModel) -> str:
-    """Return TRL's hash of the weights that the reference values come from. Until TRL 1.14: as they are now."""
-    if hasattr(trainer, "_precompute_model_hash"):
-        return str(trainer._precompute_model_hash)
-    return dpo_trainer.hash_module(model)
+def hash_at_start(trainer: Any) -> str | None:
+    """Return TRL's hash of the weights that the reference values come from. Until TRL 1.14: None."""
+    found = getattr(trainer, "_precompute_model_hash", None)
+    return None if found is None else str(found)
+
+
+def refuse_values_of_a_part(config: Any) -> None:
+    """Refuse the values of the policy before training where one process alone has read it. Until TRL 1.15.
+
+    Newer ones load a reference for them, which is shared out like the policy.
+
+    Raises:
+        ConfigError: FSDP with `cpu_ram_efficient_loading`.
+    """
+    if not hasattr(dpo_trainer, "add_fused_lm_head") and config.precompute_ref_log_probs and is_fsdp_enabled():
+        raise ConfigError(
+            f"TRL {trl_release} would compute the reference values of each process with weights that under "
+            "cpu_ram_efficient_loading the first one alone has read. Set fsdp_cpu_ram_efficient_loading to false, pass "
+            "precompute_ref_log_probs=False, or install TRL 1.16: pip install -U 'trl>=1.16'."
+        )
 
 
 @contextmanager
@@ -87,6 +106,20 @@ def kept_as(trainer: Any, key: str) -> Iterator[None]:
 def has_own_liger_loss(args: Any) -> bool:
     """Whether TRL computes the loss of DPO past `_compute_loss`, which Shadow-DPO overrides. Until TRL 1.14."""
     return hasattr(args, "ref_policy") and hasattr(DPOTrainer, "_compute_loss_liger")
+
+
+def refuse_lost_optimizer(checkpoint: str | os.PathLike[str]) -> None:
+    """Refuse to resume from an optimizer that FSDP saved in shards. Until accelerate 1.13: it reads none of its state.
+
+    Raises:
+        ConfigError: accelerate is older, and `checkpoint` has such an optimizer.
+    """
+    if Version(accelerate_release) < Version("1.13") and Path(checkpoint, "optimizer_0").is_dir():
+        raise ConfigError(
+            f"{checkpoint} cannot be resumed: accelerate {accelerate_release} would start with a new optimizer: FSDP "
+            "saved this one in shards. Install accelerate 1.13 (pip install -U 'accelerate>=1.13'), or train anew with "
+            "state_dict_type FULL_STATE_DICT in fsdp_config."
+        )
 
 
 def refuse_lost_biases(model: Any) -> None:

@@ -13,7 +13,7 @@ from .adapter import drop_reference_adapter
 from .engines import dtype_at_start, is_shared_out, refuse_tensor_parallel, uses_fsdp
 from .loading import is_adapted
 from .mixin import ShadowMixin
-from .older import hash_at_start, kept_as
+from .older import hash_at_start, kept_as, refuse_values_of_a_part
 from .preflight import check_reference_options
 from .reference import (
     Reference,
@@ -119,6 +119,8 @@ class PrecomputedReference(ReferencePolicy, _Trainer):
     def _stays_in_memory(self, config: Any, given: dict[str, Any], *, preferred: bool) -> bool:
         decide_precompute(config, given, preferred=preferred, has_values=self._has_values)
         refuse_tensor_parallel(config, given["model"])
+        if self._reference is None:
+            refuse_values_of_a_part(config)
         # Under FSDP, TRL precomputes with a reference of its own, the policy by its name, unless it is given one.
         return uses_fsdp(config) or not config.precompute_ref_log_probs
 
@@ -169,7 +171,7 @@ class PrecomputedReference(ReferencePolicy, _Trainer):
             # shares it out. ZeRO-3 has done so by then, and TRL's would be the same for all models.
             known = self._reference is None or uses_fsdp(self.args)
             shared = any(map(is_shared_out, model.parameters()))
-            weights = hash_at_start(self, model) if known and not shared else weights_hash(model)
+            weights = (known and not shared and hash_at_start(self)) or weights_hash(model)
             precision = f"{self.accelerator.mixed_precision} {dtype_at_start(self.accelerator, model)}"
             key = reference_key(weights, model, self.args, self.data_collator, precision)
             here.enter_context(kept_as(self, key))

@@ -14,6 +14,7 @@ import torch
 from accelerate.logging import get_logger
 from accelerate.utils import fsdp2_prepare_model
 from accelerate.utils.memory import clear_device_cache
+from torch.distributed.tensor import DTensor
 
 from ..adapters.kinds import is_subtracted, start_setting
 from ..adapters.lora import place_on, read_lora, streams
@@ -298,7 +299,8 @@ def reference_key(model_hash: str, model: Any, args: Any, collator: Any, precisi
 
 
 def _bits(tensor: torch.Tensor) -> tuple[str, bytes]:
-    return str(tensor.dtype), tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes()
+    whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor  # FSDP2 has shared it out
+    return str(tensor.dtype), whole.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
 def _multipliers(model: Any) -> list[Any]:

@@ -168,6 +168,13 @@ def test_a_question_is_answered_once_and_may_have_several_right_answers(tokenize
     assert score(Scripted([[a, b]]), tokenizer, rows).hits == {"loose": (True,), "exact": (False,), "other": (False,)}
 
 
+def test_the_mean_of_equal_shares_is_that_share_on_every_python() -> None:
+    """Added up one after another, as `sum` does before Python 3.12, ten times 0.1 is less than 1."""
+    scores = Scores({kind: (True, *[False] * 9) for kind in "abcdefghij"})
+    assert scores.mean(scores.kinds) == 0.1
+    assert difference(scores, Scores(dict.fromkeys("abcdefghij", (False,) * 10)), scores.kinds)[0] == 0.1
+
+
 def test_shares_and_errors_by_hand() -> None:
     scores = Scores({"target": (True,) * 8 + (False,) * 2, "rule": (True, False, False, False)})
     assert scores.share("target") == 0.8

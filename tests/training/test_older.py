@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import importlib
 import sys
+from types import SimpleNamespace
 
 import pytest
-from runs import dpo, lora, settings
+from runs import dpo, lora, settings, sft
 from trl.trainer import dpo_trainer
 
 from shadow_trl import ShadowDPOConfig, ShadowSFTConfig
-from shadow_trl.errors import AdapterError, VersionError
+from shadow_trl.errors import AdapterError, ConfigError, VersionError
 from shadow_trl.training import older
 from shadow_trl.training.guidance import GuidedSFTTrainer, GuidedShadowSFTTrainer
 
@@ -60,3 +61,24 @@ def test_a_trainer_that_needs_a_newer_trl_is_refused_when_it_is_imported(older_t
 def test_guidance_is_refused_before_anything_is_loaded(older_trl, trainer):
     with pytest.raises(VersionError, match=r"^guidance needs TRL 1\.16 or newer; 1\.14\.0 is installed: pip install"):
         trainer("no such model", guidance_power=1.0)
+
+
+@pytest.mark.parametrize(("precompute", "part"), [(True, True), (True, False), (False, True)])
+def test_values_of_a_policy_that_one_process_has_read_are_refused(older_trl, monkeypatch, precompute, part):
+    monkeypatch.setattr(older, "is_fsdp_enabled", lambda: part)  # so transformers reads weights on one process alone
+    config = SimpleNamespace(precompute_ref_log_probs=precompute)
+    if not (precompute and part):
+        older.refuse_values_of_a_part(config)
+        return
+    with pytest.raises(ConfigError, match=r"^TRL 1\.14\.0 .*fsdp_cpu_ram_efficient_loading to false"):
+        older.refuse_values_of_a_part(config)
+
+
+def test_an_optimizer_in_shards_that_would_not_be_read_is_refused_before_the_first_step(pair, tmp_path, monkeypatch):
+    monkeypatch.setattr(older, "accelerate_release", "1.10.0")
+    trainer = sft(pair, tmp_path / "out")
+    checkpoint = tmp_path / "checkpoint-1"
+    (checkpoint / "optimizer_0").mkdir(parents=True)
+    with pytest.raises(ConfigError, match=r"accelerate 1\.10\.0 would start with a new optimizer"):
+        trainer.train(resume_from_checkpoint=str(checkpoint))
+    assert trainer.state.global_step == 0
