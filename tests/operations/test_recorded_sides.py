@@ -11,7 +11,7 @@ from families import family, load, lora, moved, write
 from shadow_trl import cli, extract_delta, gap, graft
 from shadow_trl.checkpoints.digests import weight_digests
 from shadow_trl.checkpoints.manifest import Entry, write_manifest
-from shadow_trl.errors import CheckpointError, ConfigError, InputError
+from shadow_trl.errors import AdapterError, CheckpointError, ConfigError, InputError
 
 
 def recorded(folder: Path, base: Path, instruct: Path | None) -> Path:
