@@ -214,9 +214,8 @@ def _in_steps(value: Any, least: int, digits: int, limit: float, draw: Any) -> A
 
     See `_FORMATS`; from `limit` on the result is infinite.
     """
-    exponent = max(
-        np.int64((np.float64(value).view(np.uint64) >> np.uint64(52)) & np.uint64(2047)) - 1023, np.int64(least)
-    )
+    bits = np.float64(value).view(np.uint64)
+    exponent = max(np.int64((bits >> np.uint64(52)) & np.uint64(2047)) - 1023, np.int64(least))
     step = np.uint64(np.uint64(exponent - digits + 1023) << np.uint64(52)).view(np.float64)
     steps = abs(value) * np.uint64(np.uint64(digits - exponent + 1023) << np.uint64(52)).view(np.float64)
     size = (np.rint(steps) if draw < 0.0 else np.floor(steps + draw)) * step
@@ -226,11 +225,11 @@ def _in_steps(value: Any, least: int, digits: int, limit: float, draw: Any) -> A
 @njit
 def _bf16_of(value: Any) -> Any:
     """Round fp32 to bf16, to nearest, as fp32."""
+    if np.isnan(value):  # which a carry would make a number
+        return value
     bits = np.float32(value).view(np.uint32)
-    rounded = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) & np.uint32(0xFFFF0000)
-    return (
-        value if np.isnan(value) else np.uint32(rounded).view(np.float32)
-    )  # the carry of a NaN would make it a number
+    half = np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))
+    return np.uint32((bits + half) & np.uint32(0xFFFF0000)).view(np.float32)
 
 
 def _to_bf16(out: Any, value: Any) -> Any:
