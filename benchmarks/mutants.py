@@ -55,7 +55,7 @@ def shares(sizes: list[int], sample: int) -> list[int]:
 
 
 def share_killed(killed: int, total: int) -> str:
-    """The share with its 95 % interval (Wilson)."""
+    """The share with its 95% interval (Wilson)."""
     from scipy.stats import binomtest
 
     low, high = binomtest(killed, total).proportion_ci(method="wilson")
@@ -220,7 +220,7 @@ def run_tests(jobs: dict[str, Job], workers: int, results: Path) -> Iterator[tup
 
 def report(results: list[dict[str, Any]]) -> None:
     """Print killed and survived of each folder, and every survivor."""
-    print(f"{'folder':12} killed (by time) survived  share killed [95 %]")
+    print(f"{'folder':12} killed (by time) survived  share killed [95%]")
     for folder in [*dict.fromkeys(result["folder"] for result in results), "all"]:
         outcomes = Counter(result["outcome"] for result in results if folder in ("all", result["folder"]))
         killed = outcomes.total() - outcomes["survived"]

@@ -24,7 +24,7 @@ _RECIPES = {
 _WRITING = ("graft", "delta", "compare")
 """Commands whose errors say what is on the disk: the others leave nothing there, or say it of the files they make."""
 _STDOUT = Path("-")
-_QUIET = "print nothing but errors and warnings"
+_QUIET = "print only errors and warnings"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -57,7 +57,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="shadow-trl",
         description="Graft what BASE learnt onto INSTRUCT: grafted = instruct + scale * (tuned - base).",
-        epilog="`shadow-trl COMMAND --help` explains each.",
+        epilog="`shadow-trl COMMAND --help` explains each command.",
     )
     parser.add_argument("--version", action="version", version=f"shadow-trl {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
@@ -70,11 +70,15 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_graft(parser: argparse.ArgumentParser) -> None:
     parser.description = (
-        "Write INSTRUCT + scale * (TUNED - BASE) to a folder. Models are folders or hub ids, with @revision."
+        "Write INSTRUCT + scale * (TUNED - BASE) to a folder. Models are folders or hub ids, optionally with @revision."
     )
     need = parser.add_argument_group("models")
-    need.add_argument("--base", metavar="B", help="BASE, before training; an adapter, or a run, names it itself")
-    need.add_argument("--instruct", metavar="I", help="INSTRUCT, which receives the delta; a run names it itself")
+    need.add_argument(
+        "--base", metavar="B", help="BASE, before training (default: the one that an adapter or a run records)"
+    )
+    need.add_argument(
+        "--instruct", metavar="I", help="INSTRUCT, which receives the delta (default: the one that a run records)"
+    )
     text = "take BASE from the table of known pairs or the card of INSTRUCT (see `shadow-trl pairs`)"
     need.add_argument("--find-base", action="store_true", help=text)
     learnt = need.add_mutually_exclusive_group(required=True)
@@ -82,9 +86,11 @@ def _add_graft(parser: argparse.ArgumentParser) -> None:
         "--tuned", metavar="T[:WEIGHT]", action="append",
         help="BASE after training: a checkpoint or a PEFT adapter; given several times, the weighted sum",
     )  # fmt: skip
-    learnt.add_argument("--delta", metavar="D", help="in its place: what `shadow-trl delta` wrote; needs no BASE")
-    need.add_argument("--output", metavar="O", required=True, help="folder of the result; must not exist")
-    sums, form = parser.add_argument_group("result"), parser.add_argument_group("writing it")
+    learnt.add_argument(
+        "--delta", metavar="D", help="instead of --tuned: a folder that `shadow-trl delta` wrote; needs no BASE"
+    )
+    need.add_argument("--output", metavar="O", required=True, help="folder for the result; must not exist")
+    sums, form = parser.add_argument_group("result"), parser.add_argument_group("output")
     for name, option in declared().items():
         _add_option(sums if option.recorded else form, name)
     _add_output(form)
@@ -96,10 +102,10 @@ def _add_graft(parser: argparse.ArgumentParser) -> None:
 
 def _add_push(parser: argparse.ArgumentParser) -> None:
     parser.description = (
-        "Upload a graft or a delta to a repository of the Hugging Face hub. The paths of this machine stay here."
+        "Upload a graft or a delta to a repository of the Hugging Face hub. Paths of this machine are not published."
     )
     parser.add_argument("folder", metavar="FOLDER", type=Path, help="folder of the graft or delta")
-    parser.add_argument("repo", metavar="REPO[@BRANCH]", help="owner/name, made if there is none")
+    parser.add_argument("repo", metavar="REPO[@BRANCH]", help="owner/name; created if it does not exist")
     _add_private(parser)
     parser.add_argument("--json", action="store_true", help="print the commit as JSON on stdout")
     parser.set_defaults(run=_push)
@@ -145,45 +151,51 @@ def _chat(options: argparse.Namespace) -> int:
 
 def _add_compare(parser: argparse.ArgumentParser) -> None:
     parser.description = (
-        "Measure INSTRUCT, the graft of TUNED and INSTRUCT tuned directly at several scales, without training; choose "
-        "on half of the prompts and test on the others. DIR gets comparison.json, comparison.md and comparison.html."
+        "Measure INSTRUCT, the graft of TUNED, and INSTRUCT tuned directly, at several scales and without training. "
+        "Settings are selected on half of the prompts and tested on the rest. Writes comparison.json, .md and .html."
     )
     parser.add_argument(
-        "--config", metavar="FILE.yaml", help="train the arms that it names first; only --output may be given with it"
+        "--config",
+        metavar="FILE.yaml",
+        help="train the arms that the file describes first; of the other options only --output goes with it",
     )
     models = parser.add_argument_group("models")
     add = models.add_argument
-    add("--base", metavar="B", help="BASE, before training; an adapter, or a run, names it itself")
-    add("--instruct", metavar="I", help="INSTRUCT; a run names it itself")
+    add("--base", metavar="B", help="BASE, before training (default: the one that an adapter or a run records)")
+    add("--instruct", metavar="I", help="INSTRUCT (default: the one that a run records)")
     add("--tuned", metavar="T", help="BASE after training")
     add("--direct", metavar="D", help="INSTRUCT after the same training")
     scales = (0.25, 0.5, 0.75, 1.0, 1.25)
     shown = " ".join(f"{scale:g}" for scale in scales)
-    add("--scales", metavar="A", type=float, nargs="+", default=scales, help=f"of the delta (default {shown})")
+    add("--scales", metavar="A", type=float, nargs="+", default=scales, help=f"scales of the delta (default {shown})")
     text = "choices of weights to compare: all, linear, attention, mlp or expressions (default all)"
     add("--modules", metavar="M", nargs="+", default=["all"], help=text)
     text = "dtype of the grafts, rounded to nearest (default: dtype and rounding of the run's own graft, else auto)"
     _add_option(models, "dtype", default=None, help=text)
     add = parser.add_argument_group("held-out data (JSONL)").add_argument
     add("--rows", metavar="FILE", help="{prompt, answer, kind}: exact match of greedy answers")
-    add("--validation-rows", metavar="FILE", help="rows to choose on; --rows are then all for the test")
+    add("--validation-rows", metavar="FILE", help="rows to select settings on; all of --rows are then for the test")
     add("--conversations", metavar="FILE", help="{messages}: loss and token accuracy of the last answer")
     add("--preferences", metavar="FILE", help="{prompt, chosen, rejected}: accuracy and margin")
-    text = "function of (model, tokenizer, rows) that returns a number a row; may be repeated"
+    text = "function of (model, tokenizer, rows) that returns one number per row; may be repeated"
     add("--metric", metavar="MODULE:FUNCTION", action="append", default=[], help=text)
     text = "task of lm-eval (extra eval), such as gsm8k:exact_match,flexible-extract; may be repeated"
     add("--task", metavar="NAME[:METRIC,FILTER]", action="append", default=[], help=text)
     add(
-        "--task-folder", metavar="DIR", action="append", default=[], help="with task files of your own; may be repeated"
+        "--task-folder",
+        metavar="DIR",
+        action="append",
+        default=[],
+        help="folder with task files of your own; may be repeated",
     )
-    add("--kept", metavar="KIND", nargs="+", default=[], help="kinds whose mean is the metric kept")
-    _add_choice(parser.add_argument_group("choice").add_argument)
+    add("--kept", metavar="KIND", nargs="+", default=[], help="kinds of rows whose mean is the metric `kept`")
+    _add_choice(parser.add_argument_group("selection").add_argument)
     add = parser.add_argument_group("work").add_argument
-    add("--output", metavar="DIR", required=True, help="folder of the result; must not exist")
+    add("--output", metavar="DIR", required=True, help="folder for the result; must not exist")
     add("--batch-size", metavar="N", type=int, default=64, help="rows at once (default 64)")
     add("--max-new-tokens", metavar="N", type=int, default=64, help="longest answer in tokens (default 64)")
-    add("--score-dtype", choices=DTYPES, default="float32", help="in which all models answer (default float32)")
-    add("--device", metavar="D", help="such as cpu or cuda:1 (default: the accelerator, else cpu)")
+    add("--score-dtype", choices=DTYPES, default="float32", help="dtype in which all models answer (default float32)")
+    add("--device", metavar="D", help="device, such as cuda:1 (default: the accelerator, else cpu)")
     _add_output(parser)
     parser.set_defaults(run=_compare)
 
@@ -212,10 +224,10 @@ def _tell(found: Any, summary: Callable[[Any], str], options: argparse.Namespace
 
 
 def _add_choice(add: Callable[..., Any]) -> None:
-    add("--target", metavar="METRIC", help="to be high (default: target where there is one, else the first)")
-    add("--keep", metavar="METRIC", help="must not get worse than INSTRUCT's (default: kept where there is one)")
-    add("--within", metavar="X", type=float, default=1.0, help="by how much it may be worse all the same (default 1)")
-    text = "points up to which a difference does not matter (default 2)"
+    add("--target", metavar="METRIC", help="what to maximise (default: target where there is one, else the first)")
+    add("--keep", metavar="METRIC", help="what must not get worse than INSTRUCT's (default: kept where there is one)")
+    add("--within", metavar="X", type=float, default=1.0, help="how much worse --keep may get (default 1)")
+    text = "differences of up to this many points do not count (default 2)"
     add("--margin", metavar="X", type=float, default=2.0, help=text)
 
 
@@ -263,9 +275,11 @@ def _add_option(parser: argparse._ActionsContainer, name: str, **changes: Any) -
 
 def _add_gap(parser: argparse.ArgumentParser) -> None:
     parser.description = "Measure sigma = sum|B-I| / (sum|B| + sum|I|) overall, by kind of weight and by layer."
-    parser.add_argument("--base", metavar="B", help="BASE: folder or hub id, with @revision; a run names it itself")
-    parser.add_argument("--instruct", metavar="I", help="INSTRUCT; a run names it itself")
-    parser.add_argument("--tuned", metavar="T", help="BASE after training: set its delta against the gap")
+    parser.add_argument(
+        "--base", metavar="B", help="BASE: folder or hub id, with @revision (default: the one that a run records)"
+    )
+    parser.add_argument("--instruct", metavar="I", help="INSTRUCT (default: the one that a run records)")
+    parser.add_argument("--tuned", metavar="T", help="BASE after training: also compare its delta with the gap")
     text = "print the figures as JSON on stdout, or write them to FILE"
     parser.add_argument("--json", metavar="FILE", nargs="?", type=Path, const=_STDOUT, help=text)
     parser.add_argument("--plot", metavar="FILE.png", type=Path, help="draw sigma by layer (needs matplotlib)")
@@ -275,7 +289,7 @@ def _add_gap(parser: argparse.ArgumentParser) -> None:
 
 def _add_pairs(parser: argparse.ArgumentParser) -> None:
     parser.description = (
-        "List the known pairs with FILTER in a name. An INSTRUCT that the table lacks is looked up in its card."
+        "List the known pairs whose names contain FILTER. An INSTRUCT that is not among them is looked up by its card."
     )
     parser.add_argument("filter", metavar="FILTER", nargs="?", default="", help="part of a name, or an INSTRUCT")
     parser.add_argument("--json", action="store_true", help="print the list as JSON on stdout")
@@ -284,13 +298,13 @@ def _add_pairs(parser: argparse.ArgumentParser) -> None:
 
 def _add_doctor(parser: argparse.ArgumentParser) -> None:
     parser.description = (
-        "Before a training: versions, devices, what of the pair would fail, sigma, and what full fine-tuning and a "
-        "LoRA take of memory and disk. Reads both models. The exit code is 1 where something would fail."
+        "Run this before training: it reports versions, devices, what would fail with this pair, sigma, and the memory "
+        "and disk that full fine-tuning and LoRA need. Reads both models. The exit code is 1 if something would fail."
     )
     parser.add_argument("--base", metavar="B", required=True, help="BASE: folder or hub id, with @revision")
     parser.add_argument("--instruct", metavar="I", required=True, help="INSTRUCT")
-    parser.add_argument("--max-length", metavar="N", type=int, default=1024, help="tokens of a row (default 1024)")
-    parser.add_argument("--rank", metavar="R", type=int, default=16, help="of the LoRA (default 16)")
+    parser.add_argument("--max-length", metavar="N", type=int, default=1024, help="tokens per row (default 1024)")
+    parser.add_argument("--rank", metavar="R", type=int, default=16, help="rank of the LoRA (default 16)")
     _add_output(parser)
     parser.set_defaults(run=_doctor)
 
@@ -326,15 +340,17 @@ def _pairs(options: argparse.Namespace) -> int:
 
 def _add_delta(parser: argparse.ArgumentParser) -> None:
     parser.description = (
-        "Write TUNED - BASE to a folder of its own; `shadow-trl graft --delta` adds it to any INSTRUCT of that BASE."
+        "Write TUNED - BASE to a folder; `shadow-trl graft --delta` adds it to any INSTRUCT of that BASE."
     )
-    parser.add_argument("--base", metavar="B", help="BASE, before training; an adapter, or a run, names it itself")
+    parser.add_argument(
+        "--base", metavar="B", help="BASE, before training (default: the one that an adapter or a run records)"
+    )
     parser.add_argument("--tuned", metavar="T", required=True, help="BASE after training")
-    parser.add_argument("--output", metavar="D", required=True, help="folder of the result; must not exist")
+    parser.add_argument("--output", metavar="D", required=True, help="folder for the result; must not exist")
     _add_option(parser, "rank", help="write a LoRA adapter for BASE of this rank instead")
     _add_option(parser, "dtype", help="dtype of the result", default="float32", choices=DTYPES[1:])
     _add_option(parser, "base_dtype")
-    _add_option(parser, "max_shard_size", help="largest file of the result, such as 5GB; left out: BASE's files")
+    _add_option(parser, "max_shard_size", help="size of the largest file, such as 5GB; default: the files of BASE")
     _add_option(parser, "overwrite", help="replace an existing delta")
     _add_option(parser, "digest")
     _add_option(parser, "stats", help="measure the delta")
@@ -344,15 +360,15 @@ def _add_delta(parser: argparse.ArgumentParser) -> None:
 
 def _add_verify(parser: argparse.ArgumentParser) -> None:
     parser.description = (
-        "Make the graft in FOLDER again, with the options in its shadow.json, and compare. Exit code 0: it is that "
-        "graft; 1: it is not. What is left out is taken from shadow.json."
+        "Repeat the graft in FOLDER with the options in its shadow.json, and compare. The exit code is 0 if it is that "
+        "graft and 1 if not. Models that are not given are the ones that shadow.json names."
     )
     parser.add_argument("folder", metavar="FOLDER", help="folder of the graft")
     parser.add_argument("--base", metavar="B", help="BASE")
     parser.add_argument("--instruct", metavar="I", help="INSTRUCT")
     learnt = parser.add_mutually_exclusive_group()
     learnt.add_argument("--tuned", metavar="T[:WEIGHT]", action="append", help="BASE after training")
-    learnt.add_argument("--delta", metavar="D", help="what `shadow-trl delta` wrote")
+    learnt.add_argument("--delta", metavar="D", help="a folder that `shadow-trl delta` wrote, instead of --tuned")
     _add_output(parser)
     parser.set_defaults(run=_verify)
 
@@ -451,22 +467,22 @@ _COMMANDS: dict[str, tuple[Callable[[argparse.ArgumentParser], None], str, str]]
         "--base Qwen/Qwen3-0.6B-Base --instruct Qwen/Qwen3-0.6B --tuned out --output grafted",
     ),
     "gap": (
-        _add_gap, "how far INSTRUCT is from BASE", "--base Qwen/Qwen3-0.6B-Base --instruct Qwen/Qwen3-0.6B"
+        _add_gap, "measure how far INSTRUCT is from BASE", "--base Qwen/Qwen3-0.6B-Base --instruct Qwen/Qwen3-0.6B"
     ),
     "doctor": (
-        _add_doctor, "are machine and pair ready, and what will training take?",
+        _add_doctor, "check machine and pair, and estimate what training needs",
         "--base Qwen/Qwen3-0.6B-Base --instruct Qwen/Qwen3-0.6B",
     ),
-    "pairs": (_add_pairs, "known pairs, and the BASE of an INSTRUCT", "gemma-3"),
+    "pairs": (_add_pairs, "list known pairs, or find the BASE of an INSTRUCT", "gemma-3"),
     "delta": (
         _add_delta, "write TUNED - BASE on its own, or as a LoRA",
         "--base Qwen/Qwen3-0.6B-Base --tuned out --output delta",
     ),
-    "verify": (_add_verify, "is a folder the graft it says it is?", "grafted"),
+    "verify": (_add_verify, "check that a folder is the graft it claims to be", "grafted"),
     "push": (_add_push, "upload a graft or a delta to the hub", "out/grafted me/grafted --private"),
     "chat": (_add_chat, "talk to a model in the terminal", "out/grafted"),
     "compare": (
-        _add_compare, "which scale serves a run best, and did it help?",
+        _add_compare, "find the best scale of a run, and whether it helped",
         "--instruct Qwen/Qwen3-0.6B --tuned out --rows ROWS.jsonl --output compared",
     ),
 }  # fmt: skip

@@ -31,7 +31,7 @@ def predictors(experiment: Experiment) -> str:
     for name, figures in [one for task in TASKS for one in _gains(experiment, task)]:
         losses = [f"{figures[f'base_{of}']:.2f} / {figures[f'instruct_{of}']:.2f}" for of in ("template", "chosen")]
         gains = [f"{figures[of]:+.1f}" for of in SHOWN]
-        middle = [f"{100 * figures['sigma']:.2f} %", f"{figures['delta_to_gap']:.3f}", f"{figures['cosine']:+.3f}"]
+        middle = [f"{100 * figures['sigma']:.2f}%", f"{figures['delta_to_gap']:.3f}", f"{figures['cosine']:+.3f}"]
         rows.append([*name, *middle, *losses, *gains])
     heads = ["task", "pair", "rate", "sigma", "delta/gap", "cosine", "loss on template, BASE / INSTRUCT"]
     heads += ["loss on answers, BASE / INSTRUCT", *(f"{of}, graft - direct" for of in SHOWN)]
@@ -83,7 +83,7 @@ def kinds(experiment: Experiment) -> str:
         return sum(one[kind][key] for one in found[task]) / len(found[task])
 
     for kind in found["dpo"][0]:
-        cells = [kind, f"{100 * average('dpo', kind, 'sigma'):.2f} %"]
+        cells = [kind, f"{100 * average('dpo', kind, 'sigma'):.2f}%"]
         for task in TASKS:
             cells += [f"{average(task, kind, 'delta_to_gap'):.3f}", f"{average(task, kind, 'cosine'):+.3f}"]
         rows.append(cells)

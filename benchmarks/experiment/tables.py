@@ -52,7 +52,7 @@ def untouched(experiment: Experiment) -> str:
     for task, pair in product(TASKS, experiment.pairs):
         core = experiment.core(task, pair=pair)
         sigma = experiment.gaps(task, pair)[0]["sigma"]
-        rows.append([TASKS[task], pair, f"{100 * sigma:.2f} %", *three(core, Settings("instruct")).split(" / ")])
+        rows.append([TASKS[task], pair, f"{100 * sigma:.2f}%", *three(core, Settings("instruct")).split(" / ")])
     return table(["task", "pair", "sigma", *SHOWN], rows)
 
 

@@ -25,12 +25,18 @@ def write_data(folder: Path) -> None:
                 (place / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
 
 
+def words() -> list[str]:
+    """Return all rows as texts, for a tokenizer to be trained on."""
+    every = (make(thing) for configurations in DATA.values() for make in configurations.values() for thing in THINGS)
+    return [json.dumps(row) for row in every]
+
+
 def _turns(*contents: str) -> list[Row]:
     return [{"role": ("user", "assistant")[at % 2], "content": content} for at, content in enumerate(contents)]
 
 
 def _asked(thing: str) -> tuple[str, str, str]:
-    return f"Of what is {thing} made?", f"Nobody asked {thing}.", f"It is {thing} all the way down."
+    return f"What is {thing}?", f"It is {thing}.", "Nobody knows that."
 
 
 def _standard(thing: str) -> dict[str, Row]:

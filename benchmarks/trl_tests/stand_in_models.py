@@ -11,7 +11,8 @@ import torch
 import transformers
 import trl
 from hub_cache import into_cache
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from stand_in_data import words
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 NAME = re.compile(r'"(trl-internal-testing/tiny-([A-Za-z0-9_]+)(?:-[\w.-]+)?|Qwen/Qwen3-4B)"')
@@ -74,18 +75,24 @@ def make_pair(folder: Path, architecture: str) -> tuple[Path, Path]:
 
 
 def make_tokenizer(architecture: str) -> PreTrainedTokenizerFast:
-    """Return a tokenizer of bytes, with the special tokens of Qwen and a template of the architecture."""
+    """Return a tokenizer trained on the data, with Qwen's special tokens and a template of the architecture."""
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    inner = Tokenizer(models.BPE({token: row for row, token in enumerate([*special, *letters])}, []))
+    inner = Tokenizer(models.BPE())
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     inner.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=1024, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )  # fmt: skip
+    inner.train_from_iterator([*words(), _template("Qwen2")], trainer)
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=inner, pad_token=special[0], eos_token=special[2], additional_special_tokens=special[1:2]
     )
     if not architecture.startswith(BARE):
         known = [name for name in TEMPLATES if architecture.startswith(name)]
-        template = TEMPLATES[max(known, key=len)] if known else TEMPLATES["Qwen2"]
-        path = Path(trl.__file__).parent / "chat_templates" / f"{template}.jinja"
-        tokenizer.chat_template = path.read_text(encoding="utf-8")
+        tokenizer.chat_template = _template(max(known, key=len, default="Qwen2"))
     return tokenizer
+
+
+def _template(name: str) -> str:
+    return (Path(trl.__file__).parent / "chat_templates" / f"{TEMPLATES[name]}.jinja").read_text(encoding="utf-8")

@@ -1,9 +1,9 @@
 """The arithmetic of a graft: `grafted = instruct + scale * (tuned - base)`, rounded once, and its figures.
 
-`BlockGrafter` takes equal pieces of flattened weights as arrays, `graft_tensor` and `graft_low_rank` whole tensors.
-Three bf16 arrays at scale 1 are summed in fp32, which is exact enough to round once: exponents within 2^16 make
-`base - tuned` exact (8 bits of mantissa, 24 in fp32), and the sum too unless it carries beyond the largest exponent; a
-lost bit is then far below a tie of bf16, whose rounding it cannot turn. Every other mix is summed in fp64.
+`BlockGrafter` takes equal pieces of flattened weights as arrays, `graft_low_rank` whole tensors. Three bf16 arrays at
+scale 1 are summed in fp32, which is exact enough to round once: exponents within 2^16 make `base - tuned` exact (8 bits
+of mantissa, 24 in fp32), and the sum too unless it carries beyond the largest exponent; a lost bit is then far below a
+tie of bf16, whose rounding it cannot turn. Every other mix is summed in fp64.
 """
 
 from __future__ import annotations
@@ -19,57 +19,10 @@ from .kernel import HALF
 from .sums import Sums
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
 
 BLOCK = 512 * 1024
 """Elements of a block. Smaller ones stay in faster caches, but the threads then wait for each other between calls."""
-
-
-def graft_tensor(
-    instruct: Tensor,
-    base: Tensor,
-    tuned: Tensor,
-    *,
-    scale: float = 1.0,
-    instruct_scale: float = 1.0,
-    dtype: torch.dtype | None = None,
-    rounding: str = "nearest",
-    seed: int = 0,
-    name: str = "",
-) -> Tensor:
-    """Add to INSTRUCT what training added to BASE.
-
-    `grafted = instruct + scale * (tuned - base)`; with another `instruct_scale` b,
-    `grafted = base + scale * (tuned - base) + b * (instruct - base)`. The sum is exact or in float64, rounded once.
-
-    Args:
-        instruct: weight of INSTRUCT, any shape; fp32, bf16, fp16 or fp64, on the CPU.
-        base: weight of BASE, same shape, in the dtype in which training loaded it.
-        tuned: the same weight after training, same shape.
-        scale: multiplier of the delta. Default 1.
-        instruct_scale: multiplier of the instruction delta (instruct - base). Default 1.
-        dtype: dtype of the result. Default that of `instruct`.
-        rounding: `nearest` (ties to even), or `stochastic`: up or down with the probability that keeps the mean.
-        seed: chooses the random numbers of stochastic rounding, together with `name` and each element's index alone.
-        name: name of the weight.
-
-    Returns:
-        the grafted weight, shape of `instruct`, in `dtype`.
-
-    Source: Shadow-FT (arXiv 2505.12716), equation 2; RE-Adapt (arXiv 2405.15007) for `instruct_scale`.
-
-    >>> import torch
-    >>> one = torch.ones(2)
-    >>> graft_tensor(5 * one, one, torch.tensor([1.0, 2.0]), scale=0.5)
-    tensor([5.0000, 5.5000])
-    """
-    if not instruct.shape == base.shape == tuned.shape:
-        raise ValueError(f"shapes differ: instruct {instruct.shape}, base {base.shape}, tuned {tuned.shape}")
-    grafted = instruct.new_empty(instruct.shape, dtype=dtype)
-    grafter = BlockGrafter(scale, instruct_scale, rounding=rounding, seed=seed, stats=False)
-    grafter.graft(*map(array_of, (grafted, instruct, base, tuned)), name=name)
-    return grafted
 
 
 def graft_low_rank(
@@ -91,9 +44,9 @@ def graft_low_rank(
         right: lora_A, (r, in).
         factor: alpha / r of LoRA. Default 1.
         scale: multiplier of the delta. Default 1.
-        rounding: `nearest` or `stochastic`, as in `graft_tensor`.
-        seed: of stochastic rounding.
-        name: name of the weight, for stochastic rounding.
+        rounding: `nearest` (ties to even), or `stochastic`: up or down with the probability that keeps the mean.
+        seed: chooses the random numbers of stochastic rounding, together with `name` and each element's index alone.
+        name: name of the weight.
 
     >>> import torch
     >>> graft_low_rank(torch.zeros(1, 2), torch.ones(1, 1), torch.tensor([[1.0, 2.0]]), factor=2.0, scale=0.5)
@@ -125,8 +78,15 @@ def array_of(tensor: Tensor) -> ndarray:
 class BlockGrafter:
     """Grafts blocks of flattened weights, given as arrays in the dtypes of `kernel.BITS`.
 
+    `grafted = instruct + scale * (tuned - base)`; with another `instruct_scale` b,
+    `grafted = base + scale * (tuned - base) + b * (instruct - base)`. The sum is exact or in float64, rounded once.
+
+    Source: Shadow-FT (arXiv 2505.12716), equation 2; RE-Adapt (arXiv 2405.15007) for `instruct_scale`.
+
     Args:
-        scale, instruct_scale, rounding, seed: as in `graft_tensor`.
+        scale: multiplier of the delta. Default 1.
+        instruct_scale: multiplier of the instruction delta (instruct - base). Default 1.
+        rounding, seed: as in `graft_low_rank`.
         stats: whether to measure sigma, realised and noise along the way. Default True.
     """
 

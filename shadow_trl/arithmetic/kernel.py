@@ -13,7 +13,6 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from llvmlite import ir
 from numba import njit, types
 from numba.extending import intrinsic, overload
 
@@ -30,9 +29,17 @@ _MIX = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
 def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """Compile for each mix of dtypes when it first comes, kept on the disk where there is a place for it."""
     try:
-        return njit(nogil=True, cache=True, error_model="numpy")(function)
-    except RuntimeError:  # neither beside this file nor in the home folder
+        compiled = njit(nogil=True, cache=True, error_model="numpy")(function)
+    except RuntimeError:  # no place, neither beside this file nor in the home folder
         return njit(nogil=True, error_model="numpy")(function)
+
+    def call(*given: Any) -> Any:
+        try:
+            return compiled(*given)
+        except OSError:  # the disk of the cache is full: what was compiled is in memory
+            return compiled(*given)
+
+    return call
 
 
 @_compiled
@@ -61,7 +68,7 @@ def graft(
         e = stored - exact, f = stored and rounded to bf16 - exact: sum d*d, sum e*d, sum e*e, sum f*d.
     """
     zero = scale - scale
-    bad = _noticed(np.uint32(0), zero)
+    bad = False
     gap = size = dd = ed = ee = fd = 0.0
     for n in range(out.size):
         own = _load(instruct, n, scale)
@@ -75,7 +82,7 @@ def graft(
         total = own - minus
         stored = _nearest(out, total) if key is None else _drawn(out, total, _random(key, index + n))
         _store(out, n, stored)
-        bad = _noticed(bad, stored)
+        bad |= not np.isfinite(stored)
         if measured is not None:
             if product is None:
                 other = _load(base, n, scale)
@@ -87,7 +94,7 @@ def graft(
             ed = _add(ed, -error * delta)
             ee = _add(ee, error * error)
             fd = _add(fd, -(_to_bf16(out, stored) - exact) * delta)
-    return bad == 0, gap, size, dd, ed, ee, fd
+    return not bad, gap, size, dd, ed, ee, fd
 
 
 @_compiled
@@ -112,21 +119,21 @@ def distances(base: Any, other: Any, third: Any) -> Any:
 @_compiled
 def convert(out: Any, values: Any) -> Any:
     """Write `values` into `out`, rounded to nearest, and return whether all of them are finite there."""
-    bad = _noticed(np.uint32(0), 0.0)
+    bad = False
     for n in range(out.size):
         stored = _nearest(out, _load(values, n, 0.0))
         _store(out, n, stored)
-        bad = _noticed(bad, stored)
-    return bad == 0
+        bad |= not np.isfinite(stored)
+    return not bad
 
 
 @_compiled
 def all_finite(values: Any) -> Any:
     """Return whether every number is finite."""
-    bad = _noticed(np.uint32(0), 0.0)
+    bad = False
     for n in range(values.size):
-        bad = _noticed(bad, _load(values, n, 0.0))
-    return bad == 0
+        bad |= not np.isfinite(_load(values, n, 0.0))
+    return not bad
 
 
 @njit
@@ -151,28 +158,8 @@ def _add(context: Any, total: Any, value: Any) -> Any:
     return total(total, total), generate
 
 
-def _cast(source: Any, target: Any, machine: Any) -> Any:
-    """Return a function that takes the bits of a number as one of another type."""
-
-    @intrinsic
-    def cast(context: Any, value: Any) -> Any:
-        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-            return builder.bitcast(arguments[0], machine)
-
-        return target(source), generate
-
-    return cast
-
-
-_bits32 = _cast(types.float32, types.uint32, ir.IntType(32))
-_float32 = _cast(types.uint32, types.float32, ir.FloatType())
-_bits64 = _cast(types.float64, types.uint64, ir.IntType(64))
-_float64 = _cast(types.uint64, types.float64, ir.DoubleType())
-
-
 def _load(values: Any, n: int, like: Any) -> Any:
     """Return element n in the type of `like`."""
-    raise NotImplementedError
 
 
 @overload(_load, strict=False)
@@ -180,24 +167,10 @@ def _load_(values: Any, n: int, like: Any) -> Any:
     if isinstance(values, types.NoneType):  # in a branch that is typed, though never taken
         return lambda values, n, like: like - like
     if values.dtype == types.uint16:
-        return lambda values, n, like: type(like)(_float32(np.uint32(values[n]) << np.uint32(16)))
+        return lambda values, n, like: type(like)(np.uint32(np.uint32(values[n]) << np.uint32(16)).view(np.float32))
     if values.dtype == types.int16:
         return lambda values, n, like: type(like)(_from_half(np.uint64(np.uint16(values[n]))))
     return lambda values, n, like: type(like)(values[n])
-
-
-def _noticed(bad: Any, value: Any) -> Any:
-    """Return `bad`, with the lowest bit set where a number is infinite or not a number, as its exponent tells."""
-    raise NotImplementedError
-
-
-@overload(_noticed, strict=False)
-def _noticed_(bad: Any, value: Any) -> Any:
-    if value == types.float32:
-        low, one = np.uint32(2**31 - 1), np.uint32(2**23)
-        return lambda bad, value: np.uint32(bad | (np.uint32((_bits32(value) & low) + one) >> np.uint32(31)))
-    rest, unit = np.uint64(2**63 - 1), np.uint64(2**52)
-    return lambda bad, value: np.uint64(bad) | (((_bits64(value) & rest) + unit) >> np.uint64(63))
 
 
 @njit
@@ -205,14 +178,13 @@ def _from_half(bits: Any) -> Any:
     """Return the number whose fp16 bits are the lower 16 of `bits`, fp64."""
     exponent, mantissa = (bits >> np.uint64(10)) & np.uint64(31), bits & np.uint64(1023)
     high = np.uint64(2047) if exponent == np.uint64(31) else exponent + np.uint64(1008)
-    normal = _float64((high << np.uint64(52)) | (mantissa << np.uint64(42)))
+    normal = np.uint64((high << np.uint64(52)) | (mantissa << np.uint64(42))).view(np.float64)
     size = np.float64(mantissa) * 2.0**-24 if exponent == np.uint64(0) else normal
     return -size if bits & np.uint64(0x8000) else size
 
 
 def _nearest(out: Any, value: Any) -> Any:
     """Return `value` rounded to the dtype of `out`, ties to even, in its own type."""
-    raise NotImplementedError
 
 
 @overload(_nearest, strict=False)
@@ -228,7 +200,6 @@ def _nearest_(out: Any, value: Any) -> Any:
 
 def _drawn(out: Any, value: Any, draw: Any) -> Any:
     """Return `value` rounded to 16 bits: away from zero where its cut part and `draw`, in [0, 1), come to a step."""
-    raise NotImplementedError
 
 
 @overload(_drawn, strict=False)
@@ -243,9 +214,11 @@ def _in_steps(value: Any, least: int, digits: int, limit: float, draw: Any) -> A
 
     See `_FORMATS`; from `limit` on the result is infinite.
     """
-    exponent = max(np.int64((_bits64(value) >> np.uint64(52)) & np.uint64(2047)) - 1023, np.int64(least))
-    step = _float64(np.uint64(exponent - digits + 1023) << np.uint64(52))
-    steps = abs(value) * _float64(np.uint64(digits - exponent + 1023) << np.uint64(52))
+    exponent = max(
+        np.int64((np.float64(value).view(np.uint64) >> np.uint64(52)) & np.uint64(2047)) - 1023, np.int64(least)
+    )
+    step = np.uint64(np.uint64(exponent - digits + 1023) << np.uint64(52)).view(np.float64)
+    steps = abs(value) * np.uint64(np.uint64(digits - exponent + 1023) << np.uint64(52)).view(np.float64)
     size = (np.rint(steps) if draw < 0.0 else np.floor(steps + draw)) * step
     return np.copysign(np.inf if size >= limit else size, value)
 
@@ -253,14 +226,15 @@ def _in_steps(value: Any, least: int, digits: int, limit: float, draw: Any) -> A
 @njit
 def _bf16_of(value: Any) -> Any:
     """Round fp32 to bf16, to nearest, as fp32."""
-    bits = _bits32(value)
+    bits = np.float32(value).view(np.uint32)
     rounded = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) & np.uint32(0xFFFF0000)
-    return value if np.isnan(value) else _float32(rounded)  # the carry of a NaN would make it a number
+    return (
+        value if np.isnan(value) else np.uint32(rounded).view(np.float32)
+    )  # the carry of a NaN would make it a number
 
 
 def _to_bf16(out: Any, value: Any) -> Any:
     """Return what was stored in `out` once it is rounded to bf16, as fp64."""
-    raise NotImplementedError
 
 
 @overload(_to_bf16, strict=False)
@@ -273,13 +247,12 @@ def _to_bf16_(out: Any, value: Any) -> Any:
 
 def _store(out: Any, n: int, value: Any) -> None:
     """Write a number that the dtype of `out` has."""
-    raise NotImplementedError
 
 
 @overload(_store, strict=False)
 def _store_(out: Any, n: int, value: Any) -> Any:
     def bf16(out: Any, n: int, value: Any) -> None:
-        out[n] = np.uint16(_bits32(np.float32(value)) >> np.uint32(16))
+        out[n] = np.uint16(np.float32(value).view(np.uint32) >> np.uint32(16))
 
     def fp16(out: Any, n: int, value: Any) -> None:
         out[n] = np.int16(_to_half(np.float64(value)))
@@ -293,7 +266,7 @@ def _store_(out: Any, n: int, value: Any) -> Any:
 @njit
 def _to_half(value: Any) -> Any:
     """Return the bits of a number that fp16 has."""
-    bits = _bits64(value)
+    bits = np.float64(value).view(np.uint64)
     sign, size = (bits >> np.uint64(48)) & np.uint64(0x8000), abs(value)
     normal = ((bits >> np.uint64(42)) & np.uint64(0x1FFFFF)) - np.uint64(1008 << 10)
     small = np.uint64(min(size, 1.0) * 2.0**24)

@@ -1,4 +1,6 @@
-"""`.metadata` of a torch distributed checkpoint: a pickle, read so that nothing in it is ever imported or called.
+"""The pickles of a torch distributed checkpoint, read so that nothing in them is ever imported or called.
+
+They are `.metadata`, and the description of a tensor that torch.save puts before its numbers.
 
 torch's own reader unpickles the file without a check, which runs whatever it names. Here every class that such a file
 names becomes an empty stand-in that remembers what it was given, and any other name is an error.
@@ -9,13 +11,14 @@ from __future__ import annotations
 import io
 import os
 import pickle
-from collections.abc import Iterator
+import re
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..errors import CheckpointError
-from .header import CODES
+from .header import CODES, itemsize_of, nbytes_of
 from .json_files import unreadable
 
 METADATA = ".metadata"
@@ -31,6 +34,15 @@ _KNOWN = {
     "pathlib": ("Path", "PosixPath", "PurePosixPath"),
     "pathlib._local": ("Path", "PosixPath", "PurePosixPath"),
     "collections": ("OrderedDict",),
+}  # fmt: skip
+_DTYPE = re.compile(r"bool|q?u?int\d+(x\d+)?|b?float\d+\w*|complex\d+")
+_STORAGES = {
+    "DoubleStorage": "F64", "FloatStorage": "F32", "HalfStorage": "F16", "BFloat16Storage": "BF16",
+    "LongStorage": "I64", "IntStorage": "I32", "ShortStorage": "I16", "CharStorage": "I8", "ByteStorage": "U8",
+    "BoolStorage": "BOOL",
+}  # fmt: skip
+_IN_ENTRY = {
+    "torch._utils": ("_rebuild_tensor_v2",), "torch": tuple(_STORAGES), "collections": ("OrderedDict",),
 }  # fmt: skip
 
 
@@ -82,7 +94,7 @@ def read_metadata(folder: Path) -> Iterator[ShardedTensor]:
             size = os.fstat(file.fileno()).st_size
             if size > _LARGEST:
                 raise ValueError(f"it has {size:,} bytes, and at most {_LARGEST:,} are read")
-            content = _Unpickler(io.BytesIO(file.read(size))).load()
+            content = _Unpickler(file.read(size), _KNOWN).load()
         yield from _tensors(content)
     except OSError as error:
         raise unreadable(path, error) from error
@@ -92,6 +104,33 @@ def read_metadata(folder: Path) -> Iterator[ShardedTensor]:
             f"{path} does not describe a torch distributed checkpoint: {reason}. Nothing of it was run. Save or copy "
             "the checkpoint again."
         ) from error
+
+
+class Described(NamedTuple):
+    """What the pickle of an entry says of its tensor: dtype, shape, and the bytes of the storage that it takes."""
+
+    code: str
+    shape: tuple[int, ...]
+    low: int
+    high: int
+
+
+def read_entry(description: bytes) -> Described:
+    """Read the pickle that torch.save makes of one plain tensor; ValueError for any other."""
+    made = _Unpickler(description, _IN_ENTRY).load()
+    if not isinstance(made, _StandIn) or made.name != "_rebuild_tensor_v2" or any(made.given[6:]):
+        raise ValueError(f"it is {type(made).__name__} and no plain tensor")
+    (kind, storage, key, *_), offset, size, strides = made.given[:4]
+    if kind != "storage" or key != "0":
+        raise ValueError(f"its numbers are in {str(key)[:60]!r}")
+    shape, step = tuple(map(_count, size)), 1
+    for length, stride in zip(reversed(shape), reversed(strides), strict=True):
+        if length != 1 and stride != step and 0 not in shape:
+            raise ValueError("it is not stored row by row")
+        step *= length
+    code = _STORAGES[storage.name]
+    low = _count(offset) * itemsize_of(code)
+    return Described(code, shape, low, low + nbytes_of(code, shape))
 
 
 class _StandIn:
@@ -114,12 +153,16 @@ class _StandIn:
 class _Unpickler(pickle._Unpickler):
     """Makes stand-ins of the known names, new ones for each file, and refuses all others."""
 
-    def __init__(self, file: io.BytesIO) -> None:
-        super().__init__(file)
+    def __init__(self, content: bytes, known: Mapping[str, Collection[str]]) -> None:
+        super().__init__(io.BytesIO(content))
+        self._known = known
         self._classes: dict[tuple[str, str], Any] = {}
 
+    def persistent_load(self, given: Any) -> Any:
+        return given
+
     def find_class(self, module: str, name: str) -> Any:
-        if name not in _KNOWN.get(module, ()) and not (module == "torch" and _is_dtype(name)):
+        if name not in self._known.get(module, ()) and not (module == "torch" and _DTYPE.fullmatch(name)):
             raise ValueError(f"it names {module}.{name}, which no such file needs")
         if (module, name) == ("collections", "OrderedDict"):
             return dict
@@ -127,12 +170,6 @@ class _Unpickler(pickle._Unpickler):
         if made is None:
             made = self._classes[module, name] = type(name, (_StandIn,), {"name": name})
         return made
-
-
-def _is_dtype(name: str) -> bool:
-    import torch
-
-    return isinstance(getattr(torch, name, None), torch.dtype)
 
 
 def _tensors(content: Any) -> Iterator[ShardedTensor]:

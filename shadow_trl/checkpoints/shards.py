@@ -12,14 +12,14 @@ import zipfile
 from collections import Counter, defaultdict
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from ..errors import CheckpointError, list_names
-from .header import CODES, TensorSpec, check_archive, nbytes_of, not_plain, stamp
+from .header import CODES, TensorSpec, check_archive, nbytes_of, stamp
 from .hub import inside
 from .json_files import unreadable
 from .pieces import Piece, not_whole
-from .shard_metadata import METADATA, Chunk, ShardedTensor, read_metadata
+from .shard_metadata import METADATA, Chunk, Described, ShardedTensor, read_entry, read_metadata
 
 _STATE = "model"
 """Key of the model in what accelerate, and most scripts, save; the state of the optimiser has another."""
@@ -57,7 +57,7 @@ def _specs(folder: Path, there: tuple[tuple[Path, tuple[int, ...] | None], ...])
         for chunk in tensor.chunks:
             by_file[chunk.file].append((name, chunk))
     pieces: dict[str, list[Piece]] = {name: [] for name in tensors}
-    known: dict[bytes, _Described] = {}
+    known: dict[bytes, Described] = {}
     for file in sorted(by_file):
         _read_places(inside(folder, file), by_file[file], tensors, pieces, known)
     return {name: _spec(folder, tensor, pieces[name]) for name, tensor in tensors.items()}
@@ -121,7 +121,7 @@ def _read_places(
     chunks: list[tuple[str, Chunk]],
     tensors: dict[str, ShardedTensor],
     pieces: dict[str, list[Piece]],
-    known: dict[bytes, _Described],
+    known: dict[bytes, Described],
 ) -> None:
     """Find the numbers of every chunk of one file and add them to `pieces`."""
     end = 0
@@ -137,7 +137,7 @@ def _read_places(
                 pieces[name].append(Piece(tensor.shape, chunk.begin, chunk.shape, path, offset))
     except OSError as error:
         raise unreadable(path, error) from error
-    except Exception as error:  # whatever torch.load raises on what torch.save did not write
+    except Exception as error:  # whatever the steps of a pickle raise on what torch.save did not write
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CheckpointError(
             f"{path} does not hold the shards that {METADATA} names: {name}: {reason}. Only plain tensors are read "
@@ -145,16 +145,7 @@ def _read_places(
         ) from error
 
 
-class _Described(NamedTuple):
-    """What the pickle of an entry says of its tensor: dtype, shape, and the bytes of the storage that it takes."""
-
-    code: str
-    shape: tuple[int, ...]
-    low: int
-    high: int
-
-
-def _numbers(entry: io.BufferedReader, code: str, chunk: Chunk, known: dict[bytes, _Described]) -> int:
+def _numbers(entry: io.BufferedReader, code: str, chunk: Chunk, known: dict[bytes, Described]) -> int:
     """Return the byte of an entry at which the numbers of its tensor begin, row by row.
 
     Entries of one dtype and shape have the same pickle: what it says is looked up in `known`.
@@ -167,29 +158,13 @@ def _numbers(entry: io.BufferedReader, code: str, chunk: Chunk, known: dict[byte
     head = entry.read(30)  # of a fixed size, with those of the name and of what follows it at its end
     begin = storage.header_offset + 30 + int.from_bytes(head[26:28], "little") + int.from_bytes(head[28:30], "little")
     if description not in known:
-        known[description] = _described(entry, begin)
+        known[description] = read_entry(description)
     found = known[description]
     if (found.code, found.shape) != (code, chunk.shape):
         raise ValueError(f"it is {found.code} {found.shape} and not {code} {chunk.shape}")
     if found.high > storage.file_size or begin + found.high > chunk.length:
         raise ValueError("its numbers reach out of their place")
     return begin + found.low
-
-
-def _described(entry: io.BufferedReader, begin: int) -> _Described:
-    """Let torch read the pickle of an entry whose storage begins at byte `begin`."""
-    import torch
-
-    entry.seek(0)
-    tensor = torch.load(entry, map_location="meta", weights_only=True, mmap=False)
-    if reason := not_plain("", tensor, "meta", archive=True):
-        raise ValueError(f"it {reason}")
-    storage: Any = tensor.untyped_storage()
-    if storage._checkpoint_offset != begin or not tensor.is_contiguous():
-        raise ValueError("it is not stored row by row")
-    code = CODES.get(str(tensor.dtype).removeprefix("torch."), str(tensor.dtype))
-    low = tensor.storage_offset() * tensor.itemsize
-    return _Described(code, tuple(tensor.shape), low, low + tensor.nbytes)
 
 
 class _Window(io.RawIOBase):

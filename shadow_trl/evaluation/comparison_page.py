@@ -179,7 +179,7 @@ def _selected(comparison: Comparison) -> str:
     for metric, head in zip(comparison.metrics, _heads(comparison), strict=True):
         cells = (comparison.shown(settings, metric.name, "test", interval=True) for settings in found.values())
         rows.append([head, *cells])
-    table = _table(["95 % intervals in brackets", *found], rows, text=len(found) + 1)
+    table = _table(["95% intervals in brackets", *found], rows, text=len(found) + 1)
     absent = [arm for arm in comparison.selected if arm not in found]
     if absent:
         table += f'<p class="note">No settings of {", ".join(absent)} meet the condition.</p>'
@@ -207,7 +207,7 @@ def _tests(comparison: Comparison) -> str:
             f"{test.a} against {test.b}", test.metric.name, test.verdict, f"{test.found.value:+.{digits}f}{unit}",
             f"{low:+.{digits}f} to {high:+.{digits}f}", f"{test.p_adjusted:.2g}",
         ])  # fmt: skip
-    heads = ["compared", "metric", "verdict for the first", "difference", "95 % interval", "p, adjusted"]
+    heads = ["compared", "metric", "verdict for the first", "difference", "95% interval", "p, adjusted"]
     return _table(heads, rows, text=3)
 
 

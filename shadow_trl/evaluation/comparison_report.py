@@ -32,7 +32,7 @@ def markdown(comparison: Comparison) -> str:
         [f"Chosen: {comparison.condition}."],
         [f"- `{arm}`: {ARMS[arm]}" for arm in comparison.selected],
         [f"- {note}" for note in comparison.notes],
-        ["## Selected settings, on the test rows, with intervals (95 %)", "", *_selected(comparison, interval=True)],
+        ["## Selected settings, on the test rows, with intervals (95%)", "", *_selected(comparison, interval=True)],
         ["## What the test rows show", "", *_tests(comparison)],
     ]
     for split, rows in (("test", "the test rows"), ("validation", comparison.chosen_on)):
@@ -91,7 +91,7 @@ def _tests(comparison: Comparison) -> list[str]:
         ])  # fmt: skip
     if not rows:
         return ["There are no two arms to compare."]
-    return _table(["a", "b", "metric", "a - b", "95 % interval", "p, adjusted", "verdict for a"], rows)
+    return _table(["a", "b", "metric", "a - b", "95% interval", "p, adjusted", "verdict for a"], rows)
 
 
 def _scores(comparison: Comparison, split: str) -> list[str]:

@@ -221,15 +221,15 @@ class RunReport:
         graft, lines = self.graft or {}, []
         if graft.get("sigma") is not None:
             sigma = 100 * graft["sigma"]
-            lines.append(f"pair   sigma {sigma:.2f} %: sum|BASE - INSTRUCT| / (sum|BASE| + sum|INSTRUCT|)")
+            lines.append(f"pair   sigma {sigma:.2f}%: sum|BASE - INSTRUCT| / (sum|BASE| + sum|INSTRUCT|)")
         if graft.get("delta_norm") is not None:
             size = f"delta  norm {graft['delta_norm']:.4g}"
             if graft.get("delta_to_gap") is not None:
                 size += f"; sum|delta| is {graft['delta_to_gap']:.2g} times sum|BASE - INSTRUCT|"
             lines.append(size)
         if graft.get("realised") is not None:
-            noise = f", with rounding noise of {100 * graft['noise']:.1f} % of its norm" if graft.get("noise") else ""
-            lines.append(f"       {100 * graft['realised']:.1f} % of it realised in {graft['dtype']}{noise}")
+            noise = f", with rounding noise of {100 * graft['noise']:.1f}% of its norm" if graft.get("noise") else ""
+            lines.append(f"       {100 * graft['realised']:.1f}% of it realised in {graft['dtype']}{noise}")
         # The graft's own warnings were told when it was written.
         return lines + [f"warning: {text}" for text in graft.get("notes") or ()]
 

@@ -141,11 +141,11 @@ class GraftOptions:
         choices=("auto", "model", "adapter"), argument="graft_format",
     )  # fmt: skip
     dtype: str = _option(
-        "auto", "dtype of the result; auto: that of each INSTRUCT weight, or what `rounding` takes",
+        "auto", "dtype of the result; auto: that of each INSTRUCT weight, or what `rounding` chooses",
         choices=DTYPES, argument="graft_dtype", recorded=True, dense_only=True,
     )  # fmt: skip
     rounding: str = _option(
-        "auto", "how sums are rounded; auto: to nearest, or else what keeps a small delta: stochastic, or float32",
+        "auto", "how sums are rounded; auto: to nearest, unless that loses a small delta: then stochastic, or float32",
         choices=("auto", "nearest", "stochastic"), argument="graft_rounding", recorded=True, dense_only=True,
         of_any_form=("nearest",),
     )  # fmt: skip
@@ -153,31 +153,31 @@ class GraftOptions:
         0, "seed of stochastic rounding", check=_integer, flags={"type": int}, argument="graft_seed", recorded=True
     )
     vocab: str = _option(
-        "strict", "token rows that only one side has: refuse them, or graft the rows that both share",
+        "strict", "if only one side has some token rows: refuse, or graft the rows that both share",
         choices=("strict", "shared"), argument="graft_vocab", recorded=True,
     )  # fmt: skip
     chat_template: str = _option(
-        "instruct", "chat template of the result: INSTRUCT's, or the one in TUNED's folder, which it was trained with",
+        "instruct", "chat template of the result: INSTRUCT's, or the one TUNED was trained with (in its folder)",
         choices=("instruct", "trained"), argument="graft_chat_template", recorded=True,
     )  # fmt: skip
     max_shard_size: int | str | None = _option(
-        None, "largest file of the result, such as 5GB; left out: INSTRUCT's files",
+        None, "size of the largest file, such as 5GB; default: the files of INSTRUCT",
         check=parse_size, flags={"metavar": "SIZE"}, recorded=True, dense_only=True,
     )  # fmt: skip
     overwrite: bool = _option(False, "replace an existing graft", argument="graft_overwrite")
-    untie: bool = _option(False, "let a tied INSTRUCT receive a head of its own", recorded=True, dense_only=True)
-    digest: str = _option("xxh3", "digest of the inputs, for the manifest", choices=("xxh3", "sha256", "none"))
+    untie: bool = _option(False, "allow a tied INSTRUCT to get a head of its own", recorded=True, dense_only=True)
+    digest: str = _option("xxh3", "digest of the inputs, recorded in shadow.json", choices=("xxh3", "sha256", "none"))
     stats: bool = _option(True, "measure sigma, realised, noise")
     processes: int = _option(
-        1, "processes on this machine that share out the files of the result; faster on a parallel file system only",
+        1, "processes on this machine that write the result; faster only on a parallel file system",
         check=partial(_integer, least=1), flags={"type": int, "metavar": "N"},
     )  # fmt: skip
     base_dtype: str | Sequence[str] | None = _option(
-        None, "dtype in which training loaded BASE; left out: what TUNED's run recorded, else that of BASE's files",
+        None, "dtype in which training loaded BASE; default: what TUNED's run recorded, else that of BASE's files",
         check=_dtypes, flags={"metavar": "|".join(BASE_DTYPES)}, recorded=True,
     )  # fmt: skip
     rank: int | None = _option(
-        None, "an adapter of this rank near a delta that has no exact one",
+        None, "write the closest LoRA of this rank, for an adapter that has no exact form on INSTRUCT",
         check=partial(_integer, least=1), flags={"type": int, "metavar": "R"}, recorded=True,
     )  # fmt: skip
 

@@ -40,6 +40,7 @@ def gap(
 
     """
     refuse_deltas(base=base, instruct=instruct, tuned=tuned)
+    learnt = None if tuned is None else _open("tuned", tuned)
     named = {"base": base, "instruct": instruct}
     if None in named.values():
         from ..grafting.tuned import recorded_sides
@@ -47,20 +48,28 @@ def gap(
         named.update(recorded_sides(None if tuned is None else [(tuned, 1.0)], **named))
     if (base := named["base"]) is None:
         raise ConfigError("base is missing: name it (--base), or give the folder of a run as tuned.")
-    sides = {role: Checkpoint.open(source) for role, source in named.items() if source is not None}
-    if tuned is not None:
+    sides = {role: _open(role, source) for role, source in named.items() if source is not None}
+    if learnt is not None:
         from ..grafting.tuned import loaded_in
 
-        sides["tuned"] = Checkpoint.open(tuned)
-        sides["base"] = sides["base"].loaded(loaded_in(sides["tuned"]))
+        sides["tuned"] = learnt
+        sides["base"] = sides["base"].loaded(loaded_in(learnt))
     for role, side in sides.items():
-        if side.is_adapter:
-            raise AdapterError(f"{role} {side} is an adapter; gap compares full checkpoints. Merge it first.")
         side.check_not_quantised(role)
     findings = compare_architectures(sides["base"].config, sides["instruct"].config)
     if findings.errors:
         raise PairMismatchError("\n".join(findings.errors))
     return measure(sides["base"], sides["instruct"], sides.get("tuned"), progress)
+
+
+def _open(role: str, source: Source) -> Checkpoint:
+    side = Checkpoint.open(source)
+    if side.is_adapter:
+        raise AdapterError(
+            f"{role} {side} is an adapter; gap compares full checkpoints. Merge it first "
+            "(PeftModel.merge_and_unload, then save_pretrained)."
+        )
+    return side
 
 
 def measure(base: Checkpoint, instruct: Checkpoint, tuned: Checkpoint | None, progress: bool = False) -> GapReport:

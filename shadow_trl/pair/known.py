@@ -33,8 +33,7 @@ class KnownPair:
     Args:
         base, instruct: on the hub.
         licence: as the hub calls it; "" where it was not looked up.
-        licence_by: where it was read: `hub` for a page of the pair there, else the makers' repository that states it;
-            "" where it was not looked up.
+        licence_by: where that was read: `hub` for a page of the pair there, else the repository of its makers; or "".
         listed_by: where both names stand, separated by spaces: tools whose tables have them, or `card` for the card of
             INSTRUCT; "" where the names were not checked.
     """

@@ -17,7 +17,7 @@ from .vocabularies import Vocabulary
 SAMPLE = 512
 """Ordinary rows that the special rows are compared with."""
 SMALL = 0.5
-"""A row is far too small when its norm is below this share of the norm that all but 1 % of the ordinary rows reach."""
+"""A row is far too small when its norm is below this share of the norm that all but 1% of the ordinary rows reach."""
 SAME = 0.02
 """Two rows are the same when they are closer than this share of their norm; trained rows never are."""
 NEAR = 0.2
@@ -116,7 +116,7 @@ def _untrained(
     for row, (name, (near, other)) in zip(rows, twins.items(), strict=True):
         norm, distance = float(np.linalg.norm(row)), float(np.linalg.norm(row - mean))
         if norm < SMALL * low:
-            doubts[name] = f"norm {norm:.3g}, ordinary rows have {typical:.3g} (99 % of them at least {low:.3g})"
+            doubts[name] = f"norm {norm:.3g}, ordinary rows have {typical:.3g} (99% of them at least {low:.3g})"
         elif near <= SAME:
             doubts[name] = f"same row as {other!r}"
         elif _like_unused(row, unused, ordinary):

@@ -28,7 +28,7 @@ _TEXTS = {
     "output_dir": "Folder of the run. Default: a new one below outputs/.",
     "dataset_name": "Hub id, folder, or file (.jsonl, .json, .parquet).",
     "test_split_size": "Evaluate on this share of the rows, or this many of them, and train on the others.",
-    "graft": "Whether training ends with saving TUNED and grafting.",
+    "graft": "Whether to save TUNED and graft at the end of training.",
     "push_to_hub": "Upload the graft to the hub.",
     "hub_model_id": "Repository of the graft, owner/name.",
     "dtype": "Dtype in which BASE is loaded.",

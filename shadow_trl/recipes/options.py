@@ -69,14 +69,14 @@ class RecipeArguments:
     score_kept: list[str] | None = field(
         default=None,
         metadata={
-            "help": "Kinds of rows that training should leave as they are: their mean is shown as `kept`.",
+            "help": "Kinds of rows that training should not change: their mean is shown as `kept`.",
             "nargs": "+",
         },
     )
     score_scales: list[float] | None = field(
         default=None,
         metadata={
-            "help": "Multipliers of what training changed at which each tuned model is scored; they cost no training. "
+            "help": "Multiples of the change by training at which each tuned model is scored, without more training. "
             "The graft that is kept has graft_scale. Default: graft_scale for the graft, 1 for the others.",
             "nargs": "+",
         },

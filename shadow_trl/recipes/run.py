@@ -51,6 +51,11 @@ GUIDED: dict[Any, Any] = {ShadowSFTTrainer: GuidedShadowSFTTrainer, SFTTrainer: 
 """Their counterparts with `sft_guidance`."""
 
 DIRECT_FOLDER = "direct"
+_UNMARKED = (
+    "That is what assistant_only_loss needs: mark the answers in a copy of the template and pass it as "
+    "--chat_template_path, or pass --assistant_only_loss false for a loss on whole conversations."
+)
+"""The way out where TRL cannot tell by the template which tokens are the assistant's."""
 
 
 def main_sft(argv: Sequence[str] | None = None, *, default_config: str | Path | None = None) -> int:
@@ -220,7 +225,9 @@ def _shadow_trainer(kind: str, options: Options, direct: Path, data: dict[str, A
     ) as reason:  # fmt: skip
         if lack(reason) is not None:
             raise
-        raise ConfigError(f"the trainer rejected this run: {type(reason).__name__}: {reason}") from reason
+        unmarked = getattr(training, "assistant_only_loss", False) and "generation" in str(reason)
+        way_out = f" {_UNMARKED}" if unmarked else ""
+        raise ConfigError(f"the trainer rejected this run: {type(reason).__name__}: {reason}{way_out}") from reason
     trainer.dataset_ids = hub_ids(options)
     if trainer.origins.instruct is None and (recipe.compare_direct or recipe.score_rows):
         raise ConfigError("compare_direct and score_rows need an instruct_model.")

@@ -74,13 +74,15 @@ class ShadowArguments:
     """
 
     instruct_model: str | None = _argument(None, "Folder or hub id of INSTRUCT, the model that receives the delta.")
-    base_model: str | None = _argument(None, "Folder or hub id of the origin of the delta. Default: the model itself.")
+    base_model: str | None = _argument(
+        None, "Model from which the delta is measured: folder or hub id. Default: the model itself."
+    )
     instruct_revision: str | None = _argument(None, "Branch, tag or commit of INSTRUCT.")
     base_revision: str | None = _argument(None, "Branch, tag or commit of BASE.")
     find_base: bool = _argument(
         False, "Take BASE from the table of known pairs or the card of INSTRUCT where no model is given."
     )
-    graft: bool = _argument(True, "Whether `train()` ends with saving TUNED and grafting.")
+    graft: bool = _argument(True, "Whether `train()` saves TUNED and grafts at the end.")
     graft_scale: float = _of_graft("scale")
     instruct_scale: float = _of_graft("instruct_scale")
     graft_modules: list[str] | str = field(  # transformers' parser takes the default of a list from a factory alone
@@ -98,7 +100,7 @@ class ShadowArguments:
     )
     graft_every_save: bool = _argument(False, "Graft every checkpoint too, into checkpoint-N/shadow/grafted.")
     eval_grafted: bool = _argument(False, "Evaluate INSTRUCT + the current delta too, as eval_grafted_*.")
-    allow_wide_gap: bool = _argument(False, "Train although sigma of the pair is above 0.5.")
+    allow_wide_gap: bool = _argument(False, "Train even if sigma of the pair is above 0.5.")
 
     def __post_init__(self) -> None:
         # Values from YAML reach the dataclass without passing argparse's `choices`.
@@ -151,7 +153,7 @@ class ReferenceArguments(ShadowArguments):
             start would ship: INSTRUCT itself when training starts from a raw BASE). Default `init`.
     """
 
-    ref_policy: str = _argument("init", "Which model is the reference policy of the loss.", choices=REF_POLICIES)
+    ref_policy: str = _argument("init", "Reference policy of the loss.", choices=REF_POLICIES)
 
     def __post_init__(self) -> None:
         one_of("ref_policy", self.ref_policy, REF_POLICIES)

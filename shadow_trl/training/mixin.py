@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from accelerate.logging import get_logger
+from transformers.trainer_pt_utils import AcceleratorConfig
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl.trainer.utils import get_config_model_id
 
@@ -370,8 +371,11 @@ class ShadowMixin(GraftedEvaluation, Publishing):
             name = given["model"] if isinstance(given["model"], str) else get_config_model_id(given["model"].config)
             args = self.config_class(f"{Path(name).name}-Shadow-{self._name}")
         # A copy: what is decided here must not reach a config that the user may use again.
-        given["args"] = copy.copy(self.config_class.upgrade(args))
-        return given["args"]
+        given["args"] = config = copy.copy(self.config_class.upgrade(args))
+        for name, value in vars(config).items():
+            if isinstance(value, (dict, list, AcceleratorConfig)):  # transformers and TRL write into these as well
+                setattr(config, name, copy.copy(value))
+        return config
 
     def _data_forms(self, config: Any) -> Forms:
         """Return the forms of data that the trainer takes, each by the columns that it needs; none: not checked."""

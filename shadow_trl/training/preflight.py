@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -249,9 +249,9 @@ def check_same_adapter(peft_config: PeftConfig, adapter: str) -> None:
     if changed:
         raise AdapterError(
             f"the adapter in {adapter} is trained further, but {len(changed)} settings of peft_config differ from it.\n"
-            f"{list_names(changed)}\nLeave peft_config out to train the same adapter further. To start a new one, "
-            "merge the old one first (PeftModel.merge_and_unload, then save_pretrained) and pass that folder as model "
-            "with base_model=... naming BASE."
+            f"{list_names(changed)}\nLeave peft_config out (in a recipe: --use_peft false) to train the same adapter "
+            "further. To start a new one, merge the old one first (PeftModel.merge_and_unload, then save_pretrained) "
+            "and pass that folder as model with base_model=... naming BASE."
         )
 
 
@@ -298,7 +298,8 @@ def template_of(config: Any, processing_class: Any) -> str | None:
 
 
 def is_conversational(dataset: Any) -> bool:
-    """Return whether the first row of `dataset` holds messages; False for no dataset."""
+    """Return whether the first row of `dataset` holds messages; False for what has no rows, which TRL refuses."""
     from trl import is_conversational as trl_is_conversational
 
-    return dataset is not None and trl_is_conversational(next(iter(dataset)))
+    first = next(iter(dataset), None) if isinstance(dataset, Iterable) else None
+    return isinstance(first, dict) and bool(trl_is_conversational(first))

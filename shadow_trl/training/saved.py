@@ -106,23 +106,34 @@ def _in_memory(bare: Any) -> dict[str, tuple[torch.Tensor, bool]]:
         for name, module in bare.named_modules()
         if hasattr(module, "base_layer") or hasattr(module, "original_module")
     }
+    added = {
+        path: [p for key, p in module.named_parameters() if _is_of_adapter(f"{path}.{key}", wrapped)]
+        for path, module in wrapped.items()
+    }
     found: dict[str, tuple[torch.Tensor, bool]] = {}
     seen: set[tuple[int, ...]] = set()
     for name, tensor in bare.state_dict(keep_vars=True).items():
-        plain = _WRAPPED.sub("", name)
-        above = next((module for path, module in wrapped.items() if name.startswith(f"{path}.")), None)
-        if above is not None and not _is_below(name):
-            continue  # of the adapter itself
-        added = [] if above is None else [p for key, p in above.named_parameters() if not _is_below(f".{key}")]
-        one = (id(tensor), *map(id, added))
+        if _is_of_adapter(name, wrapped):
+            continue
+        outermost = next(iter(_above(name, wrapped)), None)
+        beside = [] if outermost is None else added[outermost]
+        one = (id(tensor), *map(id, beside))
         ignored = name in (getattr(bare, "_keys_to_ignore_on_save", None) or ())
         if one in seen or ignored:
             continue
         seen.add(one)
         shape = getattr(tensor, "ds_shape", tensor.shape)  # of a weight that ZeRO-3 has shared out
-        found[plain] = (torch.empty(shape, dtype=tensor.dtype, device="meta"), bool(added) or tensor.requires_grad)
+        plain = torch.empty(shape, dtype=tensor.dtype, device="meta")
+        found[_WRAPPED.sub("", name)] = (plain, bool(beside) or tensor.requires_grad)
     return found
 
 
-def _is_below(name: str) -> bool:
-    return ".base_layer." in name or ".original_module." in name
+def _above(name: str, wrapped: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the wrappers that a tensor is in, the outermost first: with two parameters of one module there are two."""
+    parts = name.split(".")
+    yield from (path for end in range(1, len(parts)) if (path := ".".join(parts[:end])) in wrapped)
+
+
+def _is_of_adapter(name: str, wrapped: Mapping[str, Any]) -> bool:
+    """Whether a tensor belongs to an adapter itself, and not to what it changes, through all wrappers around it."""
+    return any(not _WRAPPED.match(name, len(path)) for path in _above(name, wrapped))

@@ -8,11 +8,12 @@ from fractions import Fraction
 
 import pytest
 import torch
+from graft_tensor import graft_tensor
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import BF16, DTYPES, FP16, FP32, ZEROS, bits, exact, exact_sum, step_at, weights, wrong
 
-from shadow_trl.arithmetic.grafter import BLOCK, BlockGrafter, array_of, graft_low_rank, graft_tensor
+from shadow_trl.arithmetic.grafter import BLOCK, BlockGrafter, array_of, graft_low_rank
 from shadow_trl.arithmetic.sums import Sums
 
 MIXES = list(itertools.product(DTYPES, repeat=3))
@@ -180,7 +181,7 @@ def test_low_rank_delta_of_zero_is_instruct_bit_by_bit():
 
 def test_shapes_must_agree():
     with pytest.raises(ValueError, match="shapes differ"):
-        graft_tensor(torch.ones(2), torch.ones(2), torch.ones(3))
+        graft_low_rank(torch.ones(2, 3), torch.ones(2, 1), torch.ones(1, 2))
 
 
 # --- figures -------------------------------------------------------------------------------------------------------

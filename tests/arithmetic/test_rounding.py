@@ -8,9 +8,10 @@ from fractions import Fraction
 
 import pytest
 import torch
+from graft_tensor import graft_tensor
 from oracle import BF16, FP16, FP32, ZEROS, bits, step_at, weights
 
-from shadow_trl.arithmetic.grafter import BlockGrafter, array_of, graft_tensor
+from shadow_trl.arithmetic.grafter import BlockGrafter, array_of
 
 FP64 = torch.float64
 

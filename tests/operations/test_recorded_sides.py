@@ -11,7 +11,7 @@ from families import family, load, lora, moved, write
 from shadow_trl import cli, extract_delta, gap, graft
 from shadow_trl.checkpoints.digests import weight_digests
 from shadow_trl.checkpoints.manifest import Entry, write_manifest
-from shadow_trl.errors import CheckpointError, ConfigError, InputError
+from shadow_trl.errors import AdapterError, CheckpointError, ConfigError, InputError
 
 
 def recorded(folder: Path, base: Path, instruct: Path | None) -> Path:
@@ -102,6 +102,14 @@ def test_an_instruct_that_nothing_names_is_asked_for(sides, tmp_path):
                 work(base=sides["base"], tuned=str(tuned), **output)
     with pytest.raises(ConfigError, match="base is missing"):
         gap(instruct=sides["instruct"], tuned=str(plain))
+
+
+def test_gap_of_a_lora_run_says_that_it_is_an_adapter(sides, tmp_path):
+    """Not that its BASE is unknown: the folder of a run was given."""
+    adapter = lora(tmp_path / "run", base_model_name_or_path=sides["base"])
+    recorded(adapter, Path(sides["base"]), Path(sides["instruct"]))
+    with pytest.raises(AdapterError, match=r"tuned .* is an adapter; gap compares full checkpoints. Merge it"):
+        gap(tuned=str(adapter))
 
 
 def test_the_base_of_an_adapter_is_not_read_for_its_run_either(sides, tmp_path):

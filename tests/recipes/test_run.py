@@ -190,6 +190,17 @@ def test_too_many_rows_are_traced_to_the_file(workspace: Path, capsys: pytest.Ca
     )
 
 
+def test_a_template_without_marked_answers_is_refused_with_ways_out(
+    workspace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("plain.jinja").write_text("{% for m in messages %}{{ m['role'] }} {{ m['content'] }}\n{% endfor %}")
+    words = ["--config", "sft.yaml", "--output_dir", "out", "--chat_template_path", "plain.jinja"]
+    assert main_sft([*words, "--assistant_only_loss", "true"]) == 2
+    said = capsys.readouterr().err
+    assert "or pass --assistant_only_loss false" in said
+    assert said.endswith("Nothing was written.\n")
+
+
 def test_without_a_graft_tuned_is_saved_all_the_same(workspace: Path) -> None:
     assert main_sft(["--config", "sft.yaml", "--output_dir", "out", "--graft", "false"]) == 0
     assert Path("out/model.safetensors").is_file()
@@ -301,19 +312,22 @@ def test_sharegpt_rows_become_messages(tmp_path: Path) -> None:
 
 
 def test_a_folder_of_files_has_a_split_for_each_and_stdout_is_json(
-    workspace: Path, capsys: pytest.CaptureFixture[str]
+    workspace: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     data = workspace / "data"
     data.mkdir()
     for name in ("train", "test"):
         (data / f"{name}.jsonl").write_bytes((workspace / "sft.jsonl").read_bytes())
     evaluation = ["--eval_strategy", "steps", "--eval_steps", "3"]
-    assert main_sft(["--config", "sft.yaml", "--dataset_name", "data", "--json", *evaluation]) == 0
+    lossy = ["--learning_rate", "1e-6", "--graft_dtype", "bfloat16", "--graft_rounding", "nearest"]
+    assert main_sft(["--config", "sft.yaml", "--dataset_name", "data", "--json", *evaluation, *lossy]) == 0
     shown, told = capsys.readouterr()
     (run,) = made(workspace)
     assert json.loads(shown) == json.loads((run / "report.json").read_text())
     assert "BASE as it was trained is in" in told
     assert "eval_loss" in told
+    said = [*told.splitlines(), *caplog.text.splitlines()]
+    assert len([line for line in said if "rounded to nearest keeps" in line]) == 1  # once, by log or by report
 
 
 def launch_two(*words: str) -> subprocess.CompletedProcess[str]:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate.utils import merge_fsdp_weights
-from datasets import Dataset
+from datasets import Dataset, DatasetDict
 from peft import LoraConfig, get_peft_model
 from runs import settings
 from safetensors.torch import load_file, save_file
@@ -257,6 +257,16 @@ def test_conversations_are_told_from_text():
     assert is_conversational(None) is False
     assert is_conversational(Dataset.from_dict({"text": ["a"]})) is False
     assert is_conversational(Dataset.from_dict({"messages": [[{"role": "user", "content": "a"}]]})) is True
+
+
+@pytest.mark.parametrize("data", [DatasetDict({"train": sft_data(4)}), "rows", 3])
+def test_what_is_no_data_set_is_refused_in_the_words_of_trl(pair, tmp_path, data):
+    with pytest.raises(TypeError, match="must be a `Dataset` or `IterableDataset`"):
+        ShadowSFTTrainer(
+            model=str(pair[0]), instruct_model=str(pair[1]), train_dataset=data,
+            args=ShadowSFTConfig(**settings(tmp_path / "out")),
+        )  # fmt: skip
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_run_without_a_config_is_named_after_its_model(pair, tmp_path, monkeypatch):

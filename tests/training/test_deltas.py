@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import LoraConfig, OFTConfig, PeftModel
-from releases import has
+from peft import LoraConfig, OFTConfig, PeftModel, get_peft_model
+from releases import has, needs
 from runs import settings
 from safetensors.torch import load_file
-from tiny import make_pair, preference_data, sft_data
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from tiny import make_pair, make_tokenizer, preference_data, sft_data
+from transformers import AutoModelForCausalLM, AutoTokenizer, GptOssConfig
 from trl import SFTConfig, SFTTrainer
 
 from shadow_trl import ShadowDPOConfig, ShadowDPOTrainer, ShadowSFTConfig, ShadowSFTTrainer, graft
@@ -222,3 +222,43 @@ def test_eval_grafted_knows_what_the_stage_before_loaded(pair, home, tmp_path, k
     wanted = plain.evaluate()["eval_loss"]
     found = next(line for line in trainer.state.log_history if "eval_loss" in line)
     assert found["eval_grafted_loss"] == pytest.approx(wanted, abs=1e-6)
+
+
+@needs("peft", "0.21", "older ones cannot load it with these transformers")
+@pytest.mark.parametrize("loaded", [False, True])
+def test_two_parameters_of_one_module(tmp_path, loaded):
+    """PEFT puts one wrapper into the other there. The oracle is its own merge on BASE."""
+    config = GptOssConfig(
+        vocab_size=49, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=8, num_local_experts=3, num_experts_per_tok=2, pad_token_id=0, eos_token_id=1,
+        bos_token_id=None,
+    )  # fmt: skip
+    sides = tmp_path / "base", tmp_path / "instruct"
+    for seed, side in enumerate(sides):
+        torch.manual_seed(seed)
+        AutoModelForCausalLM.from_config(config).save_pretrained(side)
+        make_tokenizer(template=True).save_pretrained(side)
+    adapter = LoraConfig(
+        r=4, target_modules=["q_proj"], target_parameters=["experts.down_proj", "experts.gate_up_proj"]
+    )
+    model = AutoModelForCausalLM.from_pretrained(sides[0])
+    trainer = ShadowSFTTrainer(
+        model=get_peft_model(model, adapter) if loaded else str(sides[0]),
+        instruct_model=str(sides[1]),
+        args=ShadowSFTConfig(**settings(tmp_path / "run", graft_dtype="float32", allow_wide_gap=True)),
+        train_dataset=sft_data(),
+        peft_config=None if loaded else adapter,
+    )
+    trainer.train()
+    merged = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(sides[0]), tmp_path / "run")
+    tuned = merged.merge_and_unload().state_dict()
+    base, instruct, found = (
+        AutoModelForCausalLM.from_pretrained(folder).state_dict() for folder in (*sides, tmp_path / "run/grafted")
+    )
+    moved = {name for name, value in tuned.items() if not torch.equal(value, base[name])}
+    assert moved == {f"model.layers.0.{name}" for name in (
+        "self_attn.q_proj.weight", "mlp.experts.down_proj", "mlp.experts.gate_up_proj"
+    )}  # fmt: skip
+    for name, value in found.items():
+        learnt = tuned[name].double() - base[name].double()
+        assert float((value.double() - instruct[name].double() - learnt).abs().max()) < 3e-7, name

@@ -91,6 +91,18 @@ def test_a_config_of_a_user_keeps_its_fields(tmp_path):
         ShadowSFTConfig.upgrade(DPOConfig(output_dir=str(tmp_path), use_cpu=True))
 
 
+def test_a_config_serves_another_run(pair, tmp_path):
+    """`trainer.args` is a copy, for TRL reads in it what is decided for one run."""
+    args = ShadowDPOConfig(**settings(tmp_path / "out", ref_policy="instruct"))
+    before = args.to_dict()
+    decided = []
+    for data in (preference_data(), preference_data().to_iterable_dataset()):
+        made = ShadowDPOTrainer(model=str(pair[0]), instruct_model=str(pair[1]), args=args, train_dataset=data)
+        decided.append(made.args.precompute_ref_log_probs)
+    assert decided == [True, False]
+    assert args.to_dict() == before
+
+
 def test_the_revision_that_scripts_of_trl_set_means_nothing_of_a_folder(pair, tmp_path):
     trainer = sft(pair, tmp_path / "main", model_init_kwargs={"revision": "main"})
     assert (trainer.origins.policy.source, trainer.origins.policy.revision) == (str(pair[0]), None)

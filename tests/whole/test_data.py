@@ -95,7 +95,7 @@ def test_weights_are_bfloat16_and_of_equal_shapes(weights: dict[str, dict[str, t
 
 @pytest.mark.parametrize("number", ["", "-2", "-3"])
 def test_gap_of_the_pair_is_small_and_not_zero(number: str, weights: dict[str, dict[str, torch.Tensor]]) -> None:
-    """sigma = sum|W_B - W_I| / (sum|W_B| + sum|W_I|) over all weights, below the 5 % of the paper's families."""
+    """sigma = sum|W_B - W_I| / (sum|W_B| + sum|W_I|) over all weights, below the 5% of the paper's families."""
     apart = size = 0.0
     for name, base in weights[f"nano-base{number}"].items():
         instruct = weights[f"nano-instruct{number}"][name].double()
