@@ -248,7 +248,7 @@ def _module(adapter: Checkpoint, module: str, sides: Mapping[str, str]) -> LoraM
     right, left = adapter.specs[sides["A"]], adapter.specs[sides["B"]]
     if len(right.shape) != 2 or len(left.shape) != 2 or right.shape[0] != left.shape[1] or not right.shape[0]:
         raise AdapterError(
-            f"adapter {adapter}: {module} is no product of two matrices, lora_A {right.shape}, lora_B {left.shape}. "
+            f"adapter {adapter}: {module} is not a product of two matrices, lora_A {right.shape}, lora_B {left.shape}. "
             "Merge the adapter into its own model and graft that."
         )
     rank = right.shape[0]

@@ -182,6 +182,7 @@ def _token_ids(adapter: Checkpoint, module: str) -> list[int]:
         ids = next((found for name, found in ids.items() if module == name or module.endswith(f".{name}")), None)
     if not isinstance(ids, list):
         raise AdapterError(
-            f"adapter {adapter} has token rows of {module}, and its config does not say of which tokens. Save it again."
+            f"adapter {adapter} has token rows of {module}, and its config does not say which tokens these are. "
+            "Save it again."
         )
     return ids

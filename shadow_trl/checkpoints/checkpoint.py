@@ -268,7 +268,7 @@ class Checkpoint:
             kind = Path(name.removesuffix(".index.json")).suffix
             if strange := [file.name for file in files if file.suffix != kind]:
                 raise CheckpointError(
-                    f"{self}: {len(strange)} files that {name} names are no {kind} files.\n{list_names(strange)}\n"
+                    f"{self}: {len(strange)} files that {name} names are not {kind} files.\n{list_names(strange)}\n"
                     "Download or save the checkpoint again."
                 )
             return files, name

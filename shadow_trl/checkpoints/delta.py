@@ -48,7 +48,7 @@ class DeltaCheckpoint(Checkpoint):
         manifest = read_manifest(path)
         if manifest is None or manifest["kind"] != "delta":
             raise CheckpointError(
-                f"{name} is no delta: {kind_found(manifest)}. Make one with `shadow-trl delta`, or give a model or "
+                f"{name} is not a delta: {kind_found(manifest)}. Make one with `shadow-trl delta`, or give a model or "
                 "adapter as tuned."
             )
         if manifest["form"] == "adapter":

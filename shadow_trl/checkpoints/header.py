@@ -178,7 +178,9 @@ def read_header(path: Path) -> Header:
     except OSError as error:
         raise unreadable(path, error) from error
     except ValueError as error:
-        raise CheckpointError(f"{path} is no complete safetensors file: {error}. Download or save it again.") from error
+        raise CheckpointError(
+            f"{path} is not a complete safetensors file: {error}. Download or save it again."
+        ) from error
     return Header(start + raw, metadata, specs)
 
 

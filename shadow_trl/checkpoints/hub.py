@@ -95,7 +95,7 @@ def _impossible(name: str) -> str:
     try:
         name.encode()
     except UnicodeEncodeError:
-        return "it is no text in UTF-8"
+        return "it is not valid UTF-8"
     return "the name is empty" if not name else "it has the character NUL" if "\0" in name else ""
 
 
@@ -130,7 +130,7 @@ def locate(source: Source, revision: str | None = None, *, weights: bool = True,
     if not is_hub_id(name):
         raise CheckpointError(f"there is no folder {source}. Give a checkpoint's folder or a hub id like owner/name.")
     if revision is not None and (not revision.isprintable() or ".." in revision or revision.startswith("/")):
-        raise CheckpointError(f"{revision!r} is no revision of {name}. Give a branch, a tag or a commit.")
+        raise CheckpointError(f"{revision!r} is not a revision of {name}. Give a branch, a tag or a commit.")
     path = _download(name, revision, weights, card)
     return Located(name, path.name, path, revision)
 
@@ -212,7 +212,7 @@ def _download(name: str, revision: str | None, weights: bool, card: bool) -> Pat
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError, ValueError) as error:
         at = f"@{revision}" if revision else ""
         raise CheckpointError(
-            f"{name}{at} is no folder here, and was not fetched from the hub: {_reason(error)}"
+            f"{name}{at} is neither a folder here nor a repository that could be fetched from the hub: {_reason(error)}"
         ) from error
     return folder
 

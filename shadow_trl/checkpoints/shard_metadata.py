@@ -101,7 +101,7 @@ def read_metadata(folder: Path) -> Iterator[ShardedTensor]:
     except Exception as error:  # whatever the steps of a pickle raise on values that they were not made for
         reason = str(error) or type(error).__name__
         raise CheckpointError(
-            f"{path} does not describe a torch distributed checkpoint: {reason}. Nothing of it was run. Save or copy "
+            f"{path} does not describe a torch distributed checkpoint: {reason}. None of it was executed. Save or copy "
             "the checkpoint again."
         ) from error
 

@@ -168,7 +168,7 @@ def _curves(comparison: Comparison) -> Iterator[str]:
         title = f"Learning rate {rate:g}. " if rate is not None else ""
         yield chart(
             Frame(across, up, "step of the optimiser", "loss", width=480, height=320), lines, label="loss over steps",
-            caption=f"{title}A line a training; each point is the mean since the one before.",
+            caption=f"{title}One line per training; each point is the mean since the one before.",
         )  # fmt: skip
 
 

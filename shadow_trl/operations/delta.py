@@ -54,7 +54,7 @@ def extract_delta(
 ) -> DeltaReport:
     """Write what training added to BASE, `delta = tuned - base`, to a folder of its own.
 
-    `graft(delta=...)` adds it to any INSTRUCT of that BASE. The folder is no model and does not load as one.
+    `graft(delta=...)` adds it to any INSTRUCT of that BASE. The folder is not a model and does not load as one.
 
     Args:
         base: folder or hub id of BASE, either with `@revision` if wished. May be left out for an adapter that names it.

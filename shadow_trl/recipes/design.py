@@ -89,7 +89,7 @@ class Design:
         for key in values.keys() & known.keys():
             wanted = kinds.get(known[key], (dict,) if known[key] == "dict" else (list,))
             if not isinstance(values[key], wanted) or (isinstance(values[key], bool) and bool not in wanted):
-                faults.append(f"{key}: {values[key]!r} is no {known[key]}")
+                faults.append(f"{key}: {values[key]!r} is not of type {known[key]}")
         if not faults:
             faults = cls(**values)._faults()
         if faults:

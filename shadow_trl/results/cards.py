@@ -94,7 +94,7 @@ def write_delta_card(folder: Source, manifest: Mapping[str, Any]) -> Path:
         lines += ["`lora_B @ lora_A ~ tuned - base`, by truncated singular value decomposition.", ""]
     else:
         front = _base_models(manifest, "base")
-        lines += ["`delta = tuned - base`. This is no model. Add it to an instruct model of the base with", ""]
+        lines += ["`delta = tuned - base`. This is not a model. Add it to an instruct model of the base with", ""]
         lines += ["    shadow-trl graft --delta FOLDER --instruct INSTRUCT --output OUTPUT", ""]
     lines += [*_table(names), f"`{MANIFEST_NAME}` beside this file has digests and figures."]
     return _write(folder, front, ["lora"] if manifest["form"] == "adapter" else [], lines)

@@ -188,7 +188,7 @@ def check_free(path: Path, overwrite: bool, kind: str = "graft") -> None:
         manifest = read_manifest(path)
     if path.is_symlink() or not path.is_dir() or manifest is None or manifest.get("kind") != kind:
         raise OutputExistsError(
-            f"{path} exists and is no {kind} (it has no {MANIFEST_NAME} of kind {kind}), so it is not overwritten. "
+            f"{path} exists and is not a {kind} (it has no {MANIFEST_NAME} of kind {kind}), so it is not overwritten. "
             "Choose another output or remove it yourself."
         )
     # Version 0.1.0 did not record which files it wrote.

@@ -26,7 +26,7 @@ def check_patterns(what: str, patterns: Iterable[str], names: Iterable[str]) -> 
             "seconds. Write it without a repetition inside of a repetition."
         )
     if wrong:
-        raise ConfigError(f"{what}: {wrong[0]!r} is no regular expression ({wrong[1]}). Correct it.")
+        raise ConfigError(f"{what}: {wrong[0]!r} is not a regular expression ({wrong[1]}). Correct it.")
 
 
 @lru_cache(maxsize=8)

@@ -43,7 +43,7 @@ def check_releases() -> None:
             newer.append(f"{name} {found} (tested up to {tested})")
     if wrong:
         raise VersionError(
-            f"{len(wrong)} of the libraries that the trainers need cannot be worked with.\n"
+            f"{len(wrong)} of the libraries that the trainers need cannot be used.\n"
             f"{list_names(wrong.values())}\nInstall others: pip install -U {' '.join(wrong)}"
         )
     if newer and os.environ.get("RANK", "0") == "0" and _SAID not in os.environ:

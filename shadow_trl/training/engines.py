@@ -94,7 +94,7 @@ def _check_zero(config: Any, model: Any) -> None:
         )
     if zero.get("zero_quantized_weights") or zero.get("zero_quantized_nontrainable_weights"):
         raise ConfigError(
-            "ZeRO++ gathers weights quantised, so TUNED would be saved with an error that is no delta. Set "
+            "ZeRO++ gathers weights quantised, so TUNED would be saved with an error that is not a delta. Set "
             "zero_quantized_weights and zero_quantized_nontrainable_weights to false."
         )
     if zero.get("stage") != 3:

@@ -160,7 +160,7 @@ def _adapter(peft_config: Any) -> Iterator[str]:
         try:
             re.compile(expression if isinstance(expression, str) else "")
         except (re.error, RecursionError, OverflowError) as reason:
-            yield f"{name} of the adapter is no regular expression: {expression!r} ({reason})."
+            yield f"{name} of the adapter is not a regular expression: {expression!r} ({reason})."
 
 
 def _quantiser(quantised: Any) -> Iterator[str]:

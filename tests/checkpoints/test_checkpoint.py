@@ -146,14 +146,14 @@ def test_a_folder_with_an_at_sign_is_a_folder(tmp_path):
 )
 def test_damaged_headers_are_refused(tmp_path, header, data, length, reason):
     raw_file(tmp_path / "model.safetensors", header, data, length)
-    with pytest.raises(CheckpointError, match=f"no complete safetensors file.*{reason}"):
+    with pytest.raises(CheckpointError, match=f"not a complete safetensors file.*{reason}"):
         Checkpoint.open(tmp_path)
 
 
 def test_a_cut_file_is_refused(model):
     with open(model / "model.safetensors", "r+b") as file:
         file.truncate(1000)
-    with pytest.raises(CheckpointError, match="no complete safetensors file"):
+    with pytest.raises(CheckpointError, match="not a complete safetensors file"):
         Checkpoint.open(model)
 
 

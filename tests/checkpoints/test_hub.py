@@ -130,7 +130,9 @@ def test_a_download_that_fails_says_what_to_do(monkeypatch, kind, text, told):
     with pytest.raises(CheckpointError) as found:
         locate("own/model@v2")
     said = str(found.value)
-    assert said.startswith("own/model@v2 is no folder here, and was not fetched from the hub: ")
+    assert said.startswith(
+        "own/model@v2 is neither a folder here nor a repository that could be fetched from the hub: "
+    )
     for part in told:
         assert part in said
     assert "Got:" not in said

@@ -387,13 +387,13 @@ def test_missing_base_quantised_sides_and_an_existing_output_are_refused(tmp_pat
         with pytest.raises(CheckpointError, match="quantised"):
             extract({**sides, role: packed}, tmp_path / "delta")
     direct(sides, tmp_path / "grafted")
-    with pytest.raises(OutputExistsError, match="is no delta"):
+    with pytest.raises(OutputExistsError, match="is not a delta"):
         extract(sides, tmp_path / "grafted", overwrite=True)
     extract(sides, tmp_path / "delta")
     with pytest.raises(OutputExistsError):
         extract(sides, tmp_path / "delta")
     extract(sides, tmp_path / "delta", overwrite=True, dtype="float16")
-    with pytest.raises(OutputExistsError, match="is no graft"):
+    with pytest.raises(OutputExistsError, match="is not a graft"):
         direct(sides, tmp_path / "delta", overwrite=True)
 
 

@@ -115,7 +115,7 @@ def test_an_interrupted_comparison_resumes_and_equals_an_undisturbed_one(workspa
     [
         ({"rate": [1e-4]}, "rate: there is no such key"),
         ({"recipe": "grpo"}, "'grpo' is neither sft nor dpo"),
-        ({"seeds": 3}, "seeds: 3 is no list"),
+        ({"seeds": 3}, "seeds: 3 is not of type list"),
         ({"learning_rates": ["1e-4"]}, "write 1.0e-4"),
         ({"pairs": {"a": ["base"]}}, "a is not [BASE, INSTRUCT]"),
         ({"pairs": {"a": ["base", "nowhere"]}}, "nowhere"),

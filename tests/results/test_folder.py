@@ -104,7 +104,7 @@ def test_only_grafts_are_overwritten(tmp_path):
     for kind in (None, "run"):
         if kind:
             write_manifest(path, {"kind": kind})
-        with pytest.raises(OutputExistsError, match="is no graft"):
+        with pytest.raises(OutputExistsError, match="is not a graft"):
             make(path, "new", overwrite=True)
     assert (path / "thesis.tex").read_text() == "years"
     (tmp_path / "link").symlink_to(path)

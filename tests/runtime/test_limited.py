@@ -20,7 +20,7 @@ def test_names_and_escaped_dots_need_no_process(monkeypatch):
 
 @pytest.mark.parametrize("pattern", ["(", "[a", "*", "(?P<a>x)(?P<a>y)", "(" * 5000])
 def test_an_expression_that_is_none_is_refused_as_re_does(pattern):
-    with pytest.raises(ConfigError, match=r"modules: .* is no regular expression"):
+    with pytest.raises(ConfigError, match=r"modules: .* is not a regular expression"):
         check_patterns("modules", ["q_proj", pattern], NAMES)
 
 

@@ -19,11 +19,13 @@ from other_trainers import (
 from peft import PeftModel
 from ranks import in_processes
 from releases import has
+from stages import weights
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 Pair = tuple[Path, Path]
 # Without being told to, TRL leaves the shards of ZeRO-3 as they are.
 _GATHERS = {"stage3_gather_16bit_weights_on_model_save": True}
+_FROZEN = "layers.0."
 _ONE = {"max_steps": 1, "graft": False}
 
 
@@ -37,26 +39,36 @@ def _run(engine: str, pair: Pair, folder: Path, cases: dict[str, Any]) -> list[d
     return [end.value for end in ends]
 
 
-def check_as_trl(engine: str, pair: Pair, folder: Path, *, adapted: Collection[str]) -> None:
+def check_as_trl(engine: str, pair: Pair, folder: Path, *, full: Collection[str], adapted: Collection[str]) -> None:
     """Check that each kind leaves the TUNED of TRL under `engine`, with its losses, and that the graft is the sum.
+
+    So does SFT with a frozen layer, which is that of BASE in TUNED and that of INSTRUCT in the graft.
 
     Args:
         engine: of `engines.run`.
         pair: BASE and INSTRUCT.
         folder: of the runs.
-        adapted: kinds that train a LoRA; the others train all weights.
+        full: kinds that train all weights.
+        adapted: kinds that train a LoRA.
     """
+    kinds: dict[str, tuple[str, dict[str, Any]]] = {kind: (kind, {"lora": kind in adapted}) for kind in KINDS}
+    kinds = {kind: case for kind, case in kinds.items() if kind in (*full, *adapted)}
+    kinds["frozen"] = ("sft", {"freeze": _FROZEN})
     cases: dict[str, Any] = {}
-    for kind in KINDS:
-        same = {"lora": kind in adapted}
-        cases[f"{kind}-plain"] = (kind, {**same, "plain": True, "zero": _GATHERS})
-        cases[kind] = (kind, {**same, "graft_scale": 0.5, "graft_dtype": "float32", "graft_format": "model"})
+    for name, (kind, how) in kinds.items():
+        cases[f"{name}-plain"] = (kind, {**how, "plain": True, "zero": _GATHERS})
+        cases[name] = (kind, {**how, "graft_scale": 0.5, "graft_dtype": "float32", "graft_format": "model"})
     seen = _run(engine, pair, folder, cases)[0]
-    for kind in KINDS:
-        ours, plain = seen[kind], seen[f"{kind}-plain"]
-        assert engines.weights(folder / kind) == engines.weights(folder / f"{kind}-plain") != {}, kind
+    for name in kinds:
+        ours, plain = seen[name], seen[f"{name}-plain"]
+        assert engines.weights(folder / name) == engines.weights(folder / f"{name}-plain") != {}, name
         assert (ours["logged"], ours["generated"]) == (plain["logged"], plain["generated"])
-        check_sum(pair, folder / kind, 0.5)
+        check_sum(pair, folder / name, 0.5)
+    base, instruct, tuned, grafted = map(weights, (*pair, folder / "frozen", folder / "frozen/grafted"))
+    for name in base:
+        frozen = _FROZEN in name
+        assert torch.equal(tuned[name], base[name]) == frozen
+        assert torch.equal(grafted[name], instruct[name]) == frozen
 
 
 def check_references(engine: str, pair: Pair, start: Path, folder: Path) -> None:

@@ -136,7 +136,7 @@ def test_an_output_folder_below_a_file_is_refused(tmp_path: Path) -> None:
     [
         ({"r": 0}, r"r \(lora_r\) of the adapter is 0; it must be at least 1"),
         ({"lora_dropout": 2.0}, "lora_dropout of the adapter is 2.0; it must be from 0 to 1"),
-        ({"target_modules": "("}, "target_modules of the adapter is no regular expression"),
+        ({"target_modules": "("}, "target_modules of the adapter is not a regular expression"),
     ],
 )
 def test_settings_of_an_adapter_that_peft_looks_at_late(tmp_path: Path, adapter: dict[str, Any], message: str) -> None:

@@ -92,7 +92,7 @@ def test_bad_input_is_one_error_with_code_2_and_nothing_written(tmp_path, capsys
         (arguments({**sides, "tuned": stray}, out), "4 of 4 modules", "Nothing was written"),
         (arguments(sides, tmp_path / "exists"), "exists"),
         (arguments(sides, sides["tuned"]), "exists"),
-        (arguments(sides, sides["tuned"], "--overwrite"), "is no graft"),
+        (arguments(sides, sides["tuned"], "--overwrite"), "is not a graft"),
         (arguments(sides, sides["base"] / "sub"), "lies in the folder of base"),
         (arguments(sides, out, "--scale", "nan"), "scale must be a finite number"),
         (arguments(sides, out, "--scale", "big"), "--scale: invalid float value"),

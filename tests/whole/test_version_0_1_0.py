@@ -301,7 +301,7 @@ def test_the_wrong_kind_of_folder_is_refused(tmp_path):
         next_stage("sft", "delta", output)
     with pytest.raises(ConfigError, match="tuned delta_of_lora is a delta, not a model"):
         graft(**PAIR, tuned="delta_of_lora", output=output)
-    with pytest.raises(CheckpointError, match=r"full is no delta: its shadow\.json is of kind run"):
+    with pytest.raises(CheckpointError, match=r"full is not a delta: its shadow\.json is of kind run"):
         graft(instruct="instruct", delta="full", output=output)
     with pytest.raises(CheckpointError, match="delta_as_lora is a LoRA adapter made from a delta"):
         graft(instruct="instruct", delta="delta_as_lora", output=output)
@@ -317,9 +317,9 @@ def test_only_a_result_of_the_same_kind_is_overwritten():
     assert digests("full/grafted") == EXPECTED["lora/grafted"]
     extract_delta(base="base", tuned="lora", output="delta", overwrite=True, progress=False)
     for wrong in ("pipeline/sft", "delta_of_lora"):
-        with pytest.raises(OutputExistsError, match="is no graft"):
+        with pytest.raises(OutputExistsError, match="is not a graft"):
             graft(**PAIR, tuned="full", output=wrong, overwrite=True)
-    with pytest.raises(OutputExistsError, match="is no delta"):
+    with pytest.raises(OutputExistsError, match="is not a delta"):
         extract_delta(base="base", tuned="full", output="lora/grafted", overwrite=True)
 
 

@@ -126,4 +126,4 @@ def test_graft_of_the_start_is_shared_by_the_ranks_and_gone_afterwards(pair, tmp
 
 @pytest.mark.slow
 def test_other_trainers_leave_what_trl_does_and_graft_the_sum(pair, tmp_path):
-    others.check_as_trl("ddp", pair, tmp_path, adapted=("GRPO", "CPO"))
+    others.check_as_trl("ddp", pair, tmp_path, full=("KTO", "RLOO", "ORPO"), adapted=("GRPO", "CPO"))

@@ -65,7 +65,7 @@ def test_tuned_is_that_of_trl_and_the_graft_is_of_that_folder(pair, tmp_path, ki
 
 
 def test_other_trainers_leave_what_trl_does_and_graft_the_sum(pair, tmp_path):
-    others.check_as_trl("fsdp2", pair, tmp_path, adapted=("GRPO", "CPO"))
+    others.check_as_trl("fsdp2", pair, tmp_path, full=("KTO", "CPO"), adapted=("GRPO",))
 
 
 def test_references_of_other_trainers_by_hand(fp32_pair, lora_run, tmp_path):

@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 
 import engines
+import others_in_processes as others
 import pipelines
 import pytest
 import ranks
@@ -82,6 +83,14 @@ def test_tuned_is_that_of_trl_with_the_losses_of_one_process(pair, tmp_path, eng
     alone.train()
     assert seen["losses"] == pytest.approx(losses_of(alone), rel=1e-6)
     assert len(seen["losses"]) == 5
+
+
+def test_other_trainers_leave_what_trl_does_and_graft_the_sum(pair, tmp_path):
+    others.check_as_trl("zero3", pair, tmp_path, full=("GRPO",), adapted=("KTO", "CPO"))
+
+
+def test_references_of_other_trainers_by_hand(fp32_pair, lora_run, tmp_path):
+    others.check_references("zero3", fp32_pair, lora_run, tmp_path)
 
 
 def test_two_models_with_one_cache_have_reference_values_of_their_own(pair, tmp_path):
