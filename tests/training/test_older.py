@@ -7,6 +7,7 @@ import sys
 from types import SimpleNamespace
 
 import pytest
+import torch
 from runs import dpo, lora, settings, sft
 from trl.trainer import dpo_trainer
 
@@ -78,7 +79,11 @@ def test_an_optimizer_in_shards_that_would_not_be_read_is_refused_before_the_fir
     monkeypatch.setattr(older, "accelerate_release", "1.10.0")
     trainer = sft(pair, tmp_path / "out")
     checkpoint = tmp_path / "checkpoint-1"
-    (checkpoint / "optimizer_0").mkdir(parents=True)
+    for name in ("optimizer_0", "pytorch_model_fsdp_0"):
+        (checkpoint / name).mkdir(parents=True)
+        (checkpoint / name / ".metadata").touch()
+    torch.save({}, checkpoint / "scheduler.pt")
+    (checkpoint / "trainer_state.json").write_text('{"global_step": 1}')
     with pytest.raises(ConfigError, match=r"accelerate 1\.10\.0 would start with a new optimizer"):
         trainer.train(resume_from_checkpoint=str(checkpoint))
     assert trainer.state.global_step == 0
