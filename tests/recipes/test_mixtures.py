@@ -14,6 +14,7 @@ from shadow_trl.errors import ConfigError, InputError
 from shadow_trl.recipes import run
 from shadow_trl.recipes.data import hub_ids, load_data
 from shadow_trl.recipes.options import Options, parse
+from shadow_trl.recipes.pipeline_options import read_plan
 from shadow_trl.recipes.record import record_of
 
 
@@ -140,6 +141,14 @@ def test_a_mixture_is_recorded_by_its_content(files: list[dict]) -> None:
     assert records[0]["datasets"] == records[1]["datasets"] != records[2]["datasets"]
     assert records[2]["datasets"][2]["data_files"] == "c.jsonl"
     assert "a.jsonl" not in json.dumps(records)
+
+
+def test_both_stages_of_a_pipeline_may_name_one_mixture(files: list[dict]) -> None:
+    shared = {"model_name_or_path": "b", "instruct_model": "i", "bf16": False, "use_cpu": True, "datasets": files}
+    Path("both.yaml").write_text(yaml.safe_dump({**shared, "sft": {}, "dpo": {}}))
+    plan = read_plan(["--config", "both.yaml"])
+    for stage in ("sft", "dpo"):
+        assert [source.data_files for source in plan.options[stage].mixture.datasets] == ["a.jsonl", "b.jsonl"]
 
 
 def test_the_card_names_what_is_of_the_hub(files: list[dict]) -> None:
