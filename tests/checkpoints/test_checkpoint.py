@@ -107,7 +107,7 @@ def test_missing_folder_and_missing_weights(tmp_path, monkeypatch):
 def test_a_hub_id_that_cannot_be_fetched_says_so(monkeypatch):
     with pytest.raises(
         CheckpointError,
-        match=r"nobody/nothing@v1 is no folder here, and was not fetched",
+        match=r"nobody/nothing@v1 is neither a folder here nor a repository",
     ):
         Checkpoint.open("nobody/nothing@v1")
     with pytest.raises(CheckpointError, match="two revisions"):

@@ -117,7 +117,7 @@ def test_an_adapter_names_one_base_for_training_and_for_a_graft(tmp_path, monkey
             assert (entry["source"], entry["revision"], entry["folder"]) == (source, None, True)
         assert verify(tmp_path / "out", progress=False).same
     else:
-        with pytest.raises(CheckpointError, match=f"{source}@{at} is no folder here, and was not fetched"):
+        with pytest.raises(CheckpointError, match=f"{source}@{at} is neither a folder here nor a repository"):
             graft(instruct=sides["instruct"], tuned=adapter, output=tmp_path / "out", progress=False)
 
 
