@@ -302,7 +302,7 @@ def test_what_is_no_delta_is_refused(tmp_path):
     before = sorted(tmp_path.iterdir())
     with pytest.raises(CheckpointError, match=r"not a delta: it has no shadow\.json"):
         by_delta(sides, sides["tuned"], tmp_path / "out")
-    with pytest.raises(CheckpointError, match=r"no delta: its shadow\.json is of kind graft"):
+    with pytest.raises(CheckpointError, match=r"not a delta: its shadow\.json is of kind graft"):
         by_delta(sides, tmp_path / "grafted", tmp_path / "out")
     assert sorted(tmp_path.iterdir()) == before
 
