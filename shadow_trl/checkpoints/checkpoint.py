@@ -170,22 +170,25 @@ class Checkpoint:
             return torch.empty(0, dtype=dtype)
         return torch.from_numpy(self.content(name, start, stop)).view(dtype)
 
-    def content(self, name: str, start: int, stop: int) -> numpy.ndarray:
-        """Return the bytes of elements `start` to `stop` as stored, uint8; errors as of `block`."""
+    def content(self, name: str, start: int, stop: int, into: numpy.ndarray | None = None) -> numpy.ndarray:
+        """Return the bytes of elements `start` to `stop` as stored, uint8; errors as of `block`.
+
+        They are in `into`, see `OpenFiles.read`, where that was given and they lie in a row.
+        """
         spec = self.specs[name]
         if spec.in_place:
-            return self._bytes(spec, start, stop)
+            return self._bytes(spec, start, stop, into)
         import torch
 
         return self._pickled[spec.file][name].reshape(-1)[start:stop].view(torch.uint8).numpy()
 
-    def _bytes(self, spec: TensorSpec, start: int, stop: int) -> numpy.ndarray:
-        def read(file: Path, offset: int, first: int, last: int) -> numpy.ndarray:
+    def _bytes(self, spec: TensorSpec, start: int, stop: int, into: numpy.ndarray | None = None) -> numpy.ndarray:
+        def read(file: Path, offset: int, first: int, last: int, into: numpy.ndarray | None = None) -> numpy.ndarray:
             size = (last - first) * spec.itemsize
-            return self._open.read(file, offset + first * spec.itemsize, size, self.stamps[file])
+            return self._open.read(file, offset + first * spec.itemsize, size, self.stamps[file], into)
 
         if spec.offset is not None:
-            return read(spec.file, spec.offset, start, stop)
+            return read(spec.file, spec.offset, start, stop, into)
         return gathered(spec.pieces, spec.itemsize, start, stop, read)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -319,18 +322,21 @@ class Place:
         """Return the whole tensor in its shape, read as `block` reads it."""
         return self.block(0, self.spec.numel).view(self.spec.shape)
 
-    def array(self, start: int, stop: int) -> numpy.ndarray:
-        """Return what `block` returns in `TensorSpec.numpy_dtype`; a safetensors file without casts needs no torch."""
+    def array(self, start: int, stop: int, into: numpy.ndarray | None = None) -> numpy.ndarray:
+        """Return what `block` returns in `TensorSpec.numpy_dtype`; a safetensors file without casts needs no torch.
+
+        `into` is as for `Checkpoint.content`.
+        """
         if self.casts:
             from ..arithmetic.grafter import array_of
 
             return array_of(self.block(start, stop))
-        return self.content(start, stop).view(self.spec.numpy_dtype)
+        return self.content(start, stop, into).view(self.spec.numpy_dtype)
 
     def numbers(self, start: int, stop: int) -> numpy.ndarray:
         """Return the same elements in fp64."""
         return self.spec.numbers(self.array(start, stop))
 
-    def content(self, start: int, stop: int) -> numpy.ndarray:
+    def content(self, start: int, stop: int, into: numpy.ndarray | None = None) -> numpy.ndarray:
         """Return the bytes as stored, see `Checkpoint.content`."""
-        return self.checkpoint.content(self.name, start, stop)
+        return self.checkpoint.content(self.name, start, stop, into)

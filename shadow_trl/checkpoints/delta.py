@@ -78,11 +78,15 @@ class Zeros(Checkpoint):
         }
         return zeros
 
-    def content(self, name: str, start: int, stop: int) -> numpy.ndarray:
+    def content(self, name: str, start: int, stop: int, into: numpy.ndarray | None = None) -> numpy.ndarray:
         """Return the bytes of `stop - start` zeros, fp32."""
         import numpy
 
-        return numpy.zeros(4 * (stop - start), numpy.uint8)
+        size = 4 * (stop - start)
+        known = getattr(self, "_zeros", None)
+        if known is None or known.size < size:
+            known = self._zeros = numpy.zeros(size, numpy.uint8)
+        return known[:size]
 
 
 def refuse_deltas(**sides: Source | None) -> None:

@@ -26,7 +26,14 @@ class OpenFiles:
     def __reduce__(self) -> tuple[type[OpenFiles], tuple[()]]:
         return OpenFiles, ()  # another process opens them anew
 
-    def read(self, path: Path, offset: int, size: int, expected: tuple[int, ...] | None) -> numpy.ndarray:
+    def read(
+        self,
+        path: Path,
+        offset: int,
+        size: int,
+        expected: tuple[int, ...] | None,
+        into: numpy.ndarray | None = None,
+    ) -> numpy.ndarray:
         """Return `size` bytes of `path` from `offset` on, (size,) uint8.
 
         Args:
@@ -34,6 +41,7 @@ class OpenFiles:
             offset: of the first byte.
             size: number of bytes.
             expected: `stamp` of the file when its header was read.
+            into: memory to use, uint8, at least as many: fresh memory costs more than what is read. Default: new.
 
         Raises:
             GraftError: the file was cut short, replaced or written to since then.
@@ -41,7 +49,7 @@ class OpenFiles:
         """
         import numpy
 
-        found = numpy.empty(size, numpy.uint8)
+        found = numpy.empty(size, numpy.uint8) if into is None else into[:size]
         view, done = found.data, 0
         try:
             file = self._known.get(path) or self._opened(path)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
+import numpy as np
+
 from ..arithmetic.grafter import BLOCK, BlockGrafter
 from ..arithmetic.sums import Sums
 from .jobs import LowRank, WeightJob
@@ -23,14 +25,17 @@ class JobGrafter:
         self.blocks = BlockGrafter(**how)
         self.factors: dict[str, tuple[LowRank, Tensor]] = {}
         self.scratch: Tensor | None = None
+        self.memory = np.empty((3, 8 * BLOCK), np.uint8)  # one row for each side
 
     def graft(self, job: WeightJob, out: ndarray, start: int, stop: int) -> Sums:
         """Write elements `start` to `stop` of a weight, delta added, into `out`, in its dtype; return their sums."""
-        instruct = job.instruct.array(start, stop)
-        base = job.base.array(start, stop) if job.base is not None else None
+        instruct = job.instruct.array(start, stop, self.memory[0])
+        base = job.base.array(start, stop, self.memory[1]) if job.base is not None else None
         name = job.instruct.name
         if job.tuned is not None and base is not None:
-            return self.blocks.graft(out, instruct, base, job.tuned.array(start, stop), name=name, index=start)
+            return self.blocks.graft(
+                out, instruct, base, job.tuned.array(start, stop, self.memory[2]), name=name, index=start
+            )
         assert job.low_rank is not None
         product = self._product(job.low_rank, start, stop)
         return self.blocks.add_product(

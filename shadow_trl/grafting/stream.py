@@ -235,7 +235,7 @@ class _Worker:
         elif job.instruct.spec.code != job.code:
             sums = Sums(finite=kernel.convert(target.view(BITS[job.code]), job.instruct.array(start, stop)))
         else:
-            target[:] = job.instruct.content(start, stop)
+            target[:] = job.instruct.content(start, stop, self.grafter.memory[0])
             sums = Sums(finite=job.code not in BITS or kernel.all_finite(target.view(BITS[job.code])))
         if not sums.finite:
             self._blame(job, start, stop, delta)
