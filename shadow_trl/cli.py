@@ -14,7 +14,7 @@ from .errors import ConfigError, ends_with
 from .grafting.options import DTYPES, declared
 from .runtime.command_line import Parser, Switch, stdout_is_kept
 from .runtime.endings import exit_code
-from .runtime.startup import import_torch_undisturbed
+from .runtime.startup import import_undisturbed
 
 _RECIPES = {
     "sft": "train BASE with SFT, then graft",
@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     SIGTERM.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
-    import_torch_undisturbed()
+    import_undisturbed()
     # A training leaves threads and uploads to end, which people may have to stop.
     final = argv is None and not _is_recipe(arguments)
     return exit_code(lambda: _run(arguments), final=final)

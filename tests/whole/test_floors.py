@@ -229,13 +229,13 @@ def test_the_public_names_exist_whatever_was_imported_before():
 @pytest.mark.parametrize("number", [0, 15])
 def test_signals_and_the_collector_wait_for_the_import_of_torch(number):
     program = (
-        "import gc, os, sys\nfrom shadow_trl.runtime.startup import import_torch_undisturbed\n"
+        "import gc, os, sys\nfrom shadow_trl.runtime.startup import import_undisturbed\n"
         "from shadow_trl.runtime.endings import exit_code\nreached = []\n"
         "class Spy:\n    def find_spec(self, name, *given):\n        if name in ('torch._C', 'torch.version'):\n"
         f"            assert not gc.isenabled()\n            os.kill(os.getpid(), {number})\n"
         "            reached.append(name)\n"
         "def work():\n    import torch\n    reached.append('end')\n    return 0\n"
-        "sys.meta_path.insert(0, Spy())\nimport_torch_undisturbed()\n"
+        "sys.meta_path.insert(0, Spy())\nimport_undisturbed()\n"
         "import importlib.util\nassert importlib.util.find_spec('torch') and 'torch' not in sys.modules\n"
         f"assert exit_code(work) == ({number} and 128 + {number})\n"
         f"assert sorted(reached) == ['end', 'torch._C', 'torch.version'][{number} > 0:]\n"
