@@ -42,7 +42,7 @@ TEMPLATE = "{% for message in messages %}<|user|>{{ message['content'] }}{% endf
 def ends_well(argv: list[str], said: str) -> bool:
     """Whether the refusal of a command that writes says that nothing was written; others have nothing to say of it."""
     told = said.endswith("Nothing was written.\n")
-    return told if argv[0] in ("graft", "delta", "compare", "sft", "dpo", "sft-dpo") else "written" not in said
+    return told == (argv[0] in ("graft", "delta", "compare", "sft", "dpo", "sft-dpo"))
 
 
 class Case(NamedTuple):

@@ -34,7 +34,7 @@ SUM = "graft --base base --instruct instruct --tuned tuned:0.5 --tuned tuned:0.2
 CASES = {
     "graft": ("graft --base base --instruct instruct --tuned tuned --output out", "grafting.stream", "stream"),
     "sum": (SUM, "grafting.stream", "stream"),
-    "verify": ("verify graft", "grafting.stream", "stream"),
+    "verify": ("verify graft", "grafting.stream", "stream_to"),
     "delta": ("delta --base base --tuned tuned --output out", "grafting.stream", "stream"),
 }
 

@@ -78,7 +78,7 @@ FAULTS = {
         "operations/test_graft.py::test_every_weight_is_the_sum",
     ),
     "delta: zeros are not zero": Fault(
-        "checkpoints/delta", "numpy.zeros(4 * (stop - start)", "numpy.ones(4 * (stop - start)",
+        "checkpoints/delta", "numpy.zeros(size, numpy.uint8)", "numpy.ones(size, numpy.uint8)",
         "operations/test_delta.py::test_the_delta_is_the_difference_in_fp32",
     ),
     "verify: only sizes are compared": Fault(
