@@ -26,6 +26,7 @@ NEAR_MEAN = 0.1
 """A row is a copy of the mean row when it is closer to it than this share of the ordinary rows' median distance."""
 
 
+@np.errstate(divide="ignore", invalid="ignore", over="ignore")  # of values that the graft itself will name
 def check_template_rows(base: Checkpoint, instruct: Checkpoint, template: str | None = None) -> Findings:
     """Warn about special tokens of the chat template whose rows in BASE's embedding do not look trained.
 
@@ -94,8 +95,7 @@ def _relative_distances(rows: ndarray, others: ndarray) -> ndarray:
     """Return the distances (rows, others) as shares of the norms of `rows`; infinite for a row of zeros."""
     squares = (rows**2).sum(axis=1)[:, None] + (others**2).sum(axis=1) - 2 * rows @ others.T
     norms = np.linalg.norm(rows, axis=1, keepdims=True)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        return np.nan_to_num(np.sqrt(np.maximum(squares, 0.0)) / norms, nan=math.inf, posinf=math.inf)
+    return np.nan_to_num(np.sqrt(np.maximum(squares, 0.0)) / norms, nan=math.inf, posinf=math.inf)
 
 
 def _untrained(

@@ -23,7 +23,7 @@ from typing import Any
 from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, SFTConfig, TrlParser
 from trl.scripts.utils import DatasetConfig
 
-from ..checkpoints.manifest import Entry
+from ..checkpoints.manifest import Entry, read_manifest
 from ..errors import ConfigError, ShadowError, ends_with, list_names, one_of
 from ..grafting.options import DTYPES, declared
 from ..pair.known import taken_base
@@ -277,6 +277,7 @@ def _check_together(options: Options) -> None:
         options.model.model_name_or_path = taken_base(
             instruct, confirmed=training.find_base, missing="model_name_or_path (BASE)"
         )
+    _check_instruct(options)
     unused = [name for name in ("score_kept", "score_scales") if getattr(recipe, name) and not recipe.score_rows]
     if unused:
         raise ConfigError(f"{' and '.join(unused)} without score_rows: nothing would be scored. Give score_rows too.")
@@ -289,6 +290,20 @@ def _check_together(options: Options) -> None:
         raise ConfigError("sft_guidance is for SFT: the loss of DPO has a reference.")
     if recipe.freeze and options.model.use_peft:
         raise ConfigError("freeze is for full fine-tuning; with an adapter, lora_target_modules says what is trained.")
+
+
+def _check_instruct(options: Options) -> None:
+    """Refuse another INSTRUCT of the YAML file than that of the run which the command line names as the model."""
+    given, keys = options.training.instruct_model, options.from_config
+    if given is None or "instruct_model" not in keys or "model_name_or_path" in keys:
+        return
+    run = Path(str(options.model.model_name_or_path))
+    known = Entry.read(read_manifest(run), "instruct")
+    if known is not None and Path(known.source).name != Path(given).name:
+        raise ConfigError(
+            f"instruct_model is {given}{options.origin('instruct_model')}, and the run in {run} was grafted onto "
+            f"{known.source}. Pass --instruct_model to say which is meant."
+        )
 
 
 def _check_values(parser: TrlParser, values: Mapping[str, Any], config: Path, advice: str) -> None:

@@ -82,6 +82,14 @@ def test_template_tokens_with_tiny_rows_are_named(sides, row, reason):
     assert f"'<|user|>' (id 3): {reason}" in warning
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("value", [torch.inf, torch.nan])
+def test_rows_that_are_not_finite_give_no_warning_of_numpy(sides, value):
+    """The graft itself names them."""
+    set_rows(sides[0], {USER: torch.full((16,), value), 9: torch.full((16,), value)})
+    ModelPair.open(*sides).check()
+
+
 def test_the_tokens_of_the_template_that_training_uses_count(sides):
     set_rows(sides[0], {USER: torch.zeros(16)})
     check = ModelPair.open(*sides).check

@@ -12,6 +12,7 @@ import yaml
 from repository import ROOT, TRAININGS
 from trl import get_peft_config
 
+from shadow_trl.checkpoints.manifest import Entry, write_manifest
 from shadow_trl.errors import ConfigError, InputError
 from shadow_trl.recipes.options import parse
 
@@ -48,6 +49,20 @@ def test_every_pair_has_its_four_configs() -> None:
     assert {path.stem for path in CONFIGS if path.parent.name == "nano"} == {
         "shadow_sft", "shadow_sft_lora", "shadow_dpo", "shadow_dpo_lora"
     }  # fmt: skip
+
+
+def test_a_run_of_another_instruct_than_that_of_the_file_is_refused_by_name(tmp_path: Path) -> None:
+    """The model of the file was replaced, its INSTRUCT was not."""
+    run, config = tmp_path / "out", write(tmp_path, instruct_model="Qwen/Qwen3-0.6B")
+    run.mkdir()
+    sides = {"base": Entry("my/base").recorded(), "instruct": Entry("my/inst").recorded()}
+    write_manifest(run, {"kind": "run", **sides, "policy": sides["base"]})
+    words = ["--config", str(config), "--model_name_or_path", str(run)]
+    with pytest.raises(ConfigError, match=r"instruct_model is Qwen/Qwen3-0.6B \(in .*\), and the run .* onto my/inst"):
+        parse("sft", words)
+    for given in ("my/inst", "another/inst"):
+        assert parse("sft", [*words, "--instruct_model", given]).training.instruct_model == given
+    assert parse("sft", [*words[:2], "--instruct_model", "my/inst"]).model.model_name_or_path == "b"
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=[f"{path.parent.name}-{path.stem}" for path in CONFIGS])
