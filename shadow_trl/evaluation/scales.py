@@ -28,7 +28,7 @@ from .steps import PAIR, WRITTEN_WITH, Sources, Step, check_all, measure, steps_
 from .trained import Trained, read_trained
 
 OF_DTYPE = "the dtype that was asked for"
-OF_THE_RUN = "the dtype and rounding that the run's manifest tells, INSTRUCT's dtype where there is none"
+OF_THE_RUN = "the dtype and rounding that the run's manifest records, INSTRUCT's dtype where there is none"
 
 
 @dataclass(frozen=True)
@@ -192,7 +192,7 @@ def _trainings(sources: Sources, plan: Sequence[Step]) -> tuple[list[Trained], l
 def _notes(sources: Sources) -> list[str]:
     notes = ["One training: the intervals are over rows alone. Another seed may train another model."]
     if sources.direct is None:
-        notes.append("INSTRUCT tuned directly was not compared: --direct names it.")
+        notes.append("INSTRUCT tuned directly was not compared: give it with --direct.")
     return notes
 
 
