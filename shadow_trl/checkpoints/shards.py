@@ -141,7 +141,7 @@ def _read_places(
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CheckpointError(
             f"{path} does not hold the shards that {METADATA} names: {name}: {reason}. Only plain tensors are read "
-            "(weights_only=True). Save or copy the checkpoint again."
+            "from them, and nothing of them was run. Save or copy the checkpoint again."
         ) from error
 
 

@@ -15,7 +15,9 @@ from tiny import make_pair
 from shadow_trl import extract_delta, graft, verify
 from shadow_trl.checkpoints.manifest import read_manifest
 from shadow_trl.cli import main
-from shadow_trl.errors import CheckpointError, ConfigError, InputError
+from shadow_trl.errors import CheckpointError, ConfigError, GraftError, InputError
+from shadow_trl.results import shard_writer
+from shadow_trl.runtime import machine
 
 BF16, FP32 = torch.bfloat16, torch.float32
 NAME = "model.layers.1.mlp.up_proj.weight"
@@ -58,6 +60,17 @@ def test_a_graft_is_that_graft(tmp_path, sides, options):
         assert report.compared == len(load(sides["instruct"]))
         assert "is that graft" in report.text()
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_no_weight_is_written_to_be_compared(tmp_path, sides, monkeypatch):
+    """Nor does the disk need room for one."""
+    run(sides, tmp_path / "out")
+    most = sum(path.stat().st_size for path in (tmp_path / "out").glob("*.safetensors")) // 2
+    monkeypatch.setattr(machine, "free_bytes", lambda path: most)
+    monkeypatch.setattr(shard_writer.ShardWriter, "write", None)
+    assert check(tmp_path / "out").same
+    with pytest.raises(GraftError, match=r"needs .* bytes and the disk of"):
+        run(sides, tmp_path / "again")
 
 
 def test_a_flipped_bit_is_named(tmp_path, sides):
